@@ -1,0 +1,1 @@
+"""The packaged configs, one folder per model, found by name (`--config smollm2/135M_owlore`)."""

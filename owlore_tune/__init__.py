@@ -1,0 +1,1 @@
+"""OwLore fine-tuning (arXiv 2405.18380) for torchtune."""

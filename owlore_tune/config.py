@@ -1,0 +1,175 @@
+"""Configs by name, and checks that refuse a bad one before any weights load."""
+
+import difflib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune import config
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
+
+from owlore_tune.names import find_config
+from owlore_tune.optim import INACTIVE_STATES
+from owlore_tune.sampling import DRAWS
+from owlore_tune.scores import SCORES
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message names the value and the way out, in one line."""
+
+
+@dataclass(frozen=True)
+class OwLoreConfig:
+    """The ``owlore:`` block of a training config, checked on construction.
+
+    Raises:
+        ConfigError: if a value has the wrong type or is out of its range.
+    """
+
+    num_active_layers: int | None = 5  # γ; null for all layers
+    resample_every: int = 50  # K, optimizer steps
+    score: str = "outlier"
+    outlier_threshold: float = 13.0  # τ
+    calibration_batches: int = 8
+    scores_file: str | None = None
+    draw: str = "systematic"
+    inactive_state: str = "drop"
+    train_embeddings: bool = False
+    train_output: bool = False
+    train_norm: bool = False
+    project_in_backward: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(f"owlore.{field.name}", getattr(self, field.name), field.type)
+        for key, choices in (("score", SCORES), ("draw", DRAWS), ("inactive_state", INACTIVE_STATES)):
+            if getattr(self, key) not in choices:
+                raise ConfigError(f"owlore.{key}={getattr(self, key)}; choose one of {', '.join(choices)}")
+        for key in ("num_active_layers", "resample_every", "outlier_threshold", "calibration_batches"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ConfigError(f"owlore.{key}={value}; it must be above 0")
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> "OwLoreConfig":
+        check_keys(cfg, [field.name for field in fields(cls)], "owlore")
+        return cls(**OmegaConf.to_container(cfg, resolve=True))
+
+    def check_model(self, num_layers: int) -> None:
+        """Raise ConfigError if the model has too few layers for γ."""
+        if self.num_active_layers is not None and self.num_active_layers > num_layers:
+            raise ConfigError(f"owlore.num_active_layers={self.num_active_layers}; the model has {num_layers} layers")
+
+
+def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """torchtune's ``config.parse`` that also takes a packaged name, and reports a ConfigError in one line."""
+
+    @functools.wraps(recipe_main)
+    def main() -> None:
+        for i, argument in enumerate(sys.argv[:-1]):
+            if argument == "--config":
+                sys.argv[i + 1] = str(find_config(sys.argv[i + 1]))
+        try:
+            config.parse(recipe_main)()
+        except (ConfigError, InstantiationError) as error:
+            sys.exit(f"error: {' '.join(str(error).split())}")
+
+    return main
+
+
+def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
+    """A packaged config by name, or a file, with ``field=value`` overrides as on the command line."""
+    from argparse import Namespace
+
+    from torchtune.config._utils import _merge_yaml_and_cli_args
+
+    loaded = OmegaConf.to_container(OmegaConf.load(find_config(name)), resolve=False)
+    return _merge_yaml_and_cli_args(Namespace(**loaded), list(overrides))
+
+
+def check_config(cfg: DictConfig, required: Iterable[str], defaults: Mapping[str, Any]) -> DictConfig:
+    """``cfg`` with defaults filled in, once its keys and those of its components are known to exist.
+
+    Args:
+        required: keys that the recipe cannot do without.
+        defaults: its other keys, with their values where left out.
+
+    Raises:
+        ConfigError: if a key is missing or unknown (naming the nearest known one), or an option is not in the
+            signature of its component.
+    """
+    required = list(required)
+    check_keys(cfg, [*required, *defaults], "")
+    for key, node in cfg.items():
+        # What `dataset_val=null` on the command line arrives as, since torchtune takes it for the component's name.
+        if isinstance(node, DictConfig) and "_component_" in node and node["_component_"] is None:
+            cfg[key] = None
+    if missing := [key for key in required if cfg.get(key) is None]:
+        raise ConfigError(f"missing in the config: {', '.join(missing)}")
+    for path, node in _component_nodes(cfg, ""):
+        component = _get_component_from_path(node["_component_"])
+        parameters = inspect.signature(component).parameters
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            check_keys(node, [*parameters, "_component_"], path)
+    return OmegaConf.merge(dict(defaults), cfg)
+
+
+def check_keys(node: Mapping[str, Any], known: Iterable[str], path: str) -> None:
+    known = list(known)
+    for key in node:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown key {path + '.' if path else ''}{key}; {hint}")
+
+
+def build(path: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
+    """``config.instantiate`` of the node at ``path``, with what its constructor refuses as a ConfigError."""
+    try:
+        return config.instantiate(node, *args, **kwargs)
+    except (ValueError, TypeError, OSError) as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(path) else f"{path}: {message}") from error
+
+
+def _component_nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    if isinstance(node, DictConfig):
+        if "_component_" in node:
+            yield path, node
+        children = ((key, node._get_node(key)) for key in node)
+    elif isinstance(node, ListConfig):
+        children = ((i, node._get_node(i)) for i in range(len(node)))
+    else:
+        return
+    for key, child in children:
+        yield from _component_nodes(child, f"{path}.{key}" if path else str(key))
+
+
+def _check_type(path: str, value: Any, wanted: Any) -> None:
+    allowed = wanted | int if wanted is float else wanted
+    if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
+        name = getattr(wanted, "__name__", str(wanted)).replace("None", "null")
+        raise ConfigError(f"{path}={value!r}; it must be {name}")
+
+
+def writable_directory(path: str) -> Path:
+    """``path`` as an existing directory that files can be made in; made if need be.
+
+    Raises:
+        ConfigError: if it cannot be made or written to.
+    """
+    directory = Path(path).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"output_dir={path} is not writable: {error.strerror}") from error
+    return directory

@@ -1,0 +1,134 @@
+"""Datasets that need no hub: questions that lm-evaluation-harness carries, and local JSON files."""
+
+import importlib.resources
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torchtune.data import Message
+from torchtune.datasets import PackedDataset, SFTDataset
+from torchtune.datasets._sft import SFTTransform
+from torchtune.modules.transforms import Transform
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
+
+
+def mmlu_dev_dataset(
+    tokenizer: ModelTokenizer,
+    *,
+    split: str = "train",
+    num_held_out: int = 45,
+    seed: int = 0,
+    packed: bool = False,
+) -> SFTDataset | PackedDataset:
+    """The 285 MMLU dev questions with worked answers that the installed lm_eval package carries (5 of each of 57
+    subjects, its ``flan_cot_fewshot`` prompts), divided at random into what is trained on and what is held out.
+
+    Args:
+        split: ``train`` or ``held_out``.
+        num_held_out: questions held out.
+        seed: of the division.
+        packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
+
+    Raises:
+        ValueError: if ``split`` is unknown or ``num_held_out`` leaves one of the splits empty.
+    """
+    rows = _mmlu_dev_rows()
+    if split not in ("train", "held_out"):
+        raise ValueError(f"dataset.split={split!r}; choose train or held_out")
+    if not 0 < num_held_out < len(rows):
+        raise ValueError(f"dataset.num_held_out={num_held_out}; choose 1 to {len(rows) - 1} of {len(rows)}")
+    random.Random(seed).shuffle(rows)
+    rows = rows[num_held_out:] if split == "train" else rows[:num_held_out]
+    return _finish(rows, InstructionToMessages(), tokenizer, packed)
+
+
+def instruction_dataset(
+    tokenizer: ModelTokenizer,
+    *,
+    data_files: str | list[str],
+    packed: bool = False,
+    train_on_input: bool = False,
+) -> SFTDataset | PackedDataset:
+    """Local JSON files of ``instruction``, optional ``input``, and ``output``: the form of Commonsense170K.
+
+    The user's turn is the instruction, with the input below it where there is one; the assistant's is the output.
+    Each file is a JSON list of objects, or one object a line.
+
+    Args:
+        data_files: a path, or several.
+        packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
+        train_on_input: train on the user's turn too.
+
+    Raises:
+        ValueError: if a file is missing, empty or not JSON, or if a row lacks a field; it names file, row and field.
+    """
+    files = [data_files] if isinstance(data_files, str) else list(data_files)
+    rows = [row for file in files for row in _read_rows(Path(file).expanduser())]
+    return _finish(rows, InstructionToMessages(train_on_input), tokenizer, packed)
+
+
+class InstructionToMessages(Transform):
+    """A row of ``instruction``, ``input`` and ``output`` as a user's and an assistant's message."""
+
+    def __init__(self, train_on_input: bool = False) -> None:
+        self.train_on_input = train_on_input
+
+    def __call__(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+        prompt = "\n".join(filter(None, (sample["instruction"], sample.get("input"))))
+        return {
+            "messages": [
+                Message(role="user", content=prompt, masked=not self.train_on_input),
+                Message(role="assistant", content=sample["output"]),
+            ]
+        }
+
+
+class RowsDataset(SFTDataset):
+    """torchtune's ``SFTDataset`` over rows that are already in memory."""
+
+    def __init__(self, rows: list[dict[str, Any]], message_transform: Transform, model_transform: Transform) -> None:
+        self._data = rows
+        self._prepare_sample = SFTTransform(message_transform=message_transform, model_transform=model_transform)
+
+
+def _finish(
+    rows: list[dict[str, Any]], transform: Transform, tokenizer: ModelTokenizer, packed: bool
+) -> SFTDataset | PackedDataset:
+    dataset = RowsDataset(rows, transform, tokenizer)
+    if not packed:
+        return dataset
+    if tokenizer.max_seq_len is None:
+        raise ValueError("dataset.packed=true needs tokenizer.max_seq_len, the length of a packed row")
+    return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len)
+
+
+def _mmlu_dev_rows() -> list[dict[str, Any]]:
+    folder = importlib.resources.files("lm_eval") / "tasks" / "mmlu" / "flan_cot_fewshot"
+    rows = []
+    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if file.name.startswith("mmlu_") and file.name.endswith(".yaml"):
+            samples = yaml.safe_load(file.read_text())["fewshot_config"]["samples"]
+            rows += [{"instruction": s["question"], "output": s["target"]} for s in samples]
+    return rows
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise ValueError(f"dataset.data_files={file} does not exist")
+    text = file.read_text()
+    if not text.strip():
+        raise ValueError(f"dataset.data_files={file} is empty")
+    try:
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
+    except ValueError as error:
+        raise ValueError(f"dataset.data_files={file} is not JSON: {error}") from error
+    if not rows:
+        raise ValueError(f"dataset.data_files={file} is empty")
+    for number, row in enumerate(rows):
+        for field in ("instruction", "output"):
+            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
+                raise ValueError(f"dataset.data_files={file}: row {number} has no text in field {field!r}")
+    return rows

@@ -1,0 +1,47 @@
+"""Pictures of a run. Colours are Okabe and Ito's, told apart by colour-blind people and in grey."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
+
+
+def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: Sequence[float] | None = None) -> None:
+    """A bar for each layer's score, with its inclusion probability on a second axis where given."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots()
+    percent = score in ("outlier", "reverse")
+    axes.bar(range(len(scores)), [100 * s if percent else s for s in scores], color=BLUE, label="score")
+    axes.set_xlabel("layer (0 is the lowest)")
+    axes.set_ylabel("outlier weights, %" if percent else f"{score} score")
+    axes.set_title(f"Layer scores: {score}")
+    if probabilities is not None:
+        right = axes.twinx()
+        right.plot(range(len(scores)), probabilities, color=ORANGE, marker="o", markersize=4, label="probability")
+        right.set_ylabel("probability of being active")
+        right.set_ylim(0, 1)
+        figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def plot_draws(path: Path, draws: Sequence[tuple[int, Sequence[int]]], num_layers: int, num_steps: int) -> None:
+    """A map of which layers trained when.
+
+    Args:
+        draws: (step drawn at, active layers) of each draw, in order.
+        num_steps: optimizer steps of the run.
+    """
+    figure = Figure(figsize=(9, 0.14 * num_layers + 1.5), layout="constrained")
+    axes = figure.subplots()
+    ends = [step for step, _ in draws[1:]] + [num_steps]
+    for (start, active), end in zip(draws, ends, strict=True):
+        axes.barh(list(active), end - start, left=start, height=0.9, color=BLUE, edgecolor="white", linewidth=0.5)
+        axes.axvline(start, color=GREY, linewidth=0.5, zorder=0)
+    axes.set_xlim(0, num_steps)
+    axes.set_ylim(-0.5, num_layers - 0.5)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("layer (0 is the lowest)")
+    axes.set_title(f"Layers trained in each of {len(draws)} draws")
+    figure.savefig(path, dpi=150)

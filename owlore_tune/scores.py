@@ -1,0 +1,128 @@
+"""The seven layer scores, and the file that keeps one so that it need not be made again."""
+
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from owlore_tune.layers import find_layers, find_linears
+from owlore_tune.outliers import outlier_scores
+
+SCORES = ("outlier", "uniform", "increase", "decrease", "reverse", "weight_norm", "heavy_tail")
+NEEDS_DATA = ("outlier", "reverse")
+
+
+def layer_scores(
+    model: nn.Module,
+    score: str = "outlier",
+    *,
+    batches: Callable[[], Iterable[Mapping[str, Tensor]]] | None = None,
+    threshold: float = 13.0,
+) -> list[float]:
+    """One number ≥ 0 per layer of ``model``, bottom first; a layer is sampled in proportion to it.
+
+    Args:
+        score: ``outlier``: share of outlier weights (see `outlier_scores`). ``reverse``: max D − D_l, fewest
+            outliers first. ``uniform``: all alike, which is LISA (arXiv 2403.17919). ``increase``, ``decrease``: in
+            proportion to the layer's place from the bottom or the top. ``weight_norm``: Frobenius norm of the layer's
+            Linears together. ``heavy_tail``: the Hill estimate of the tail of the weights' spectra.
+        batches: returns the calibration batches; called for ``outlier`` and ``reverse`` alone.
+        threshold: τ of the outlier score.
+
+    Raises:
+        TypeError: if ``model`` is not a torchtune ``TransformerDecoder``.
+        ValueError: if ``score`` is unknown, or needs batches and there are none.
+    """
+    layers = find_layers(model)
+    num_layers = len(layers)
+    if score in NEEDS_DATA:
+        if batches is None:
+            raise ValueError(f"score={score!r} needs calibration batches")
+        shares = outlier_scores(model, batches(), threshold)
+        return shares if score == "outlier" else [max(shares) - share for share in shares]
+    if score == "uniform":
+        return [1.0] * num_layers
+    if score == "increase":
+        return [float(i + 1) for i in range(num_layers)]
+    if score == "decrease":
+        return [float(num_layers - i) for i in range(num_layers)]
+    per_layer = {"weight_norm": weight_norm, "heavy_tail": heavy_tail}.get(score)
+    if per_layer is None:
+        raise ValueError(f"score={score!r}; choose one of {', '.join(SCORES)}")
+    return [per_layer(layer) for layer in tqdm(layers, desc=f"Scoring by {score}", unit="layer", leave=False)]
+
+
+@torch.no_grad()
+def weight_norm(layer: nn.Module) -> float:
+    """Frobenius norm of the layer's Linears together."""
+    norms = [torch.linalg.vector_norm(m.weight, dtype=torch.float64) for _, m in find_linears(layer)]
+    return torch.linalg.vector_norm(torch.stack(norms)).item()
+
+
+@torch.no_grad()
+def heavy_tail(layer: nn.Module) -> float:
+    """Mean over the layer's Linears of the Hill estimate of their spectrum's tail; larger means heavier.
+
+    The estimate is the mean of ln(λ_i / λ_k+1) over the k largest of the n eigenvalues λ of WᵀW, k = n/2
+    (heavy-tailed self-regularization, arXiv 1810.01075; k as in AlphaPruning, arXiv 2410.10912).
+    """
+    estimates = []
+    for _, linear in find_linears(layer):
+        weight = linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
+        logs = 2 * torch.linalg.svdvals(weight).double().clamp_min(1e-30).log()  # descending
+        k = len(logs) // 2
+        estimates.append((logs[:k] - logs[k]).mean())
+    return torch.stack(estimates).mean().item()
+
+
+@dataclass
+class LayerScores:
+    """Scores of a model's layers with where they come from; written and read as JSON."""
+
+    scores: list[float]
+    score: str
+    fingerprint: str  # of the model's weights, see `owlore_tune.checkpoints.fingerprint`
+    threshold: float | None = None
+    data: dict[str, Any] | None = None
+    versions: dict[str, str] = field(
+        default_factory=lambda: {
+            name: importlib.metadata.version(name) for name in ("owlore-tune", "torchtune", "torch")
+        }
+    )
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, *, num_layers: int, fingerprint: str) -> "LayerScores":
+        """Read a score file made for this very model.
+
+        Raises:
+            ValueError: if the file is missing or not a score file, if its scores are not finite numbers ≥ 0, or if
+                it was made for another number of layers or for other weights.
+        """
+        try:
+            loaded = cls(**json.loads(Path(path).read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"scores_file={path} cannot be read ({error}); make one with `owlore score`") from error
+        for layer, value in enumerate(loaded.scores):
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"scores_file={path}: score of layer {layer} is {value}; make it again")
+        if len(loaded.scores) != num_layers:
+            raise ValueError(
+                f"scores_file={path} is for a model of {len(loaded.scores)} layers; this one has {num_layers}"
+            )
+        if loaded.fingerprint != fingerprint:
+            raise ValueError(
+                f"scores_file={path} was made for other weights ({loaded.fingerprint}, these are {fingerprint}); "
+                "make one for this checkpoint with `owlore score`, or leave scores_file out"
+            )
+        return loaded

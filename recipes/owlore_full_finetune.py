@@ -1,0 +1,496 @@
+"""Fine-tune all weights of a model on one device, a few layers at a time (OwLore, arXiv 2405.18380).
+
+tune run owlore_full_finetune --config smollm2/135M_owlore [field=value ...]
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torchtune import config, training, utils
+from torchtune.config._utils import _get_component_from_path
+from torchtune.data import padded_collate_packed
+from torchtune.datasets import ConcatDataset
+from torchtune.recipe_interfaces import FTRecipeInterface
+from torchtune.training.lr_schedulers import get_lr
+from tqdm import tqdm
+
+from owlore_tune.active_layers import ActiveLayers, WeightWatch
+from owlore_tune.checkpoints import HFCheckpointer
+from owlore_tune.config import (
+    ConfigError,
+    OwLoreConfig,
+    build,
+    check_config,
+    parse,
+    writable_directory,
+)
+from owlore_tune.layers import find_layers
+from owlore_tune.manifest import machine, versions, write_json
+from owlore_tune.memory import peak_memory_bytes
+from owlore_tune.optim import OwLoreAdamW, parameter_groups
+from owlore_tune.sampling import LayerSampler, inclusion_probabilities
+from owlore_tune.scores import NEEDS_DATA, LayerScores, layer_scores
+
+log = utils.get_logger("INFO")
+
+Batch = dict[str, torch.Tensor]
+
+REQUIRED = (
+    "model",
+    "tokenizer",
+    "checkpointer",
+    "dataset",
+    "owlore",
+    "optimizer",
+    "loss",
+    "output_dir",
+    "metric_logger",
+)
+DEFAULTS = {
+    "dataset_val": None,
+    "collate_fn": "torchtune.data.padded_collate_sft",
+    "batch_size": 1,
+    "batch_size_val": None,  # as batch_size
+    "gradient_accumulation_steps": 1,
+    "shuffle": True,
+    "seed": 0,
+    "epochs": 1,
+    "max_steps_per_epoch": None,
+    "lr_scheduler": None,
+    "clip_grad_norm": None,
+    "device": None,  # the best there is
+    "dtype": "bf16",
+    "compile": False,
+    "enable_activation_checkpointing": False,
+    "log_every_n_steps": 1,
+    "run_val_every_n_steps": None,
+    "profiler": None,
+}
+
+
+class OwLoreFullFinetuneRecipe(FTRecipeInterface):
+    """OwLore on one device: cuda, cpu, or whatever else torchtune finds.
+
+    Everything that can be refused is refused before weights load. Then `setup` goes: weights, layer scores, schedule
+    of active layers; `train` asks that schedule for new layers before each step.
+
+    Full fine-tuning, LISA and GaLore are settings of the ``owlore`` and ``optimizer`` blocks; see configs/smollm2.
+
+    Args:
+        cfg: the parsed config; its fields are those of REQUIRED and DEFAULTS.
+
+    Raises:
+        ConfigError: if a key is unknown or a value cannot work.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg = check_config(cfg, REQUIRED, DEFAULTS)
+        self._owlore = OwLoreConfig.from_config(cfg.owlore)
+        try:
+            self._device = utils.get_device(cfg.device)
+            self._dtype = training.get_dtype(cfg.dtype, device=self._device)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error
+        if self._dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
+        for key in ("batch_size", "epochs", "gradient_accumulation_steps"):
+            if not cfg[key] >= 1:
+                raise ConfigError(f"{key}={cfg[key]}; it must be at least 1")
+        self._output_dir = writable_directory(cfg.output_dir)
+
+        self._gradient_accumulation_steps = cfg.gradient_accumulation_steps
+        self._clip_grad_norm = float("inf") if cfg.clip_grad_norm is None else float(cfg.clip_grad_norm)
+        self._log_every_n_steps = cfg.log_every_n_steps
+        self._run_val_every_n_steps = cfg.run_val_every_n_steps
+        self.seed = training.set_seed(seed=cfg.seed)
+        self.total_epochs = cfg.epochs
+        self.max_steps_per_epoch = cfg.max_steps_per_epoch
+        self.global_step = 0
+        self._seconds: dict[str, float] = {}  # by phase, for the manifest
+        self._losses: dict[str, float] = {}  # held-out, for the manifest
+        self._draws: list[dict[str, Any]] = []
+        self._step_seconds: list[float] = []
+
+    def setup(self) -> None:
+        cfg = self._cfg
+        self._setup_inputs(cfg)
+        self._model = self._setup_model(cfg)
+        # On the meta device still: rank and groups are checked before weights take the place of these parameters.
+        self._optimizer = self._setup_optimizer(cfg.optimizer)
+        known_scores = self._load_scores()
+        self.load_checkpoint()
+        self._scores = known_scores or self._score_layers(cfg)
+        self._scores.save(self._output_dir / "scores.json")
+        self._active_layers = self._setup_active_layers()
+        self._weight_watch = WeightWatch(self._model)
+
+        # After scoring, whose hooks want plain layers.
+        if cfg.enable_activation_checkpointing:
+            layer_types = {type(layer) for layer in find_layers(self._model)}
+            training.set_activation_checkpointing(self._model, auto_wrap_policy=layer_types)
+        if cfg.compile:
+            training.compile_model(self._model)
+            training.compile_loss(self._loss_fn)
+
+        num_steps = self.total_epochs * self._steps_per_epoch
+        self._lr_scheduler = None
+        if cfg.lr_scheduler is not None:
+            self._lr_scheduler = build(
+                "lr_scheduler", cfg.lr_scheduler, self._optimizer, num_training_steps=num_steps, last_epoch=-1
+            )
+        self._metric_logger = build("metric_logger", cfg.metric_logger)
+        self._metric_logger.log_config(cfg)
+        self._profiler = training.DummyProfiler()
+        if cfg.profiler is not None and cfg.profiler.enabled:
+            self._profiler, _ = build("profiler", cfg.profiler)
+
+    def score(self) -> LayerScores:
+        """Score the layers of the config's model, without training."""
+        self._setup_inputs(self._cfg)
+        self._model = self._setup_model(self._cfg)
+        self.load_checkpoint()
+        return self._score_layers(self._cfg)
+
+    def _setup_inputs(self, cfg: DictConfig) -> None:
+        self._tokenizer = build("tokenizer", cfg.tokenizer)
+        self._loss_fn = build("loss", cfg.loss)
+        self._dataloader = self._setup_data(cfg, "dataset", cfg.batch_size, shuffle=cfg.shuffle)
+        self._steps_per_epoch = len(self._dataloader) // self._gradient_accumulation_steps
+        if self._steps_per_epoch == 0:
+            raise ConfigError(
+                f"dataset has {len(self._dataloader.dataset)} samples, less than one optimizer step of "
+                f"batch_size={cfg.batch_size} × gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
+            )
+        if self.max_steps_per_epoch is not None:
+            self._steps_per_epoch = min(self._steps_per_epoch, self.max_steps_per_epoch)
+        self._val_dataloader = None
+        if cfg.dataset_val is not None:
+            batch_size = cfg.batch_size_val or cfg.batch_size
+            self._val_dataloader = self._setup_data(cfg, "dataset_val", batch_size, shuffle=False)
+        self._checkpointer: HFCheckpointer = build("checkpointer", cfg.checkpointer)
+        if not isinstance(self._checkpointer, HFCheckpointer):
+            raise ConfigError(
+                f"checkpointer._component_={cfg.checkpointer._component_}; "
+                "this recipe needs owlore_tune.checkpoints.HFCheckpointer"
+            )
+
+    def _setup_data(self, cfg: DictConfig, key: str, batch_size: int, shuffle: bool) -> StatefulDataLoader:
+        """The data loader of ``dataset`` or ``dataset_val``; a list of datasets is chained."""
+        nodes = cfg[key] if isinstance(cfg[key], ListConfig) else [cfg[key]]
+        datasets = [build(key, node, self._tokenizer) for node in nodes]
+        dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
+        if len(dataset) == 0:
+            raise ConfigError(f"{key} has no samples")
+        if "left_pad_sequence" in cfg.collate_fn:
+            raise ConfigError(f"collate_fn={cfg.collate_fn} pads on the left, which is for generation")
+        collate = partial(
+            _get_component_from_path(cfg.collate_fn),
+            padding_idx=self._tokenizer.pad_id,
+            ignore_idx=self._loss_fn.ignore_index,
+        )
+        packed = all(node.get("packed", False) for node in nodes)
+        return StatefulDataLoader(
+            dataset=dataset,
+            batch_size=batch_size,
+            sampler=StatefulDistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=self.seed),
+            collate_fn=padded_collate_packed if packed else collate,
+            drop_last=shuffle,
+        )
+
+    def _setup_model(self, cfg: DictConfig) -> torch.nn.Module:
+        """The model without weights, on the meta device."""
+        with training.set_default_dtype(self._dtype), torch.device("meta"):
+            model = build("model", cfg.model)
+        try:
+            self._owlore.check_model(len(find_layers(model)))
+        except TypeError as error:
+            raise ConfigError(str(error)) from error
+        if hasattr(self._loss_fn, "num_output_chunks"):
+            model.set_num_output_chunks(self._loss_fn.num_output_chunks)
+        return model
+
+    def _setup_optimizer(self, cfg_optimizer: DictConfig) -> OwLoreAdamW:
+        groups = parameter_groups(
+            self._model,
+            train_embeddings=self._owlore.train_embeddings,
+            train_output=self._owlore.train_output,
+            train_norm=self._owlore.train_norm,
+        )
+        optimizer = build("optimizer", cfg_optimizer, groups)
+        if not isinstance(optimizer, OwLoreAdamW):
+            raise ConfigError(
+                f"optimizer._component_={cfg_optimizer._component_}; this recipe needs owlore_tune.optim.OwLoreAdamW"
+            )
+        return optimizer
+
+    def _load_scores(self) -> LayerScores | None:
+        """The scores of ``owlore.scores_file``, if it is set and fits the model."""
+        path = self._owlore.scores_file
+        if path is None:
+            return None
+        try:
+            return LayerScores.load(
+                path, num_layers=len(self._model.layers), fingerprint=self._checkpointer.fingerprint()
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def load_checkpoint(self) -> None:
+        started = time.perf_counter()
+        self._checkpointer.load_checkpoint(self._model, dtype=self._dtype, device=self._device)
+        self._seconds["load"] = time.perf_counter() - started
+
+    def _score_layers(self, cfg: DictConfig) -> LayerScores:
+        started = time.perf_counter()
+        kind, threshold = self._owlore.score, self._owlore.outlier_threshold
+        scores = layer_scores(self._model, kind, batches=self._calibration_batches, threshold=threshold)
+        self._seconds["score"] = time.perf_counter() - started
+        needs_data = kind in NEEDS_DATA
+        data = {
+            "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
+            "batches": self._owlore.calibration_batches,
+            "batch_size": cfg.batch_size,
+            "seed": self.seed,
+        }
+        return LayerScores(
+            scores=scores,
+            score=kind,
+            fingerprint=self._checkpointer.fingerprint(),
+            threshold=threshold if needs_data else None,
+            data=data if needs_data else None,
+        )
+
+    def _calibration_batches(self) -> Iterator[Batch]:
+        """The first batches of the training data, in training order, as the model takes them."""
+        self._dataloader.sampler.set_epoch(0)
+        for batch in islice(self._dataloader, self._owlore.calibration_batches):
+            del batch["labels"]
+            utils.batch_to_device(batch, self._device)
+            yield batch
+
+    def _setup_active_layers(self) -> ActiveLayers:
+        scores = self._scores.scores
+        num_active = self._owlore.num_active_layers or len(scores)
+        try:
+            self._probabilities = inclusion_probabilities(scores, num_active)
+        except ValueError as error:
+            raise ConfigError(f"owlore: {error}; try another score, or a lower outlier_threshold") from error
+        never = [layer for layer, probability in enumerate(self._probabilities) if probability == 0]
+        if never:
+            log.warning(f"Layers {never} have score 0 and will never be trained.")
+        return ActiveLayers(
+            self._model,
+            self._optimizer,
+            LayerSampler(self._probabilities, num_active, self._owlore.draw, self.seed),
+            resample_every=self._owlore.resample_every,
+            inactive_state=self._owlore.inactive_state,
+            project_in_backward=self._owlore.project_in_backward,
+        )
+
+    def train(self) -> None:
+        started = time.perf_counter()
+        self._validate("before")
+        progress = tqdm(total=self.total_epochs * self._steps_per_epoch, unit="step", dynamic_ncols=True)
+        with self._profiler, progress:
+            for epoch in range(self.total_epochs):
+                self._dataloader.sampler.set_epoch(epoch)
+                batches = iter(self._dataloader)
+                for _ in range(self._steps_per_epoch):
+                    if (active := self._active_layers.maybe_redraw(self.global_step)) is not None:
+                        self._on_draw(active)
+                    metrics = self._train_step(list(islice(batches, self._gradient_accumulation_steps)))
+                    self.global_step += 1
+                    self._report(metrics, progress)
+                    self._profiler.step()
+                    every = self._run_val_every_n_steps
+                    if every is not None and self.global_step % every == 0:
+                        self._validate(f"step {self.global_step}")
+        self._close_draw()
+        self._validate("after")
+        self._seconds["train"] = time.perf_counter() - started
+        self.save_checkpoint()
+
+    def _train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
+        """One optimizer step over ``micro_batches``."""
+        started = time.perf_counter()
+        labels = [self._shift_labels(batch.pop("labels")) for batch in micro_batches]
+        num_tokens = sum(batch["tokens"].numel() for batch in micro_batches)
+        num_trained = [int((batch_labels != self._loss_fn.ignore_index).sum()) for batch_labels in labels]
+        loss = torch.zeros((), device=self._device)
+        for batch, batch_labels, count in zip(micro_batches, labels, num_trained, strict=True):
+            if count == 0:
+                continue  # a mean over no tokens
+            # The mean over all tokens of the step, whatever their split into micro-batches.
+            micro_loss = self._loss_step(batch, batch_labels) * (count / sum(num_trained))
+            micro_loss.backward()
+            self._optimizer.project_grads()
+            loss += micro_loss.detach()
+        grad_norm = self._optimizer.clip_grad_norm_(self._clip_grad_norm)
+        lr = get_lr(self._optimizer)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._lr_scheduler is not None:
+            self._lr_scheduler.step()
+        loss_value = loss.item()  # waits for the device, so the clock below has seen the whole step
+        seconds = time.perf_counter() - started
+        self._step_seconds.append(seconds)
+        return {
+            "loss": loss_value,
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "step_seconds": seconds,
+            "tokens_per_second": num_tokens / seconds,
+            "trained_tokens_per_second": sum(num_trained) / seconds,
+            "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
+        }
+
+    def _shift_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """(b, s) labels moved one to the left, so that position i predicts token i + 1 and logits need no slicing."""
+        ignored = torch.full_like(labels[:, :1], self._loss_fn.ignore_index)
+        return torch.cat([labels[:, 1:], ignored], dim=1)
+
+    def _loss_step(self, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+        """Mean loss over the trained tokens of a micro-batch."""
+        utils.batch_to_device(batch, self._device)
+        labels = labels.to(self._device)
+        logits = self._model(**batch)
+        if not isinstance(logits, list):  # a list where the loss takes chunks
+            labels = labels.reshape(-1)
+            logits = logits.reshape(-1, logits.size(-1))
+        return self._loss_fn(logits, labels)
+
+    def _report(self, metrics: dict[str, float], progress: tqdm) -> None:
+        progress.update()
+        progress.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {metrics['tokens_per_second']:.0f} tokens/s, "
+            f"layers {','.join(map(str, self._active_layers.active))}"
+        )
+        if self.global_step % self._log_every_n_steps == 0:
+            self._metric_logger.log_dict(metrics, step=self.global_step)
+
+    def _on_draw(self, active: list[int]) -> None:
+        self._close_draw()
+        self._draws.append(
+            {"step": self.global_step, "active": active, "trainable": self._active_layers.num_trainable()}
+        )
+
+    def _close_draw(self) -> None:
+        """Add to the last draw's record what came of it, and log it."""
+        if not self._draws:
+            return
+        draw = self._draws[-1]
+        refreshes, self._optimizer.refreshes = self._optimizer.refreshes, []
+        names = self._weight_watch.changed()
+        changed = {int(name.split(".")[1]) for name in names if name.startswith("layers.")}
+        draw |= {
+            "refresh_seconds": sum(seconds for seconds, _ in refreshes),
+            "captured_energy": float(sum(e for _, e in refreshes) / len(refreshes)) if refreshes else None,
+            "changed_layers": sorted(changed),
+            "changed_outside_layers": sorted(name for name in names if not name.startswith("layers.")),
+        }
+        if unexpected := changed - set(draw["active"]):
+            raise RuntimeError(f"frozen layers {sorted(unexpected)} changed since step {draw['step']}")
+        if idle := set(draw["active"]) - changed:
+            log.warning(f"Active layers {sorted(idle)} did not change since step {draw['step']}.")
+        with (self._output_dir / "draws.jsonl").open("a") as file:
+            file.write(json.dumps(draw) + "\n")
+        metrics = {
+            "num_active_layers": len(draw["active"]),
+            "trainable_parameters": draw["trainable"],
+            "refresh_seconds": draw["refresh_seconds"],
+            "changed_layers": len(changed),
+        }
+        if refreshes:
+            metrics["captured_energy"] = draw["captured_energy"]
+        self._metric_logger.log_dict(metrics, step=self.global_step)
+
+    @torch.no_grad()
+    def _validate(self, when: str) -> None:
+        """Log the mean loss over the held-out data's trained tokens."""
+        if self._val_dataloader is None:
+            return
+        self._model.eval()
+        total, num_trained = 0.0, 0
+        for batch in tqdm(self._val_dataloader, desc="Validating", unit="batch", leave=False):
+            labels = self._shift_labels(batch.pop("labels"))
+            count = int((labels != self._loss_fn.ignore_index).sum())
+            if count:
+                total += self._loss_step(batch, labels).item() * count
+                num_trained += count
+        self._model.train()
+        if num_trained == 0:
+            raise ConfigError("dataset_val has no tokens to predict; is tokenizer.max_seq_len too short?")
+        self._losses[when] = total / num_trained
+        log.info(f"Held-out loss, {when}: {self._losses[when]:.4f} over {num_trained} tokens")
+        self._metric_logger.log_dict({"val_loss": self._losses[when]}, step=self.global_step)
+
+    def save_checkpoint(self) -> None:
+        """Write the weights in HF format, the pictures and the manifest."""
+        from owlore_tune.plots import plot_draws, plot_scores
+
+        started = time.perf_counter()
+        directory = self._output_dir / f"step_{self.global_step}"
+        self._checkpointer.save_checkpoint(self._model, directory)
+        self._seconds["save"] = time.perf_counter() - started
+        plot_scores(self._output_dir / "scores.png", self._scores.scores, self._scores.score, self._probabilities)
+        draws = [(draw["step"], draw["active"]) for draw in self._draws]
+        plot_draws(self._output_dir / "draws.png", draws, len(self._scores.scores), self.global_step)
+        write_json(self._output_dir / "manifest.json", self._manifest(directory))
+        self._print_summary(directory)
+
+    def _manifest(self, checkpoint: Path) -> dict[str, Any]:
+        return {
+            "versions": versions(),
+            "machine": machine(self._device),
+            "config": OmegaConf.to_container(self._cfg, resolve=True),
+            "seed": self.seed,
+            "steps": self.global_step,
+            "checkpoint": checkpoint.name,
+            "held_out_loss": self._losses,
+            "seconds": self._seconds,
+            "median_step_seconds": _median(self._step_seconds),
+            "peak_memory_bytes": peak_memory_bytes(self._device),
+            "optimizer_state_bytes": self._optimizer.state_bytes(),
+            "draws": self._draws,
+        }
+
+    def _print_summary(self, checkpoint: Path) -> None:
+        losses = [f"{when} {loss:.4f}" for when, loss in self._losses.items() if when in ("before", "after")]
+        print(
+            f"held-out loss   {', '.join(losses) or 'not measured'}\n"
+            f"median step     {_median(self._step_seconds):.2f} s\n"
+            f"peak memory     {peak_memory_bytes(self._device) / 1e9:.2f} GB\n"
+            f"weights         {checkpoint}\n"
+            f"pictures        {self._output_dir / 'scores.png'}, {self._output_dir / 'draws.png'}\n"
+            f"manifest        {self._output_dir / 'manifest.json'}"
+        )
+
+    def cleanup(self) -> None:
+        self._metric_logger.close()
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+@parse
+def recipe_main(cfg: DictConfig) -> None:
+    """Fine-tune with OwLore; see `OwLoreFullFinetuneRecipe`."""
+    config.log_config(recipe_name="OwLoreFullFinetuneRecipe", cfg=cfg)
+    recipe = OwLoreFullFinetuneRecipe(cfg=cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    recipe_main()
