@@ -23,7 +23,7 @@ def mmlu_dev_dataset(
     seed: int = 0,
     packed: bool = False,
 ) -> SFTDataset | PackedDataset:
-    """The 285 MMLU dev questions with worked answers that the installed lm_eval package carries (5 of each of 57
+    """The 282 MMLU dev questions with worked answers that the installed lm_eval package carries (up to 5 of each of 57
     subjects, its ``flan_cot_fewshot`` prompts), divided at random into what is trained on and what is held out.
 
     Args:
@@ -60,27 +60,23 @@ def instruction_dataset(
     Args:
         data_files: a path, or several.
         packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
-        train_on_input: train on the user's turn too.
 
     Raises:
         ValueError: if a file is missing, empty or not JSON, or if a row lacks a field; it names file, row and field.
     """
     files = [data_files] if isinstance(data_files, str) else list(data_files)
     rows = [row for file in files for row in _read_rows(Path(file).expanduser())]
-    return _finish(rows, InstructionToMessages(train_on_input), tokenizer, packed)
+    return _finish(rows, InstructionToMessages(), tokenizer, packed)
 
 
 class InstructionToMessages(Transform):
     """A row of ``instruction``, ``input`` and ``output`` as a user's and an assistant's message."""
 
-    def __init__(self, train_on_input: bool = False) -> None:
-        self.train_on_input = train_on_input
-
     def __call__(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
         prompt = "\n".join(filter(None, (sample["instruction"], sample.get("input"))))
         return {
             "messages": [
-                Message(role="user", content=prompt, masked=not self.train_on_input),
+                Message(role="user", content=prompt, masked=True),
                 Message(role="assistant", content=sample["output"]),
             ]
         }

@@ -121,7 +121,7 @@ class OwLoreAdamW(Optimizer):
         parameter.grad = None
         gathered = self._low_grads.get(parameter)
         if gathered is None and state.get("basis_age", math.inf) >= group["update_gap"]:
-            self._refresh(parameter, grad if right else grad.T, group)
+            self._refresh(parameter, grad, group)
         low = project(grad, state["basis"], right)
         self._low_grads[parameter] = low if gathered is None else gathered.add_(low)
 
@@ -131,27 +131,30 @@ class OwLoreAdamW(Optimizer):
             self.project_grad(parameter)
 
     def _refresh(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Set a new basis from ``grad``, oriented so that the basis spans its rows."""
+        """Make a new basis from ``grad`` (m, n) and carry the moments over to it."""
         started = time.perf_counter()
         state = self.state[parameter]
+        right = is_right(parameter.shape, group["side"])
         old = state.get("basis")
         if group["basis"] == "svd":
-            new, energy = svd_basis(grad, group["rank"])
+            new, energy = svd_basis(grad, group["rank"], right)
         else:
             # Not from the global generator, and from nothing that a resumed run would have to replay.
             seed = hash((self._seed, self._slots[parameter][1], state.get("step", 0))) & 0xFFFF_FFFF
             generator = torch.Generator(grad.device).manual_seed(seed)
-            new, energy = range_finder(grad, group["rank"], generator=generator, start=old)
+            rows = grad if right else grad.T
+            new, energy = range_finder(rows, group["rank"], generator=generator, start=old)
         if old is not None and "step" in state:
-            _carry_moments(state, old.T @ new, group["moments"], is_right(parameter.shape, group["side"]))
+            _carry_moments(state, old.T @ new, group["moments"], right)
         state["basis"], state["basis_age"] = new, 0
         self.refreshes.append((time.perf_counter() - started, energy))
 
     def step_grads(self) -> list[Tensor]:
         """The gradients that the next step will use: (m, r) for projected weights, the full ones otherwise."""
         self.project_grads()
-        full = [parameter.grad for parameter in self._slots if parameter.grad is not None]
-        return [*self._low_grads.values(), *full]
+        # In the optimizer's order, not in backward's: a norm over them is then the same bits in every mode.
+        grads = (self._low_grads.get(parameter, parameter.grad) for parameter in self._slots)
+        return [grad for grad in grads if grad is not None]
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:

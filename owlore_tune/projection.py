@@ -62,11 +62,12 @@ def range_finder(
     return fix_signs(basis), _share(eigenvalues[-rank:].sum(), grad, scale)
 
 
-def svd_basis(grad: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The exact counterpart of `range_finder`, by a full SVD; signs as LAPACK leaves them, which is GaLore's way."""
-    _, singular, right_vectors = torch.linalg.svd(grad, full_matrices=False)
+def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tensor]:
+    """The exact basis by a full SVD, slow; signs as LAPACK leaves them, which is GaLore's way."""
+    left_vectors, singular, right_vectors = torch.linalg.svd(grad, full_matrices=False)
     scale = singular[0].clamp_min(torch.finfo(grad.dtype).tiny)
-    return right_vectors[:rank].T.contiguous(), _share((singular[:rank] / scale).square().sum(), grad, scale)
+    basis = right_vectors[:rank].T if right else left_vectors[:, :rank]
+    return basis.contiguous(), _share((singular[:rank] / scale).square().sum(), grad, scale)
 
 
 def fix_signs(basis: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from owlore_tune.config import (
 )
 from owlore_tune.layers import find_layers
 from owlore_tune.manifest import machine, versions, write_json
-from owlore_tune.memory import peak_memory_bytes
+from owlore_tune.memory import peak_memory_bytes, reuse_freed_memory
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
 from owlore_tune.sampling import LayerSampler, inclusion_probabilities
 from owlore_tune.scores import NEEDS_DATA, LayerScores, layer_scores
@@ -106,6 +106,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             if not cfg[key] >= 1:
                 raise ConfigError(f"{key}={cfg[key]}; it must be at least 1")
         self._output_dir = writable_directory(cfg.output_dir)
+        if self._device.type == "cpu":
+            reuse_freed_memory()
 
         self._gradient_accumulation_steps = cfg.gradient_accumulation_steps
         self._clip_grad_norm = float("inf") if cfg.clip_grad_norm is None else float(cfg.clip_grad_norm)
@@ -214,7 +216,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._owlore.check_model(len(find_layers(model)))
         except TypeError as error:
             raise ConfigError(str(error)) from error
-        if hasattr(self._loss_fn, "num_output_chunks"):
+        if hasattr(self._loss_fn, "set_model_output"):
+            self._loss_fn.set_model_output(model)
+        elif hasattr(self._loss_fn, "num_output_chunks"):
             model.set_num_output_chunks(self._loss_fn.num_output_chunks)
         return model
 
@@ -362,11 +366,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Mean loss over the trained tokens of a micro-batch."""
         utils.batch_to_device(batch, self._device)
         labels = labels.to(self._device)
-        logits = self._model(**batch)
-        if not isinstance(logits, list):  # a list where the loss takes chunks
-            labels = labels.reshape(-1)
-            logits = logits.reshape(-1, logits.size(-1))
-        return self._loss_fn(logits, labels)
+        outputs = self._model(**batch)  # hidden states, chunks of logits or all logits, as the loss asked for
+        if torch.is_tensor(outputs) and not hasattr(self._loss_fn, "set_model_output"):
+            outputs, labels = outputs.flatten(0, 1), labels.flatten()
+        return self._loss_fn(outputs, labels)
 
     def _report(self, metrics: dict[str, float], progress: tqdm) -> None:
         progress.update()

@@ -1,0 +1,92 @@
+"""Cross-entropy that never holds all logits, and spends nothing on positions that are not trained on."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtune.modules import TiedLinear, TransformerDecoder
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """Mean cross-entropy straight from the last hidden states: output head and loss in one, chunk by chunk.
+
+    Only positions with a label go through the head, ``chunk_size`` of them at a time, and each chunk's gradients are
+    taken at once, so one chunk of logits is all that is ever alive, in forward and backward. A model's own forward
+    would make logits for every position. (The name and ``set_model_output`` are those of later torchtune versions.)
+
+    Args:
+        chunk_size: positions per chunk.
+        ignore_index: label of positions that are not trained on.
+    """
+
+    def __init__(self, chunk_size: int = 256, ignore_index: int = -100) -> None:
+        super().__init__()
+        if not chunk_size >= 1:
+            raise ValueError(f"loss.chunk_size={chunk_size}; it must be at least 1 position")
+        self.chunk_size = chunk_size
+        self.ignore_index = ignore_index
+        self._head: Any = None
+
+    def set_model_output(self, model: TransformerDecoder) -> None:
+        """Make ``model`` return its normed last hidden states, and take over its output head."""
+        self._head = [model.output]  # in a list, so that the head does not become this module's too
+        norm = model.norm
+        model.unembed = lambda hidden: norm(hidden)
+
+    def forward(
+        self,
+        hidden: Tensor,  # (b, s, d)
+        labels: Tensor,  # (b, s), already shifted
+    ) -> Tensor:  # ()
+        """
+        Raises:
+            RuntimeError: if ``set_model_output`` was not called.
+        """
+        if self._head is None:
+            raise RuntimeError("call set_model_output(model) before the first forward")
+        (head,) = self._head
+        chosen = labels != self.ignore_index
+        return _ChunkedHead.apply(hidden[chosen], labels[chosen], head, self.chunk_size, *_head_parameters(head))
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Mean cross-entropy of ``head(hidden)``; gradients are made in forward, where the logits are."""
+
+    @staticmethod
+    def forward(ctx, hidden, labels, head, chunk_size, *parameters):  # hidden (n, d), labels (n,)
+        needs = [i == 0 or parameter.requires_grad for i, parameter in enumerate((hidden, *parameters))]
+        wants_grad = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:])
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        hidden_grad = torch.empty_like(hidden) if wants_grad else None
+        parameter_grads = [torch.zeros_like(p) if p.requires_grad and wants_grad else None for p in parameters]
+        for start in range(0, len(hidden), chunk_size):
+            rows = slice(start, start + chunk_size)
+            with torch.set_grad_enabled(wants_grad):
+                chunk = hidden[rows].detach().requires_grad_(wants_grad)
+                logits = head(chunk)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = F.cross_entropy(logits, labels[rows], reduction="sum")
+            total += loss.detach()
+            if wants_grad:
+                inputs = [x for x, need in zip((chunk, *parameters), needs, strict=True) if need]
+                first, *others = torch.autograd.grad(loss, inputs)
+                hidden_grad[rows] = first
+                for gathered, grad in zip((g for g in parameter_grads if g is not None), others, strict=True):
+                    gathered += grad
+        ctx.save_for_backward(hidden_grad, *(g for g in parameter_grads if g is not None))
+        ctx.has_grad = [g is not None for g in (hidden_grad, *parameter_grads)]
+        ctx.count = len(hidden)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        saved = iter(ctx.saved_tensors)
+        hidden_grad, *parameter_grads = [next(saved) * (grad_loss / ctx.count) if has else None for has in ctx.has_grad]
+        return hidden_grad, None, None, None, *parameter_grads
+
+
+def _head_parameters(head: nn.Module | TiedLinear) -> list[nn.Parameter]:
+    if isinstance(head, TiedLinear):
+        return [head.tied_module.weight]
+    return list(head.parameters())

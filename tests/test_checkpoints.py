@@ -1,0 +1,160 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torchtune.models.llama2 import llama2
+from torchtune.models.llama3 import llama3
+from torchtune.models.mistral import mistral
+from torchtune.models.qwen2 import qwen2
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from owlore_tune.checkpoints import HFCheckpointer
+from owlore_tune.smollm2 import smollm2_135m
+
+HF = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, dtype="float32",
+)  # fmt: skip
+TUNE = dict(vocab_size=96, num_layers=3, num_heads=4, num_kv_heads=2, embed_dim=32, intermediate_dim=48, max_seq_len=64)
+FAMILIES = {
+    "LLAMA2": (LlamaForCausalLM, LlamaConfig(**HF), lambda: llama2(**TUNE)),
+    "LLAMA3": (
+        LlamaForCausalLM,
+        LlamaConfig(**HF, rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}),
+        lambda: llama3(**TUNE, rope_base=500_000),
+    ),
+    "MISTRAL": (MistralForCausalLM, MistralConfig(**HF, sliding_window=None), lambda: mistral(**TUNE)),
+    "QWEN2": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**HF, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        lambda: qwen2(**TUNE, norm_eps=1e-5, rope_base=1_000_000, tie_word_embeddings=True),
+    ),
+}
+
+
+def load(directory, model_type, build, dtype=torch.float32):
+    with torch.device("meta"):
+        model = build()
+    checkpointer = HFCheckpointer(str(directory), model_type, output_dir="unused")
+    checkpointer.load_checkpoint(model, dtype=dtype, device=torch.device("cpu"))
+    return model, checkpointer
+
+
+def hf_directory(family, directory):
+    model_class, config, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shard_bytes", [2 * 10**9, 10_000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_go_in_and_come_out_with_equal_logits(family, shard_bytes, tmp_path, ids):
+    source = hf_directory(family, tmp_path / "source")
+    model, checkpointer = load(source, family, FAMILIES[family][2])
+    expected = AutoModelForCausalLM.from_pretrained(source)(ids).logits
+    torch.testing.assert_close(model(ids), expected, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    checkpointer.save_checkpoint(model, tmp_path / "out", shard_bytes=shard_bytes)
+    num_files = len(list((tmp_path / "out").glob("*.safetensors")))
+    assert num_files == 1 if shard_bytes > 10**6 else num_files > 3
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(exported(ids).logits, model(ids), atol=1e-4, rtol=0)
+    again, _ = load(tmp_path / "out", family, FAMILIES[family][2])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_real_smollm2_gives_transformers_logits(smollm2_dir, ids):
+    model, _ = load(smollm2_dir, "LLAMA3_2", smollm2_135m)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    hf = AutoModelForCausalLM.from_pretrained(smollm2_dir)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), hf(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_parameter_that_someone_holds_is_filled_in_place(tmp_path):
+    source = hf_directory("LLAMA2", tmp_path / "source")
+    with torch.device("meta"):
+        model = llama2(**TUNE)
+    held = dict(model.named_parameters())
+    HFCheckpointer(str(source), "LLAMA2", "unused").load_checkpoint(
+        model, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert all(p is held[name] and not p.is_meta for name, p in model.named_parameters())
+
+
+def test_dtype_of_the_run_is_in_the_exported_config(tmp_path):
+    source = hf_directory("LLAMA2", tmp_path / "source")
+    model, checkpointer = load(source, "LLAMA2", FAMILIES["LLAMA2"][2], torch.bfloat16)
+    checkpointer.save_checkpoint(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_bin_files_are_read_where_there_are_no_safetensors(tmp_path, ids):
+    source = hf_directory("LLAMA2", tmp_path / "source")
+    expected, _ = load(source, "LLAMA2", FAMILIES["LLAMA2"][2])
+    with safe_open(source / "model.safetensors", framework="pt") as file:
+        torch.save({name: file.get_tensor(name) for name in file.keys()}, source / "pytorch_model.bin")  # noqa: SIM118
+    (source / "model.safetensors").unlink()
+    model, _ = load(source, "LLAMA2", FAMILIES["LLAMA2"][2])
+    assert torch.equal(model(ids), expected(ids))
+
+
+def test_fingerprint_tells_weights_apart(tmp_path):
+    source = hf_directory("LLAMA2", tmp_path / "source")
+    model, checkpointer = load(source, "LLAMA2", FAMILIES["LLAMA2"][2])
+    checkpointer.save_checkpoint(model, tmp_path / "same", shard_bytes=10_000)
+    with torch.no_grad():
+        model.layers[1].mlp.w1.weight.add_(1e-3)
+    checkpointer.save_checkpoint(model, tmp_path / "other")
+    fingerprints = [
+        HFCheckpointer(str(tmp_path / name), "LLAMA2", "unused").fingerprint() for name in ("source", "same", "other")
+    ]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 4}, "lacks weights of the model: layers.3"),
+        ({"num_layers": 2}, "no such parameter at layers.2"),
+        ({"intermediate_dim": 40}, "do model and checkpointer.checkpoint_dir belong together"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, changes, message):
+    source = hf_directory("LLAMA2", tmp_path / "source")
+    with pytest.raises(ValueError, match=message):
+        load(source, "LLAMA2", lambda: llama2(**TUNE | changes))
+
+
+def test_incomplete_directories_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint_dir=.*none is not a directory; download the model first"):
+        HFCheckpointer(str(tmp_path / "none"), "LLAMA2", "unused")
+    with pytest.raises(ValueError, match=r"no readable config\.json"):
+        HFCheckpointer(str(tmp_path), "LLAMA2", "unused")
+    source = hf_directory("LLAMA2", tmp_path / "source")
+    with pytest.raises(ValueError, match=r"weights missing in .*: .*no\.safetensors"):
+        HFCheckpointer(str(source), "LLAMA2", "unused", checkpoint_files=["no.safetensors"])
+    with pytest.raises(ValueError, match="model_type=LAMA; choose one of GEMMA"):
+        HFCheckpointer(str(source), "LAMA", "unused")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"weights missing in .*: \*\.safetensors"):
+        HFCheckpointer(str(source), "LLAMA2", "unused")

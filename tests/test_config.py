@@ -1,0 +1,166 @@
+"""Every shipped config against what it instantiates, and every bad value against the one line that refuses it."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune import config as tune_config
+
+from owlore_full_finetune import DEFAULTS, REQUIRED, OwLoreFullFinetuneRecipe
+from owlore_tune.checkpoints import HFCheckpointer
+from owlore_tune.config import ConfigError, OwLoreConfig, check_config, load_config
+from owlore_tune.names import find_config, packaged_configs
+from owlore_tune.optim import OwLoreAdamW, parameter_groups
+
+CONFIGS = [name for name, _ in packaged_configs()]
+OURS = [name for name in CONFIGS if not name.endswith("_lora")]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_shipped_config_fits_what_it_instantiates(name):
+    cfg = check_config(load_config(name), REQUIRED, DEFAULTS)
+    owlore = OwLoreConfig.from_config(cfg.owlore)
+    with torch.device("meta"):
+        model = tune_config.instantiate(cfg.model)
+    owlore.check_model(len(model.layers))
+    groups = parameter_groups(
+        model,
+        train_embeddings=owlore.train_embeddings,
+        train_output=owlore.train_output,
+        train_norm=owlore.train_norm,
+    )
+    assert isinstance(tune_config.instantiate(cfg.optimizer, groups), OwLoreAdamW)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_config_opens_with_its_download_and_launch(name):
+    head = find_config(name).read_text().split("\n\n")[0]
+    assert "Download" in head
+    assert "Launch" in head
+    assert name in head
+
+
+def test_methods_on_smollm2_differ_in_their_settings_alone():
+    base = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
+    for name in OURS:
+        if name.startswith("smollm2/"):
+            other = OmegaConf.to_container(load_config(name), resolve=False)
+            changed = {key for key in base.keys() | other.keys() if base.get(key) != other.get(key)}
+            assert changed <= {"owlore", "optimizer", "output_dir"}, name
+
+
+def run(config: dict) -> None:
+    OwLoreFullFinetuneRecipe(OmegaConf.create(config)).setup()
+
+
+def other_scores(path, **changes) -> str:
+    scores = {"scores": [1.0, 1, 1, 1], "score": "outlier", "fingerprint": "made-for-another-model"}
+    path.write_text(json.dumps(scores | changes))
+    return str(path)
+
+
+BAD = {
+    "unknown key": ({"learning_rate": 1}, "unknown key learning_rate"),
+    "unknown owlore key": ({"owlore.num_actve_layers": 2}, "owlore.num_actve_layers; did you mean num_active_layers"),
+    "unknown optimizer key": ({"optimizer.update_gp": 2}, "optimizer.update_gp; did you mean update_gap"),
+    "missing key": ({"loss": None}, "missing in the config: loss"),
+    "more layers than there are": ({"owlore.num_active_layers": 40}, "num_active_layers=40; the model has 4 layers"),
+    "no layers": ({"owlore.num_active_layers": 0}, "owlore.num_active_layers=0; it must be above 0"),
+    "negative layers": ({"owlore.num_active_layers": -1}, "owlore.num_active_layers=-1"),
+    "negative interval": ({"owlore.resample_every": -5}, "owlore.resample_every=-5"),
+    "wrong type": ({"owlore.num_active_layers": "two"}, "owlore.num_active_layers='two'; it must be int | null"),
+    "boolean as number": ({"owlore.resample_every": True}, "owlore.resample_every=True; it must be int"),
+    "unknown score": ({"owlore.score": "outliers"}, "owlore.score=outliers; choose one of outlier, uniform"),
+    "unknown draw": ({"owlore.draw": "random"}, "owlore.draw=random; choose one of systematic"),
+    "rank too large": ({"optimizer.rank": 4096}, "optimizer: rank=4096; no weight's shorter side is above it"),
+    "rank zero": ({"optimizer.rank": 0}, "optimizer: rank=0"),
+    "missing checkpoint": ({"checkpointer.checkpoint_dir": "/no/such/model"}, "/no/such/model"),
+    "not a decoder": ({"model": {"_component_": "torch.nn.Linear", "in_features": 2, "out_features": 2}}, "got Linear"),
+    "unknown component": ({"model": {"_component_": "torchtune.models.llama2.lama2_7b"}}, "lama2_7b"),
+    "missing data": ({"dataset.data_files": "/no/such/file.json"}, "dataset.data_files=/no/such/file.json does not"),
+    "unwritable output": ({"output_dir": "/proc/run"}, "output_dir=/proc/run is not writable"),
+    "fp16": ({"dtype": "fp16"}, "dtype=fp16; choose bf16 or fp32"),
+    "unknown dtype": ({"dtype": "fp64x"}, "dtype=fp64x"),
+    "unknown device": ({"device": "tpu"}, "device=tpu"),
+    "no batches": ({"batch_size": 0}, "batch_size=0; it must be at least 1"),
+    "negative accumulation": ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1"),
+    "too little data": ({"batch_size": 64}, "dataset has 40 samples, less than one optimizer step"),
+    "left padding": ({"collate_fn": "torchtune.data.left_pad_sequence"}, "pads on the left"),
+    "other optimizer": ({"optimizer": {"_component_": "torch.optim.AdamW"}}, "needs owlore_tune.optim.OwLoreAdamW"),
+    "other checkpointer": (
+        {
+            "checkpointer": {
+                "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_files": ["model.safetensors"],
+                "checkpoint_dir": "${tokenizer.path}", "model_type": "LLAMA2", "output_dir": "${output_dir}",
+            },
+        },
+        "needs owlore_tune.checkpoints.HFCheckpointer",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded before the error")
+
+    monkeypatch.setattr(HFCheckpointer, "load_checkpoint", refuse)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_config_is_refused_in_one_line_before_weights_load(case, tiny_config, tiny_dir, no_weights):
+    changes, message = BAD[case]
+    tiny_config["tokenizer"]["path"] = str(tiny_dir)
+    for path, value in changes.items():
+        node = tiny_config
+        *parents, leaf = path.split(".")
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    with pytest.raises((ConfigError, tune_config._errors.InstantiationError)) as error:
+        run(tiny_config)
+    assert message in str(error.value)
+
+
+def test_empty_data_is_refused(tiny_config, tmp_path, no_weights):
+    (tmp_path / "empty.json").write_text("[]")
+    tiny_config["dataset"]["data_files"] = str(tmp_path / "empty.json")
+    with pytest.raises(ConfigError, match=r"empty\.json is empty"):
+        run(tiny_config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"made for other weights \(made-for-another-model"),
+        ({"scores": [1.0, 1, 1]}, "for a model of 3 layers; this one has 4"),
+        ({"scores": [1.0, float("nan"), 1, 1]}, "score of layer 1 is nan"),
+    ],
+)
+def test_scores_of_another_model_are_refused(tiny_config, tmp_path, no_weights, changes, message):
+    tiny_config["owlore"]["scores_file"] = other_scores(tmp_path / "scores.json", **changes)
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_config)
+
+
+def test_null_on_the_command_line_removes_a_component(tiny_config):
+    tiny_config["dataset_val"] = {"_component_": None}
+    cfg = check_config(OmegaConf.create(tiny_config), REQUIRED, DEFAULTS)
+    assert cfg.dataset_val is None
+
+
+def test_a_list_of_datasets_is_checked_too(tiny_config):
+    tiny_config["dataset"] = [tiny_config["dataset"], tiny_config["dataset"] | {"packd": True}]
+    with pytest.raises(ConfigError, match=r"unknown key dataset\.1\.packd; did you mean packed"):
+        check_config(OmegaConf.create(tiny_config), REQUIRED, DEFAULTS)
+
+
+def test_overrides_and_files(tmp_path):
+    cfg = load_config("smollm2/135M_owlore", ["owlore.num_active_layers=2", "optimizer.rank=null"])
+    assert cfg.owlore.num_active_layers == 2
+    assert cfg.optimizer.rank is None
+    (tmp_path / "mine.yaml").write_text("a: 1")
+    assert load_config(str(tmp_path / "mine.yaml")).a == 1
+    with pytest.raises(SystemExit, match="no file and no packaged config named smolm2/135M_owlore; there is smollm2"):
+        find_config("smolm2/135M_owlore")

@@ -1,0 +1,300 @@
+import copy
+import importlib.util
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+
+from owlore_tune.optim import OwLoreAdamW, parameter_groups
+from owlore_tune.projection import range_finder
+
+SHAPES = [(24, 16), (16, 24), (20, 20)]
+
+
+def weights_and_grads(num_steps: int, dtype=torch.float32, shapes=SHAPES):
+    """Weights, and for each step gradients with a decaying spectrum that drifts."""
+    gen = torch.Generator().manual_seed(0)
+    weights = [torch.randn(s, generator=gen, dtype=dtype) for s in shapes]
+    steps = []
+    for _ in range(num_steps):
+        grads = []
+        for m, n in shapes:
+            decay = torch.arange(1, n + 1, dtype=dtype) ** -1.5
+            grads.append(torch.randn(m, n, generator=gen, dtype=dtype) * decay + 0.1)
+        steps.append(grads)
+    return weights, steps
+
+
+def run(optimizer, parameters, steps):
+    for grads in steps:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_full_rank_equals_torch_adamw(weight_decay):
+    weights, steps = weights_and_grads(20)
+    ours = [torch.nn.Parameter(w.clone()) for w in weights]
+    theirs = [torch.nn.Parameter(w.clone()) for w in weights]
+    run(OwLoreAdamW(ours, lr=1e-2, rank=None, weight_decay=weight_decay), ours, steps)
+    run(torch.optim.AdamW(theirs, lr=1e-2, weight_decay=weight_decay), theirs, steps)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+class GaLoreOracle:
+    """GaLore's published update (arXiv 2403.03507, algorithm 2) in NumPy float64, one weight, step by step."""
+
+    def __init__(self, weight, lr, rank, gap, scale, betas=(0.9, 0.999), eps=1e-12):
+        self.weight = weight.double().numpy().copy()
+        self.options = lr, rank, gap, scale, betas, eps
+        self.right = weight.shape[0] >= weight.shape[1]
+        self.first = self.second = 0.0
+        self.steps = 0
+
+    def step(self, grad, basis_of_ours):
+        lr, rank, gap, scale, betas, eps = self.options
+        grad = grad.double().numpy()
+        if self.steps % gap == 0:
+            u, _, vt = np.linalg.svd(grad, full_matrices=False)
+            basis = vt[:rank].T if self.right else u[:, :rank]
+            # An SVD leaves the sign of each column open, and kept moments depend on it: take the signs of ours.
+            overlap = (basis * basis_of_ours.double().numpy()).sum(0)
+            np.testing.assert_allclose(np.abs(overlap), 1, atol=1e-4)
+            self.basis = basis * np.sign(overlap)
+        self.steps += 1
+        low = grad @ self.basis if self.right else self.basis.T @ grad
+        self.first = betas[0] * self.first + (1 - betas[0]) * low
+        self.second = betas[1] * self.second + (1 - betas[1]) * low**2
+        root = np.sqrt(self.second / (1 - betas[1] ** self.steps)) + eps
+        direction = self.first / (1 - betas[0] ** self.steps) / root
+        self.weight -= lr * scale * (direction @ self.basis.T if self.right else self.basis @ direction)
+
+
+def test_shape_side_with_svd_equals_galore_in_numpy():
+    weights, steps = weights_and_grads(50)
+    ours = [torch.nn.Parameter(w.clone()) for w in weights]
+    optimizer = OwLoreAdamW(ours, lr=1e-3, rank=4, update_gap=20, scale=0.25, side="shape", basis="svd", eps=1e-12)
+    oracles = [GaLoreOracle(w, 1e-3, 4, 20, 0.25) for w in weights]
+    for grads in steps:
+        run(optimizer, ours, [grads])
+        for oracle, grad, parameter in zip(oracles, grads, ours, strict=True):
+            oracle.step(grad, optimizer.state[parameter]["basis"])
+    for parameter, oracle in zip(ours, oracles, strict=True):
+        torch.testing.assert_close(parameter.double(), torch.tensor(oracle.weight), atol=1e-5, rtol=0)
+
+
+def galore_torch_adamw():
+    """galore-torch's AdamW, without its package's __init__, which wants bitsandbytes."""
+    spec = importlib.util.find_spec("galore_torch")
+    if spec is None:
+        pytest.skip("galore-torch is not installed")
+    package = types.ModuleType("galore_torch")
+    package.__path__ = spec.submodule_search_locations
+    sys.modules["galore_torch"] = package
+    return importlib.import_module("galore_torch.adamw").AdamW
+
+
+def test_shape_side_with_svd_equals_galore_torch():
+    weights, steps = weights_and_grads(50)
+    ours = [torch.nn.Parameter(w.clone()) for w in weights]
+    theirs = [torch.nn.Parameter(w.clone()) for w in weights]
+    options = dict(rank=4, update_gap=20, scale=0.25, side="shape", basis="svd", eps=1e-12)
+    run(OwLoreAdamW(ours, lr=1e-3, **options), ours, steps)
+    group = {"params": theirs, "rank": 4, "update_proj_gap": 20, "scale": 0.25, "proj_type": "std"}
+    run(galore_torch_adamw()([group], lr=1e-3, eps=1e-12, no_deprecation_warning=True), theirs, steps)
+    for a, b, start in zip(ours, theirs, weights, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        assert (a - start).abs().max() > 1e-3
+
+
+def test_update_stays_in_the_span_of_the_basis():
+    weights, steps = weights_and_grads(3)
+    parameter = torch.nn.Parameter(weights[0].clone())
+    optimizer = OwLoreAdamW([parameter], rank=4, lr=1e-2)
+    run(optimizer, [parameter], [grads[:1] for grads in steps])
+    basis = optimizer.state[parameter]["basis"]
+    assert basis.shape == (16, 4)
+    change = parameter.detach() - weights[0]
+    torch.testing.assert_close(change @ basis @ basis.T, change, atol=1e-5, rtol=0)
+    assert optimizer.state[parameter]["exp_avg"].shape == (24, 4)
+    assert optimizer.state[parameter]["step"] == 3
+
+
+def test_basis_is_refreshed_every_update_gap_steps():
+    weights, steps = weights_and_grads(7)
+    parameter = torch.nn.Parameter(weights[0].clone())
+    optimizer = OwLoreAdamW([parameter], rank=4, update_gap=3)
+    bases = []
+    for grads in steps:
+        run(optimizer, [parameter], [grads[:1]])
+        bases.append(optimizer.state[parameter]["basis"])
+    changed = [not torch.equal(a, b) for a, b in zip(bases, bases[1:], strict=False)]
+    assert changed == [False, False, True, False, False, True]
+    assert len(optimizer.refreshes) == 3
+    assert all(seconds > 0 and 0 < energy <= 1 for seconds, energy in optimizer.refreshes)
+
+
+@pytest.mark.parametrize("side", ["right", "shape"])
+@pytest.mark.parametrize("moments", ["keep", "project", "reset"])
+def test_moments_at_a_refresh(moments, side):
+    weights, steps = weights_and_grads(3)
+    parameter = torch.nn.Parameter(weights[1].clone())  # (16, 24): `shape` projects its left side
+    optimizer = OwLoreAdamW([parameter], rank=4, update_gap=2, moments=moments, side=side)
+    run(optimizer, [parameter], [grads[1:2] for grads in steps[:2]])
+    before = {k: v.clone() if torch.is_tensor(v) else v for k, v in optimizer.state[parameter].items()}
+    parameter.grad = steps[2][1].clone()
+    optimizer.project_grads()
+    after = optimizer.state[parameter]
+    turn = before["basis"].T @ after["basis"]
+    if side == "shape":
+        expected_avg, expected_sq = turn.T @ before["exp_avg"], turn.square().T @ before["exp_avg_sq"]
+    else:
+        expected_avg, expected_sq = before["exp_avg"] @ turn, before["exp_avg_sq"] @ turn.square()
+    if moments == "keep":
+        expected_avg, expected_sq = before["exp_avg"], before["exp_avg_sq"]
+    elif moments == "reset":
+        expected_avg, expected_sq = torch.zeros_like(expected_avg), torch.zeros_like(expected_sq)
+        assert after["step"] == 0
+    torch.testing.assert_close(after["exp_avg"], expected_avg)
+    torch.testing.assert_close(after["exp_avg_sq"], expected_sq)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reloaded_twin_takes_bit_equal_steps(dtype):
+    weights, steps = weights_and_grads(9)
+    steps = [[g.to(dtype) for g in grads] for grads in steps]
+    options = dict(rank=4, update_gap=3, moments="project")
+    parameters = [torch.nn.Parameter(w.to(dtype)) for w in weights]
+    optimizer = OwLoreAdamW(parameters, **options)
+    run(optimizer, parameters, steps[:4])
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    twin = OwLoreAdamW(twins, **options)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(optimizer, parameters, steps[4:])
+    run(twin, twins, steps[4:])
+    for a, b in zip(parameters, twins, strict=True):
+        assert torch.equal(a, b)
+        for key, value in optimizer.state[a].items():
+            if torch.is_tensor(value):
+                assert value.dtype == torch.float32
+                assert torch.equal(value, twin.state[b][key])
+
+
+def test_state_loads_with_weights_only(tmp_path):
+    weights, steps = weights_and_grads(1)
+    parameters = [torch.nn.Parameter(w) for w in weights]
+    optimizer = OwLoreAdamW(parameters, rank=4)
+    run(optimizer, parameters, steps)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    assert loaded["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq", "basis", "basis_age"}
+
+
+def test_stochastic_rounding_moves_bfloat16_weights_where_nearest_does_not():
+    grad = torch.ones(64, 32)
+    means = {}
+    for stochastic in (False, True):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.ones(64, 32, dtype=torch.bfloat16))
+        optimizer = OwLoreAdamW([parameter], rank=None, lr=1e-4, stochastic_rounding=stochastic)
+        run(optimizer, [parameter], [[grad.bfloat16()]] * 10)
+        means[stochastic] = parameter.float().mean().item()
+    assert means[False] == 1.0
+    assert means[True] == pytest.approx(1 - 10 * 1e-4, abs=3e-4)
+
+
+def test_weight_decay_acts_on_the_whole_weight():
+    parameter = torch.nn.Parameter(torch.ones(8, 6))
+    optimizer = OwLoreAdamW([parameter], rank=2, lr=0.1, weight_decay=0.5)
+    run(optimizer, [parameter], [[torch.zeros(8, 6)]])
+    torch.testing.assert_close(parameter.detach(), torch.full((8, 6), 0.95))
+
+
+def test_clipping_scales_what_the_step_uses():
+    weights, steps = weights_and_grads(1)
+    parameters = [torch.nn.Parameter(w) for w in [*weights, torch.zeros(5)]]
+    optimizer = OwLoreAdamW(parameters, rank=4)
+    for parameter, grad in zip(parameters, [*steps[0], torch.ones(5)], strict=True):
+        parameter.grad = grad
+    norm = optimizer.clip_grad_norm_(float("inf"))
+    expected = torch.stack([g.square().sum() for g in optimizer.step_grads()]).sum().sqrt()
+    torch.testing.assert_close(norm, expected)
+    assert all(p.grad is None for p in parameters[:3])
+    optimizer.clip_grad_norm_(0.1)
+    assert optimizer.clip_grad_norm_(float("inf")) == pytest.approx(0.1, rel=1e-3)
+    assert OwLoreAdamW(parameters[:1], rank=4).clip_grad_norm_(1.0) == 0
+
+
+def test_zero_grad_forgets_low_gradients_too():
+    weights, steps = weights_and_grads(1)
+    parameter = torch.nn.Parameter(weights[0].clone())
+    optimizer = OwLoreAdamW([parameter], rank=4)
+    parameter.grad = steps[0][0]
+    optimizer.project_grads()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(parameter, weights[0])
+
+
+def test_closure_is_called_with_gradients():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = OwLoreAdamW([parameter], rank=None)
+
+    def closure():
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 3.0
+    assert not torch.equal(parameter, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank=0; it must be at least 1, or null"),
+        ({"rank": 16}, "rank=16; no weight's shorter side is above it"),
+        ({"side": "left"}, "side='left'; choose one of right, shape"),
+        ({"moments": "drop"}, "moments='drop'; choose one of keep, project, reset"),
+        ({"basis": "qr"}, "basis='qr'; choose one of randomized, svd"),
+        ({"update_gap": 0}, "update_gap=0"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"betas": (0.9, 1.0)}, "each must be at least 0 and below 1"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        OwLoreAdamW([torch.nn.Parameter(torch.zeros(24, 16))], **options)
+
+
+def test_weights_too_small_for_the_rank_are_trained_whole_with_a_warning():
+    parameters = [torch.nn.Parameter(torch.zeros(24, 16)), torch.nn.Parameter(torch.zeros(8, 16))]
+    with pytest.warns(UserWarning, match=r"rank=8 is not below the shorter side \(8\) of 1 of 2 weights"):
+        optimizer = OwLoreAdamW(parameters, rank=8)
+    assert optimizer.is_projected(parameters[0])
+    assert not optimizer.is_projected(parameters[1])
+
+
+def test_parameter_groups_are_complete_and_disjoint():
+    model = tiny_llama()
+    groups = parameter_groups(model, train_embeddings=True, train_output=True, train_norm=True)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    assert groups[1]["rank"] is None
+    (layers_only,) = parameter_groups(model)
+    assert len(layers_only["params"]) == sum(name.startswith("layers") for name, _ in model.named_parameters())
+
+
+def test_warm_start_needs_fewer_columns_than_it_has():
+    """A start as wide as the sketch leaves no room for noise, and still works."""
+    grad = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
+    start = torch.linalg.qr(torch.randn(10, 10)).Q
+    basis, _ = range_finder(grad, 9, generator=torch.Generator(), start=start)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(9), atol=1e-5, rtol=0)

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+
+from owlore_tune.layers import find_linears
+from owlore_tune.outliers import outlier_scores
+
+
+def oracle(model, batches, threshold):
+    """The definition in NumPy float64: full A of a layer, its mean, the share above."""
+    inputs = {}
+    handles = []
+    for i, layer in enumerate(model.layers):
+        for name, linear in find_linears(layer):
+
+            def keep(module, args, key=(i, name)):
+                inputs.setdefault(key, []).append(args[0].detach().double().numpy().reshape(-1, args[0].shape[-1]))
+
+            handles.append(linear.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    scores = []
+    for i, layer in enumerate(model.layers):
+        entries = []
+        for name, linear in find_linears(layer):
+            norms = np.sqrt((np.concatenate(inputs[i, name]) ** 2).sum(0))
+            entries.append((np.abs(linear.weight.detach().double().numpy()) * norms).ravel())
+        entries = np.concatenate(entries)
+        scores.append((entries > threshold * entries.mean()).mean())
+    return scores
+
+
+@pytest.mark.parametrize("threshold", [3.0, 13.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_equal_the_definition(threshold, dtype, tokens):
+    model = tiny_llama(dtype=dtype)
+    batches = [{"tokens": tokens}, {"tokens": tokens.flip(0)[:, :7]}]
+    scores = outlier_scores(model, batches, threshold)
+    np.testing.assert_allclose(scores, oracle(model, batches, threshold), atol=1e-9, rtol=0)
+    assert len(set(scores)) > 1
+
+
+def test_scoring_leaves_the_model_as_it_was(tokens):
+    model = tiny_llama()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    outlier_scores(model, [{"tokens": tokens}])
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_bad_calls_are_refused(tokens):
+    with pytest.raises(ValueError, match="no calibration batches"):
+        outlier_scores(tiny_llama(), [])
+    with pytest.raises(ValueError, match="outlier_threshold=0"):
+        outlier_scores(tiny_llama(), [{"tokens": tokens}], 0)
+    with pytest.raises(TypeError, match="TransformerDecoder; got Linear"):
+        outlier_scores(torch.nn.Linear(2, 2), [{"tokens": tokens}])

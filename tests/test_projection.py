@@ -1,0 +1,87 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from owlore_tune.data import mmlu_dev_dataset
+from owlore_tune.projection import fix_signs, is_right, project, range_finder, svd_basis
+from owlore_tune.smollm2 import smollm2_135m
+from owlore_tune.tokenizer import HFChatTokenizer
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def decaying(m: int, n: int, dtype=torch.float64) -> torch.Tensor:
+    """A matrix whose singular values fall like 1/i."""
+    torch.manual_seed(0)
+    k = min(m, n)
+    u, v = torch.linalg.qr(torch.randn(m, k)).Q, torch.linalg.qr(torch.randn(n, k)).Q
+    return ((u / torch.arange(1, k + 1)) @ v.T).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (50, 50)])
+@pytest.mark.parametrize("warm", [False, True])
+def test_basis_is_orthonormal_and_nearly_optimal(shape, warm):
+    grad = decaying(*shape)
+    start = range_finder(grad + 0.01 * torch.randn(shape), 8, generator=generator())[0] if warm else None
+    basis, energy = range_finder(grad, 8, generator=generator(), start=start)
+    assert basis.shape == (shape[1], 8)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(8, dtype=torch.float64), atol=1e-10, rtol=0)
+    _, best = svd_basis(grad, 8)
+    assert energy / best > 0.995
+    captured = project(grad, basis, right=True).square().sum() / grad.square().sum()
+    torch.testing.assert_close(energy, captured)
+
+
+def test_the_largest_entry_of_each_column_is_positive():
+    basis, _ = range_finder(decaying(30, 20), 5, generator=generator())
+    assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
+    torch.testing.assert_close(fix_signs(-basis), basis)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 1e30])
+def test_zero_tiny_and_huge_gradients(factor):
+    grad = factor * decaying(30, 20, torch.float32)
+    basis, energy = range_finder(grad, 5, generator=generator())
+    torch.testing.assert_close(basis.T @ basis, torch.eye(5), atol=1e-5, rtol=0)
+    assert 0 <= energy <= 1
+
+
+def test_rank_deficient_gradient_is_captured_whole():
+    torch.manual_seed(0)
+    grad = torch.randn(30, 2) @ torch.randn(2, 20)
+    basis, energy = range_finder(grad, 5, generator=generator())
+    torch.testing.assert_close(basis.T @ basis, torch.eye(5), atol=1e-5, rtol=0)
+    assert energy > 0.99999
+
+
+def test_the_shape_rule_projects_the_shorter_side():
+    assert is_right(torch.Size([4, 9]), "right")
+    assert not is_right(torch.Size([4, 9]), "shape")
+    assert is_right(torch.Size([9, 4]), "shape")
+    assert is_right(torch.Size([4, 4]), "shape")
+    grad = decaying(4, 9)
+    assert project(grad, torch.eye(4, 2, dtype=torch.float64), right=False).shape == (2, 9)
+
+
+def test_energy_on_real_gradients_of_smollm2(smollm2_dir):
+    """Every Linear of three layers: at least 0.99 of what the exact rank-128 basis captures."""
+    from owlore_tune.checkpoints import HFCheckpointer
+
+    with torch.device("meta"):
+        model = smollm2_135m()
+    checkpointer = HFCheckpointer(str(smollm2_dir), "LLAMA3_2", output_dir="unused")
+    checkpointer.load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
+    sample = mmlu_dev_dataset(HFChatTokenizer(str(smollm2_dir)))[0]
+    tokens, labels = torch.tensor([sample["tokens"]]), torch.tensor(sample["labels"])
+    layers = (0, 14, 29)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(name.startswith(f"layers.{i}.") for i in layers) and parameter.ndim == 2)
+    F.cross_entropy(model(tokens)[0, :-1], labels[1:]).backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(grads) == 21
+    for grad in grads:
+        _, energy = range_finder(grad, 128, generator=generator())
+        _, best = svd_basis(grad, 128)
+        assert energy / best >= 0.99

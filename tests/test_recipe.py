@@ -1,0 +1,207 @@
+"""The recipe end to end on a tiny model, and its parts in Python as the README shows them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.scores import LayerScores
+
+
+def finetune(config: dict) -> OwLoreFullFinetuneRecipe:
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+    return recipe
+
+
+def weights(config: dict) -> dict[str, torch.Tensor]:
+    (step,) = Path(config["output_dir"]).glob("step_*")
+    return load_file(step / "model.safetensors")
+
+
+def variant(config: dict, path: str, **changes) -> dict:
+    """A copy of ``config`` with its own output directory and changed top-level or ``block__key`` values."""
+    other = json.loads(json.dumps(config))
+    other["output_dir"] = f"{config['output_dir']}_{path}"
+    for key, value in changes.items():
+        block, _, leaf = key.partition("__")
+        if leaf:
+            other[block][leaf] = value
+        else:
+            other[block] = value
+    return other
+
+
+def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
+    """`tune run` in a subprocess, as a user starts it; everything a run leaves is there and says the same."""
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
+    command = ["tune", "run", "owlore_full_finetune", "--config", "config.yaml", "optimizer.lr=1e-2"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = tmp_path / "run"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["steps"] == 10
+    assert manifest["checkpoint"] == "step_10"
+    assert manifest["held_out_loss"]["after"] < manifest["held_out_loss"]["before"]
+    assert manifest["config"]["optimizer"]["lr"] == 1e-2
+    assert {"torchtune", "torch", "torchao", "owlore-tune"} <= manifest["versions"].keys()
+    assert manifest["peak_memory_bytes"] > 10**8
+    assert [draw["step"] for draw in manifest["draws"]] == [0, 3, 6, 9]
+    for draw in manifest["draws"]:
+        assert len(draw["active"]) == 2
+        assert draw["changed_layers"] == draw["active"]
+        assert draw["changed_outside_layers"] == []
+        assert 0 < draw["captured_energy"] <= 1
+        assert draw["refresh_seconds"] > 0
+    assert [json.loads(line) for line in (run / "draws.jsonl").read_text().splitlines()] == manifest["draws"]
+    assert "held-out loss   before" in result.stdout
+    for name in ("scores.png", "draws.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    logged = "".join(file.read_text() for file in (run / "logs").iterdir())
+    for metric in ("loss", "lr", "grad_norm", "tokens_per_second", "trained_tokens_per_second", "peak_memory_gb"):
+        assert f"{metric}:" in logged
+    ids = torch.arange(12)[None]
+    exported = AutoModelForCausalLM.from_pretrained(run / "step_10")
+    before = AutoModelForCausalLM.from_pretrained(tiny_config["checkpointer"]["checkpoint_dir"])
+    assert not torch.allclose(exported(ids).logits, before(ids).logits, atol=1e-4)
+
+
+def test_a_bad_config_ends_in_one_line(tiny_config, tmp_path):
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
+    command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml", "owlore.num_active_layers=40"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last == "error: owlore.num_active_layers=40; the model has 4 layers"
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"owlore__project_in_backward": False},
+        {"enable_activation_checkpointing": True},
+        {"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}},
+        {"loss": {"_component_": "torch.nn.CrossEntropyLoss"}},
+    ],
+    ids=["project after backward", "checkpointing", "chunked loss", "plain loss"],
+)
+def test_how_it_is_computed_changes_nothing(tiny_config, changes):
+    finetune(tiny_config)
+    other = variant(tiny_config, "other", **changes)
+    finetune(other)
+    for name, weight in weights(tiny_config).items():
+        torch.testing.assert_close(weight, weights(other)[name], atol=2e-5, rtol=0, msg=name)
+
+
+def test_accumulated_micro_batches_train_like_one_batch(tiny_config):
+    full = variant(tiny_config, "full", optimizer__rank=None, batch_size=8)
+    split = variant(full, "split", batch_size=2, gradient_accumulation_steps=4)
+    assert finetune(full).global_step == finetune(split).global_step == 5
+    for name, weight in weights(full).items():
+        torch.testing.assert_close(weight, weights(split)[name], atol=2e-5, rtol=0, msg=name)
+
+
+def test_the_same_seed_gives_the_same_bits(tiny_config):
+    finetune(tiny_config)
+    again = variant(tiny_config, "again")
+    finetune(again)
+    assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(tiny_config).items())
+    other = variant(tiny_config, "other", seed=1)
+    finetune(other)
+    assert not all(torch.equal(weight, weights(other)[name]) for name, weight in weights(tiny_config).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_changed"),
+    [
+        ({"owlore__num_active_layers": None, "optimizer__rank": None, "owlore__score": "uniform"}, 4),
+        ({"owlore__num_active_layers": None, "owlore__score": "uniform"}, 4),
+        ({"optimizer__rank": None, "owlore__score": "uniform"}, 2),
+    ],
+    ids=["full", "galore", "lisa"],
+)
+def test_other_methods_are_settings(tiny_config, changes, num_changed):
+    config = variant(tiny_config, "method", **changes)
+    recipe = finetune(config)
+    assert all(len(draw["changed_layers"]) == num_changed for draw in recipe._draws)
+
+
+def test_bf16_packed_with_everything_trained(tiny_config):
+    config = variant(
+        tiny_config, "bf16", dtype="bf16", batch_size=2, owlore__train_embeddings=True, owlore__train_output=True,
+        owlore__train_norm=True, owlore__draw="bernoulli", optimizer__stochastic_rounding=True,
+        owlore__inactive_state="offload", optimizer__moments="project", optimizer__update_gap=2,
+    )  # fmt: skip
+    config["tokenizer"]["max_seq_len"] = 64
+    for key in ("dataset", "dataset_val"):
+        config[key]["packed"] = True
+    recipe = finetune(config)
+    assert recipe._draws[-1]["changed_outside_layers"] == ["norm.scale", "output.weight", "tok_embeddings.weight"]
+    assert weights(config)["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_validation_schedule_profiler_and_tensorboard(tiny_config):
+    pytest.importorskip("tensorboard")
+    output = tiny_config["output_dir"]
+    config = variant(
+        tiny_config, "extras", run_val_every_n_steps=4, owlore__score="heavy_tail",
+        metric_logger={
+            "_component_": "torchtune.training.metric_logging.TensorBoardLogger", "log_dir": f"{output}/tensorboard"
+        },
+        lr_scheduler={
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
+        },
+        profiler={
+            "_component_": "torchtune.training.setup_torch_profiler", "enabled": True, "cuda": False, "xpu": False,
+            "wait_steps": 1, "warmup_steps": 1, "active_steps": 2, "num_cycles": 1, "output_dir": f"{output}/traces",
+        },
+    )  # fmt: skip
+    recipe = finetune(config)
+    assert list(recipe._losses) == ["before", "step 4", "step 8", "after"]
+    assert list(Path(f"{output}/tensorboard").rglob("events.*"))
+    assert list(Path(f"{output}/traces").rglob("*.json*"))
+
+
+def test_a_score_file_of_this_model_is_used(tiny_config):
+    finetune(tiny_config)
+    file = Path(tiny_config["output_dir"]) / "scores.json"
+    scores = json.loads(file.read_text())
+    scores["scores"] = [0.0, 1.0, 0.0, 1.0]
+    file.write_text(json.dumps(scores))
+    other = variant(tiny_config, "reused", owlore__scores_file=str(file))
+    recipe = finetune(other)
+    assert all(draw["active"] == [1, 3] for draw in recipe._draws)
+
+
+def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):
+    """A prompt longer than max_seq_len leaves nothing to train on; a mean over nothing would be NaN."""
+    config = variant(tiny_config, "short", batch_size=1, gradient_accumulation_steps=4)
+    data = Path(config["dataset"]["data_files"]).with_name("long.json")
+    rows = json.loads(Path(config["dataset"]["data_files"]).read_text())
+    for row in rows[::2]:
+        row["instruction"] *= 50
+    data.write_text(json.dumps(rows))
+    config["dataset"]["data_files"] = str(data)
+    config["tokenizer"]["max_seq_len"] = 64
+    finetune(config)
+    assert all(weight.isfinite().all() for weight in weights(config).values())
+
+
+def test_scoring_alone(tiny_config):
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config))
+    scores = recipe.score()
+    assert isinstance(scores, LayerScores)
+    assert len(scores.scores) == 4
+    assert scores.data["batches"] == 8
