@@ -7,20 +7,16 @@ Step time is the median over all rounds of the seconds between two logged steps,
 largest resident size of the process, loading and saving included.
 """
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
-import torch
-import torchtune
 from omegaconf import OmegaConf
+from report import machine, parser, publish
 
 from owlore_tune.smollm2 import fetch
 
@@ -130,11 +126,10 @@ def table(seconds: dict[str, list[float]], memory: dict[str, list[float]]) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--output", type=Path, help="Markdown file to write the table to as well")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--steps", type=int, default=24)
+    args = arguments.parse_args()
     model_dir = fetch()
     seconds: dict[str, list[float]] = {row: [] for row in ROWS}
     memory: dict[str, list[float]] = {row: [] for row in ROWS}
@@ -147,16 +142,12 @@ def main() -> None:
     lines = [
         "# Step time and memory against torchtune's recipes",
         "",
-        f"SmolLM2-135M, MMLU dev packed 2 × 512 tokens, fp32, CPU ({os.cpu_count()} cores, {platform.machine()}); "
-        f"{args.rounds} interleaved rounds of {args.steps} steps, rank 128, a draw every 5 steps; "
-        f"torch {torch.__version__.split('+')[0]}, torchtune {torchtune.__version__}; {date.today()}. "
-        "Made by `python benchmarks/steps.py`.",
+        f"SmolLM2-135M, MMLU dev packed 2 × 512 tokens, float32 on the CPU, rank 128, a draw every 5 steps; "
+        f"{args.rounds} interleaved rounds of {args.steps} steps; {machine()}. Made by `python benchmarks/steps.py`.",
         "",
         *table(seconds, memory),
     ]
-    print("\n" + "\n".join(lines))
-    if args.output:
-        args.output.write_text("\n".join(lines) + "\n")
+    publish(lines, args.output)
 
 
 if __name__ == "__main__":

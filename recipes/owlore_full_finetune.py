@@ -4,6 +4,7 @@ tune run owlore_full_finetune --config smollm2/135M_owlore [field=value ...]
 """
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -120,7 +121,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._seconds: dict[str, float] = {}  # by phase, for the manifest
         self._losses: dict[str, float] = {}  # held-out, for the manifest
         self._draws: list[dict[str, Any]] = []
-        self._step_seconds: list[float] = []
+        self._steps: list[tuple[float, int]] = []  # (seconds, tokens) of each
 
     def setup(self) -> None:
         cfg = self._cfg
@@ -152,7 +153,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._metric_logger = build("metric_logger", cfg.metric_logger)
         self._metric_logger.log_config(cfg)
         self._profiler = training.DummyProfiler()
-        if cfg.profiler is not None and cfg.profiler.enabled:
+        if cfg.profiler is not None and cfg.profiler.get("enabled"):
             self._profiler, _ = build("profiler", cfg.profiler)
 
     def score(self) -> LayerScores:
@@ -346,7 +347,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._lr_scheduler.step()
         loss_value = loss.item()  # waits for the device, so the clock below has seen the whole step
         seconds = time.perf_counter() - started
-        self._step_seconds.append(seconds)
+        self._steps.append((seconds, num_tokens))
         return {
             "loss": loss_value,
             "lr": lr,
@@ -460,7 +461,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "checkpoint": checkpoint.name,
             "held_out_loss": self._losses,
             "seconds": self._seconds,
-            "median_step_seconds": _median(self._step_seconds),
+            "median_step_seconds": self._median_step_seconds(),
+            "tokens_per_second": self._tokens_per_second(),
             "peak_memory_bytes": peak_memory_bytes(self._device),
             "optimizer_state_bytes": self._optimizer.state_bytes(),
             "draws": self._draws,
@@ -470,19 +472,22 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         losses = [f"{when} {loss:.4f}" for when, loss in self._losses.items() if when in ("before", "after")]
         print(
             f"held-out loss   {', '.join(losses) or 'not measured'}\n"
-            f"median step     {_median(self._step_seconds):.2f} s\n"
+            f"median step     {self._median_step_seconds():.2f} s\n"
+            f"throughput      {self._tokens_per_second():.0f} tokens/s\n"
             f"peak memory     {peak_memory_bytes(self._device) / 1e9:.2f} GB\n"
             f"weights         {checkpoint}\n"
             f"pictures        {self._output_dir / 'scores.png'}, {self._output_dir / 'draws.png'}\n"
             f"manifest        {self._output_dir / 'manifest.json'}"
         )
 
+    def _median_step_seconds(self) -> float:
+        return statistics.median(seconds for seconds, _ in self._steps)
+
+    def _tokens_per_second(self) -> float:
+        return sum(tokens for _, tokens in self._steps) / sum(seconds for seconds, _ in self._steps)
+
     def cleanup(self) -> None:
         self._metric_logger.close()
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 @parse

@@ -205,3 +205,26 @@ def test_scoring_alone(tiny_config):
     assert isinstance(scores, LayerScores)
     assert len(scores.scores) == 4
     assert scores.data["batches"] == 8
+
+
+def test_the_readmes_python_example_runs(tokens):
+    """Its code as it stands, with a tiny model; only τ differs, since a tiny model has few outliers."""
+    from conftest import tiny_llama
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    code = (
+        code.replace("rank=128", "rank=8")
+        .replace("num_active=5", "num_active=2")
+        .replace("threshold=13", "threshold=3")
+    )
+    model = tiny_llama()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    def loss(model, batch):
+        return model(batch).logsumexp(-1).mean()
+
+    names = {"model": model, "calibration_batches": [{"tokens": tokens}], "batches": [tokens] * 3, "loss": loss}
+    exec(code, names)
+    changed = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert len(changed) == 2

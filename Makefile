@@ -1,0 +1,34 @@
+# `make demo` and `make test` set up everything they need, on a machine with Python 3.10 or later and no torch.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install  # the main job on a real model: score, train, held-out loss before and after, pictures
+	owlore download smollm2
+	tune run owlore_full_finetune --config smollm2/135M_owlore
+
+test: install
+	python -m pytest --cov=owlore_tune --cov-report=term --cov-fail-under=90
+
+lint: install
+	ruff check .
+	ruff format --check .
+
+bench: install
+	python benchmarks/steps.py --output benchmarks/steps.md
+	python benchmarks/refresh.py --output benchmarks/refresh.md
+	python benchmarks/scoring.py --output benchmarks/scoring.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs
+
+.PHONY: install demo test lint bench clean
