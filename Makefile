@@ -14,7 +14,8 @@ install: $(VENV)/.installed
 
 demo: install  # the main job on a real model: score, train, held-out loss before and after, pictures
 	owlore download smollm2
-	tune run owlore_full_finetune --config smollm2/135M_owlore
+	rm -rf runs/demo
+	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=runs/demo
 
 test: install
 	python -m pytest --cov=owlore_tune --cov-report=term --cov-fail-under=90

@@ -131,6 +131,12 @@ class WeightWatch:
         before, self._sums = self._sums, self._look()
         return {name for name, total in self._sums.items() if total != before[name]}
 
+    def state_dict(self) -> dict[str, int]:
+        return dict(self._sums)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._sums = dict(state_dict)
+
     def _look(self) -> dict[str, int]:
         return {plain_name(name): _bit_sum(p) for name, p in self._model.named_parameters()}
 

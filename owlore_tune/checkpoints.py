@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,12 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchtune.models import convert_weights
 from torchtune.training.checkpointing import ModelType
+from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from owlore_tune.layers import plain_name
+from owlore_tune.sealed import SEAL, CheckpointError, discard, sealed_directory, verify
 
 StateDict = dict[str, Tensor]
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json")
+STATE_FILE = "recipe_state.pt"
+_NOT_COMPANIONS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json", SEAL)
+
+log = get_logger("INFO")
 
 
 class HFCheckpointer:
@@ -80,24 +85,31 @@ class HFCheckpointer:
             digest.update(sample.double().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def load_checkpoint(self, model: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
+    def load_checkpoint(
+        self, model: nn.Module, *, dtype: torch.dtype, device: torch.device, directory: Path | None = None
+    ) -> None:
         """Fill ``model``, initialized on the meta device, with the weights, in ``dtype`` on ``device``.
+
+        Args:
+            directory: a checkpoint of `save_checkpoint` to load instead of ``checkpoint_dir``.
 
         Raises:
             ValueError: if a weight has no place in the model or another shape, or the model wants one that is missing.
         """
+        files = self.files if directory is None else sorted(directory.glob("*.safetensors"))
+        directory = directory or self.checkpoint_dir
         wanted = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         missing = set(wanted)
-        total = sum(file.stat().st_size for file in self.files)
+        total = sum(file.stat().st_size for file in files)
         with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, leave=False) as progress:
-            for name, tensor in _read_tensors(self.files):
+            for name, tensor in _read_tensors(files):
                 for key, value in self._to_tune({name: tensor}).items():
                     if key == "output.weight" and key not in wanted:
                         continue  # a copy of tied embeddings
                     if key not in wanted or wanted[key].shape != value.shape:
                         expected = tuple(wanted[key].shape) if key in wanted else "no such parameter"
                         raise ValueError(
-                            f"{name} in {self.checkpoint_dir} has shape {tuple(value.shape)}, the model has "
+                            f"{name} in {directory} has shape {tuple(value.shape)}, the model has "
                             f"{expected} at {key}: do model and checkpointer.checkpoint_dir belong together?"
                         )
                     loaded = value.to(device=device, dtype=dtype, copy=True)
@@ -106,44 +118,54 @@ class HFCheckpointer:
                     missing.discard(key)
                 progress.update(tensor.nbytes)
         if missing:
-            raise ValueError(f"{self.checkpoint_dir} lacks weights of the model: {', '.join(sorted(missing)[:5])}")
+            raise ValueError(f"{directory} lacks weights of the model: {', '.join(sorted(missing)[:5])}")
         with torch.device(device):
             for module in model.modules():
                 if hasattr(module, "rope_init"):
                     module.rope_init()
 
-    def save_checkpoint(self, model: nn.Module, directory: str | Path, *, shard_bytes: int = 2 * 10**9) -> None:
-        """Write ``model`` into ``directory`` in HF format, with the tokenizer and config files it was loaded with.
+    def save_checkpoint(
+        self,
+        model: nn.Module,
+        directory: str | Path,
+        recipe_state: dict[str, Any] | None = None,
+        *,
+        shard_bytes: int = 2 * 10**9,
+    ) -> None:
+        """Write ``model`` in HF format, with the tokenizer and config files it was loaded with, and the recipe's state.
 
-        The directory appears under its name when it is complete.
+        The directory appears under its name when it is complete, checksummed and on disk.
 
         Args:
+            recipe_state: tensors, numbers, text, and lists and dicts of them; written beside the weights.
             shard_bytes: split the weights into files of about this size.
+
+        Raises:
+            CheckpointError: if the disk is full or refuses.
         """
-        directory = Path(directory)
-        partial_dir = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(partial_dir, ignore_errors=True)
-        partial_dir.mkdir(parents=True)
+        num_bytes = sum(p.nbytes for p in model.parameters()) + _tensor_bytes(recipe_state)
+        with sealed_directory(Path(directory), num_bytes) as partial_dir:
+            self._save_weights(model, partial_dir, shard_bytes)
+            self._copy_companions(partial_dir, next(model.parameters()).dtype)
+            if recipe_state is not None:
+                torch.save(recipe_state, partial_dir / STATE_FILE)
+
+    def _save_weights(self, model: nn.Module, directory: Path, shard_bytes: int) -> None:
         weight_map: dict[str, str] = {}
         shards = list(_shards(model, shard_bytes))
         for number, shard in enumerate(tqdm(shards, desc="Saving weights", unit="shard", leave=False), start=1):
             name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
             tensors = {key: value.detach().cpu().contiguous() for key, value in self._to_hf(shard).items()}
-            save_file(tensors, partial_dir / name, metadata={"format": "pt"})
+            save_file(tensors, directory / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(tensors, name))
         if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
-                "weight_map": weight_map,
-            }
-            (partial_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        self._copy_companions(partial_dir, next(model.parameters()).dtype)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.rename(partial_dir, directory)
+            total_size = sum(p.nbytes for p in model.parameters())
+            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
     def _copy_companions(self, directory: Path, dtype: torch.dtype) -> None:
         for file in self.checkpoint_dir.iterdir():
-            if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
+            if file.is_file() and not file.name.endswith(_NOT_COMPANIONS):
                 shutil.copyfile(file, directory / file.name)
         # transformers loads in the dtype that config.json names, which is now the run's.
         key = "dtype" if "dtype" in self.config else "torch_dtype"
@@ -151,17 +173,70 @@ class HFCheckpointer:
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def step_directories(output_dir: Path) -> list[Path]:
+    """The checkpoints ``step_N`` of a run, oldest first."""
+    found = (path for path in output_dir.glob("step_*") if path.is_dir() and path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole and undamaged, or None if the run has saved none yet.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none of them is good.
+    """
+    directories = step_directories(output_dir)
+    for directory in reversed(directories):
+        try:
+            verify(directory)
+        except CheckpointError as error:
+            log.warning(f"Passing over {directory.name}: {error}")
+        else:
+            return directory
+    if directories:
+        raise CheckpointError(f"none of the {len(directories)} checkpoints in {output_dir} is undamaged")
+    return None
+
+
+def load_recipe_state(directory: Path) -> dict[str, Any]:
+    """What `HFCheckpointer.save_checkpoint` was given as ``recipe_state``.
+
+    Raises:
+        CheckpointError: if the checkpoint has none.
+    """
+    file = directory / STATE_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{directory} has no {STATE_FILE}, so a run cannot resume from it")
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+def keep_last(output_dir: Path, count: int | None) -> None:
+    """Remove all but the newest ``count`` checkpoints of a run; None keeps all."""
+    if count is not None:
+        for directory in step_directories(output_dir)[:-count]:
+            discard(directory)
+
+
 def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-            for name in names:
-                # Opened anew for each tensor: pages of a mapped file count as memory until it is closed.
+                sizes = {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            # Opened anew for each tensor, and the largest first: pages of a mapped file count as memory until it is
+            # closed, so the peak is the weights and one small tensor.
+            for name in sorted(sizes, key=lambda key: -sizes[key]):
                 with safe_open(file, framework="pt") as opened:
                     yield name, opened.get_tensor(name)
         else:
             yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
+
+
+def _tensor_bytes(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(map(_tensor_bytes, state.values()))
+    return sum(map(_tensor_bytes, state)) if isinstance(state, list | tuple) else 0
 
 
 def _shards(model: nn.Module, shard_bytes: int) -> Iterator[StateDict]:

@@ -24,6 +24,10 @@ class ConfigError(ValueError):
     """A config that cannot run; the message names the value and the way out, in one line."""
 
 
+class TrainingError(RuntimeError):
+    """A run that had to stop; the message says where it stands and the way on, in one line."""
+
+
 @dataclass(frozen=True)
 class OwLoreConfig:
     """The ``owlore:`` block of a training config, checked on construction.
@@ -77,7 +81,7 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
                 sys.argv[i + 1] = str(find_config(sys.argv[i + 1]))
         try:
             config.parse(recipe_main)()
-        except (ConfigError, InstantiationError) as error:
+        except (ConfigError, TrainingError, InstantiationError) as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
 
     return main
@@ -136,6 +140,18 @@ def build(path: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     except (ValueError, TypeError, OSError) as error:
         message = str(error)
         raise ConfigError(message if message.startswith(path) else f"{path}: {message}") from error
+
+
+def changed_fields(old: Any, new: Any, path: str = "") -> list[str]:
+    """The fields in which two configs differ, as ``path=old -> new``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            change
+            for key in keys
+            for change in changed_fields(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path}={old} -> {new}"]
 
 
 def _component_nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:

@@ -144,17 +144,21 @@ class OwLoreAdamW(Optimizer):
             generator = torch.Generator(grad.device).manual_seed(seed)
             rows = grad if right else grad.T
             new, energy = range_finder(rows, group["rank"], generator=generator, start=old)
+        if energy.isnan():  # a step that will be skipped; the basis stays due
+            state.setdefault("basis", new)
+            state["basis_age"] = group["update_gap"]
+            return
         if old is not None and "step" in state:
             _carry_moments(state, old.T @ new, group["moments"], right)
         state["basis"], state["basis_age"] = new, 0
         self.refreshes.append((time.perf_counter() - started, energy))
 
-    def step_grads(self) -> list[Tensor]:
-        """The gradients that the next step will use: (m, r) for projected weights, the full ones otherwise."""
+    def step_grads(self) -> dict[Tensor, Tensor]:
+        """The gradients that the next step will use, by parameter: (m, r) for projected ones, else of its shape."""
         self.project_grads()
         # In the optimizer's order, not in backward's: a norm over them is then the same bits in every mode.
-        grads = (self._low_grads.get(parameter, parameter.grad) for parameter in self._slots)
-        return [grad for grad in grads if grad is not None]
+        grads = {parameter: self._low_grads.get(parameter, parameter.grad) for parameter in self._slots}
+        return {parameter: grad for parameter, grad in grads.items() if grad is not None}
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -166,7 +170,7 @@ class OwLoreAdamW(Optimizer):
         Returns:
             Their total 2-norm before clipping, (). ``max_norm=inf`` only measures.
         """
-        grads = self.step_grads()
+        grads = list(self.step_grads().values())
         if not grads:
             return torch.zeros(())
         norm = torch.nn.utils.get_total_norm(grads)
@@ -251,8 +255,10 @@ class OwLoreAdamW(Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         for parameter, (_, index) in self._slots.items():
             if index in state_dict["state"]:
+                # What is frozen may be offloaded: its state stays where it is until it trains again.
+                device = parameter.device if parameter.requires_grad else None
                 self.state[parameter] = {
-                    key: value.to(parameter.device, copy=True) if torch.is_tensor(value) else value
+                    key: value.to(device=device, copy=True) if torch.is_tensor(value) else value
                     for key, value in state_dict["state"][index].items()
                 }
 

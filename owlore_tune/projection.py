@@ -4,6 +4,8 @@ The gradient of a weight is G (m, n). On the ``right`` side the basis is P (n, r
 on the ``left`` it is P (m, r) and Pᵀ G (r, n). The columns of P are orthonormal.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,8 @@ def range_finder(
     ``start``, such as the weight's last basis, the sketch gives way to those columns and one product less is needed.
     The largest entry of each column is made positive, so that moments which outlive a refresh keep their meaning.
 
-    It does not fail on a zero or rank-deficient gradient: the missing columns are arbitrary orthonormal ones.
+    It does not fail on a zero or rank-deficient gradient: the missing columns are arbitrary orthonormal ones. Of a
+    gradient that is not finite there is no basis: the columns are then those of the identity, and the share is NaN.
     """
     m, n = grad.shape
     width = min(rank + OVERSAMPLING, m, n)
@@ -57,13 +60,18 @@ def range_finder(
     low = grad @ orthonormal  # (m, width)
     scale = low.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny)
     low = low / scale
-    eigenvalues, eigenvectors = torch.linalg.eigh(low.T @ low)  # ascending
+    gram = low.T @ low
+    if not gram.isfinite().all():
+        return torch.eye(n, rank, device=grad.device, dtype=grad.dtype), grad.new_tensor(math.nan)
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # ascending
     basis = orthonormal @ eigenvectors[:, -rank:].flip(1)
     return fix_signs(basis), _share(eigenvalues[-rank:].sum(), grad, scale)
 
 
 def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tensor]:
     """The exact basis by a full SVD, slow; signs as LAPACK leaves them, which is GaLore's way."""
+    if not grad.isfinite().all():
+        return torch.eye(grad.shape[1 if right else 0], rank).to(grad), grad.new_tensor(math.nan)
     left_vectors, singular, right_vectors = torch.linalg.svd(grad, full_matrices=False)
     scale = singular[0].clamp_min(torch.finfo(grad.dtype).tiny)
     basis = right_vectors[:rank].T if right else left_vectors[:, :rank]

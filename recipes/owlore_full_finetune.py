@@ -4,9 +4,12 @@ tune run owlore_full_finetune --config smollm2/135M_owlore [field=value ...]
 """
 
 import json
+import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,21 +28,32 @@ from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
 
 from owlore_tune.active_layers import ActiveLayers, WeightWatch
-from owlore_tune.checkpoints import HFCheckpointer
+from owlore_tune.checkpoints import (
+    HFCheckpointer,
+    keep_last,
+    load_recipe_state,
+    newest_checkpoint,
+    step_directories,
+)
 from owlore_tune.config import (
     ConfigError,
     OwLoreConfig,
+    TrainingError,
     build,
+    changed_fields,
     check_config,
     parse,
     writable_directory,
 )
-from owlore_tune.layers import find_layers
+from owlore_tune.layers import find_layers, plain_name
 from owlore_tune.manifest import machine, versions, write_json
 from owlore_tune.memory import peak_memory_bytes, reuse_freed_memory
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
+from owlore_tune.rng import get_rng_state, set_rng_state
 from owlore_tune.sampling import LayerSampler, inclusion_probabilities
 from owlore_tune.scores import NEEDS_DATA, LayerScores, layer_scores
+from owlore_tune.sealed import CheckpointError, remove_leftovers, verify
+from owlore_tune.signals import StopRequest
 
 log = utils.get_logger("INFO")
 
@@ -75,7 +89,19 @@ DEFAULTS = {
     "log_every_n_steps": 1,
     "run_val_every_n_steps": None,
     "profiler": None,
+    "save_every_n_steps": None,  # besides the end of each epoch
+    "keep_last_n": None,  # all
+    "on_save_error": "stop",
+    "resume_from_checkpoint": False,
+    "allow_config_change": False,
+    "max_skipped_steps": 10,
 }
+# Fields that a resumed run may change: they move neither the weights nor the data.
+FREE = frozenset(
+    ("output_dir", "device", "compile", "enable_activation_checkpointing", "metric_logger", "log_every_n_steps",
+     "run_val_every_n_steps", "dataset_val", "batch_size_val", "profiler", "save_every_n_steps", "keep_last_n",
+     "on_save_error", "resume_from_checkpoint", "allow_config_change", "max_skipped_steps")
+)  # fmt: skip
 
 
 class OwLoreFullFinetuneRecipe(FTRecipeInterface):
@@ -85,6 +111,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     of active layers; `train` asks that schedule for new layers before each step.
 
     Full fine-tuning, LISA and GaLore are settings of the ``owlore`` and ``optimizer`` blocks; see configs/smollm2.
+
+    A run that stopped, however it stopped, goes on with ``resume_from_checkpoint=true`` and ends with the same bits as
+    one that was never stopped. A step whose loss or gradient is not finite is skipped; ``max_skipped_steps`` of them
+    in a row stop the run.
 
     Args:
         cfg: the parsed config; its fields are those of REQUIRED and DEFAULTS.
@@ -103,9 +133,14 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error
         if self._dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
-        for key in ("batch_size", "epochs", "gradient_accumulation_steps"):
+        for key in ("batch_size", "epochs", "gradient_accumulation_steps", "max_skipped_steps"):
             if not cfg[key] >= 1:
                 raise ConfigError(f"{key}={cfg[key]}; it must be at least 1")
+        for key in ("max_steps_per_epoch", "save_every_n_steps", "run_val_every_n_steps", "keep_last_n"):
+            if cfg[key] is not None and not cfg[key] >= 1:
+                raise ConfigError(f"{key}={cfg[key]}; it must be at least 1, or null")
+        if cfg.on_save_error not in ("stop", "continue"):
+            raise ConfigError(f"on_save_error={cfg.on_save_error}; choose stop or continue")
         self._output_dir = writable_directory(cfg.output_dir)
         if self._device.type == "cpu":
             reuse_freed_memory()
@@ -114,6 +149,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._clip_grad_norm = float("inf") if cfg.clip_grad_norm is None else float(cfg.clip_grad_norm)
         self._log_every_n_steps = cfg.log_every_n_steps
         self._run_val_every_n_steps = cfg.run_val_every_n_steps
+        self._save_every_n_steps = cfg.save_every_n_steps
         self.seed = training.set_seed(seed=cfg.seed)
         self.total_epochs = cfg.epochs
         self.max_steps_per_epoch = cfg.max_steps_per_epoch
@@ -122,14 +158,20 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._losses: dict[str, float] = {}  # held-out, for the manifest
         self._draws: list[dict[str, Any]] = []
         self._steps: list[tuple[float, int]] = []  # (seconds, tokens) of each
+        self._skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._rng_state: dict[str, Any] | None = None  # to restore, in a resumed run
 
     def setup(self) -> None:
         cfg = self._cfg
+        self._resume_dir = self._find_checkpoint()
+        saved, changed = self._load_recipe_state()
         self._setup_inputs(cfg)
         self._model = self._setup_model(cfg)
         # On the meta device still: rank and groups are checked before weights take the place of these parameters.
         self._optimizer = self._setup_optimizer(cfg.optimizer)
-        known_scores = self._load_scores()
+        keep_schedule = saved is not None and "owlore" not in changed
+        known_scores = LayerScores(**saved["scores"]) if keep_schedule else self._load_scores()
         self.load_checkpoint()
         self._scores = known_scores or self._score_layers(cfg)
         self._scores.save(self._output_dir / "scores.json")
@@ -142,7 +184,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             training.set_activation_checkpointing(self._model, auto_wrap_policy=layer_types)
         if cfg.compile:
             training.compile_model(self._model)
-            training.compile_loss(self._loss_fn)
+            if not hasattr(self._loss_fn, "set_model_output"):  # which makes gradients inside forward
+                training.compile_loss(self._loss_fn)
 
         num_steps = self.total_epochs * self._steps_per_epoch
         self._lr_scheduler = None
@@ -150,14 +193,89 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._lr_scheduler = build(
                 "lr_scheduler", cfg.lr_scheduler, self._optimizer, num_training_steps=num_steps, last_epoch=-1
             )
+        if saved is not None:
+            self._restore(saved, changed)
         self._metric_logger = build("metric_logger", cfg.metric_logger)
         self._metric_logger.log_config(cfg)
         self._profiler = training.DummyProfiler()
         if cfg.profiler is not None and cfg.profiler.get("enabled"):
             self._profiler, _ = build("profiler", cfg.profiler)
 
+    def _find_checkpoint(self) -> Path | None:
+        """The verified checkpoint to resume from; None to start from the beginning."""
+        remove_leftovers(self._output_dir)
+        wanted = self._cfg.resume_from_checkpoint
+        if not wanted:
+            if step_directories(self._output_dir):
+                raise ConfigError(
+                    f"output_dir={self._output_dir} holds checkpoints of another run; choose another directory, "
+                    "or go on with that run by resume_from_checkpoint=true"
+                )
+            return None
+        try:
+            if wanted is not True:
+                verify(Path(wanted))
+                return Path(wanted)
+            found = newest_checkpoint(self._output_dir)
+        except CheckpointError as error:
+            raise ConfigError(f"resume_from_checkpoint={wanted}: {error}") from error
+        if found is None:
+            log.info(f"No checkpoint in {self._output_dir} yet; starting from the beginning.")
+        return found
+
+    def _load_recipe_state(self) -> tuple[dict[str, Any] | None, set[str]]:
+        """The saved state to resume from, if any, and the top-level fields of the config that changed since."""
+        if self._resume_dir is None:
+            return None, set()
+        try:
+            saved = load_recipe_state(self._resume_dir)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        config = OmegaConf.to_container(self._cfg, resolve=True)
+        fixed = [{key: value for key, value in c.items() if key not in FREE} for c in (saved["config"], config)]
+        for c in fixed:  # where the run's files are is free too
+            c["checkpointer"] = {k: v for k, v in c["checkpointer"].items() if k != "output_dir"}
+        changes = changed_fields(*fixed)
+        if changes and not self._cfg.allow_config_change:
+            raise ConfigError(
+                f"the config differs from that of {self._resume_dir}: {'; '.join(changes)}; "
+                "set them back, or set allow_config_change=true"
+            )
+        return saved, {key for key in fixed[1] if fixed[0].get(key) != fixed[1][key]}
+
+    def _restore(self, saved: dict[str, Any], changed: set[str]) -> None:
+        """Put everything back as it was saved, but for what depends on ``changed`` fields, which starts anew."""
+        self.global_step = saved["step"]
+        self._losses, self._draws, self._steps = saved["losses"], saved["draws"], saved["steps"]
+        self._skipped_steps, self._skipped_in_a_row = saved["skipped_steps"]
+        if "owlore" not in changed:
+            self._active_layers.load_state_dict(saved["active_layers"])
+            self._weight_watch.load_state_dict(saved["weight_watch"])
+            if not changed & {"optimizer", "model", "dtype"}:
+                self._optimizer.load_state_dict(saved["optimizer"])
+                self._optimizer.refreshes = [
+                    (seconds, torch.tensor(energy, dtype=torch.float64)) for seconds, energy in saved["refreshes"]
+                ]
+        else:
+            self._draws = self._draws[:-1]  # the last one was still open
+        if self._lr_scheduler is not None:
+            if changed & {"optimizer", "lr_scheduler", "owlore", "epochs", "max_steps_per_epoch"}:
+                for _ in range(self.global_step):
+                    self._lr_scheduler.step()
+            else:
+                self._lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        same_data = not changed & {"dataset", "batch_size", "gradient_accumulation_steps", "shuffle", "seed"}
+        if same_data and self.global_step % self._steps_per_epoch:
+            self._dataloader.load_state_dict(saved["dataloader"])
+        self._rng_state = saved["rng"]
+        # Draws that were logged after this checkpoint are about to happen again.
+        closed = [draw for draw in self._draws if "changed_layers" in draw]
+        (self._output_dir / "draws.jsonl").write_text("".join(json.dumps(draw) + "\n" for draw in closed))
+        log.info(f"Resumed from {self._resume_dir}, step {self.global_step}.")
+
     def score(self) -> LayerScores:
         """Score the layers of the config's model, without training."""
+        self._resume_dir = None
         self._setup_inputs(self._cfg)
         self._model = self._setup_model(self._cfg)
         self.load_checkpoint()
@@ -251,7 +369,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def load_checkpoint(self) -> None:
         started = time.perf_counter()
-        self._checkpointer.load_checkpoint(self._model, dtype=self._dtype, device=self._device)
+        self._checkpointer.load_checkpoint(
+            self._model, dtype=self._dtype, device=self._device, directory=self._resume_dir
+        )
         self._seconds["load"] = time.perf_counter() - started
 
     def _score_layers(self, cfg: DictConfig) -> LayerScores:
@@ -303,26 +423,60 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def train(self) -> None:
         started = time.perf_counter()
-        self._validate("before")
-        progress = tqdm(total=self.total_epochs * self._steps_per_epoch, unit="step", dynamic_ncols=True)
-        with self._profiler, progress:
-            for epoch in range(self.total_epochs):
-                self._dataloader.sampler.set_epoch(epoch)
-                batches = iter(self._dataloader)
-                for _ in range(self._steps_per_epoch):
-                    if (active := self._active_layers.maybe_redraw(self.global_step)) is not None:
-                        self._on_draw(active)
-                    metrics = self._train_step(list(islice(batches, self._gradient_accumulation_steps)))
-                    self.global_step += 1
-                    self._report(metrics, progress)
-                    self._profiler.step()
-                    every = self._run_val_every_n_steps
-                    if every is not None and self.global_step % every == 0:
-                        self._validate(f"step {self.global_step}")
+        if self.global_step == 0:
+            self._validate("before")
+        num_steps = self.total_epochs * self._steps_per_epoch
+        progress = tqdm(total=num_steps, initial=self.global_step, unit="step", dynamic_ncols=True)
+        with StopRequest() as stop, self._profiler, progress:
+            while self.global_step < num_steps and not stop.signal:
+                self._train_epoch(num_steps, progress, stop)
+        if self.global_step < num_steps:
+            how = f"{stop.signal.name} at step {self.global_step}: saved and stopped"
+            print(f"{how}. Go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
+            sys.exit(128 + stop.signal)
         self._close_draw()
         self._validate("after")
         self._seconds["train"] = time.perf_counter() - started
         self.save_checkpoint()
+        self._finish()
+
+    def _train_epoch(self, num_steps: int, progress: tqdm, stop: StopRequest) -> None:
+        """Train to the end of the epoch that ``global_step`` is in, or until a signal asks to stop."""
+        epoch, steps_done = divmod(self.global_step, self._steps_per_epoch)
+        self._dataloader.sampler.set_epoch(epoch)
+        batches = iter(self._dataloader)
+        self._restore_rng()
+        for _ in range(steps_done, self._steps_per_epoch):
+            if (active := self._active_layers.maybe_redraw(self.global_step)) is not None:
+                self._on_draw(active)
+            metrics = self._train_step(list(islice(batches, self._gradient_accumulation_steps)))
+            self.global_step += 1
+            self._report(metrics, progress)
+            self._profiler.step()
+            if self.global_step == num_steps:
+                return
+            if self._is_due(self._run_val_every_n_steps):
+                self._validate(f"step {self.global_step}")
+            given_up = self._skipped_in_a_row >= self._cfg.max_skipped_steps
+            due = self._is_due(self._save_every_n_steps) or self._is_due(self._steps_per_epoch)
+            if due or given_up or stop.signal:
+                self.save_checkpoint()
+            if given_up:
+                raise TrainingError(
+                    f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at "
+                    f"step {self.global_step}, saved in {self._step_dir()}. Lower optimizer.lr, or set clip_grad_norm"
+                )
+            if stop.signal:
+                return
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.global_step % every == 0
+
+    def _restore_rng(self) -> None:
+        """Once, when a resumed run has its batches: making their iterator took a number from the generator."""
+        if self._rng_state is not None:
+            set_rng_state(self._rng_state)
+            self._rng_state = None
 
     def _train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step over ``micro_batches``."""
@@ -339,24 +493,40 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             micro_loss.backward()
             self._optimizer.project_grads()
             loss += micro_loss.detach()
-        grad_norm = self._optimizer.clip_grad_norm_(self._clip_grad_norm)
         lr = get_lr(self._optimizer)
-        self._optimizer.step()
+        grad_norm = self._optimizer.clip_grad_norm_(self._clip_grad_norm).item()
+        loss_value = loss.item()
+        if math.isfinite(loss_value) and math.isfinite(grad_norm):
+            self._optimizer.step()
+            self._skipped_in_a_row = 0
+        else:
+            self._skip_step(loss_value)
         self._optimizer.zero_grad(set_to_none=True)
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
-        loss_value = loss.item()  # waits for the device, so the clock below has seen the whole step
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the clock below has to see the whole step
         seconds = time.perf_counter() - started
         self._steps.append((seconds, num_tokens))
         return {
             "loss": loss_value,
             "lr": lr,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
+            "skipped_steps": self._skipped_steps,
             "step_seconds": seconds,
             "tokens_per_second": num_tokens / seconds,
             "trained_tokens_per_second": sum(num_trained) / seconds,
             "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
         }
+
+    def _skip_step(self, loss: float) -> None:
+        """Count and report a step without an update; bases that it was to refresh are still due."""
+        self._skipped_steps += 1
+        self._skipped_in_a_row += 1
+        bad = {parameter for parameter, grad in self._optimizer.step_grads().items() if not grad.isfinite().all()}
+        names = (plain_name(name) for name, parameter in self._model.named_parameters() if parameter in bad)
+        places = sorted({".".join(name.split(".")[:2]) for name in names})
+        log.warning(f"Step {self.global_step}: loss {loss}, gradients not finite in {places}; no update.")
 
     def _shift_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """(b, s) labels moved one to the left, so that position i predicts token i + 1 and logits need no slicing."""
@@ -397,7 +567,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         changed = {int(name.split(".")[1]) for name in names if name.startswith("layers.")}
         draw |= {
             "refresh_seconds": sum(seconds for seconds, _ in refreshes),
-            "captured_energy": float(sum(e for _, e in refreshes) / len(refreshes)) if refreshes else None,
+            "captured_energy": statistics.mean(float(e) for _, e in refreshes) if refreshes else None,
             "changed_layers": sorted(changed),
             "changed_outside_layers": sorted(name for name in names if not name.startswith("layers.")),
         }
@@ -438,27 +608,59 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._metric_logger.log_dict({"val_loss": self._losses[when]}, step=self.global_step)
 
     def save_checkpoint(self) -> None:
-        """Write the weights in HF format, the pictures and the manifest."""
+        """Save step_N: weights in HF format, and beside them all that an exact resume needs."""
+        started = time.perf_counter()
+        try:
+            self._checkpointer.save_checkpoint(self._model, self._step_dir(), self._recipe_state())
+        except CheckpointError as error:
+            if self._cfg.on_save_error == "stop":
+                raise TrainingError(str(error)) from error
+            log.warning(f"{error}; going on, as on_save_error=continue says")
+        else:
+            keep_last(self._output_dir, self._cfg.keep_last_n)
+        self._seconds["save"] = self._seconds.get("save", 0.0) + time.perf_counter() - started
+
+    def _step_dir(self) -> Path:
+        return self._output_dir / f"step_{self.global_step}"
+
+    def _recipe_state(self) -> dict[str, Any]:
+        return {
+            "step": self.global_step,
+            "config": OmegaConf.to_container(self._cfg, resolve=True),
+            "versions": versions(),
+            "scores": asdict(self._scores),
+            "active_layers": self._active_layers.state_dict(),
+            "weight_watch": self._weight_watch.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "refreshes": [(seconds, float(energy)) for seconds, energy in self._optimizer.refreshes],
+            "lr_scheduler": None if self._lr_scheduler is None else self._lr_scheduler.state_dict(),
+            "dataloader": self._dataloader.state_dict(),
+            "rng": get_rng_state(),
+            "draws": self._draws,
+            "losses": self._losses,
+            "steps": self._steps,
+            "skipped_steps": (self._skipped_steps, self._skipped_in_a_row),
+        }
+
+    def _finish(self) -> None:
+        """Draw the pictures, write the manifest, and say what came of it."""
         from owlore_tune.plots import plot_draws, plot_scores
 
-        started = time.perf_counter()
-        directory = self._output_dir / f"step_{self.global_step}"
-        self._checkpointer.save_checkpoint(self._model, directory)
-        self._seconds["save"] = time.perf_counter() - started
         plot_scores(self._output_dir / "scores.png", self._scores.scores, self._scores.score, self._probabilities)
         draws = [(draw["step"], draw["active"]) for draw in self._draws]
         plot_draws(self._output_dir / "draws.png", draws, len(self._scores.scores), self.global_step)
-        write_json(self._output_dir / "manifest.json", self._manifest(directory))
-        self._print_summary(directory)
+        write_json(self._output_dir / "manifest.json", self._manifest())
+        self._print_summary()
 
-    def _manifest(self, checkpoint: Path) -> dict[str, Any]:
+    def _manifest(self) -> dict[str, Any]:
         return {
             "versions": versions(),
             "machine": machine(self._device),
             "config": OmegaConf.to_container(self._cfg, resolve=True),
             "seed": self.seed,
             "steps": self.global_step,
-            "checkpoint": checkpoint.name,
+            "skipped_steps": self._skipped_steps,
+            "checkpoint": self._step_dir().name,
             "held_out_loss": self._losses,
             "seconds": self._seconds,
             "median_step_seconds": self._median_step_seconds(),
@@ -468,14 +670,14 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "draws": self._draws,
         }
 
-    def _print_summary(self, checkpoint: Path) -> None:
+    def _print_summary(self) -> None:
         losses = [f"{when} {loss:.4f}" for when, loss in self._losses.items() if when in ("before", "after")]
         print(
             f"held-out loss   {', '.join(losses) or 'not measured'}\n"
             f"median step     {self._median_step_seconds():.2f} s\n"
             f"throughput      {self._tokens_per_second():.0f} tokens/s\n"
             f"peak memory     {peak_memory_bytes(self._device) / 1e9:.2f} GB\n"
-            f"weights         {checkpoint}\n"
+            f"weights         {self._step_dir()}\n"
             f"pictures        {self._output_dir / 'scores.png'}, {self._output_dir / 'draws.png'}\n"
             f"manifest        {self._output_dir / 'manifest.json'}"
         )

@@ -223,7 +223,7 @@ def test_clipping_scales_what_the_step_uses():
     for parameter, grad in zip(parameters, [*steps[0], torch.ones(5)], strict=True):
         parameter.grad = grad
     norm = optimizer.clip_grad_norm_(float("inf"))
-    expected = torch.stack([g.square().sum() for g in optimizer.step_grads()]).sum().sqrt()
+    expected = torch.stack([g.square().sum() for g in optimizer.step_grads().values()]).sum().sqrt()
     torch.testing.assert_close(norm, expected)
     assert all(p.grad is None for p in parameters[:3])
     optimizer.clip_grad_norm_(0.1)

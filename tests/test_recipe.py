@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.checkpoints import step_directories
 from owlore_tune.scores import LayerScores
 
 
@@ -25,8 +26,8 @@ def finetune(config: dict) -> OwLoreFullFinetuneRecipe:
 
 
 def weights(config: dict) -> dict[str, torch.Tensor]:
-    (step,) = Path(config["output_dir"]).glob("step_*")
-    return load_file(step / "model.safetensors")
+    loaded = load_file(step_directories(Path(config["output_dir"]))[-1] / "model.safetensors")
+    return {name: weight.clone() for name, weight in loaded.items()}  # no longer tied to the file
 
 
 def variant(config: dict, path: str, **changes) -> dict:

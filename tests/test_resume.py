@@ -1,0 +1,311 @@
+"""A run that stops and goes on ends with the bits of one that never stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from test_recipe import finetune, variant, weights
+from test_sealed import small_disk  # noqa: F401
+from transformers import AutoModelForCausalLM
+
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.checkpoints import newest_checkpoint, step_directories
+from owlore_tune.config import ConfigError, TrainingError
+from owlore_tune.rng import get_rng_state, set_rng_state
+from owlore_tune.sealed import verify
+
+
+class Stopped(Exception):
+    pass
+
+
+def finetune_until(config: dict, step: int) -> None:
+    """Train, and die right after step ``step`` without saving anything more."""
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+    recipe.setup()
+    report = recipe._report
+
+    def report_and_die(metrics, progress):
+        report(metrics, progress)
+        if recipe.global_step == step:
+            raise Stopped
+
+    recipe._report = report_and_die
+    with pytest.raises(Stopped):
+        recipe.train()
+
+
+def assert_same_bits(one: dict, other: dict) -> None:
+    for name, weight in weights(one).items():
+        assert torch.equal(weight, weights(other)[name]), name
+
+
+CASES = {
+    "mid-interval": {},
+    "between refreshes": {"optimizer__update_gap": 2, "owlore__resample_every": 5},
+    "project": {"optimizer__update_gap": 2, "optimizer__moments": "project"},
+    "reset": {"optimizer__update_gap": 2, "optimizer__moments": "reset"},
+    "bernoulli": {"owlore__draw": "bernoulli"},
+    "sequential": {"owlore__draw": "sequential"},
+    "keep": {"owlore__inactive_state": "keep", "owlore__resample_every": 2},
+    "offload": {"owlore__inactive_state": "offload", "owlore__resample_every": 2},
+    "accumulation": {"batch_size": 2, "gradient_accumulation_steps": 2},
+    "lisa": {"optimizer__rank": None, "owlore__train_embeddings": True, "owlore__train_output": True},
+    "stochastic bf16": {"dtype": "bf16", "optimizer__stochastic_rounding": True},
+    "schedule": {
+        "lr_scheduler": {
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 3,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_run_equals_the_unbroken_one(case, tiny_config):
+    """2 epochs of 10 steps; dead after steps 4 and 17, with checkpoints every 3 steps and at the end of the epoch."""
+    config = variant(tiny_config, "unbroken", epochs=2, **CASES[case])
+    broken = variant(config, "broken", save_every_n_steps=3)
+    unbroken = finetune(config)
+    finetune_until(broken, 4)
+    resumed = variant(broken, "", resume_from_checkpoint=True) | {"output_dir": broken["output_dir"]}
+    finetune_until(resumed, 17)
+    assert [d.name for d in step_directories(Path(broken["output_dir"]))] == [
+        f"step_{n}" for n in (3, 6, 9, 10, 12, 15)
+    ]
+    recipe = finetune(resumed)
+    assert_same_bits(config, broken)
+    assert recipe._optimizer.state_bytes() == unbroken._optimizer.state_bytes()
+    drop_times = [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in unbroken._draws]
+    assert [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in recipe._draws] == drop_times
+    lines = (Path(broken["output_dir"]) / "draws.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [draw["step"] for draw in unbroken._draws]
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_config):
+    fresh = variant(tiny_config, "fresh", resume_from_checkpoint=True)
+    finetune(tiny_config)
+    finetune(fresh)
+    assert_same_bits(tiny_config, fresh)
+
+
+def test_a_finished_run_has_nothing_left_to_do(tiny_config):
+    finetune(tiny_config)
+    before = weights(tiny_config)
+    recipe = finetune(tiny_config | {"resume_from_checkpoint": True})
+    assert recipe.global_step == 10
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(tiny_config).items())
+
+
+def test_another_runs_checkpoints_are_not_written_over(tiny_config):
+    finetune(tiny_config)
+    with pytest.raises(ConfigError, match="holds checkpoints of another run"):
+        finetune(tiny_config)
+
+
+def test_a_named_checkpoint_is_taken(tiny_config):
+    config = variant(tiny_config, "named", save_every_n_steps=3)
+    finetune(config)
+    end = weights(config)
+    named = f"{config['output_dir']}/step_3"
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config | {"resume_from_checkpoint": named}))
+    recipe.setup()
+    assert recipe.global_step == 3
+    recipe.train()
+    assert all(torch.equal(weight, end[name]) for name, weight in weights(config).items())
+
+
+def test_old_checkpoints_are_removed(tiny_config):
+    config = variant(tiny_config, "kept", save_every_n_steps=1, keep_last_n=2)
+    finetune(config)
+    assert [d.name for d in step_directories(Path(config["output_dir"]))] == ["step_9", "step_10"]
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda d: os.truncate(d / "model.safetensors", 1000),
+    "flipped byte": lambda d: flip(d / "model.safetensors"),
+    "flipped byte in the state": lambda d: flip(d / "recipe_state.pt"),
+    "missing file": lambda d: (d / "recipe_state.pt").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tiny_config, caplog):
+    config = variant(tiny_config, "damaged", save_every_n_steps=3)
+    finetune(config)
+    end = weights(config)
+    *_, before, newest = step_directories(Path(config["output_dir"]))
+    DAMAGES[damage](newest)
+    assert newest_checkpoint(Path(config["output_dir"])) == before
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config | {"resume_from_checkpoint": True}))
+    recipe.setup()
+    assert recipe.global_step == 9
+    recipe.train()
+    verify(newest)
+    assert all(torch.equal(weight, end[name]) for name, weight in weights(config).items())
+
+
+def test_only_damaged_checkpoints_are_an_error(tiny_config):
+    finetune(tiny_config)
+    flip(Path(tiny_config["output_dir"]) / "step_10" / "model.safetensors")
+    with pytest.raises(ConfigError, match="none of the 1 checkpoints in .* is undamaged"):
+        finetune(tiny_config | {"resume_from_checkpoint": True})
+    with pytest.raises(ConfigError, match="resume_from_checkpoint=.*step_10: .*is damaged"):
+        finetune(tiny_config | {"resume_from_checkpoint": f"{tiny_config['output_dir']}/step_10"})
+
+
+CHANGES = {
+    "γ": ("owlore.num_active_layers=2 -> 1", {"owlore__num_active_layers": 1}),
+    "K": ("owlore.resample_every=3 -> 4", {"owlore__resample_every": 4}),
+    "rank": ("optimizer.rank=8 -> 4", {"optimizer__rank": 4}),
+    "lr": ("optimizer.lr=0.0003 -> 0.001", {"optimizer__lr": 1e-3}),
+    "seed": ("seed=42 -> 7", {"seed": 7}),
+    "data": ("batch_size=4 -> 5", {"batch_size": 5}),
+    "epochs": ("epochs=1 -> 2", {"epochs": 2}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_config_is_refused_or_allowed(change, tiny_config):
+    message, changes = CHANGES[change]
+    config = variant(tiny_config, "run", save_every_n_steps=4)
+    finetune_until(config, 5)
+    other = variant(config, "", resume_from_checkpoint=True, **changes) | {"output_dir": config["output_dir"]}
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        finetune(other)
+    recipe = finetune(other | {"allow_config_change": True})
+    assert recipe.global_step == {"data": 8, "epochs": 20}.get(change, 10)
+    expected_lr = 1e-3 if change == "lr" else 3e-4
+    assert recipe._optimizer.param_groups[0]["lr"] == expected_lr
+    if change in ("γ", "K"):
+        assert 4 in [draw["step"] for draw in recipe._draws]  # drawn anew where it went on
+    assert all(weight.isfinite().all() for weight in weights(other).values())
+
+
+def test_settings_that_change_nothing_may_change(tiny_config):
+    config = variant(tiny_config, "run", save_every_n_steps=4)
+    finetune_until(config, 5)
+    finetune(config | {"resume_from_checkpoint": True, "log_every_n_steps": 2, "keep_last_n": 1})
+
+
+def test_rng_states_come_back(tmp_path):
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    torch.save(get_rng_state(), tmp_path / "rng.pt")
+    expected = torch.rand(3), np.random.rand(3), random.random()
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    again = torch.rand(3), np.random.rand(3), random.random()
+    assert torch.equal(expected[0], again[0])
+    assert (expected[1] == again[1]).all()
+    assert expected[2] == again[2]
+
+
+def start(config: dict, directory: Path, *overrides: str) -> subprocess.Popen:
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml", *overrides]
+    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(config: dict, process: subprocess.Popen) -> None:
+    while not list(Path(config["output_dir"]).glob("step_*[0-9]")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config, tmp_path):
+    config = variant(tiny_config, "signal", epochs=10, save_every_n_steps=20, keep_last_n=1)
+    process = start(config, tmp_path)
+    wait_for_step(config, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    last = output.strip().splitlines()[-1]
+    (saved,) = step_directories(Path(config["output_dir"]))
+    assert last.startswith(f"{number.name} at step {saved.name[5:]}: saved and stopped. Go on with the same command")
+    finetune(config | {"resume_from_checkpoint": True})
+    unbroken = variant(tiny_config, "unbroken", epochs=10, keep_last_n=1)
+    finetune(unbroken)
+    assert_same_bits(unbroken, config)
+
+
+def test_a_second_signal_ends_at_once():
+    code = (
+        "import os, signal, sys; from owlore_tune.signals import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print(stop.signal.name, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.stdout, result.returncode) == ("SIGTERM\n", 128 + signal.SIGTERM)
+
+
+def poison(recipe: OwLoreFullFinetuneRecipe, steps: set[int]) -> None:
+    """Make the gradients of the first layer's first weight NaN at some steps, from the loss down, as overflow does."""
+    loss_step = recipe._loss_step
+
+    def poisoned(batch, labels):
+        loss = loss_step(batch, labels)
+        return loss * float("nan") if recipe.global_step in steps and torch.is_grad_enabled() else loss
+
+    recipe._loss_step = poisoned
+
+
+@pytest.mark.parametrize("rank", [8, None])
+@pytest.mark.parametrize("bad", [{4}, {0}, {3, 4}], ids=["any step", "the first refresh", "a draw"])
+def test_a_step_that_is_not_finite_is_skipped(tiny_config, bad, rank):
+    config = variant(tiny_config, "poisoned", optimizer__rank=rank)
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+    recipe.setup()
+    poison(recipe, bad)
+    recipe.train()
+    assert recipe._skipped_steps == len(bad)
+    assert all(weight.isfinite().all() for weight in weights(config).values())
+    manifest = json.loads((Path(config["output_dir"]) / "manifest.json").read_text())
+    assert manifest["skipped_steps"] == len(bad)
+    assert manifest["held_out_loss"]["after"] < manifest["held_out_loss"]["before"]
+
+
+def test_too_many_skipped_steps_stop_the_run_with_a_checkpoint(tiny_config):
+    config = variant(tiny_config, "poisoned", max_skipped_steps=3)
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+    recipe.setup()
+    poison(recipe, set(range(4, 100)))
+    with pytest.raises(TrainingError, match="3 steps in a row had a loss or gradient that is not finite; stopped at s"):
+        recipe.train()
+    assert newest_checkpoint(Path(config["output_dir"])).name == "step_7"
+    assert all(weight.isfinite().all() for weight in weights(config).values())
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk(policy, tiny_config, small_disk):  # noqa: F811
+    """Checkpoints of about half a megabyte: the fourth finds no room on 2 MB."""
+    config = tiny_config | {
+        "output_dir": str(small_disk / "run"), "save_every_n_steps": 1, "on_save_error": policy,
+        "metric_logger": {"_component_": "torchtune.training.metric_logging.StdoutLogger"}, "dataset_val": None,
+    }  # fmt: skip
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+    recipe.setup()
+    with pytest.raises(TrainingError, match=r"cannot save .*/run/step_\d+, which needs [\d,]+ bytes: .*space|free"):
+        recipe.train()
+        if policy == "continue":
+            recipe._cfg.on_save_error = "stop"
+            recipe.save_checkpoint()
+    assert recipe.global_step == 10 if policy == "continue" else recipe.global_step < 10
+    good = newest_checkpoint(small_disk / "run")
+    load_file(good / "model.safetensors")
+    AutoModelForCausalLM.from_pretrained(good)
