@@ -48,7 +48,7 @@ def small_model(directory: Path) -> None:
 def config_for(model: str, scratch: Path) -> dict:
     """A run of 12 steps with a checkpoint every 2, draws every 3, accumulation, and a refresh every 2."""
     overrides = [
-        "dataset_val=null", "batch_size=1", "gradient_accumulation_steps=2", "max_steps_per_epoch=6",
+        "dataset_val=null", "batch_size=1", "gradient_accumulation_steps=2", "max_steps_per_epoch=6", "epochs=2",
         "owlore.resample_every=3", "owlore.outlier_threshold=5", "owlore.calibration_batches=2",
         "optimizer.update_gap=2", "save_every_n_steps=2", "keep_last_n=2", "device=cpu", "tokenizer.max_seq_len=128",
         "resume_from_checkpoint=true",

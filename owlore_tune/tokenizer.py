@@ -46,8 +46,7 @@ class HFChatTokenizer:
         }
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
-        pad_id = self._special_id("pad_token")
-        self.pad_id = pad_id if pad_id is not None else (self.eos_id or 0)
+        self.pad_id = self._pad_id()
         self.stop_tokens = [] if self.eos_id is None else [self.eos_id]
         self._template_source = _chat_template(directory, self._config)
         self._template = None
@@ -55,6 +54,13 @@ class HFChatTokenizer:
     @property
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
+
+    def _pad_id(self) -> int:
+        # Many models pad with the token that ends a turn. torchtune's generate takes every pad in a prompt for padding,
+        # so the unknown token serves where there is one; in training, padding is masked whatever it is.
+        candidates = [self._special_id(key) for key in ("pad_token", "unk_token")]
+        usable = [index for index in candidates if index is not None and index != self.eos_id]
+        return usable[0] if usable else (self.eos_id or 0)
 
     def _special_id(self, key: str) -> int | None:
         token = self._special_token(key)
@@ -102,8 +108,11 @@ class HFChatTokenizer:
         an end token that the conversation doesn't have there.
 
         Args:
-            add_end_tokens: False to prompt for the assistant's answer, as in generation.
+            add_end_tokens: False to prompt for the assistant's answer, as in generation; a last, empty assistant
+                message then stands for the answer to come.
         """
+        if not add_end_tokens and messages[-1].role == "assistant" and not messages[-1].text_content:
+            messages = messages[:-1]
         text = self.render(messages, add_generation_prompt=not add_end_tokens)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         spans = self._assistant_spans(messages, text)

@@ -559,7 +559,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _close_draw(self) -> None:
         """Add to the last draw's record what came of it, and log it."""
-        if not self._draws:
+        if not self._draws or "changed_layers" in self._draws[-1]:  # none open, as in a finished run that resumes
             return
         draw = self._draws[-1]
         refreshes, self._optimizer.refreshes = self._optimizer.refreshes, []

@@ -229,3 +229,13 @@ def test_the_readmes_python_example_runs(tokens):
     exec(code, names)
     changed = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert len(changed) == 2
+
+
+def test_torchtunes_generate_runs_on_a_checkpoint(smollm2_dir, tmp_path):
+    """Its own recipe, by the README's config, in a subprocess; greedy text equals transformers'."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["owlore", "cp", "smollm2/135M_generate", "g.yaml"], cwd=tmp_path, env=environment, check=True)
+    command = ["tune", "run", "generate", "--config", "g.yaml", f"checkpointer.checkpoint_dir={smollm2_dir}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "The capital of France is Paris." in result.stderr + result.stdout

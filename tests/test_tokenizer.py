@@ -34,6 +34,8 @@ def test_tokens_equal_transformers(which, turns, request):
     expected = reference.apply_chat_template(chat[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
     assert prompt == expected
     assert tokens[: len(prompt)] == prompt
+    empty = messages([*turns[:-1], ("assistant", "")])
+    assert tokenizer({"messages": empty}, inference=True)["tokens"] == prompt
 
 
 @pytest.mark.parametrize("turns", CONVERSATIONS)
@@ -63,7 +65,7 @@ def test_longer_conversations_are_cut_without_an_invented_end(smollm2_dir):
 
 def test_special_tokens_and_plain_text(smollm2_dir):
     tokenizer = HFChatTokenizer(str(smollm2_dir))
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)  # not HF's pad, which ends turns
     assert tokenizer.stop_tokens == [2]
     assert tokenizer.vocab_size == 49152
     tokens = tokenizer.encode("Hello there")
