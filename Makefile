@@ -28,6 +28,8 @@ bench: install
 	python benchmarks/steps.py --output benchmarks/steps.md
 	python benchmarks/refresh.py --output benchmarks/refresh.md
 	python benchmarks/scoring.py --output benchmarks/scoring.md
+	python benchmarks/saving.py --output benchmarks/saving.md
+	python benchmarks/faults.py --output benchmarks/faults.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

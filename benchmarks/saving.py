@@ -1,0 +1,106 @@
+"""What checkpoints cost on SmolLM2: the save itself, and the steps around it.
+
+    python benchmarks/saving.py [--rounds 3] [--steps 30] [--output benchmarks/saving.md]
+
+Saves are compared with safetensors writing the same tensors into one file, synced to disk like a save; the two take
+turns. Steps are compared one by one between a run that saves every 10 steps and one that does not save: the same seed
+gives both the same layers and samples at each step.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from report import machine, parser, publish
+from safetensors.torch import save_file
+
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.config import load_config
+from owlore_tune.smollm2 import fetch
+
+NUM_SAVES = 7
+
+
+def train(steps: int, every: int | None, output_dir: str) -> OwLoreFullFinetuneRecipe:
+    overrides = [
+        "dataset.packed=true", "batch_size=2", "owlore.num_active_layers=2", "dataset_val=null", "owlore.score=uniform",
+        "epochs=10", f"output_dir={output_dir}", f"save_every_n_steps={every or 'null'}", "keep_last_n=2",
+    ]  # fmt: skip
+    cfg = load_config("smollm2/135M_owlore", overrides)
+    cfg.max_steps_per_epoch = None
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(cfg))
+    recipe.setup()
+    report = recipe._report
+
+    def report_until_done(metrics, progress):
+        report(metrics, progress)
+        if recipe.global_step == steps:
+            raise StopIteration
+
+    recipe._report = report_until_done
+    try:
+        recipe.train()
+    except StopIteration:
+        return recipe
+    raise AssertionError("the data ended before the steps did")
+
+
+def write_plainly(recipe: OwLoreFullFinetuneRecipe, path: Path) -> None:
+    """The tensors of a checkpoint by safetensors alone, synced."""
+    tensors = {name: p.detach() for name, p in recipe._model.named_parameters()}
+    for i, state in recipe._optimizer.state_dict()["state"].items():
+        tensors |= {f"{i}.{key}": value for key, value in state.items() if torch.is_tensor(value)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--steps", type=int, default=30)
+    args = arguments.parse_args()
+    fetch()
+    ratios: list[float] = []
+    saves: list[float] = []
+    plain: list[float] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(args.rounds):
+            without = train(args.steps, None, f"{scratch}/without_{number}")
+            with_saves = train(args.steps, 10, f"{scratch}/with_{number}")
+            pairs = zip(with_saves._steps[2:], without._steps[2:], strict=True)
+            ratios += [saving[0] / not_saving[0] for saving, not_saving in pairs]
+            print(f"round {number + 1}: {statistics.median(ratios):.3f}", flush=True)
+        for number in range(NUM_SAVES):
+            started = time.perf_counter()
+            with_saves.save_checkpoint()
+            saves.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            write_plainly(with_saves, Path(scratch) / f"plain_{number}.safetensors")
+            plain.append(time.perf_counter() - started)
+            (Path(scratch) / f"plain_{number}.safetensors").unlink()
+        num_bytes = sum(f.stat().st_size for f in with_saves._step_dir().iterdir())
+    ratio = statistics.median(save / write for save, write in zip(saves, plain, strict=True))
+    lines = [
+        "# What checkpoints cost",
+        "",
+        f"SmolLM2-135M, γ=2, rank 128, float32 on the CPU, {num_bytes / 1e6:.0f} MB a checkpoint; {args.rounds} rounds "
+        f"of {args.steps} steps, {NUM_SAVES} saves; {machine()}. Made by `python benchmarks/saving.py`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| a save, median | {statistics.median(saves):.2f} s |",
+        f"| the same tensors by safetensors, synced, median | {statistics.median(plain):.2f} s |",
+        f"| ratio, median of pairs | {ratio:.2f} |",
+        f"| step with saves every 10 / without, median of {len(ratios)} pairs | {statistics.median(ratios):.3f} |",
+    ]
+    publish(lines, args.output)
+
+
+if __name__ == "__main__":
+    main()
