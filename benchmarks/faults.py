@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -132,6 +133,8 @@ def main() -> None:
     rng = random.Random(args.seed)
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)  # a forked child cannot use the threads of its parent
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())  # by default one lock for all processes, which a killed child may hold
     counts = {"kills": 0, "kills in a save": 0, "unreadable newest checkpoints": 0, "runs not bit-equal": 0}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
