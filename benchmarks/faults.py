@@ -25,6 +25,7 @@ import transformers
 from omegaconf import OmegaConf
 from report import machine, parser, publish
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.checkpoints import step_directories
