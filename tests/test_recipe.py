@@ -208,17 +208,17 @@ def test_scoring_alone(tiny_config):
     assert scores.data["batches"] == 8
 
 
-def test_the_readmes_python_example_runs(tokens):
-    """Its code as it stands, with a tiny model; only τ differs, since a tiny model has few outliers."""
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PYTHON_EXAMPLES = [part.split("```")[0] for part in README.split("```python\n")[1:]]
+
+
+def test_the_readmes_training_example_runs(tokens):
+    """Its code as it stands, with a tiny model; only the numbers are smaller, since a tiny model has few outliers."""
     from conftest import tiny_llama
 
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
-    code = (
-        code.replace("rank=128", "rank=8")
-        .replace("num_active=5", "num_active=2")
-        .replace("threshold=13", "threshold=3")
-    )
+    (code,) = [example for example in PYTHON_EXAMPLES if "OwLoreAdamW" in example]
+    for large, small in (("rank=128", "rank=8"), ("num_active=5", "num_active=2"), ("threshold=13", "threshold=3")):
+        code = code.replace(large, small)
     model = tiny_llama()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
 
@@ -229,6 +229,12 @@ def test_the_readmes_python_example_runs(tokens):
     exec(code, names)
     changed = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert len(changed) == 2
+
+
+def test_the_readmes_transformers_example_runs(smollm2_dir, capsys):
+    (code,) = [example for example in PYTHON_EXAMPLES if "transformers" in example]
+    exec(code.replace("runs/demo/step_59", str(smollm2_dir)), {})
+    assert capsys.readouterr().out.strip().endswith("The capital of France is Paris.")
 
 
 def test_torchtunes_generate_runs_on_a_checkpoint(smollm2_dir, tmp_path):

@@ -1,0 +1,45 @@
+"""Loading and saving hold the weights once, measured from outside as resident memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, sys, torch
+from owlore_tune.checkpoints import HFCheckpointer
+from owlore_tune.smollm2 import smollm2_135m
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+def peak_of(call):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew from here
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
+
+with torch.device("meta"):
+    model = smollm2_135m()
+checkpointer = HFCheckpointer(sys.argv[1], "LLAMA3_2", output_dir="unused")
+cpu = torch.device("cpu")
+peaks = {
+    "load": peak_of(lambda: checkpointer.load_checkpoint(model, dtype=torch.float32, device=cpu)),
+    "save": peak_of(lambda: checkpointer.save_checkpoint(model, sys.argv[2], shard_bytes=10**8)),
+}
+print(json.dumps(peaks | {"weights": sum(p.nbytes for p in model.parameters())}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_and_saving_raise_the_peak_by_little(smollm2_dir, tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(smollm2_dir), str(tmp_path / "saved")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if "Permission" in result.stderr:
+        pytest.skip("needs the right to reset the peak of its own resident memory")
+    peaks = json.loads(result.stdout.splitlines()[-1])
+    assert peaks["load"] <= 1.1 * peaks["weights"], peaks
+    assert peaks["save"] <= 2 * 10**8, peaks  # a shard: 0.1 GB, or one of the embeddings' size and what follows
