@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need, on a machine with Python 3.10 or later and no torch.
+# `make demo` and `make test` set up everything they need, on a machine with Python 3.11 or later and no torch.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin

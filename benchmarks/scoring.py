@@ -26,7 +26,7 @@ def main() -> None:
     directory = str(fetch())
     with torch.device("meta"):
         model = smollm2_135m()
-    checkpointer = HFCheckpointer(directory, "LLAMA3_2", output_dir="unused")
+    checkpointer = HFCheckpointer(directory, "LLAMA3_2")
     checkpointer.load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
     dataset = mmlu_dev_dataset(HFChatTokenizer(directory, max_seq_len=512), packed=True)
     batches = []

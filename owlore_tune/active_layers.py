@@ -144,4 +144,6 @@ class WeightWatch:
 @torch.no_grad()
 def _bit_sum(parameter: Tensor) -> int:
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return int(parameter.detach().contiguous().view(integers).sum(dtype=torch.int64))
+    # In pieces: a sum in int64 makes a copy in int64 first.
+    pieces = parameter.detach().contiguous().view(integers).flatten().split(2**22)
+    return int(torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum())

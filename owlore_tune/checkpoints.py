@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -37,7 +38,6 @@ class HFCheckpointer:
     Args:
         checkpoint_dir: directory with ``config.json`` and weights (safetensors, else PyTorch ``.bin``).
         model_type: torchtune's name of the weight layout, such as ``LLAMA2``, ``LLAMA3_2``, ``MISTRAL``, ``QWEN2``.
-        output_dir: where a run puts its checkpoints.
         checkpoint_files: names in ``checkpoint_dir``; all its weights where left out.
 
     Raises:
@@ -48,11 +48,9 @@ class HFCheckpointer:
         self,
         checkpoint_dir: str,
         model_type: str,
-        output_dir: str,
         checkpoint_files: list[str] | None = None,
     ) -> None:
         self.checkpoint_dir = Path(checkpoint_dir).expanduser()
-        self.output_dir = Path(output_dir).expanduser()
         if not self.checkpoint_dir.is_dir():
             raise ValueError(
                 f"checkpointer.checkpoint_dir={checkpoint_dir} is not a directory; "
@@ -66,11 +64,7 @@ class HFCheckpointer:
         self._to_tune, self._to_hf = _converters(model_type, self.config)
 
     def _weight_files(self, names: list[str] | None) -> list[Path]:
-        if names:
-            files = [self.checkpoint_dir / name for name in names]
-        else:
-            files = sorted(self.checkpoint_dir.glob("*.safetensors"))
-            files = files or sorted(self.checkpoint_dir.glob("pytorch_model*.bin"))
+        files = [self.checkpoint_dir / name for name in names or ()] or weight_files(self.checkpoint_dir)
         missing = [str(file) for file in files if not file.is_file()]
         if missing or not files:
             raise ValueError(f"weights missing in {self.checkpoint_dir}: {', '.join(missing) or '*.safetensors'}")
@@ -96,7 +90,7 @@ class HFCheckpointer:
         Raises:
             ValueError: if a weight has no place in the model or another shape, or the model wants one that is missing.
         """
-        files = self.files if directory is None else sorted(directory.glob("*.safetensors"))
+        files = self.files if directory is None else weight_files(directory)
         directory = directory or self.checkpoint_dir
         wanted = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         missing = set(wanted)
@@ -148,7 +142,10 @@ class HFCheckpointer:
             self._save_weights(model, partial_dir, shard_bytes)
             self._copy_companions(partial_dir, next(model.parameters()).dtype)
             if recipe_state is not None:
-                torch.save(recipe_state, partial_dir / STATE_FILE)
+                try:
+                    torch.save(recipe_state, partial_dir / STATE_FILE)
+                except RuntimeError as error:  # which is how torch reports a full disk
+                    raise OSError(str(error)) from error
 
     def _save_weights(self, model: nn.Module, directory: Path, shard_bytes: int) -> None:
         weight_map: dict[str, str] = {}
@@ -171,6 +168,16 @@ class HFCheckpointer:
         key = "dtype" if "dtype" in self.config else "torch_dtype"
         config = {**self.config, key: str(dtype).removeprefix("torch.")}
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files with a model directory's weights: those its index names, else all there are; safetensors first."""
+    for pattern, index in (("*.safetensors", "model.safetensors"), ("pytorch_model*.bin", "pytorch_model.bin")):
+        if (index_file := directory / f"{index}.index.json").is_file():
+            return [directory / name for name in sorted(set(json.loads(index_file.read_text())["weight_map"].values()))]
+        if files := sorted(directory.glob(pattern)):
+            return files
+    return []
 
 
 def step_directories(output_dir: Path) -> list[Path]:
@@ -208,6 +215,17 @@ def load_recipe_state(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{directory} has no {STATE_FILE}, so a run cannot resume from it")
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+def set_aside_after(output_dir: Path, step: int) -> None:
+    """Rename checkpoints later than ``step``, from which the run goes on another way, to ``abandoned_step_N``."""
+    for directory in step_directories(output_dir):
+        if int(directory.name[5:]) > step:
+            abandoned = directory.with_name(f"abandoned_{directory.name}")
+            if abandoned.exists():
+                discard(abandoned)
+            os.rename(directory, abandoned)
+            log.warning(f"{directory.name} is later than the checkpoint to resume from; it is now {abandoned.name}.")
 
 
 def keep_last(output_dir: Path, count: int | None) -> None:
@@ -264,12 +282,15 @@ def _converters(
     except KeyError:
         names = ", ".join(ModelType.__members__)
         raise ValueError(f"checkpointer.model_type={model_type}; choose one of {names}") from None
-    heads = {
-        "num_heads": config["num_attention_heads"],
-        "num_kv_heads": config["num_key_value_heads"],
-        "dim": config["hidden_size"],
-        "head_dim": config.get("head_dim"),
-    }
+    try:
+        heads = {
+            "num_heads": config["num_attention_heads"],
+            "num_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+            "dim": config["hidden_size"],
+            "head_dim": config.get("head_dim"),
+        }
+    except KeyError as error:
+        raise ValueError(f"config.json lacks {error}; is it a model of type {model_type}?") from error
     if kind in (ModelType.PHI3_MINI, ModelType.PHI4):
         from torchtune.models.phi3._convert_weights import phi3_hf_to_tune, phi3_tune_to_hf
 

@@ -34,6 +34,8 @@ def download(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
+    from torchtune.config._errors import InstantiationError
+
     from owlore_full_finetune import OwLoreFullFinetuneRecipe
     from owlore_tune.config import ConfigError, load_config
     from owlore_tune.plots import plot_scores
@@ -45,7 +47,7 @@ def score(args: argparse.Namespace) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         scores.save(output)
         plot_scores(output.with_suffix(".png"), scores.scores, scores.score)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, InstantiationError, OSError) as error:
         sys.exit(f"error: {error}")
     for layer, value in enumerate(scores.scores):
         print(f"layer {layer:3}  {value:.6g}")

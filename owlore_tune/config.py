@@ -51,7 +51,7 @@ class OwLoreConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check_type(f"owlore.{field.name}", getattr(self, field.name), field.type)
+            check_type(f"owlore.{field.name}", getattr(self, field.name), field.type)
         for key, choices in (("score", SCORES), ("draw", DRAWS), ("inactive_state", INACTIVE_STATES)):
             if getattr(self, key) not in choices:
                 raise ConfigError(f"owlore.{key}={getattr(self, key)}; choose one of {', '.join(choices)}")
@@ -167,7 +167,32 @@ def _component_nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
         yield from _component_nodes(child, f"{path}.{key}" if path else str(key))
 
 
-def _check_type(path: str, value: Any, wanted: Any) -> None:
+def check_counts(cfg: DictConfig, required: Iterable[str], optional: Iterable[str]) -> None:
+    """Raise ConfigError for a field that is not a whole number from 1 (or null, where ``optional``)."""
+    for keys, wanted in ((required, int), (optional, int | None)):
+        for key in keys:
+            check_type(key, cfg[key], wanted)
+            if cfg[key] is not None and not cfg[key] >= 1:
+                raise ConfigError(f"{key}={cfg[key]}; it must be at least 1{'' if wanted is int else ', or null'}")
+
+
+def check_max_norm(value: Any) -> float:
+    """The value of ``clip_grad_norm`` as a number; infinity, which only measures, for null.
+
+    Raises:
+        ConfigError: if it is not a number above 0.
+    """
+    try:
+        max_norm = float("inf") if value is None else float(value)
+    except (TypeError, ValueError):
+        max_norm = 0.0
+    if not max_norm > 0:
+        raise ConfigError(f"clip_grad_norm={value}; it must be a number above 0, or null")
+    return max_norm
+
+
+def check_type(path: str, value: Any, wanted: Any) -> None:
+    """Raise ConfigError if ``value`` is not of type ``wanted``; a bool is no number."""
     allowed = wanted | int if wanted is float else wanted
     if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
         name = getattr(wanted, "__name__", str(wanted)).replace("None", "null")

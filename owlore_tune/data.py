@@ -50,7 +50,6 @@ def instruction_dataset(
     *,
     data_files: str | list[str],
     packed: bool = False,
-    train_on_input: bool = False,
 ) -> SFTDataset | PackedDataset:
     """Local JSON files of ``instruction``, optional ``input``, and ``output``: the form of Commonsense170K.
 
@@ -118,7 +117,11 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
     if not text.strip():
         raise ValueError(f"dataset.data_files={file} is empty")
     try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(x) for x in text.split("\n") if x.strip()]
+        )
     except ValueError as error:
         raise ValueError(f"dataset.data_files={file} is not JSON: {error}") from error
     if not rows:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 _WRAPPER = "_checkpoint_wrapped_module."
@@ -38,6 +38,18 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 def find_linears(layer: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The Linears of one layer with their names inside it."""
     return [(plain_name(name), m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+
+
+def hidden_states(model: TransformerDecoder, tokens: Tensor, **kwargs: Tensor | None) -> Tensor:
+    """The normed last hidden states (b, s, d) for ``tokens`` (b, s): the model's forward without its output head.
+
+    Args:
+        kwargs: ``mask`` and ``input_pos``, as the model's forward takes them.
+    """
+    hidden = model.tok_embeddings(tokens)
+    for layer in model.layers:
+        hidden = layer(hidden, **kwargs)
+    return model.norm(hidden)
 
 
 def plain_name(name: str) -> str:

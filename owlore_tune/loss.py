@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TiedLinear, TransformerDecoder
 
 
@@ -17,15 +18,14 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Args:
         chunk_size: positions per chunk.
-        ignore_index: label of positions that are not trained on.
     """
 
-    def __init__(self, chunk_size: int = 256, ignore_index: int = -100) -> None:
+    def __init__(self, chunk_size: int = 256) -> None:
         super().__init__()
         if not chunk_size >= 1:
             raise ValueError(f"loss.chunk_size={chunk_size}; it must be at least 1 position")
         self.chunk_size = chunk_size
-        self.ignore_index = ignore_index
+        self.ignore_index = CROSS_ENTROPY_IGNORE_IDX
         self._head: Any = None
 
     def set_model_output(self, model: TransformerDecoder) -> None:
@@ -47,16 +47,23 @@ class LinearCrossEntropyLoss(nn.Module):
             raise RuntimeError("call set_model_output(model) before the first forward")
         (head,) = self._head
         chosen = labels != self.ignore_index
-        return _ChunkedHead.apply(hidden[chosen], labels[chosen], head, self.chunk_size, *_head_parameters(head))
+        return _ChunkedHead.apply(
+            hidden[chosen],
+            labels[chosen],
+            head,
+            self.chunk_size,
+            torch.is_grad_enabled(),  # which forward below cannot tell: autograd turns it off there
+            *_head_parameters(head),
+        )
 
 
 class _ChunkedHead(torch.autograd.Function):
     """Mean cross-entropy of ``head(hidden)``; gradients are made in forward, where the logits are."""
 
     @staticmethod
-    def forward(ctx, hidden, labels, head, chunk_size, *parameters):  # hidden (n, d), labels (n,)
+    def forward(ctx, hidden, labels, head, chunk_size, grad_enabled, *parameters):  # hidden (n, d), labels (n,)
         needs = [i == 0 or parameter.requires_grad for i, parameter in enumerate((hidden, *parameters))]
-        wants_grad = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:])
+        wants_grad = grad_enabled and any(ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         hidden_grad = torch.empty_like(hidden) if wants_grad else None
         parameter_grads = [torch.zeros_like(p) if p.requires_grad and wants_grad else None for p in parameters]
@@ -83,7 +90,7 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx, grad_loss):
         saved = iter(ctx.saved_tensors)
         hidden_grad, *parameter_grads = [next(saved) * (grad_loss / ctx.count) if has else None for has in ctx.has_grad]
-        return hidden_grad, None, None, None, *parameter_grads
+        return hidden_grad, None, None, None, None, *parameter_grads
 
 
 def _head_parameters(head: nn.Module | TiedLinear) -> list[nn.Parameter]:

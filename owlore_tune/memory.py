@@ -19,10 +19,9 @@ def reuse_freed_memory() -> None:
     """Have glibc keep what a step frees for the next step, where the model runs on the CPU.
 
     By default every large temporary goes back to the kernel and comes anew, page by page: a fifth of a training
-    step. The peak does not change, since what is kept was needed before. Without glibc this does nothing.
+    step. Without glibc, or where it refuses, this does nothing.
     """
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of <malloc.h>
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_threshold, 2**30)
+    if mallopt is not None and mallopt(mmap_threshold, 2**30):
         mallopt(trim_threshold, 2**31 - 1)

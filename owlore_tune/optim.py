@@ -175,7 +175,8 @@ class OwLoreAdamW(Optimizer):
             return torch.zeros(())
         norm = torch.nn.utils.get_total_norm(grads)
         if math.isfinite(max_norm):
-            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, torch.where(norm.isfinite(), factor, 1.0))  # else all of them turn NaN
         return norm
 
     @torch.no_grad()
@@ -307,13 +308,13 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{key}={group[key]}; it must not be negative")
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas={group['betas']}; each must be at least 0 and below 1")
-    if not group["update_gap"] >= 1:
-        raise ValueError(f"update_gap={group['update_gap']}; it must be at least 1 optimizer step")
+    if not isinstance(group["update_gap"], int) or not group["update_gap"] >= 1:
+        raise ValueError(f"update_gap={group['update_gap']}; it must be a whole number of optimizer steps from 1")
     rank = group["rank"]
     if rank is None:
         return
-    if not rank >= 1:
-        raise ValueError(f"rank={rank}; it must be at least 1, or null for full rank")
+    if not isinstance(rank, int) or not rank >= 1:
+        raise ValueError(f"rank={rank}; it must be a whole number from 1, or null for full rank")
     matrices = [parameter for parameter in group["params"] if parameter.ndim == 2]
     unprojected = [tuple(p.shape) for p in matrices if not _is_projected(p, rank)]
     if not unprojected:

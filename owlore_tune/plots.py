@@ -12,7 +12,7 @@ def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: 
     """A bar for each layer's score, with its inclusion probability on a second axis where given."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axes = figure.subplots()
-    percent = score in ("outlier", "reverse")
+    percent = score == "outlier"
     axes.bar(range(len(scores)), [100 * s if percent else s for s in scores], color=BLUE, label="score")
     axes.set_xlabel("layer (0 is the lowest)")
     axes.set_ylabel("outlier weights, %" if percent else f"{score} score")

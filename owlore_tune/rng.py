@@ -8,7 +8,7 @@ import torch
 
 
 def get_rng_state() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's generators, on all devices; loadable with ``weights_only=True``."""
+    """States of Python's, NumPy's and torch's generators, on the CPU and CUDA; loadable with ``weights_only=True``."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {

@@ -52,30 +52,34 @@ class LayerSampler:
     """Draws sets of layers from a generator of its own, so that nothing else that is random moves the schedule.
 
     Args:
-        probabilities: inclusion probability of each layer; they sum to ``num_active``.
+        scores: of each layer, see `inclusion_probabilities`.
         num_active: γ.
         draw: ``systematic``: exactly γ layers, each with exactly its inclusion probability.
             ``bernoulli``: every layer on its own, as in the paper's algorithm; the number of layers varies,
             an empty set is never drawn, and the inclusion probabilities still hold.
-            ``sequential``: γ draws without replacement weighted by probability, as in the authors' code; the
+            ``sequential``: γ draws without replacement weighted by score, as in the authors' code; the
             inclusion probabilities are then not exactly p_l.
         seed: of the private generator.
 
+    Attributes:
+        probabilities: (layers,) float64, the inclusion probabilities.
+
     Raises:
-        ValueError: if ``draw`` is unknown.
+        ValueError: if ``draw`` is unknown, or the scores allow no draw of γ layers.
     """
 
-    def __init__(
-        self, probabilities: Sequence[float], num_active: int, draw: str = "systematic", seed: int = 0
-    ) -> None:
+    def __init__(self, scores: Sequence[float], num_active: int, draw: str = "systematic", seed: int = 0) -> None:
         if draw not in DRAWS:
             raise ValueError(f"draw={draw!r}; choose one of {', '.join(DRAWS)}")
-        self.probabilities = torch.tensor(probabilities, dtype=torch.float64)
         self.num_active = num_active
-        self._generator = torch.Generator().manual_seed(seed)
         self._draw = getattr(self, f"_{draw}")
-        if draw == "bernoulli":
-            self._given_nonempty = self._nonempty_share()
+        self._generator = torch.Generator().manual_seed(seed)
+        self._set_scores(scores)
+
+    def _set_scores(self, scores: Sequence[float]) -> None:
+        self._scores = torch.tensor(scores, dtype=torch.float64)
+        self.probabilities = torch.tensor(inclusion_probabilities(scores, self.num_active), dtype=torch.float64)
+        self._given_nonempty = self._nonempty_share()
 
     def draw(self) -> list[int]:
         """The indices of the next active layers, ascending."""
@@ -124,11 +128,11 @@ class LayerSampler:
         return share
 
     def _sequential(self) -> torch.Tensor:
-        return torch.multinomial(self.probabilities, self.num_active, generator=self._generator)
+        return torch.multinomial(self._scores, self.num_active, generator=self._generator)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"probabilities": self.probabilities, "generator": self._generator.get_state()}
+        return {"scores": self._scores.tolist(), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.probabilities = state_dict["probabilities"]
-        self._generator.set_state(state_dict["generator"])
+        self._set_scores(state_dict["scores"])
+        self._generator.set_state(state_dict["generator"].clone())

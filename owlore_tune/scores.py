@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class LayerScores:
 
     scores: list[float]
     score: str
-    fingerprint: str  # of the model's weights, see `owlore_tune.checkpoints.fingerprint`
+    fingerprint: str  # of the model's weights, see `owlore_tune.checkpoints.HFCheckpointer.fingerprint`
     threshold: float | None = None
     data: dict[str, Any] | None = None
     versions: dict[str, str] = field(
@@ -96,18 +96,26 @@ class LayerScores:
             name: importlib.metadata.version(name) for name in ("owlore-tune", "torchtune", "torch")
         }
     )
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path, *, num_layers: int, fingerprint: str) -> "LayerScores":
-        """Read a score file made for this very model.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        num_layers: int,
+        fingerprint: str,
+        score: str = "outlier",
+        threshold: float | None = None,
+    ) -> "LayerScores":
+        """Read a score file made for this very model, score and, where it is given, threshold.
 
         Raises:
             ValueError: if the file is missing or not a score file, if its scores are not finite numbers ≥ 0, or if
-                it was made for another number of layers or for other weights.
+                it was made for another number of layers, other weights, another score or another threshold.
         """
         try:
             loaded = cls(**json.loads(Path(path).read_text()))
@@ -124,5 +132,10 @@ class LayerScores:
             raise ValueError(
                 f"scores_file={path} was made for other weights ({loaded.fingerprint}, these are {fingerprint}); "
                 "make one for this checkpoint with `owlore score`, or leave scores_file out"
+            )
+        if loaded.score != score or None not in (threshold, loaded.threshold) and loaded.threshold != threshold:
+            raise ValueError(
+                f"scores_file={path} holds {loaded.score} scores with threshold {loaded.threshold}, the config asks "
+                f"for {score} with {threshold}; set owlore.score and owlore.outlier_threshold to match"
             )
         return loaded

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 SEAL = "checkpoint.json"  # name, size and checksum of every other file; written last
 _PARTIAL = ".partial"
+_OLD = ".old"
 
 
 class CheckpointError(RuntimeError):
@@ -40,10 +41,13 @@ def sealed_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
             raise OSError(f"only {free:,} bytes are free")
         yield partial
         _seal(partial)
+        replaced = directory.with_name(directory.name + _OLD + _PARTIAL)
         if directory.exists():
-            discard(directory)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(directory, replaced)
         os.rename(partial, directory)
         _sync(directory.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -72,30 +76,45 @@ def verify(directory: Path) -> None:
     """
     try:
         files = json.loads((directory / SEAL).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory / SEAL} cannot be read: {error}") from error
-    for name, sealed in files.items():
+        expected = {name: (int(sealed["bytes"]), str(sealed["xxh3_128"])) for name, sealed in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory / SEAL} cannot be read: {error!r}") from error
+    for name, (num_bytes, checksum) in expected.items():
         file = directory / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != sealed["bytes"]:
-            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, not {sealed['bytes']:,}")
-        if _checksum(file) != sealed["xxh3_128"]:
+        if file.stat().st_size != num_bytes:
+            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, not {num_bytes:,}")
+        if _checksum(file) != checksum:
             raise CheckpointError(f"{file} is damaged: its checksum is not the one it was saved with")
 
 
 def discard(directory: Path) -> None:
     """Remove a directory; its name is gone at once, so that no half of it is ever found under it."""
-    doomed = directory.with_name(directory.name + ".old" + _PARTIAL)
+    doomed = directory.with_name(directory.name + _OLD + _PARTIAL)
     shutil.rmtree(doomed, ignore_errors=True)
+    (directory / SEAL).unlink(missing_ok=True)  # from here on nothing takes it for a checkpoint
     os.rename(directory, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what interrupted writes and removals have left in ``parent``."""
-    for leftover in parent.glob(f"*{_PARTIAL}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Clear up after interrupted writes and removals in ``parent``.
+
+    What a write was stopped from moving to its name, complete as it was, moves there now; the rest is removed.
+    """
+    for leftover in sorted(parent.glob(f"*{_PARTIAL}"), key=lambda path: _OLD in path.suffixes):  # new ones first
+        name = leftover.name.removesuffix(_PARTIAL).removesuffix(_OLD)
+        try:
+            verify(leftover)
+        except CheckpointError:
+            complete = False
+        else:
+            complete = True
+        if complete and not (parent / name).exists():
+            os.rename(leftover, parent / name)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _checksum(file: Path) -> str:

@@ -48,7 +48,7 @@ class HFChatTokenizer:
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._pad_id()
         self.stop_tokens = [] if self.eos_id is None else [self.eos_id]
-        self._template_source = _chat_template(directory, self._config)
+        self.chat_template = _chat_template(directory, self._config)  # Jinja source, None if there is none
         self._template = None
 
     @property
@@ -95,7 +95,7 @@ class HFChatTokenizer:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special = {name: self._special_token(name) for name in names if self._special_token(name) is not None}
         if self._template is None:
-            self._template = _compile_template(self._template_source)
+            self._template = _compile_template(self.chat_template)
         try:
             return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **special)
         except TemplateError as error:
@@ -174,4 +174,7 @@ def _compile_template(source: str | None):
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    return environment.from_string(source)
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot be read: {error}") from error

@@ -33,6 +33,7 @@ from owlore_tune.checkpoints import (
     keep_last,
     load_recipe_state,
     newest_checkpoint,
+    set_aside_after,
     step_directories,
 )
 from owlore_tune.config import (
@@ -42,6 +43,9 @@ from owlore_tune.config import (
     build,
     changed_fields,
     check_config,
+    check_counts,
+    check_max_norm,
+    check_type,
     parse,
     writable_directory,
 )
@@ -50,7 +54,7 @@ from owlore_tune.manifest import machine, versions, write_json
 from owlore_tune.memory import peak_memory_bytes, reuse_freed_memory
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
 from owlore_tune.rng import get_rng_state, set_rng_state
-from owlore_tune.sampling import LayerSampler, inclusion_probabilities
+from owlore_tune.sampling import LayerSampler
 from owlore_tune.scores import NEEDS_DATA, LayerScores, layer_scores
 from owlore_tune.sealed import CheckpointError, remove_leftovers, verify
 from owlore_tune.signals import StopRequest
@@ -96,7 +100,19 @@ DEFAULTS = {
     "allow_config_change": False,
     "max_skipped_steps": 10,
 }
-# Fields that a resumed run may change: they move neither the weights nor the data.
+# Fields that a resumed run may change: they say where and how it runs, not what it computes. (Another device or a
+# compiled model rounds differently, so the bits are no longer those of the unbroken run.)
+COUNTS = ("batch_size", "epochs", "gradient_accumulation_steps", "max_skipped_steps", "log_every_n_steps")
+OPTIONAL_COUNTS = (
+    "batch_size_val", "max_steps_per_epoch", "save_every_n_steps", "run_val_every_n_steps", "keep_last_n"
+)  # fmt: skip
+DATA_FIELDS = frozenset(
+    ("dataset", "tokenizer", "collate_fn", "batch_size", "gradient_accumulation_steps", "shuffle", "seed",
+     "max_steps_per_epoch")
+)  # fmt: skip
+SCORE_FIELDS = frozenset(
+    ("owlore.score", "owlore.outlier_threshold", "owlore.calibration_batches", "owlore.scores_file")
+)
 FREE = frozenset(
     ("output_dir", "device", "compile", "enable_activation_checkpointing", "metric_logger", "log_every_n_steps",
      "run_val_every_n_steps", "dataset_val", "batch_size_val", "profiler", "save_every_n_steps", "keep_last_n",
@@ -133,12 +149,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error
         if self._dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
-        for key in ("batch_size", "epochs", "gradient_accumulation_steps", "max_skipped_steps"):
-            if not cfg[key] >= 1:
-                raise ConfigError(f"{key}={cfg[key]}; it must be at least 1")
-        for key in ("max_steps_per_epoch", "save_every_n_steps", "run_val_every_n_steps", "keep_last_n"):
-            if cfg[key] is not None and not cfg[key] >= 1:
-                raise ConfigError(f"{key}={cfg[key]}; it must be at least 1, or null")
+        check_counts(cfg, COUNTS, OPTIONAL_COUNTS)
+        check_type("seed", cfg.seed, int)  # a run without one could be neither repeated nor resumed
+        self._clip_grad_norm = check_max_norm(cfg.clip_grad_norm)
         if cfg.on_save_error not in ("stop", "continue"):
             raise ConfigError(f"on_save_error={cfg.on_save_error}; choose stop or continue")
         self._output_dir = writable_directory(cfg.output_dir)
@@ -146,7 +159,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             reuse_freed_memory()
 
         self._gradient_accumulation_steps = cfg.gradient_accumulation_steps
-        self._clip_grad_norm = float("inf") if cfg.clip_grad_norm is None else float(cfg.clip_grad_norm)
         self._log_every_n_steps = cfg.log_every_n_steps
         self._run_val_every_n_steps = cfg.run_val_every_n_steps
         self._save_every_n_steps = cfg.save_every_n_steps
@@ -160,7 +172,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._steps: list[tuple[float, int]] = []  # (seconds, tokens) of each
         self._skipped_steps = 0
         self._skipped_in_a_row = 0
-        self._rng_state: dict[str, Any] | None = None  # to restore, in a resumed run
 
     def setup(self) -> None:
         cfg = self._cfg
@@ -170,8 +181,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._model = self._setup_model(cfg)
         # On the meta device still: rank and groups are checked before weights take the place of these parameters.
         self._optimizer = self._setup_optimizer(cfg.optimizer)
-        keep_schedule = saved is not None and "owlore" not in changed
-        known_scores = LayerScores(**saved["scores"]) if keep_schedule else self._load_scores()
+        same_scores = saved is not None and not changed & SCORE_FIELDS
+        known_scores = LayerScores(**saved["scores"]) if same_scores else self._load_scores()
         self.load_checkpoint()
         self._scores = known_scores or self._score_layers(cfg)
         self._scores.save(self._output_dir / "scores.json")
@@ -185,7 +196,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if cfg.compile:
             training.compile_model(self._model)
             if not hasattr(self._loss_fn, "set_model_output"):  # which makes gradients inside forward
-                training.compile_loss(self._loss_fn)
+                self._loss_fn = training.compile_loss(self._loss_fn)
 
         num_steps = self.total_epochs * self._steps_per_epoch
         self._lr_scheduler = None
@@ -195,6 +206,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             )
         if saved is not None:
             self._restore(saved, changed)
+        else:
+            (self._output_dir / "draws.jsonl").unlink(missing_ok=True)  # of an attempt that saved nothing
         self._metric_logger = build("metric_logger", cfg.metric_logger)
         self._metric_logger.log_config(cfg)
         self._profiler = training.DummyProfiler()
@@ -215,8 +228,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         try:
             if wanted is not True:
                 verify(Path(wanted))
-                return Path(wanted)
-            found = newest_checkpoint(self._output_dir)
+                found = Path(wanted)
+            else:
+                found = newest_checkpoint(self._output_dir)
         except CheckpointError as error:
             raise ConfigError(f"resume_from_checkpoint={wanted}: {error}") from error
         if found is None:
@@ -233,15 +247,14 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             raise ConfigError(str(error)) from error
         config = OmegaConf.to_container(self._cfg, resolve=True)
         fixed = [{key: value for key, value in c.items() if key not in FREE} for c in (saved["config"], config)]
-        for c in fixed:  # where the run's files are is free too
-            c["checkpointer"] = {k: v for k, v in c["checkpointer"].items() if k != "output_dir"}
         changes = changed_fields(*fixed)
         if changes and not self._cfg.allow_config_change:
             raise ConfigError(
                 f"the config differs from that of {self._resume_dir}: {'; '.join(changes)}; "
                 "set them back, or set allow_config_change=true"
             )
-        return saved, {key for key in fixed[1] if fixed[0].get(key) != fixed[1][key]}
+        # Top-level fields, and those of the owlore block by their path.
+        return saved, {path for change in changes for path in (change.split("=")[0], change.split(".")[0])}
 
     def _restore(self, saved: dict[str, Any], changed: set[str]) -> None:
         """Put everything back as it was saved, but for what depends on ``changed`` fields, which starts anew."""
@@ -250,7 +263,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._skipped_steps, self._skipped_in_a_row = saved["skipped_steps"]
         if "owlore" not in changed:
             self._active_layers.load_state_dict(saved["active_layers"])
-            self._weight_watch.load_state_dict(saved["weight_watch"])
+            if "dtype" not in changed:
+                self._weight_watch.load_state_dict(saved["weight_watch"])
             if not changed & {"optimizer", "model", "dtype"}:
                 self._optimizer.load_state_dict(saved["optimizer"])
                 self._optimizer.refreshes = [
@@ -258,16 +272,20 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 ]
         else:
             self._draws = self._draws[:-1]  # the last one was still open
-        if self._lr_scheduler is not None:
+        if self._lr_scheduler is None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._cfg.optimizer.get("lr", group["lr"])  # not what a schedule had made of it
+        else:
             if changed & {"optimizer", "lr_scheduler", "owlore", "epochs", "max_steps_per_epoch"}:
                 for _ in range(self.global_step):
                     self._lr_scheduler.step()
             else:
                 self._lr_scheduler.load_state_dict(saved["lr_scheduler"])
-        same_data = not changed & {"dataset", "batch_size", "gradient_accumulation_steps", "shuffle", "seed"}
-        if same_data and self.global_step % self._steps_per_epoch:
+        if not changed & DATA_FIELDS and self.global_step % self._steps_per_epoch:
             self._dataloader.load_state_dict(saved["dataloader"])
-        self._rng_state = saved["rng"]
+        set_rng_state(saved["rng"])
+        self._seconds = saved["seconds"]
+        set_aside_after(self._output_dir, self.global_step)
         # Draws that were logged after this checkpoint are about to happen again.
         closed = [draw for draw in self._draws if "changed_layers" in draw]
         (self._output_dir / "draws.jsonl").write_text("".join(json.dumps(draw) + "\n" for draw in closed))
@@ -308,6 +326,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """The data loader of ``dataset`` or ``dataset_val``; a list of datasets is chained."""
         nodes = cfg[key] if isinstance(cfg[key], ListConfig) else [cfg[key]]
         datasets = [build(key, node, self._tokenizer) for node in nodes]
+        packed = [node.get("packed", False) for node in nodes]
+        if len(set(packed)) > 1:
+            raise ConfigError(f"{key}: packed must be the same for all datasets of the list")
         dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
         if len(dataset) == 0:
             raise ConfigError(f"{key} has no samples")
@@ -318,13 +339,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             padding_idx=self._tokenizer.pad_id,
             ignore_idx=self._loss_fn.ignore_index,
         )
-        packed = all(node.get("packed", False) for node in nodes)
         return StatefulDataLoader(
             dataset=dataset,
             batch_size=batch_size,
             sampler=StatefulDistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=self.seed),
-            collate_fn=padded_collate_packed if packed else collate,
+            collate_fn=padded_collate_packed if packed[0] else collate,
             drop_last=shuffle,
+            generator=torch.Generator(),  # else each pass over the data would move the global one
         )
 
     def _setup_model(self, cfg: DictConfig) -> torch.nn.Module:
@@ -362,16 +383,23 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             return None
         try:
             return LayerScores.load(
-                path, num_layers=len(self._model.layers), fingerprint=self._checkpointer.fingerprint()
+                path,
+                num_layers=len(find_layers(self._model)),
+                fingerprint=self._checkpointer.fingerprint(),
+                score=self._owlore.score,
+                threshold=self._owlore.outlier_threshold,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
     def load_checkpoint(self) -> None:
         started = time.perf_counter()
-        self._checkpointer.load_checkpoint(
-            self._model, dtype=self._dtype, device=self._device, directory=self._resume_dir
-        )
+        try:
+            self._checkpointer.load_checkpoint(
+                self._model, dtype=self._dtype, device=self._device, directory=self._resume_dir
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self._seconds["load"] = time.perf_counter() - started
 
     def _score_layers(self, cfg: DictConfig) -> LayerScores:
@@ -406,16 +434,16 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         scores = self._scores.scores
         num_active = self._owlore.num_active_layers or len(scores)
         try:
-            self._probabilities = inclusion_probabilities(scores, num_active)
+            self._sampler = LayerSampler(scores, num_active, self._owlore.draw, self.seed)
         except ValueError as error:
             raise ConfigError(f"owlore: {error}; try another score, or a lower outlier_threshold") from error
-        never = [layer for layer, probability in enumerate(self._probabilities) if probability == 0]
+        never = [layer for layer, score in enumerate(scores) if score == 0]
         if never:
             log.warning(f"Layers {never} have score 0 and will never be trained.")
         return ActiveLayers(
             self._model,
             self._optimizer,
-            LayerSampler(self._probabilities, num_active, self._owlore.draw, self.seed),
+            self._sampler,
             resample_every=self._owlore.resample_every,
             inactive_state=self._owlore.inactive_state,
             project_in_backward=self._owlore.project_in_backward,
@@ -430,14 +458,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         with StopRequest() as stop, self._profiler, progress:
             while self.global_step < num_steps and not stop.signal:
                 self._train_epoch(num_steps, progress, stop)
-        if self.global_step < num_steps:
+        self._seconds["train"] = self._seconds.get("train", 0.0) + time.perf_counter() - started
+        if stop.signal:
             how = f"{stop.signal.name} at step {self.global_step}: saved and stopped"
             print(f"{how}. Go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
             sys.exit(128 + stop.signal)
-        self._close_draw()
-        self._validate("after")
-        self._seconds["train"] = time.perf_counter() - started
-        self.save_checkpoint()
         self._finish()
 
     def _train_epoch(self, num_steps: int, progress: tqdm, stop: StopRequest) -> None:
@@ -445,22 +470,22 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         epoch, steps_done = divmod(self.global_step, self._steps_per_epoch)
         self._dataloader.sampler.set_epoch(epoch)
         batches = iter(self._dataloader)
-        self._restore_rng()
         for _ in range(steps_done, self._steps_per_epoch):
             if (active := self._active_layers.maybe_redraw(self.global_step)) is not None:
                 self._on_draw(active)
-            metrics = self._train_step(list(islice(batches, self._gradient_accumulation_steps)))
+            micro_batches = list(islice(batches, self._gradient_accumulation_steps))
+            if len(micro_batches) < self._gradient_accumulation_steps:
+                raise TrainingError(f"the data ended in epoch {epoch}, before step {self.global_step + 1}")
+            metrics = self._train_step(micro_batches)
             self.global_step += 1
             self._report(metrics, progress)
             self._profiler.step()
-            if self.global_step == num_steps:
-                return
-            if self._is_due(self._run_val_every_n_steps):
+            if self._is_due(self._run_val_every_n_steps) and self.global_step < num_steps:
                 self._validate(f"step {self.global_step}")
             given_up = self._skipped_in_a_row >= self._cfg.max_skipped_steps
-            due = self._is_due(self._save_every_n_steps) or self._is_due(self._steps_per_epoch)
-            if due or given_up or stop.signal:
-                self.save_checkpoint()
+            leaving = given_up or stop.signal is not None or self.global_step == num_steps
+            if leaving or self._is_due(self._save_every_n_steps) or self._is_due(self._steps_per_epoch):
+                self.save_checkpoint(required=leaving)
             if given_up:
                 raise TrainingError(
                     f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at "
@@ -471,12 +496,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.global_step % every == 0
-
-    def _restore_rng(self) -> None:
-        """Once, when a resumed run has its batches: making their iterator took a number from the generator."""
-        if self._rng_state is not None:
-            set_rng_state(self._rng_state)
-            self._rng_state = None
 
     def _train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step over ``micro_batches``."""
@@ -496,7 +515,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         lr = get_lr(self._optimizer)
         grad_norm = self._optimizer.clip_grad_norm_(self._clip_grad_norm).item()
         loss_value = loss.item()
-        if math.isfinite(loss_value) and math.isfinite(grad_norm):
+        if not sum(num_trained):
+            log.warning(f"Step {self.global_step}: no tokens to train on; is tokenizer.max_seq_len too short?")
+        elif math.isfinite(loss_value) and math.isfinite(grad_norm):
             self._optimizer.step()
             self._skipped_in_a_row = 0
         else:
@@ -559,7 +580,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _close_draw(self) -> None:
         """Add to the last draw's record what came of it, and log it."""
-        if not self._draws or "changed_layers" in self._draws[-1]:  # none open, as in a finished run that resumes
+        if not self._draws:
             return
         draw = self._draws[-1]
         refreshes, self._optimizer.refreshes = self._optimizer.refreshes, []
@@ -572,7 +593,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "changed_outside_layers": sorted(name for name in names if not name.startswith("layers.")),
         }
         if unexpected := changed - set(draw["active"]):
-            raise RuntimeError(f"frozen layers {sorted(unexpected)} changed since step {draw['step']}")
+            log.error(f"Frozen layers {sorted(unexpected)} changed since step {draw['step']}: this is a bug.")
         if idle := set(draw["active"]) - changed:
             log.warning(f"Active layers {sorted(idle)} did not change since step {draw['step']}.")
         with (self._output_dir / "draws.jsonl").open("a") as file:
@@ -607,17 +628,23 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         log.info(f"Held-out loss, {when}: {self._losses[when]:.4f} over {num_trained} tokens")
         self._metric_logger.log_dict({"val_loss": self._losses[when]}, step=self.global_step)
 
-    def save_checkpoint(self) -> None:
-        """Save step_N: weights in HF format, and beside them all that an exact resume needs."""
+    def save_checkpoint(self, required: bool = True) -> None:
+        """Save step_N: weights in HF format, and beside them all that an exact resume needs.
+
+        Args:
+            required: stop if it cannot be saved, whatever ``on_save_error`` says.
+
+        Raises:
+            TrainingError: if it cannot be saved.
+        """
         started = time.perf_counter()
         try:
             self._checkpointer.save_checkpoint(self._model, self._step_dir(), self._recipe_state())
-        except CheckpointError as error:
-            if self._cfg.on_save_error == "stop":
+            keep_last(self._output_dir, self._cfg.keep_last_n)
+        except (CheckpointError, OSError) as error:
+            if required or self._cfg.on_save_error == "stop":
                 raise TrainingError(str(error)) from error
             log.warning(f"{error}; going on, as on_save_error=continue says")
-        else:
-            keep_last(self._output_dir, self._cfg.keep_last_n)
         self._seconds["save"] = self._seconds.get("save", 0.0) + time.perf_counter() - started
 
     def _step_dir(self) -> Path:
@@ -639,14 +666,19 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "draws": self._draws,
             "losses": self._losses,
             "steps": self._steps,
+            "seconds": self._seconds,
             "skipped_steps": (self._skipped_steps, self._skipped_in_a_row),
         }
 
     def _finish(self) -> None:
-        """Draw the pictures, write the manifest, and say what came of it."""
+        """What is left once the last step is saved: the final loss, the pictures, the manifest, and a summary."""
         from owlore_tune.plots import plot_draws, plot_scores
 
-        plot_scores(self._output_dir / "scores.png", self._scores.scores, self._scores.score, self._probabilities)
+        self._close_draw()
+        self._validate("after")
+        plot_scores(
+            self._output_dir / "scores.png", self._scores.scores, self._scores.score, self._sampler.probabilities
+        )
         draws = [(draw["step"], draw["active"]) for draw in self._draws]
         plot_draws(self._output_dir / "draws.png", draws, len(self._scores.scores), self.global_step)
         write_json(self._output_dir / "manifest.json", self._manifest())
@@ -698,8 +730,10 @@ def recipe_main(cfg: DictConfig) -> None:
     config.log_config(recipe_name="OwLoreFullFinetuneRecipe", cfg=cfg)
     recipe = OwLoreFullFinetuneRecipe(cfg=cfg)
     recipe.setup()
-    recipe.train()
-    recipe.cleanup()
+    try:
+        recipe.train()
+    finally:
+        recipe.cleanup()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ FAMILIES = {
 def load(directory, model_type, build, dtype=torch.float32):
     with torch.device("meta"):
         model = build()
-    checkpointer = HFCheckpointer(str(directory), model_type, output_dir="unused")
+    checkpointer = HFCheckpointer(str(directory), model_type)
     checkpointer.load_checkpoint(model, dtype=dtype, device=torch.device("cpu"))
     return model, checkpointer
 
@@ -93,9 +93,7 @@ def test_a_parameter_that_someone_holds_is_filled_in_place(tmp_path):
     with torch.device("meta"):
         model = llama2(**TUNE)
     held = dict(model.named_parameters())
-    HFCheckpointer(str(source), "LLAMA2", "unused").load_checkpoint(
-        model, dtype=torch.float32, device=torch.device("cpu")
-    )
+    HFCheckpointer(str(source), "LLAMA2").load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
     assert all(p is held[name] and not p.is_meta for name, p in model.named_parameters())
 
 
@@ -126,7 +124,7 @@ def test_fingerprint_tells_weights_apart(tmp_path):
         model.layers[1].mlp.w1.weight.add_(1e-3)
     checkpointer.save_checkpoint(model, tmp_path / "other")
     fingerprints = [
-        HFCheckpointer(str(tmp_path / name), "LLAMA2", "unused").fingerprint() for name in ("source", "same", "other")
+        HFCheckpointer(str(tmp_path / name), "LLAMA2").fingerprint() for name in ("source", "same", "other")
     ]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
@@ -147,14 +145,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, changes, message):
 
 def test_incomplete_directories_are_refused(tmp_path):
     with pytest.raises(ValueError, match="checkpoint_dir=.*none is not a directory; download the model first"):
-        HFCheckpointer(str(tmp_path / "none"), "LLAMA2", "unused")
+        HFCheckpointer(str(tmp_path / "none"), "LLAMA2")
     with pytest.raises(ValueError, match=r"no readable config\.json"):
-        HFCheckpointer(str(tmp_path), "LLAMA2", "unused")
+        HFCheckpointer(str(tmp_path), "LLAMA2")
     source = hf_directory("LLAMA2", tmp_path / "source")
     with pytest.raises(ValueError, match=r"weights missing in .*: .*no\.safetensors"):
-        HFCheckpointer(str(source), "LLAMA2", "unused", checkpoint_files=["no.safetensors"])
+        HFCheckpointer(str(source), "LLAMA2", checkpoint_files=["no.safetensors"])
     with pytest.raises(ValueError, match="model_type=LAMA; choose one of GEMMA"):
-        HFCheckpointer(str(source), "LAMA", "unused")
+        HFCheckpointer(str(source), "LAMA")
     (source / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"weights missing in .*: \*\.safetensors"):
-        HFCheckpointer(str(source), "LLAMA2", "unused")
+        HFCheckpointer(str(source), "LLAMA2")

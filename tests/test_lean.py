@@ -24,7 +24,7 @@ def peak_of(call):
 
 with torch.device("meta"):
     model = smollm2_135m()
-checkpointer = HFCheckpointer(sys.argv[1], "LLAMA3_2", output_dir="unused")
+checkpointer = HFCheckpointer(sys.argv[1], "LLAMA3_2")
 cpu = torch.device("cpu")
 peaks = {
     "load": peak_of(lambda: checkpointer.load_checkpoint(model, dtype=torch.float32, device=cpu)),

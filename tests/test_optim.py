@@ -258,7 +258,7 @@ def test_closure_is_called_with_gradients():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank=0; it must be at least 1, or null"),
+        ({"rank": 0}, "rank=0; it must be a whole number from 1, or null"),
         ({"rank": 16}, "rank=16; no weight's shorter side is above it"),
         ({"side": "left"}, "side='left'; choose one of right, shape"),
         ({"moments": "drop"}, "moments='drop'; choose one of keep, project, reset"),

@@ -71,7 +71,7 @@ def test_energy_on_real_gradients_of_smollm2(smollm2_dir):
 
     with torch.device("meta"):
         model = smollm2_135m()
-    checkpointer = HFCheckpointer(str(smollm2_dir), "LLAMA3_2", output_dir="unused")
+    checkpointer = HFCheckpointer(str(smollm2_dir), "LLAMA3_2")
     checkpointer.load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
     sample = mmlu_dev_dataset(HFChatTokenizer(str(smollm2_dir)))[0]
     tokens, labels = torch.tensor([sample["tokens"]]), torch.tensor(sample["labels"])

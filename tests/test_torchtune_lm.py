@@ -1,0 +1,150 @@
+"""The lm-evaluation-harness adapter against the harness's own model of transformers, on the same weights."""
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torchtune.models.llama2 import llama2
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from owlore_evals.torchtune_lm import TorchtuneLM
+from owlore_tune.checkpoints import HFCheckpointer
+from owlore_tune.smollm2 import smollm2_135m
+from owlore_tune.tokenizer import HFChatTokenizer
+
+QUESTIONS = [
+    ("What melts ice?", [" heat", " cold", " darkness and more darkness", " salt"]),
+    ("The quick brown", [" fox", " fox jumps over the lazy dog", " dogs answer"]),
+    ("Q: Is water wet?\nA:", [" yes", " no"]),
+    ("", ["An answer without a question"]),
+    ("A context that is longer than the others, which is why it comes first " * 3, [" one", " two", " three and four"]),
+]
+PROMPTS = ["The capital of France is", "1, 2, 3,", "Once upon a time", "def add(a, b):", "To boil an egg,", "Water is"]
+
+
+def adapter(directory, model_type, build, **options) -> TorchtuneLM:
+    with torch.device("meta"):
+        model = build()
+    checkpointer = HFCheckpointer(str(directory), model_type)
+    checkpointer.load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
+    return TorchtuneLM(model, HFChatTokenizer(str(directory)), **options)
+
+
+def hf(directory, **options) -> HFLM:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(directory), batch_size=4, **options)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_dir):
+    def build():
+        return llama2(300, 4, 4, 2, 32, max_seq_len=256, intermediate_dim=48)
+
+    return adapter(tiny_dir, "LLAMA2", build, batch_tokens=300), hf(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def real(smollm2_dir):
+    return adapter(smollm2_dir, "LLAMA3_2", smollm2_135m), hf(smollm2_dir)
+
+
+def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+
+def scored() -> list[Instance]:
+    pairs = [(context, answer) for context, answers in QUESTIONS for answer in answers]
+    return instances("loglikelihood", pairs[::2] + pairs[1::2])  # one context's answers not in a row
+
+
+@pytest.mark.parametrize("which", ["tiny", "real"])
+def test_log_likelihoods_equal_the_harness(which, request):
+    ours, theirs = request.getfixturevalue(which)
+    got = ours.loglikelihood(scored(), disable_tqdm=True)
+    for (value, greedy), (expected, expected_greedy) in zip(
+        got, theirs.loglikelihood(scored(), disable_tqdm=True), strict=True
+    ):
+        assert value == pytest.approx(expected, abs=1e-3)
+        assert greedy == expected_greedy
+
+
+def test_results_do_not_depend_on_how_rows_are_batched(tiny, tiny_dir):
+    ours, _ = tiny
+    expected = ours.loglikelihood(scored(), disable_tqdm=True)
+    for batch_tokens in (1, 100, 10_000):
+        alone = TorchtuneLM(ours._model, ours._tokenizer, batch_tokens=batch_tokens)
+        for (a, _), (b, _) in zip(alone.loglikelihood(scored(), disable_tqdm=True), expected, strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_contexts_too_long_lose_their_beginning_as_in_the_harness(tiny, tiny_dir):
+    ours, _ = tiny
+    short = TorchtuneLM(ours._model, ours._tokenizer, max_length=24)
+    theirs = hf(tiny_dir, max_length=24)
+    pairs = instances("loglikelihood", [("lazy dog " * 20, " fox"), ("lazy dog " * 20, " quick brown"), ("a", " b")])
+    for (a, _), (b, _) in zip(
+        short.loglikelihood(pairs, disable_tqdm=True), theirs.loglikelihood(pairs, disable_tqdm=True), strict=True
+    ):
+        assert a == pytest.approx(b, abs=1e-4)
+    with pytest.raises(ValueError, match="a continuation of .* tokens is longer than 24"):
+        short.loglikelihood(instances("loglikelihood", [("a", "b" * 40)]), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("which", ["tiny", "real"])
+def test_rolling_log_likelihoods_equal_the_harness(which, request):
+    ours, theirs = request.getfixturevalue(which)
+    texts = instances("loglikelihood_rolling", [("The lazy dog answers questions. " * 30,), ("A fox.",)])
+    for a, b in zip(
+        ours.loglikelihood_rolling(texts, disable_tqdm=True),
+        theirs.loglikelihood_rolling(texts, disable_tqdm=True),
+        strict=True,
+    ):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_greedy_text_equals_the_harness(real, chat):
+    ours, theirs = real
+    options = {"until": ["\n\n", "Question:"], "max_gen_toks": 24, "do_sample": False}
+    contexts = PROMPTS
+    if chat:
+        contexts = [ours.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+        assert contexts == [theirs.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+    requests = instances("generate_until", [(context, options) for context in contexts])
+    got = ours.generate_until(requests, disable_tqdm=True)
+    assert got == theirs.generate_until(requests, disable_tqdm=True)
+    assert not ours._model.caches_are_setup()
+
+
+def test_generation_stops_at_stop_strings_and_keeps_gen_kwargs_apart(real):
+    ours, _ = real
+    one = {"until": [","], "max_gen_toks": 24, "do_sample": False}
+    other = {"until": [], "max_gen_toks": 3, "do_sample": False}
+    requests = instances("generate_until", [("1, 2, 3", other), ("1, 2, 3,", one), ("4, 5, 6,", one)])
+    texts = ours.generate_until(requests, disable_tqdm=True)
+    assert len(ours.tok_encode(texts[0])) == 3
+    assert "," in texts[0]
+    assert all(text and "," not in text for text in texts[1:])
+    with pytest.raises(ValueError, match="max_gen_toks=9000 leaves no room in 8192 tokens"):
+        ours.generate_until(instances("generate_until", [("a", {"until": [], "max_gen_toks": 9000})]), True)
+
+
+def test_sampling_is_repeatable_by_seed(real):
+    ours, _ = real
+    options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
+    requests = instances("generate_until", [(prompt, options) for prompt in PROMPTS[:2]])
+    texts = [
+        TorchtuneLM(ours._model, ours._tokenizer, seed=seed).generate_until(requests, disable_tqdm=True)
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_bos_is_added_once_if_asked_for(real):
+    ours, theirs = real
+    with_bos = TorchtuneLM(ours._model, ours._tokenizer, add_bos=True)
+    assert ours.tok_encode("Hi") == theirs.tok_encode("Hi")
+    assert with_bos.tok_encode("Hi") == [1, *ours.tok_encode("Hi")]
+    assert with_bos.tok_encode("<|im_start|>Hi") == [1, *ours.tok_encode("Hi")]
+    assert (ours.eot_token_id, ours.prefix_token_id) == (theirs.eot_token_id, theirs.prefix_token_id)
+    assert ours.chat_template(True) == theirs.tokenizer.chat_template
