@@ -156,7 +156,9 @@ def main() -> None:
                 assert code in (-number, 128 + number), f"a run failed with {code}"
                 kills += 1
                 counts["kills"] += 1
-                counts["kills in a save"] += moment == "in a save"
+                # After SIGKILL an interrupted save leaves its directory; SIGTERM lets it end.
+                partial = any(output_dir.glob("step_*.partial"))
+                counts["kills in a save"] += partial or (number != signal.SIGKILL and moment == "in a save")
                 for directory in step_directories(output_dir)[-1:]:
                     try:
                         verify(directory)

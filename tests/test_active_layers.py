@@ -9,7 +9,7 @@ from torchtune.training import set_activation_checkpointing
 from owlore_tune.active_layers import ActiveLayers, WeightWatch
 from owlore_tune.layers import find_layers, model_parts
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
-from owlore_tune.sampling import LayerSampler, inclusion_probabilities
+from owlore_tune.sampling import LayerSampler
 
 
 def setup(
@@ -19,7 +19,7 @@ def setup(
         parameter_groups(model, **(groups or {})), **{"rank": 8, "lr": 1e-2, "eps": 1e-3, **optimizer}
     )
     num_layers = len(find_layers(model))
-    sampler = LayerSampler(inclusion_probabilities([1.0] * num_layers, num_active), num_active, draw, seed)
+    sampler = LayerSampler([1.0] * num_layers, num_active, draw, seed)
     active = ActiveLayers(
         model, optimizer, sampler, resample_every=every, inactive_state=inactive, project_in_backward=hooks
     )

@@ -153,6 +153,19 @@ def test_bf16_packed_with_everything_trained(tiny_config):
     assert weights(config)["lm_head.weight"].dtype == torch.bfloat16
 
 
+def test_compiled_layers_train_alike(tiny_config):
+    compiled = variant(tiny_config, "compiled", compile=True)
+    finetune(tiny_config)
+    finetune(compiled)
+    for name, weight in weights(tiny_config).items():
+        torch.testing.assert_close(weight, weights(compiled)[name], atol=1e-4, rtol=0, msg=name)
+
+
+def test_several_datasets_are_chained(tiny_config):
+    config = variant(tiny_config, "two", dataset=[tiny_config["dataset"]] * 2)
+    assert finetune(config).global_step == 20
+
+
 def test_validation_schedule_profiler_and_tensorboard(tiny_config):
     pytest.importorskip("tensorboard")
     output = tiny_config["output_dir"]

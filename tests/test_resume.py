@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +91,38 @@ def test_resumed_run_equals_the_unbroken_one(case, tiny_config):
     assert [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in recipe._draws] == drop_times
     lines = (Path(broken["output_dir"]) / "draws.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [draw["step"] for draw in unbroken._draws]
+
+
+@pytest.mark.parametrize("changes", [{}, CASES["stochastic bf16"]], ids=["fp32", "stochastic bf16"])
+def test_a_run_resumed_at_the_end_of_an_epoch_equals_the_unbroken_one(changes, tiny_config):
+    """And whether it validates on the way or not: nothing but training takes from the global generator."""
+    config = variant(tiny_config, "unbroken", epochs=2, **changes)
+    broken = variant(config, "broken", run_val_every_n_steps=3)
+    finetune(config)
+    finetune_until(broken, 12)
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(broken | {"resume_from_checkpoint": True}))
+    recipe.setup()
+    assert recipe.global_step == 10
+    recipe.train()
+    assert_same_bits(config, broken)
+
+
+def test_checkpoints_after_the_one_resumed_from_are_set_aside(tiny_config):
+    config = variant(tiny_config, "branch", save_every_n_steps=3)
+    finetune(config)
+    output_dir = Path(config["output_dir"])
+    finetune_until(config | {"resume_from_checkpoint": f"{output_dir}/step_3", "keep_last_n": 1}, 7)
+    assert [d.name for d in step_directories(output_dir)] == ["step_6"]
+    assert sorted(d.name for d in output_dir.glob("abandoned_*")) == [f"abandoned_step_{n}" for n in (10, 6, 9)]
+    finetune(config | {"resume_from_checkpoint": True})
+
+
+def test_a_finished_run_can_be_extended(tiny_config):
+    finetune(tiny_config)
+    more = tiny_config | {"epochs": 2, "resume_from_checkpoint": True, "allow_config_change": True}
+    recipe = finetune(more)
+    assert recipe.global_step == 20
+    assert all(draw["changed_layers"] == draw["active"] for draw in recipe._draws)
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_config):
@@ -177,6 +211,7 @@ CHANGES = {
     "seed": ("seed=42 -> 7", {"seed": 7}),
     "data": ("batch_size=4 -> 5", {"batch_size": 5}),
     "epochs": ("epochs=1 -> 2", {"epochs": 2}),
+    "dtype": ("dtype=fp32 -> bf16", {"dtype": "bf16"}),
 }
 
 
@@ -265,6 +300,22 @@ def poison(recipe: OwLoreFullFinetuneRecipe, steps: set[int]) -> None:
     recipe._loss_step = poisoned
 
 
+def test_the_layer_with_a_bad_gradient_is_named(tiny_config, monkeypatch):
+    import owlore_full_finetune
+
+    warnings = []
+    monkeypatch.setattr(owlore_full_finetune.log, "warning", warnings.append)
+    config = variant(tiny_config, "named", clip_grad_norm=1.0, owlore__num_active_layers=None)
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+    recipe.setup()
+    recipe._active_layers.maybe_redraw(0)
+    weight = recipe._model.layers[1].mlp.w2.weight
+    weight.register_hook(lambda grad: grad * float("nan") if recipe.global_step == 4 else grad)
+    recipe.train()
+    (warning,) = [w for w in warnings if w.startswith("Step 4:")]
+    assert "['layers.1']" in warning
+
+
 @pytest.mark.parametrize("rank", [8, None])
 @pytest.mark.parametrize("bad", [{4}, {0}, {3, 4}], ids=["any step", "the first refresh", "a draw"])
 def test_a_step_that_is_not_finite_is_skipped(tiny_config, bad, rank):
@@ -291,21 +342,25 @@ def test_too_many_skipped_steps_stop_the_run_with_a_checkpoint(tiny_config):
     assert all(weight.isfinite().all() for weight in weights(config).values())
 
 
+@pytest.mark.parametrize("seen_coming", [True, False])
 @pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_a_full_disk(policy, tiny_config, small_disk):  # noqa: F811
-    """Checkpoints of about half a megabyte: the fourth finds no room on 2 MB."""
+def test_a_full_disk(policy, seen_coming, tiny_config, small_disk, monkeypatch):  # noqa: F811
+    """2 MB hold a few checkpoints; the next finds no room, before or while it is written."""
+    if not seen_coming:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    run = small_disk / "run"
     config = tiny_config | {
-        "output_dir": str(small_disk / "run"), "save_every_n_steps": 1, "on_save_error": policy,
-        "metric_logger": {"_component_": "torchtune.training.metric_logging.StdoutLogger"}, "dataset_val": None,
+        "output_dir": str(run), "save_every_n_steps": 1, "on_save_error": policy, "dataset_val": None,
+        "metric_logger": {"_component_": "torchtune.training.metric_logging.StdoutLogger"},
     }  # fmt: skip
     recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
     recipe.setup()
-    with pytest.raises(TrainingError, match=r"cannot save .*/run/step_\d+, which needs [\d,]+ bytes: .*space|free"):
+    # With `continue`, the last save still has to succeed, and here it cannot.
+    reason = "only [0-9,]+ bytes are free" if seen_coming else "No space left on device|write|unexpected pos"
+    with pytest.raises(TrainingError, match=rf"cannot save {run}/step_\d+, which needs [\d,]+ bytes: .*(?:{reason})"):
         recipe.train()
-        if policy == "continue":
-            recipe._cfg.on_save_error = "stop"
-            recipe.save_checkpoint()
     assert recipe.global_step == 10 if policy == "continue" else recipe.global_step < 10
-    good = newest_checkpoint(small_disk / "run")
+    good = newest_checkpoint(run)
     load_file(good / "model.safetensors")
     AutoModelForCausalLM.from_pretrained(good)
+    assert not list(run.glob("*.partial"))

@@ -49,7 +49,8 @@ def test_impossible_probabilities_are_refused(scores, num_active, message):
 def test_inclusion_frequencies_over_20000_draws(draw, num_active):
     num_draws = 20_000
     probabilities = inclusion_probabilities(SCORES, num_active)
-    sampler = LayerSampler(probabilities, num_active, draw, seed=3)
+    sampler = LayerSampler(SCORES, num_active, draw, seed=3)
+    assert sampler.probabilities.tolist() == probabilities
     counts = torch.zeros(len(SCORES))
     for _ in range(num_draws):
         drawn = sampler.draw()
@@ -62,29 +63,33 @@ def test_inclusion_frequencies_over_20000_draws(draw, num_active):
 
 
 def test_systematic_draws_bring_every_pair_together():
-    sampler = LayerSampler(inclusion_probabilities([1] * 6, 2), 2, seed=0)
+    sampler = LayerSampler([1] * 6, 2, seed=0)
     pairs = {tuple(sampler.draw()) for _ in range(500)}
     assert len(pairs) == 15
 
 
 def test_sequential_draws_without_replacement():
-    sampler = LayerSampler(inclusion_probabilities(SCORES, 3), 3, "sequential")
-    for _ in range(200):
-        drawn = sampler.draw()
-        assert len(set(drawn)) == 3
-        assert 3 not in drawn
+    """By the scores themselves, also where an inclusion probability would be capped."""
+    sampler = LayerSampler([10, 1, 1, 2], 2, "sequential", seed=1)
+    draws = [sampler.draw() for _ in range(5000)]
+    assert all(len(set(drawn)) == 2 for drawn in draws)
+    # First at 10/14, or second after another: 1/14 · 10/13 twice, 2/14 · 10/12.
+    expected = 10 / 14 + 2 * (1 / 14) * (10 / 13) + (2 / 14) * (10 / 12)
+    frequency = sum(0 in drawn for drawn in draws) / 5000
+    assert abs(frequency - expected) <= 4 * math.sqrt(expected * (1 - expected) / 5000)
+    sampler = LayerSampler(SCORES, 3, "sequential")
+    assert all(3 not in sampler.draw() for _ in range(200))
 
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_a_restored_sampler_continues_the_schedule_whatever_else_is_random(draw):
-    probabilities = inclusion_probabilities(SCORES, 3)
-    sampler = LayerSampler(probabilities, 3, draw, seed=7)
+    sampler = LayerSampler(SCORES, 3, draw, seed=7)
     for _ in range(5):
         sampler.draw()
     state = sampler.state_dict()
     expected = [sampler.draw() for _ in range(20)]
     torch.manual_seed(123)
-    twin = LayerSampler(probabilities, 3, draw, seed=99)
+    twin = LayerSampler([1.0] * len(SCORES), 3, draw, seed=99)
     twin.load_state_dict(state)
     torch.rand(10)
     assert [twin.draw() for _ in range(20)] == expected
@@ -92,4 +97,4 @@ def test_a_restored_sampler_continues_the_schedule_whatever_else_is_random(draw)
 
 def test_unknown_draw_is_refused():
     with pytest.raises(ValueError, match="draw='sistematic'; choose one of systematic"):
-        LayerSampler([0.5, 0.5], 1, "sistematic")
+        LayerSampler([1, 1], 1, "sistematic")

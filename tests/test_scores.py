@@ -101,6 +101,14 @@ def test_an_unfit_score_file_is_refused(tmp_path, changes, num_layers, fingerpri
         LayerScores.load(path, num_layers=num_layers, fingerprint=fingerprint)
 
 
+@pytest.mark.parametrize("asked", [{"score": "reverse"}, {"threshold": 10.0}])
+def test_a_file_of_another_score_or_threshold_is_refused(tmp_path, asked):
+    path = saved(tmp_path / "scores.json")
+    LayerScores.load(path, num_layers=2, fingerprint="abc", score="outlier", threshold=13.0)
+    with pytest.raises(ValueError, match="holds outlier scores with threshold 13.0, the config asks for"):
+        LayerScores.load(path, num_layers=2, fingerprint="abc", **{"score": "outlier", "threshold": 13.0, **asked})
+
+
 def test_a_missing_or_broken_score_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="none.json cannot be read"):
         LayerScores.load(tmp_path / "none.json", num_layers=2, fingerprint="abc")

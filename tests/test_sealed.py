@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -53,6 +55,21 @@ def test_damage_is_found_and_named(tmp_path, damage, message):
         verify(tmp_path / "step_1")
 
 
+def test_a_flipped_bit_of_the_seal_never_passes_or_crashes(tmp_path):
+    write(tmp_path / "step_1")
+    seal = tmp_path / "step_1" / SEAL
+    content = seal.read_bytes()
+    for i in range(len(content)):
+        for bit in range(8):
+            seal.write_bytes(content[:i] + bytes([content[i] ^ 1 << bit]) + content[i + 1 :])
+            try:
+                verify(tmp_path / "step_1")
+            except CheckpointError:
+                continue
+            # What passes still says the same of every file.
+            assert json.loads(seal.read_text())["files"] == json.loads(content)["files"]
+
+
 def test_leftovers_are_removed(tmp_path):
     (tmp_path / "step_2.partial").mkdir()
     write(tmp_path / "step_1")
@@ -60,6 +77,29 @@ def test_leftovers_are_removed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
     discard(tmp_path / "step_1")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2])
+def test_a_replacement_that_is_interrupted_loses_neither(tmp_path, monkeypatch, stopped_after):
+    """Stopped while neither has the name, or while both are there: the next start finds the new one, whole."""
+    write(tmp_path / "step_1", content=b"old")
+    rename, calls = os.rename, []
+
+    def stop_after(*args):
+        rename(*args)
+        calls.append(args)
+        if len(calls) == stopped_after:
+            raise SystemError  # stands for the end of the process: no clean-up runs
+
+    monkeypatch.setattr(os, "rename", stop_after)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+    with pytest.raises(SystemError):
+        write(tmp_path / "step_1", content=b"new")
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
+    verify(tmp_path / "step_1")
+    assert (tmp_path / "step_1" / "weights").read_bytes() == b"new"
 
 
 def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path):
