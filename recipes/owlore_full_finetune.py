@@ -21,7 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune import config, training, utils
 from torchtune.config._utils import _get_component_from_path
-from torchtune.data import padded_collate_packed
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
 from torchtune.datasets import ConcatDataset
 from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
@@ -302,6 +302,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _setup_inputs(self, cfg: DictConfig) -> None:
         self._tokenizer = build("tokenizer", cfg.tokenizer)
         self._loss_fn = build("loss", cfg.loss)
+        if self._loss_fn.ignore_index != CROSS_ENTROPY_IGNORE_IDX:
+            raise ConfigError(
+                f"loss.ignore_index={self._loss_fn.ignore_index}; torchtune's datasets mark what is not trained on "
+                f"with {CROSS_ENTROPY_IGNORE_IDX}"
+            )
         self._dataloader = self._setup_data(cfg, "dataset", cfg.batch_size, shuffle=cfg.shuffle)
         self._steps_per_epoch = len(self._dataloader) // self._gradient_accumulation_steps
         if self._steps_per_epoch == 0:

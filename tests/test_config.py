@@ -90,6 +90,9 @@ BAD = {
     "no logging interval": ({"log_every_n_steps": 0}, "log_every_n_steps=0; it must be at least 1"),
     "negative clipping": ({"clip_grad_norm": -1}, "clip_grad_norm=-1; it must be a number above 0, or null"),
     "text for clipping": ({"clip_grad_norm": "big"}, "clip_grad_norm=big; it must be a number above 0"),
+    "other ignored label": (
+        {"loss": {"_component_": "torch.nn.CrossEntropyLoss", "ignore_index": 0}}, "loss.ignore_index=0; torchtune's"
+    ),
     "no seed": ({"seed": None}, "seed=None; it must be int"),
     "broken rank": ({"optimizer.rank": 1.5}, "optimizer: rank=1.5; it must be a whole number"),
     "save policy": ({"on_save_error": "ignore"}, "on_save_error=ignore; choose stop or continue"),
