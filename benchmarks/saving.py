@@ -8,6 +8,7 @@ gives both the same layers and samples at each step.
 """
 
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -22,7 +23,7 @@ from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.config import load_config
 from owlore_tune.smollm2 import fetch
 
-NUM_SAVES = 7
+NUM_SAVES = 9
 
 
 def train(steps: int, every: int | None, output_dir: str) -> OwLoreFullFinetuneRecipe:
@@ -76,15 +77,18 @@ def main() -> None:
             pairs = zip(with_saves._steps[2:], without._steps[2:], strict=True)
             ratios += [saving[0] / not_saving[0] for saving, not_saving in pairs]
             print(f"round {number + 1}: {statistics.median(ratios):.3f}", flush=True)
-        for number in range(NUM_SAVES):
+        with_saves._cfg.keep_last_n = None  # both only write; what was written goes once it is timed
+        for _ in range(NUM_SAVES):
+            with_saves.global_step += 1
             started = time.perf_counter()
             with_saves.save_checkpoint()
             saves.append(time.perf_counter() - started)
+            num_bytes = sum(f.stat().st_size for f in with_saves._step_dir().iterdir())
+            shutil.rmtree(with_saves._step_dir())
             started = time.perf_counter()
-            write_plainly(with_saves, Path(scratch) / f"plain_{number}.safetensors")
+            write_plainly(with_saves, Path(scratch) / "plain.safetensors")
             plain.append(time.perf_counter() - started)
-            (Path(scratch) / f"plain_{number}.safetensors").unlink()
-        num_bytes = sum(f.stat().st_size for f in with_saves._step_dir().iterdir())
+            (Path(scratch) / "plain.safetensors").unlink()
     ratio = statistics.median(save / write for save, write in zip(saves, plain, strict=True))
     lines = [
         "# What checkpoints cost",

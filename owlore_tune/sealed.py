@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,9 +61,13 @@ def sealed_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
 
 def _seal(directory: Path) -> None:
     files = {}
-    for file in sorted(directory.iterdir()):
-        files[file.name] = {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
-        _sync(file)
+    with ThreadPoolExecutor(1) as syncing:  # the disk is waited for while checksums are made
+        synced = []
+        for file in sorted(directory.iterdir()):
+            synced.append(syncing.submit(_sync, file))
+            files[file.name] = {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
+        for sync in synced:
+            sync.result()
     (directory / SEAL).write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
     _sync(directory / SEAL)
     _sync(directory)
