@@ -143,8 +143,8 @@ def main() -> None:
         "# Step time and memory against torchtune's recipes",
         "",
         f"SmolLM2-135M, MMLU dev packed 2 × 512 tokens, float32 on the CPU, rank 128, a draw every 5 steps; "
-        f"{args.rounds} interleaved rounds of {args.steps} steps; {machine()}. Each recipe runs as it ships; on the CPU "
-        "OwLore's has glibc keep freed memory (owlore_tune/memory.py). Made by `python benchmarks/steps.py`.",
+        f"{args.rounds} interleaved rounds of {args.steps} steps; {machine()}. Each recipe runs as it ships; on the "
+        "CPU OwLore's has glibc keep freed memory (owlore_tune/memory.py). Made by `python benchmarks/steps.py`.",
         "",
         *table(seconds, memory),
     ]
