@@ -236,6 +236,9 @@ def test_settings_that_change_nothing_may_change(tiny_config):
     config = variant(tiny_config, "run", save_every_n_steps=4)
     finetune_until(config, 5)
     finetune(config | {"resume_from_checkpoint": True, "log_every_n_steps": 2, "keep_last_n": 1})
+    unbroken = variant(tiny_config, "unbroken")
+    finetune(unbroken)
+    assert_same_bits(unbroken, config)
 
 
 def test_rng_states_come_back(tmp_path):
