@@ -30,6 +30,8 @@ bench: install
 	python benchmarks/scoring.py --output benchmarks/scoring.md
 	python benchmarks/saving.py --output benchmarks/saving.md
 	python benchmarks/faults.py --output benchmarks/faults.md
+	python benchmarks/faults.py --runs 5 --signal TERM --output benchmarks/faults_sigterm.md
+	python benchmarks/faults.py --runs 3 --model smollm2 --output benchmarks/faults_smollm2.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs
