@@ -52,7 +52,7 @@ def recipe_config(recipe: str, model_dir: Path, scratch: Path, steps: int) -> di
         "max_steps_per_epoch": steps,
         "metric_logger": {"_component_": "step_logger.StepLogger", "path": str(scratch / "steps.jsonl")},
     }
-    checkpointer = {"checkpoint_dir": str(model_dir), "model_type": "LLAMA3_2", "output_dir": "${output_dir}"}
+    checkpointer = {"checkpoint_dir": str(model_dir), "model_type": "LLAMA3_2"}
     if recipe == "owlore_full_finetune":
         return DATA | run | {
             "model": {"_component_": "owlore_tune.smollm2.smollm2_135m"},
@@ -63,7 +63,7 @@ def recipe_config(recipe: str, model_dir: Path, scratch: Path, steps: int) -> di
     peer = DATA | run | {
         "checkpointer": {
             "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_files": ["model.safetensors"],
-            **checkpointer,
+            "output_dir": "${output_dir}", **checkpointer,
         },
         "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-5, "fused": True},
         "resume_from_checkpoint": False,
