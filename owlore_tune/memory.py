@@ -18,8 +18,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 def reuse_freed_memory() -> None:
     """Have glibc keep what a step frees for the next step, where the model runs on the CPU.
 
-    By default every large temporary goes back to the kernel and comes anew, page by page: a fifth of a training
-    step. Without glibc, or where it refuses, this does nothing.
+    By default every large temporary goes back to the kernel and comes anew, page by page. Without glibc,
+    or where it refuses, this does nothing.
     """
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of <malloc.h>
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
