@@ -1,12 +1,11 @@
 """A torchtune decoder as a model of lm-evaluation-harness, without conversion."""
 
+import dataclasses
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -16,47 +15,35 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.common_utils import local_kv_cache
 from tqdm import tqdm
 
-from owlore_tune.layers import hidden_states
+from owlore_evals.generation import Prompts, generate
+from owlore_evals.ranks import Ranks
+from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows
 from owlore_tune.tokenizer import HFChatTokenizer
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation)
-_HEAD_POSITIONS = 512  # at a time, so that few logits are alive
-
-
-@dataclass
-class _Row:
-    """One context with all continuations that are asked of it."""
-
-    context: list[int]
-    continuations: list[list[int]] = field(default_factory=list)
-    requests: list[int] = field(default_factory=list)  # where each continuation's result goes
-
-    def __len__(self) -> int:
-        # The last token of a continuation predicts nothing that is asked for, so it is not part of the row.
-        return len(self.context) + sum(len(continuation) - 1 for continuation in self.continuations)
 
 
 class TorchtuneLM(TemplateLM):
     """Scores and generates with a torchtune ``TransformerDecoder`` for ``lm_eval.simple_evaluate``.
 
-    Continuations of one context share one row: the context once, then each continuation, which a tree-shaped mask and
-    restarted positions keep from seeing one another. The output head is applied to scored positions only. Rows are
-    sorted by length, so that little is spent on padding.
+    Continuations of one context share one row (shared_prefix.py). Rows are sorted by length, so that little is spent on
+    padding, and the longest come first, so that memory runs out at the start or not at all.
+
+    Under torchrun each rank has a model. Rank 0 is the one to give to the harness; the others call `serve`.
 
     Args:
         model: with weights, on its device.
         tokenizer: of the same model.
-        batch_tokens: positions per forward pass, padding included; None chooses by device (2,048 on the CPU,
-            16,384 elsewhere).
-        batch_size: sequences generated together.
-        max_length: longest input in tokens; the model's own limit where None. Longer ones lose their beginning.
-        add_bos: put BOS before every text, unless it begins with it already.
+        batch_tokens: positions per forward pass, padding included; null tries 2,048 on the CPU and 65,536 elsewhere.
+            Where that takes more memory than there is, it is halved until it fits.
+        batch_size: sequences generated together; halved likewise.
+        max_length: longest input in tokens; the model's own limit where null. Longer ones lose their beginning.
+        add_bos: put BOS before every text, unless it begins with it already; null does what the model's tokenizer
+            does when transformers calls it.
         max_gen_toks: new tokens where a task does not say.
         seed: of sampled generation.
     """
@@ -69,21 +56,53 @@ class TorchtuneLM(TemplateLM):
         batch_tokens: int | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
-        add_bos: bool = False,
+        add_bos: bool | None = None,
         max_gen_toks: int = 256,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self._model = model.eval()
         self._tokenizer = tokenizer
-        weight = next(model.parameters())
-        self._device, self._dtype = weight.device, weight.dtype
-        self.batch_tokens = batch_tokens or (2_048 if self._device.type == "cpu" else 16_384)
+        parameter = next(model.parameters())
+        self._dtype = parameter.dtype
+        self.batch_tokens = batch_tokens or (2_048 if parameter.device.type == "cpu" else 65_536)
         self.batch_size = batch_size
         self.max_length = min(max_length or model.max_seq_len, model.max_seq_len)
-        self.add_bos = add_bos
+        self.add_bos = tokenizer.adds_bos if add_bos is None else add_bos
         self.max_gen_toks = max_gen_toks
-        self._generator = torch.Generator(self._device).manual_seed(seed)
+        self._seed = seed
+        self._ranks = Ranks()
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What of this adapter a score depends on, or may by rounding; the harness writes it into its results."""
+        template = self._tokenizer.chat_template
+        return {
+            "model_dtype": str(self._dtype),
+            "add_bos": self.add_bos,
+            "max_length": self.max_length,
+            "batch_tokens": self.batch_tokens,
+            "generation_batch_size": self.batch_size,
+            "generation_seed": self._seed,
+            "world_size": self._ranks.world_size,
+            "tokenizer_chat_template_sha": template and hashlib.sha256(template.encode()).hexdigest(),
+        }
+
+    def serve(self) -> None:
+        """On ranks other than 0: work until rank 0 calls `dismiss`."""
+        while (work := self._ranks.from_driver(None)) is not None:
+            method, items = work
+            self._ranks.share(getattr(self, method), items)
+
+    def dismiss(self) -> None:
+        """On rank 0: let the ranks in `serve` go."""
+        self._ranks.from_driver(None)
+
+    def _on_all_ranks(self, method: str, items: list[Any]) -> Iterator[Any]:
+        """The results of ``method`` on each of ``items``, in order, as they come."""
+        for start in range(0, len(items), self._ranks.world_size):
+            together = items[start : start + self._ranks.world_size]
+            self._ranks.from_driver((method, together))
+            yield from self._ranks.share(getattr(self, method), together)
 
     @property
     def eot_token_id(self) -> int:
@@ -114,100 +133,34 @@ class TorchtuneLM(TemplateLM):
 
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        rows = sorted(self._rows(requests), key=len, reverse=True)
+    ) -> list[Result]:
+        results: list[Result] = [(0.0, False)] * len(requests)
+        rows = make_rows([(context, continuation) for _, context, continuation in requests], self.max_length)
+        batches = list(make_batches(rows, self.batch_tokens))
         with tqdm(total=len(requests), desc="Log-likelihoods", disable=disable_tqdm) as progress:
-            for batch in self._batches(rows):
-                for index, result in self._score(batch):
+            for batch, scored in zip(batches, self._on_all_ranks("_score", batches), strict=True):
+                for index, result in zip((i for row in batch for i in row.requests), scored, strict=True):
                     results[index] = result
-                    texts = requests[index][0]
-                    if texts is not None:
+                    if (texts := requests[index][0]) is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, result)
                     progress.update()
         return results
 
-    def _rows(self, requests: list[TokenRequest]) -> list[_Row]:
-        """A row for each distinct context; one more where its continuations do not fit together.
-
-        A context that is too long with its continuation loses its beginning.
-        """
-        rows: list[_Row] = []
-        latest: dict[tuple[int, ...], _Row] = {}
-        for index, (_, context, continuation) in enumerate(requests):
-            if len(continuation) > self.max_length:
-                raise ValueError(f"a continuation of {len(continuation)} tokens is longer than {self.max_length}")
-            context = context[-(self.max_length + 1 - len(continuation)) :]
-            row = latest.get(tuple(context))
-            if row is None or len(row) + len(continuation) - 1 > self.max_length:
-                row = latest[tuple(context)] = _Row(context)
-                rows.append(row)
-            row.continuations.append(continuation)
-            row.requests.append(index)
-        return rows
-
-    def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Rows of falling length in batches of at most ``batch_tokens`` positions, and at least one row."""
-        remaining = iter(rows)
-        for first in remaining:
-            yield [first, *islice(remaining, max(0, self.batch_tokens // len(first) - 1))]
-
-    @torch.inference_mode()
-    def _score(self, rows: list[_Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """(request, (log-likelihood, whether it is the greedy continuation)) of every continuation of ``rows``."""
-        tokens, positions, segments = self._layout(rows)
-        branched = any(len(row) > len(row.context) and len(row.continuations) > 1 for row in rows)
-        mask = _tree_mask(segments) if branched else None  # without branches, plain causal attention is the same
-        hidden = hidden_states(self._model, tokens, mask=mask, input_pos=positions)
-        # Where each scored token is predicted from: position in the batch, and the token.
-        length = tokens.shape[1]
-        places, targets, counts = [], [], []
-        for number, row in enumerate(rows):
-            start = number * length + len(row.context)
-            for continuation in row.continuations:
-                places += [number * length + len(row.context) - 1, *range(start, start + len(continuation) - 1)]
-                targets += continuation
-                counts.append(len(continuation))
-                start += len(continuation) - 1
-        log_probs, greedy = self._log_probs(hidden.flatten(0, 1), places, targets)
-        requests = [index for row in rows for index in row.requests]
-        for index, values, hits in zip(requests, log_probs.split(counts), greedy.split(counts), strict=True):
-            yield index, (values.sum().item(), bool(hits.all()))
-
-    def _layout(self, rows: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, positions and segments (0 the context, k its kth continuation, -1 padding), each (rows, longest)."""
-        longest = max(map(len, rows))
-        tokens = torch.full((len(rows), longest), self._tokenizer.pad_id)
-        positions = torch.zeros_like(tokens)
-        segments = torch.full_like(tokens, -1)
-        for number, row in enumerate(rows):
-            end = len(row.context)
-            pieces = [(row.context, 0, 0), *((c[:-1], end, k) for k, c in enumerate(row.continuations, start=1))]
-            start = 0
-            for piece, first, segment in pieces:
-                place = slice(start, start + len(piece))
-                tokens[number, place] = torch.tensor(piece, dtype=torch.long)
-                positions[number, place] = torch.arange(first, first + len(piece))
-                segments[number, place] = segment
-                start += len(piece)
-        return tokens.to(self._device), positions.to(self._device), segments.to(self._device)
-
-    def _log_probs(self, hidden: Tensor, places: list[int], targets: list[int]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (n,) float32 of ``targets`` predicted from ``hidden[places]``, and whether each is the
-        likeliest; on the CPU."""
-        unique, inverse = torch.tensor(places).unique(return_inverse=True)
-        order = inverse.argsort()
-        log_probs, greedy = torch.empty(len(places)), torch.empty(len(places), dtype=torch.bool)
-        target = torch.tensor(targets)
-        for start in range(0, len(unique), _HEAD_POSITIONS):
-            chunk = unique[start : start + _HEAD_POSITIONS].to(self._device)
-            logits = self._model.output(hidden[chunk]).float()
-            mine = order[(inverse[order] >= start) & (inverse[order] < start + len(chunk))]
-            rows, columns = (inverse[mine] - start).to(self._device), target[mine].to(self._device)
-            chosen = logits[rows, columns] - logits.logsumexp(-1)[rows]
-            log_probs[mine] = chosen.cpu()
-            greedy[mine] = (logits.argmax(-1)[rows] == columns).cpu()
-        return log_probs, greedy
+    def _score(self, rows: list[Row]) -> list[Result]:
+        """Results of all continuations of ``rows``, in pieces of the size that memory has been seen to allow."""
+        results = []
+        waiting = list(make_batches(rows, self.batch_tokens))[::-1]
+        while waiting:
+            batch = waiting.pop()
+            try:
+                results += score_rows(batch, self._model, self._tokenizer.pad_id)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.batch_tokens = max(len(batch) * len(batch[0]) // 2, len(batch[0]))
+                waiting += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+                _free_memory()
+        return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows: list[TokenRequest] = []
@@ -226,86 +179,66 @@ class TorchtuneLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        results: list[str] = []
         collator = Collator(
             [request.args for request in requests],
             sort_fn=lambda args: (-len(self.tok_encode(args[0])), args[0]),
             group_by="gen_kwargs",
             group_fn=lambda args: args[1],
         )
-        eos = self._tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        chunks = list(collator.get_batched(n=self.batch_size))
+        batches = [self._prompts(chunk, self._seed + number) for number, chunk in enumerate(chunks)]
+        world_size = self._ranks.world_size
+        for start in range(0, len(batches), world_size):  # what is generated side by side has caches of one size
+            together = batches[start : start + world_size]
+            most = max(batch.max_new for batch in together)
+            batches[start : start + world_size] = [dataclasses.replace(batch, cache_new=most) for batch in together]
+        self._seed += len(batches)  # the next call samples something else
+        results = []
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as progress:
-            for chunk in collator.get_batched(n=self.batch_size):
-                contexts, (options, *_) = zip(*chunk, strict=True)
-                kwargs = normalize_gen_kwargs(options, self.max_gen_toks)
-                until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
-                max_new = kwargs.pop("max_gen_toks")
-                if max_new >= self.max_length:
-                    raise ValueError(f"max_gen_toks={max_new} leaves no room in {self.max_length} tokens for a prompt")
-                prompts = [self.tok_encode(context)[-(self.max_length - max_new) :] for context in contexts]
-                temperature = kwargs["temperature"] if kwargs.get("do_sample") else 0.0
-                generated = self._generate(prompts, max_new, until, temperature)
-                for context, tokens in zip(contexts, generated, strict=True):
-                    text = postprocess_generated_text(self._tokenizer.decode(tokens), until, None)
-                    results.append(text)
-                    self.cache_hook.add_partial("generate_until", (context, options), text)
+            for chunk, batch, generated in zip(chunks, batches, self._on_all_ranks("_generate", batches), strict=True):
+                for (context, options), tokens in zip(chunk, generated, strict=True):
+                    results.append(postprocess_generated_text(self._tokenizer.decode(tokens), batch.until, None))
+                    self.cache_hook.add_partial("generate_until", (context, options), results[-1])
                     progress.update()
         return collator.get_original(results)
 
-    @torch.inference_mode()
-    def _generate(
-        self, prompts: list[list[int]], max_new: int, until: list[str], temperature: float
-    ) -> list[list[int]]:
-        """New tokens for each prompt, up to its end token or a stop string, ``max_new`` at most."""
-        longest = max(map(len, prompts))
-        total = longest + max_new
-        tokens = torch.full((len(prompts), longest), self._tokenizer.pad_id)
-        valid = torch.zeros(len(prompts), total, dtype=torch.bool)
-        for number, prompt in enumerate(prompts):
-            tokens[number, longest - len(prompt) :] = torch.tensor(prompt)
-            valid[number, longest - len(prompt) :] = True  # new tokens too; causality hides them until they are there
-        tokens, valid = tokens.to(self._device), valid.to(self._device)
-        positions = (valid[:, :longest].cumsum(1) - 1).clamp_min(0)
-        causal = torch.ones(longest, total, dtype=torch.bool, device=self._device).tril()
-        # Padding sees itself, since a softmax over nothing is NaN and would spread.
-        itself = torch.eye(longest, total, dtype=torch.bool, device=self._device)
-        mask = (causal & valid[:, None, :]) | itself
-        generated: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        with local_kv_cache(
-            self._model,
-            batch_size=len(prompts),
-            device=self._device,
-            dtype=self._dtype,
-            decoder_max_seq_len=total,
-        ):
-            for step in range(max_new):
-                hidden = hidden_states(self._model, tokens, mask=mask, input_pos=positions)
-                following = self._next_tokens(self._model.output(hidden[:, -1]).float(), temperature)
-                for number, token in enumerate(following.tolist()):
-                    if number in running:
-                        generated[number].append(token)
-                        if token in self._tokenizer.stop_tokens or self._has_stopped(generated[number], until):
-                            running.remove(number)
-                if not running or step == max_new - 1:
-                    break
-                tokens, positions = following[:, None], positions[:, -1:] + 1
-                seen = torch.arange(total, device=self._device) <= longest + step
-                mask = (valid & seen)[:, None, :]
+    def _prompts(self, chunk: list[tuple[str, dict[str, Any]]], seed: int) -> Prompts:
+        """(context, gen_kwargs) of one batch as tokens; a context too long loses its beginning.
+
+        Raises:
+            ValueError: if the new tokens alone fill the model's length.
+        """
+        kwargs = normalize_gen_kwargs(chunk[0][1], self.max_gen_toks)
+        eos = self._tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        max_new = kwargs["max_gen_toks"]
+        if max_new >= self.max_length:
+            raise ValueError(f"max_gen_toks={max_new} leaves no room in {self.max_length} tokens for a prompt")
+        return Prompts(
+            tokens=[self.tok_encode(context)[-(self.max_length - max_new) :] for context, _ in chunk],
+            max_new=max_new,
+            until=handle_stop_sequences(kwargs.get("until"), eos=eos),
+            temperature=kwargs["temperature"] if kwargs.get("do_sample") else 0.0,
+            seed=seed,
+        )
+
+    def _generate(self, batch: Prompts) -> list[list[int]]:
+        """New tokens for each prompt of ``batch``, in pieces of the size that memory has been seen to allow."""
+        parts = [batch.tokens[i : i + self.batch_size] for i in range(0, len(batch.tokens), self.batch_size)]
+        generated = []
+        for part in parts:
+            piece = dataclasses.replace(batch, tokens=part)
+            try:
+                generated += generate(piece, self._model, self._tokenizer, self._ranks.any)
+            except torch.OutOfMemoryError:
+                # Ranks decode in step, so a rank on its own cannot take smaller ones.
+                if len(part) == 1 or self._ranks.world_size > 1:
+                    raise
+                self.batch_size = len(part) // 2
+                _free_memory()
+                generated += self._generate(piece)
         return generated
 
-    def _next_tokens(self, logits: Tensor, temperature: float) -> Tensor:
-        if temperature == 0:
-            return logits.argmax(-1)
-        return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=self._generator)[:, 0]
 
-    def _has_stopped(self, tokens: list[int], until: list[str]) -> bool:
-        # A stop string spans no more tokens than it has bytes; those and the newest token are looked at.
-        tail = self._tokenizer.decode(tokens[-(max(len(stop.encode()) for stop in until) + 1) :]) if until else ""
-        return any(stop in tail for stop in until)
-
-
-def _tree_mask(segments: Tensor) -> Tensor:  # (b, s) -> (b, s, s)
-    """True where position i sees position j: the context, and what came before in its own continuation."""
-    earlier = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    return earlier & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))
+def _free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -54,6 +54,16 @@ def score(args: argparse.Namespace) -> None:
     print(f"{output}\n{output.with_suffix('.png')}")
 
 
+def compare(args: argparse.Namespace) -> None:
+    from owlore_evals.results import compare
+    from owlore_tune.config import ConfigError
+
+    try:
+        print(compare([Path(run) for run in args.runs]))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="owlore", description="OwLore fine-tuning for torchtune.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -77,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
     scoring.add_argument("--output", help="scores file to write; OUTPUT_DIR/scores.json where left out")
     scoring.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
     scoring.set_defaults(run=score)
+
+    comparing = commands.add_parser("compare", help="one table of several evaluations, with differences to the first")
+    comparing.add_argument("runs", nargs="+", metavar="RUN", help="an evaluation's output_dir, or a results file")
+    comparing.set_defaults(run=compare)
     return top
 
 

@@ -3,11 +3,12 @@
 import difflib
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune import config
@@ -24,7 +25,7 @@ class ConfigError(ValueError):
     """A config that cannot run; the message names the value and the way out, in one line."""
 
 
-class TrainingError(RuntimeError):
+class RunError(RuntimeError):
     """A run that had to stop; the message says where it stands and the way on, in one line."""
 
 
@@ -81,7 +82,7 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
                 sys.argv[i + 1] = str(find_config(sys.argv[i + 1]))
         try:
             config.parse(recipe_main)()
-        except (ConfigError, TrainingError, InstantiationError) as error:
+        except (ConfigError, RunError, InstantiationError) as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
 
     return main
@@ -137,7 +138,7 @@ def build(path: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     """``config.instantiate`` of the node at ``path``, with what its constructor refuses as a ConfigError."""
     try:
         return config.instantiate(node, *args, **kwargs)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         message = str(error)
         raise ConfigError(message if message.startswith(path) else f"{path}: {message}") from error
 
@@ -194,7 +195,8 @@ def check_max_norm(value: Any) -> float:
 def check_type(path: str, value: Any, wanted: Any) -> None:
     """Raise ConfigError if ``value`` is not of type ``wanted``; a bool is no number."""
     allowed = wanted | int if wanted is float else wanted
-    if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
+    takes_bool = bool in (get_args(wanted) or (wanted,))
+    if not isinstance(value, allowed) or (isinstance(value, bool) and not takes_bool):
         name = getattr(wanted, "__name__", str(wanted)).replace("None", "null")
         raise ConfigError(f"{path}={value!r}; it must be {name}")
 
@@ -208,7 +210,7 @@ def writable_directory(path: str) -> Path:
     directory = Path(path).expanduser()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
+        probe = directory / f".writable_{os.getpid()}"  # its own on each rank
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -35,14 +35,31 @@ def mmlu_dev_dataset(
     Raises:
         ValueError: if ``split`` is unknown or ``num_held_out`` leaves one of the splits empty.
     """
-    rows = _mmlu_dev_rows()
     if split not in ("train", "held_out"):
         raise ValueError(f"dataset.split={split!r}; choose train or held_out")
+    rows = mmlu_dev_rows(split, num_held_out=num_held_out, seed=seed)
+    return _finish(rows, InstructionToMessages(), tokenizer, packed)
+
+
+def mmlu_dev_rows(split: str | None = None, *, num_held_out: int = 45, seed: int = 0) -> list[dict[str, Any]]:
+    """The rows of `mmlu_dev_dataset`: ``instruction``, ``output`` and ``subject``; of both splits where None.
+
+    Raises:
+        ValueError: if ``num_held_out`` leaves one of the splits empty.
+    """
+    folder = importlib.resources.files("lm_eval") / "tasks" / "mmlu" / "flan_cot_fewshot"
+    rows = []
+    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if file.name.startswith("mmlu_") and file.name.endswith(".yaml"):
+            samples = yaml.safe_load(file.read_text())["fewshot_config"]["samples"]
+            subject = file.name.removeprefix("mmlu_").removesuffix(".yaml").replace("_", " ")
+            rows += [{"instruction": s["question"], "output": s["target"], "subject": subject} for s in samples]
+    if split is None:
+        return rows
     if not 0 < num_held_out < len(rows):
         raise ValueError(f"dataset.num_held_out={num_held_out}; choose 1 to {len(rows) - 1} of {len(rows)}")
     random.Random(seed).shuffle(rows)
-    rows = rows[num_held_out:] if split == "train" else rows[:num_held_out]
-    return _finish(rows, InstructionToMessages(), tokenizer, packed)
+    return rows[num_held_out:] if split == "train" else rows[:num_held_out]
 
 
 def instruction_dataset(
@@ -64,7 +81,7 @@ def instruction_dataset(
         ValueError: if a file is missing, empty or not JSON, or if a row lacks a field; it names file, row and field.
     """
     files = [data_files] if isinstance(data_files, str) else list(data_files)
-    rows = [row for file in files for row in _read_rows(Path(file).expanduser())]
+    rows = [row for file in files for row in read_rows(Path(file).expanduser())]
     return _finish(rows, InstructionToMessages(), tokenizer, packed)
 
 
@@ -100,17 +117,8 @@ def _finish(
     return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len)
 
 
-def _mmlu_dev_rows() -> list[dict[str, Any]]:
-    folder = importlib.resources.files("lm_eval") / "tasks" / "mmlu" / "flan_cot_fewshot"
-    rows = []
-    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if file.name.startswith("mmlu_") and file.name.endswith(".yaml"):
-            samples = yaml.safe_load(file.read_text())["fewshot_config"]["samples"]
-            rows += [{"instruction": s["question"], "output": s["target"]} for s in samples]
-    return rows
-
-
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file for `instruction_dataset`, which says what is refused."""
     if not file.is_file():
         raise ValueError(f"dataset.data_files={file} does not exist")
     text = file.read_text()

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-RECIPES = ("owlore_full_finetune",)
+RECIPES = ("owlore_full_finetune", "owlore_eval")
 
 
 def packaged_configs() -> Iterator[tuple[str, Path]]:

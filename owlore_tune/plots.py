@@ -1,6 +1,7 @@
 """Pictures of a run. Colours are Okabe and Ito's, told apart by colour-blind people and in grey."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -44,4 +45,18 @@ def plot_draws(path: Path, draws: Sequence[tuple[int, Sequence[int]]], num_layer
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("layer (0 is the lowest)")
     axes.set_title(f"Layers trained in each of {len(draws)} draws")
+    figure.savefig(path, dpi=150)
+
+
+def plot_radar(path: Path, values: Mapping[str, float], highest: float) -> None:
+    """Values from 0 to ``highest`` around a circle, one direction for each name."""
+    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
+    axes = figure.subplots(subplot_kw={"projection": "polar"})
+    angles = [2 * math.pi * i / len(values) for i in range(len(values))]
+    around = [*values.values(), *list(values.values())[:1]]
+    axes.plot([*angles, *angles[:1]], around, color=BLUE, marker="o", markersize=4)
+    axes.fill([*angles, *angles[:1]], around, color=BLUE, alpha=0.15)
+    axes.set_xticks(angles, [f"{name}\n{value:.1f}" for name, value in values.items()])
+    axes.set_ylim(0, highest)
+    axes.tick_params(axis="x", pad=12)
     figure.savefig(path, dpi=150)

@@ -52,6 +52,11 @@ class HFChatTokenizer:
         self._template = None
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether the model's own rule is to begin a text with BOS, as transformers does when it encodes one."""
+        return self.bos_id is not None and self._tokenizer.encode("a").ids[:1] == [self.bos_id]
+
+    @property
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 

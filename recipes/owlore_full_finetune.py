@@ -39,7 +39,7 @@ from owlore_tune.checkpoints import (
 from owlore_tune.config import (
     ConfigError,
     OwLoreConfig,
-    TrainingError,
+    RunError,
     build,
     changed_fields,
     check_config,
@@ -58,6 +58,7 @@ from owlore_tune.sampling import LayerSampler
 from owlore_tune.scores import NEEDS_DATA, LayerScores, layer_scores
 from owlore_tune.sealed import CheckpointError, remove_leftovers, verify
 from owlore_tune.signals import StopRequest
+from owlore_tune.tokenizer import HFChatTokenizer
 
 log = utils.get_logger("INFO")
 
@@ -76,6 +77,7 @@ REQUIRED = (
 )
 DEFAULTS = {
     "dataset_val": None,
+    "eval": None,  # a suite to run before and after
     "collate_fn": "torchtune.data.padded_collate_sft",
     "batch_size": 1,
     "batch_size_val": None,  # as batch_size
@@ -115,7 +117,7 @@ SCORE_FIELDS = frozenset(
 )
 FREE = frozenset(
     ("output_dir", "device", "compile", "enable_activation_checkpointing", "metric_logger", "log_every_n_steps",
-     "run_val_every_n_steps", "dataset_val", "batch_size_val", "profiler", "save_every_n_steps", "keep_last_n",
+     "run_val_every_n_steps", "dataset_val", "batch_size_val", "eval", "profiler", "save_every_n_steps", "keep_last_n",
      "on_save_error", "resume_from_checkpoint", "allow_config_change", "max_skipped_steps")
 )  # fmt: skip
 
@@ -168,6 +170,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self.global_step = 0
         self._seconds: dict[str, float] = {}  # by phase, for the manifest
         self._losses: dict[str, float] = {}  # held-out, for the manifest
+        self._evaluations: dict[str, dict[str, float]] = {}  # averages of the suite, for the manifest
         self._draws: list[dict[str, Any]] = []
         self._steps: list[tuple[float, int]] = []  # (seconds, tokens) of each
         self._skipped_steps = 0
@@ -259,7 +262,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _restore(self, saved: dict[str, Any], changed: set[str]) -> None:
         """Put everything back as it was saved, but for what depends on ``changed`` fields, which starts anew."""
         self.global_step = saved["step"]
-        self._losses, self._draws, self._steps = saved["losses"], saved["draws"], saved["steps"]
+        self._losses, self._evaluations = saved["losses"], saved["evaluations"]
+        self._draws, self._steps = saved["draws"], saved["steps"]
         self._skipped_steps, self._skipped_in_a_row = saved["skipped_steps"]
         if "owlore" not in changed:
             self._active_layers.load_state_dict(saved["active_layers"])
@@ -320,6 +324,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if cfg.dataset_val is not None:
             batch_size = cfg.batch_size_val or cfg.batch_size
             self._val_dataloader = self._setup_data(cfg, "dataset_val", batch_size, shuffle=False)
+        self._suite = None
+        if cfg.eval is not None:
+            from owlore_evals.suite import Suite  # the harness takes seconds to import
+
+            if not isinstance(self._tokenizer, HFChatTokenizer):
+                raise ConfigError(f"eval: needs owlore_tune.tokenizer.HFChatTokenizer, not {cfg.tokenizer._component_}")
+            self._suite = Suite.from_training_config(cfg.eval)
         self._checkpointer: HFCheckpointer = build("checkpointer", cfg.checkpointer)
         if not isinstance(self._checkpointer, HFCheckpointer):
             raise ConfigError(
@@ -458,6 +469,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         started = time.perf_counter()
         if self.global_step == 0:
             self._validate("before")
+            self._evaluate("before")
         num_steps = self.total_epochs * self._steps_per_epoch
         progress = tqdm(total=num_steps, initial=self.global_step, unit="step", dynamic_ncols=True)
         with StopRequest() as stop, self._profiler, progress:
@@ -480,7 +492,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 self._on_draw(active)
             micro_batches = list(islice(batches, self._gradient_accumulation_steps))
             if len(micro_batches) < self._gradient_accumulation_steps:
-                raise TrainingError(f"the data ended in epoch {epoch}, before step {self.global_step + 1}")
+                raise RunError(f"the data ended in epoch {epoch}, before step {self.global_step + 1}")
             metrics = self._train_step(micro_batches)
             self.global_step += 1
             self._report(metrics, progress)
@@ -492,7 +504,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             if leaving or self._is_due(self._save_every_n_steps) or self._is_due(self._steps_per_epoch):
                 self.save_checkpoint(required=leaving)
             if given_up:
-                raise TrainingError(
+                raise RunError(
                     f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at "
                     f"step {self.global_step}, saved in {self._step_dir()}. Lower optimizer.lr, or set clip_grad_norm"
                 )
@@ -633,6 +645,29 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         log.info(f"Held-out loss, {when}: {self._losses[when]:.4f} over {num_trained} tokens")
         self._metric_logger.log_dict({"val_loss": self._losses[when]}, step=self.global_step)
 
+    def _evaluate(self, when: str) -> None:
+        """Run the suite, if there is one, on the model as it is; results go to ``eval_WHEN``, as owlore_eval's."""
+        if self._suite is None:
+            return
+        from owlore_evals.results import save_results
+        from owlore_evals.torchtune_lm import TorchtuneLM
+
+        started = time.perf_counter()
+        rng = get_rng_state()  # the harness seeds the global generators; training goes on as if it had not run
+        lm = TorchtuneLM(self._model, self._tokenizer, seed=self.seed)
+        directory = self._output_dir / f"eval_{when}"
+        directory.mkdir(exist_ok=True)
+        results = self._suite.run(lm, f"{when} training", directory)
+        self._model.train()
+        set_rng_state(rng)
+        self._evaluations[when] = results["averages"]
+        self._seconds[f"eval_{when}"] = time.perf_counter() - started
+        manifest = {"versions": versions(), "model": lm.get_model_info(), "step": self.global_step}
+        save_results(directory, results, manifest, model=f"{self._output_dir.name}, step {self.global_step}")
+        metrics = {f"eval/{metric.removesuffix(',none')}": value for metric, value in results["averages"].items()}
+        log.info(f"Evaluation, {when}: {metrics}")
+        self._metric_logger.log_dict(metrics, step=self.global_step)
+
     def save_checkpoint(self, required: bool = True) -> None:
         """Save step_N: weights in HF format, and beside them all that an exact resume needs.
 
@@ -640,7 +675,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             required: stop if it cannot be saved, whatever ``on_save_error`` says.
 
         Raises:
-            TrainingError: if it cannot be saved.
+            RunError: if it cannot be saved.
         """
         started = time.perf_counter()
         try:
@@ -648,7 +683,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             keep_last(self._output_dir, self._cfg.keep_last_n)
         except (CheckpointError, OSError) as error:
             if required or self._cfg.on_save_error == "stop":
-                raise TrainingError(str(error)) from error
+                raise RunError(str(error)) from error
             log.warning(f"{error}; going on, as on_save_error=continue says")
         self._seconds["save"] = self._seconds.get("save", 0.0) + time.perf_counter() - started
 
@@ -670,6 +705,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "rng": get_rng_state(),
             "draws": self._draws,
             "losses": self._losses,
+            "evaluations": self._evaluations,
             "steps": self._steps,
             "seconds": self._seconds,
             "skipped_steps": (self._skipped_steps, self._skipped_in_a_row),
@@ -681,6 +717,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
         self._close_draw()
         self._validate("after")
+        self._evaluate("after")
         plot_scores(
             self._output_dir / "scores.png", self._scores.scores, self._scores.score, self._sampler.probabilities
         )
@@ -699,6 +736,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "skipped_steps": self._skipped_steps,
             "checkpoint": self._step_dir().name,
             "held_out_loss": self._losses,
+            "evaluations": self._evaluations,
             "seconds": self._seconds,
             "median_step_seconds": self._median_step_seconds(),
             "tokens_per_second": self._tokens_per_second(),
@@ -709,8 +747,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _print_summary(self) -> None:
         losses = [f"{when} {loss:.4f}" for when, loss in self._losses.items() if when in ("before", "after")]
+        accuracies = [f"{when} {e['acc,none']:.3f}" for when, e in self._evaluations.items() if "acc,none" in e]
         print(
             f"held-out loss   {', '.join(losses) or 'not measured'}\n"
+            f"accuracy        {', '.join(accuracies) or 'not measured'}\n"
             f"median step     {self._median_step_seconds():.2f} s\n"
             f"throughput      {self._tokens_per_second():.0f} tokens/s\n"
             f"peak memory     {peak_memory_bytes(self._device) / 1e9:.2f} GB\n"

@@ -18,6 +18,7 @@ def test_ls_names_recipes_and_configs(monkeypatch, capsys):
     owlore(monkeypatch, "ls")
     lines = capsys.readouterr().out.splitlines()
     assert "recipe  owlore_full_finetune" in lines
+    assert "recipe  owlore_eval" in lines
     assert "config  smollm2/135M_owlore" in lines
 
 
@@ -55,6 +56,15 @@ def test_score_reports_a_bad_config_in_one_line(monkeypatch, tmp_path, tiny_conf
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
     with pytest.raises(SystemExit, match=r"error: owlore\.score=best"):
         owlore(monkeypatch, "score", "--config", str(tmp_path / "config.yaml"), "owlore.score=best")
+
+
+def test_compare_prints_a_table_or_one_line(monkeypatch, tmp_path, capsys):
+    results = {"results": {"piqa": {"acc,none": 0.5}}}
+    (tmp_path / "results_1.json").write_text(json.dumps(results))
+    owlore(monkeypatch, "compare", str(tmp_path), str(tmp_path / "results_1.json"))
+    assert "| piqa | acc | 0.5000 | 0.5000 | +0.0000 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: .*nothing has no results_"):
+        owlore(monkeypatch, "compare", str(tmp_path / "nothing"))
 
 
 def test_download_makes_the_model_directory_once(monkeypatch, smollm2_dir, capsys):

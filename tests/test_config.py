@@ -14,7 +14,9 @@ from owlore_tune.names import find_config, packaged_configs
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
 
 CONFIGS = [name for name, _ in packaged_configs()]
-OURS = [name for name in CONFIGS if not name.endswith(("_lora", "_generate"))]  # the others are for torchtune's
+EVALS = [name for name in CONFIGS if name.startswith("eval/")]
+# The others are for torchtune's recipes.
+OURS = [name for name in CONFIGS if not name.endswith(("_lora", "_generate")) and name not in EVALS]
 
 
 @pytest.mark.parametrize("name", OURS)

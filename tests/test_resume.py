@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.checkpoints import newest_checkpoint, step_directories
-from owlore_tune.config import ConfigError, TrainingError
+from owlore_tune.config import ConfigError, RunError
 from owlore_tune.rng import get_rng_state, set_rng_state
 from owlore_tune.sealed import verify
 
@@ -339,7 +339,7 @@ def test_too_many_skipped_steps_stop_the_run_with_a_checkpoint(tiny_config):
     recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
     recipe.setup()
     poison(recipe, set(range(4, 100)))
-    with pytest.raises(TrainingError, match="3 steps in a row had a loss or gradient that is not finite; stopped at s"):
+    with pytest.raises(RunError, match="3 steps in a row had a loss or gradient that is not finite; stopped at s"):
         recipe.train()
     assert newest_checkpoint(Path(config["output_dir"])).name == "step_7"
     assert all(weight.isfinite().all() for weight in weights(config).values())
@@ -360,7 +360,7 @@ def test_a_full_disk(policy, seen_coming, tiny_config, small_disk, monkeypatch):
     recipe.setup()
     # With `continue`, the last save still has to succeed, and here it cannot.
     reason = "only [0-9,]+ bytes are free" if seen_coming else "No space left on device|write|unexpected pos"
-    with pytest.raises(TrainingError, match=rf"cannot save {run}/step_\d+, which needs [\d,]+ bytes: .*(?:{reason})"):
+    with pytest.raises(RunError, match=rf"cannot save {run}/step_\d+, which needs [\d,]+ bytes: .*(?:{reason})"):
         recipe.train()
     assert recipe.global_step == 10 if policy == "continue" else recipe.global_step < 10
     good = newest_checkpoint(run)

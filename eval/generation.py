@@ -1,0 +1,99 @@
+"""Batched generation with a key-value cache, left padding and stop strings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.common_utils import local_kv_cache
+
+from owlore_tune.layers import hidden_states
+from owlore_tune.tokenizer import HFChatTokenizer
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that are answered together."""
+
+    tokens: list[list[int]]
+    max_new: int  # tokens
+    until: list[str]  # stop strings
+    temperature: float  # 0 is greedy
+    seed: int
+    cache_new: int = 0  # places in the cache for new tokens, where another rank asks for more than max_new
+
+
+@torch.inference_mode()
+def generate(
+    prompts: Prompts,
+    model: TransformerDecoder,
+    tokenizer: HFChatTokenizer,
+    any_rank: Callable[[bool], bool] = bool,
+) -> list[list[int]]:
+    """New tokens for each prompt, up to and with its end token or what completes a stop string.
+
+    Args:
+        any_rank: whether a flag is true on some rank; all ranks go on until none has anything to do.
+    """
+    parameter = next(model.parameters())
+    longest = max(map(len, prompts.tokens))
+    total = longest + max(prompts.max_new, prompts.cache_new)
+    tokens, valid = (part.to(parameter.device) for part in _left_padded(prompts.tokens, total, tokenizer.pad_id))
+    positions = (valid[:, :longest].cumsum(1) - 1).clamp_min(0)
+    causal = torch.ones(longest, total, dtype=torch.bool, device=tokens.device).tril()
+    # Padding sees itself, since a softmax over nothing is NaN and would spread.
+    itself = torch.eye(longest, total, dtype=torch.bool, device=tokens.device)
+    mask = (causal & valid[:, None, :]) | itself
+    sampling = torch.Generator(tokens.device).manual_seed(prompts.seed)
+    generated: list[list[int]] = [[] for _ in prompts.tokens]
+    running = set(range(len(generated)))
+    with local_kv_cache(
+        model,
+        batch_size=len(generated),
+        device=parameter.device,
+        dtype=parameter.dtype,
+        decoder_max_seq_len=total,
+    ):
+        for seen in range(longest, total + 1):
+            hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
+            following = _next_tokens(model.output(hidden[:, -1]).float(), prompts.temperature, sampling)
+            for number, token in enumerate(following.tolist()):
+                if number in running:
+                    generated[number].append(token)
+                    stopped = token in tokenizer.stop_tokens or _has_stopped(
+                        generated[number], prompts.until, tokenizer
+                    )
+                    if stopped or len(generated[number]) == prompts.max_new:
+                        running.remove(number)
+            if not any_rank(bool(running)):
+                break
+            tokens, positions = following[:, None], positions[:, -1:] + 1
+            mask = (valid & (torch.arange(total, device=tokens.device) <= seen))[:, None, :]
+    return generated
+
+
+def _left_padded(prompts: list[list[int]], total: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Tokens (b, longest), and whether a place of the cache (b, total) holds a token, now or later."""
+    longest = max(map(len, prompts))
+    tokens = torch.full((len(prompts), longest), pad_id)
+    valid = torch.zeros(len(prompts), total, dtype=torch.bool)
+    for number, prompt in enumerate(prompts):
+        tokens[number, longest - len(prompt) :] = torch.tensor(prompt)
+        valid[number, longest - len(prompt) :] = True
+    return tokens, valid
+
+
+def _next_tokens(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:  # (b, v) -> (b,)
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
+
+
+def _has_stopped(tokens: list[int], until: list[str], tokenizer: HFChatTokenizer) -> bool:
+    # A stop string spans no more tokens than it has bytes; those and the newest token are looked at.
+    if not until:
+        return False
+    tail = tokenizer.decode(tokens[-(max(len(stop.encode()) for stop in until) + 1) :])
+    return any(stop in tail for stop in until)

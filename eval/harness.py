@@ -1,0 +1,131 @@
+"""Tasks of lm-evaluation-harness, by name, found on the hub or in local copies, and run."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.api.group import Group
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from owlore_evals.local_choices import SCORINGS, local_choices_task
+from owlore_tune.config import ConfigError
+
+OWN_TASKS = Path(__file__).parent / "tasks"
+
+
+def load_tasks(
+    names: Iterable[str],
+    *,
+    data_root: str | None = None,
+    data_files: Mapping[str, str] | None = None,
+    scoring: str = "loglikelihood",
+) -> list[Task | Group]:
+    """Tasks and groups with their documents, in the order named; those of ``data_files`` come last.
+
+    Args:
+        names: the harness's tasks, groups and tags, and ours in eval/tasks.
+        data_root: directory of copies of hub datasets, ``DATA_ROOT/cais/mmlu`` of cais/mmlu; a dataset that is not
+            there comes from the hub.
+        data_files: name to JSON file, each a task of local_choices.py.
+        scoring: of ``data_files``.
+
+    Raises:
+        ConfigError: if a name is unknown, or documents cannot be had; it says how to get them.
+    """
+    if scoring not in SCORINGS:
+        raise ConfigError(f"scoring={scoring}; choose one of {', '.join(SCORINGS)}")
+    names = list(names)
+    manager = _task_manager(names, data_root)
+    loaded = [task for name in names for task in _load(manager, name, data_root)]
+    try:
+        loaded += [local_choices_task(name, Path(f).expanduser(), scoring) for name, f in (data_files or {}).items()]
+    except ValueError as error:
+        raise ConfigError(str(error).replace("dataset.data_files", "data_files")) from error
+    return loaded
+
+
+def _task_manager(names: list[str], data_root: str | None) -> TaskManager:
+    own = TaskManager(include_path=str(OWN_TASKS), include_defaults=False)
+    if all(name in own.task_index for name in names):
+        return own  # reading the harness's thousands of files takes seconds
+    manager = TaskManager(include_path=str(OWN_TASKS))
+    if data_root is None:
+        return manager
+    root = Path(data_root).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"data_root={data_root} is not a directory")
+    for entry in manager.task_index.values():
+        repository = (entry.cfg or {}).get("dataset_path")
+        if entry.yaml_path and repository and (root / repository).is_dir():
+            # The index has the config without its functions, so the file is read again; inline configs win over it.
+            config = load_yaml(entry.yaml_path, resolve_func=True)
+            entry.cfg = {**config, "dataset_path": str(root / repository)}
+            entry.yaml_path = None
+    return manager
+
+
+def _load(manager: TaskManager, name: str, data_root: str | None) -> list[Task | Group]:
+    if name not in manager.task_index and not Path(name).is_file():
+        import difflib
+
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        raise ConfigError(f"tasks: no task, group or tag named {name}" + (f"; there is {', '.join(near)}" * bool(near)))
+    try:
+        loaded = manager.load([name])
+    except (OSError, ValueError) as error:  # what datasets raises where it finds neither a copy nor the hub
+        entry = manager.task_index.get(name)
+        repository = (entry and entry.cfg or {}).get("dataset_path", "OWNER/NAME")
+        where = f"under data_root={data_root}" if data_root else "named by data_root"
+        raise ConfigError(
+            f"tasks: the data of {name} is neither {where} nor to be had from the hub ({error}). Where the hub is: "
+            f"hf download --repo-type dataset {repository} --local-dir DIR/{repository}; then data_root=DIR"
+        ) from error
+    groups = loaded.get("groups", {})
+    return [groups[name]] if name in groups else list(loaded["tasks"].values())
+
+
+def evaluate(
+    lm: LM,
+    tasks: list[Task | Group],
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool = True,
+    use_cache: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """``lm_eval.simple_evaluate`` with the harness's own seeds, plus ``averages``: of each metric over the tasks named.
+
+    Args:
+        use_cache: path of the request cache, without its ending. It must change with the model.
+    """
+    results = lm_eval.simple_evaluate(
+        lm,
+        tasks=list(tasks),
+        task_manager=TaskManager(include_defaults=False),  # they are loaded already
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        fewshot_as_multiturn=fewshot_as_multiturn,
+        use_cache=use_cache,
+        **options,
+    )
+    assert results is not None
+    named = [task.name if isinstance(task, Group) else task.task_name for task in tasks]
+    results["averages"] = averages({name: results["results"][name] for name in named})
+    return results
+
+
+def averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The unweighted mean of each metric that all tasks have."""
+    metrics = [m for m in next(iter(results.values()), {}) if "," in m and "_stderr" not in m]
+    return {
+        metric: sum(values[metric] for values in results.values()) / len(results)
+        for metric in metrics
+        if all(isinstance(values.get(metric), int | float) for values in results.values())
+    }

@@ -1,0 +1,72 @@
+"""Multiple-choice tasks from local JSON files in the form of Commonsense170K (LLM-Adapters, arXiv 2304.01933).
+
+A row's instruction ends in its options, ``Answer format: answer1/answer2`` (or true/false, option1/…, solution1/…,
+ending1/…), and its field ``answer`` is one of them.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+
+from owlore_tune.data import read_rows
+
+Doc = dict[str, Any]
+SCORINGS = ("loglikelihood", "generate")
+_OPTIONS = re.compile(r"Answer format: *(\S+(?:/\S+)+)")
+_ANSWER = "the correct answer is {}"  # as in the outputs of Commonsense170K
+
+
+def local_choices_task(name: str, file: Path, scoring: str) -> ConfigurableTask:
+    """A task of the harness over the rows of ``file``, with metric ``acc``.
+
+    Args:
+        scoring: ``loglikelihood``: the likeliest option's sentence is the answer; ``generate``: the first option
+            named in greedy text of at most 32 tokens is, as LLM-Adapters' evaluation counts; text that names none is
+            wrong.
+
+    Raises:
+        ValueError: if the file cannot be read, or a row has no options or an answer that is none of them.
+    """
+    docs = [_doc(file, number, row) for number, row in enumerate(read_rows(file))]
+    config = {
+        "task": name,
+        "custom_dataset": lambda **metadata: {"test": Dataset.from_list(docs)},
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0, "file": str(file), "scoring": scoring},
+    }
+    if scoring == "loglikelihood":
+        choices = {"output_type": "multiple_choice", "doc_to_choice": "sentences", "doc_to_target": "gold"}
+        return ConfigurableTask(config=config | choices)
+    generation = {"until": [], "max_gen_toks": 32, "do_sample": False}
+    return ConfigurableTask(
+        config=config
+        | {
+            "output_type": "generate_until",
+            "doc_to_target": "{{options[gold]}}",
+            "generation_kwargs": generation,
+            "process_results": lambda doc, results: {"acc": first_option(doc["options"], results[0]) == doc["gold"]},
+        }
+    )
+
+
+def first_option(options: list[str], text: str) -> int | None:
+    """Which of ``options`` ``text`` names first; None if it names none."""
+    found = re.search("|".join(map(re.escape, sorted(options, key=len, reverse=True))), text)
+    return options.index(found.group()) if found else None
+
+
+def _doc(file: Path, number: int, row: dict[str, Any]) -> Doc:
+    listed = _OPTIONS.search(row["instruction"])
+    options = listed.group(1).split("/") if listed else []
+    if len(options) < 2:
+        raise ValueError(f"data_files: {file}: row {number} has no 'Answer format: OPTION/OPTION' in its instruction")
+    if row.get("answer") not in options:
+        raise ValueError(f"data_files: {file}: row {number}: answer={row.get('answer')!r}; its options are {options}")
+    prompt = "\n".join(filter(None, (row["instruction"], row.get("input"))))
+    sentences = [_ANSWER.format(option) for option in options]
+    return {"prompt": prompt, "options": options, "sentences": sentences, "gold": options.index(row["answer"])}

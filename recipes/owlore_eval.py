@@ -1,0 +1,177 @@
+"""Evaluate a torchtune model on lm-evaluation-harness's tasks, on local files and on MT-Bench, without conversion.
+
+tune run [--nproc_per_node N] owlore_eval --config eval/mmlu checkpointer.checkpoint_dir=DIR [field=value ...]
+"""
+
+import hashlib
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config, training, utils
+from torchtune.recipe_interfaces import EvalRecipeInterface
+
+from owlore_evals.results import check_output_dir, print_results, save_results
+from owlore_evals.suite import SUITE, Suite
+from owlore_evals.torchtune_lm import TorchtuneLM
+from owlore_tune.checkpoints import HFCheckpointer
+from owlore_tune.config import (
+    ConfigError,
+    build,
+    check_config,
+    check_counts,
+    check_type,
+    parse,
+    writable_directory,
+)
+from owlore_tune.manifest import machine, versions
+from owlore_tune.memory import peak_memory_bytes
+from owlore_tune.tokenizer import HFChatTokenizer
+
+log = utils.get_logger("INFO")
+
+REQUIRED = ("model", "tokenizer", "checkpointer", "output_dir")
+DEFAULTS = SUITE | {
+    "add_bos": None,  # as the model's tokenizer does
+    "max_length": None,  # the model's
+    "batch_tokens": None,  # by device
+    "batch_size": 8,
+    "use_cache": False,
+    "log_samples": True,
+    "seed": 0,
+    "device": None,  # the best there is
+    "dtype": "bf16",
+}
+
+
+class OwLoreEvalRecipe(EvalRecipeInterface):
+    """lm-evaluation-harness on a torchtune model, on one device or, under torchrun, on several.
+
+    Each rank has the whole model and does its share; rank 0 alone drives the harness and writes the results.
+    Whatever can be refused is refused before weights load, documents that are missing included.
+
+    Args:
+        cfg: the parsed config; its fields are those of REQUIRED and DEFAULTS.
+
+    Raises:
+        ConfigError: if a key is unknown or a value cannot work.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg = check_config(cfg, REQUIRED, DEFAULTS)
+        check_counts(cfg, ("batch_size",), ("max_length", "batch_tokens"))
+        check_type("seed", cfg.seed, int)
+        check_type("add_bos", cfg.add_bos, bool | None)
+        for key in ("use_cache", "log_samples"):
+            check_type(key, cfg[key], bool)
+        try:
+            self._device = utils.get_device(cfg.device)
+            self._dtype = training.get_dtype(cfg.dtype, device=self._device)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error
+        self._output_dir = writable_directory(cfg.output_dir)
+        self._is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
+
+    def setup(self) -> None:
+        cfg = self._cfg
+        tokenizer = build("tokenizer", cfg.tokenizer)
+        if not isinstance(tokenizer, HFChatTokenizer):
+            raise ConfigError(
+                f"tokenizer._component_={cfg.tokenizer._component_}; this recipe needs "
+                "owlore_tune.tokenizer.HFChatTokenizer"
+            )
+        checkpointer = build("checkpointer", cfg.checkpointer)
+        if not isinstance(checkpointer, HFCheckpointer):
+            raise ConfigError(
+                f"checkpointer._component_={cfg.checkpointer._component_}; this recipe needs "
+                "owlore_tune.checkpoints.HFCheckpointer"
+            )
+        self._fingerprint = checkpointer.fingerprint()
+        check_output_dir(self._output_dir, self._fingerprint)
+        if self._is_rank_zero:
+            self._suite = Suite(cfg)
+        self._lm = TorchtuneLM(
+            self._load_model(checkpointer),
+            tokenizer,
+            batch_tokens=cfg.batch_tokens,
+            batch_size=cfg.batch_size,
+            max_length=cfg.max_length,
+            add_bos=cfg.add_bos,
+            seed=cfg.seed,
+        )
+
+    def _load_model(self, checkpointer: HFCheckpointer) -> torch.nn.Module:
+        with training.set_default_dtype(self._dtype), torch.device("meta"):
+            model = build("model", self._cfg.model)
+        try:
+            checkpointer.load_checkpoint(model, dtype=self._dtype, device=self._device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return model
+
+    def evaluate(self) -> None:
+        if not self._is_rank_zero:
+            self._lm.serve()
+            return
+        started = time.perf_counter()
+        cfg = self._cfg
+        try:
+            results = self._suite.run(
+                self._lm,
+                self._model_id(),
+                self._output_dir,
+                use_cache=cfg.use_cache,
+                log_samples=cfg.log_samples,
+            )
+        finally:
+            self._lm.dismiss()
+        file = save_results(
+            self._output_dir,
+            results,
+            self._manifest(time.perf_counter() - started),
+            model=str(cfg.checkpointer.checkpoint_dir),
+            chat_template=self._lm.chat_template(cfg.apply_chat_template),
+            fewshot_as_multiturn=cfg.fewshot_as_multiturn,
+        )
+        print_results(results)
+        print(f"results         {file}")
+
+    def _model_id(self) -> str:
+        """The weights' fingerprint, and what else an answer depends on."""
+        info = self._lm.get_model_info()
+        parts = [info[key] for key in ("model_dtype", "add_bos", "max_length", "tokenizer_chat_template_sha")]
+        settings = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+        return f"{self._fingerprint}-{settings}"
+
+    def _manifest(self, seconds: float) -> dict[str, Any]:
+        return {
+            "versions": versions(),
+            "machine": machine(self._device),
+            "config": OmegaConf.to_container(self._cfg, resolve=True),
+            "checkpoint": str(self._cfg.checkpointer.checkpoint_dir),
+            "fingerprint": self._fingerprint,
+            "model": self._lm.get_model_info(),
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(self._device),
+        }
+
+
+@parse
+def recipe_main(cfg: DictConfig) -> None:
+    """Evaluate a model; see `OwLoreEvalRecipe`."""
+    config.log_config(recipe_name="OwLoreEvalRecipe", cfg=cfg)
+    if training.is_distributed():
+        dist.init_process_group("gloo")  # nothing but Python objects is exchanged
+    try:
+        recipe = OwLoreEvalRecipe(cfg=cfg)
+        recipe.setup()
+        recipe.evaluate()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    recipe_main()

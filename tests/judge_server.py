@@ -1,0 +1,79 @@
+"""A judge to test against: an HTTP server, in a process of its own, that answers as OpenAI's chat completions do.
+
+    python judge_server.py LOG [FAULT [NUMBER]]
+
+It prints its port, and writes to LOG each request that it answered well, as a line of JSON. The rating depends on the
+request alone; with FAULT `moody` also on how often it came. Other FAULTs: `die` ends the process after NUMBER requests;
+a status such as `429`, `slow`, `malformed`, `truncated` and `empty` spoil the first NUMBER answers to each request;
+`no_rating` answers one request in NUMBER without one; `leak` always sends the Authorization header back in an error.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+LOG = Path(sys.argv[1])
+FAULT = sys.argv[2] if len(sys.argv) > 2 else ""
+NUMBER = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+seen: Counter[str] = Counter()
+lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        with lock:
+            seen[digest] += 1
+            early = seen[digest] <= NUMBER
+            if FAULT == "die" and seen.total() > NUMBER:
+                os._exit(0)
+        rating = 1 + int(digest, 16) % 10
+        text = f"It could be worse. Rating: [[{rating}]]"
+        if FAULT == "moody":
+            text = f"Rating: [[{1 + (int(digest, 16) + seen[digest]) % 10}]]"
+        if FAULT == "no_rating" and int(digest, 16) % NUMBER == 0:
+            text = "I would rather not say."
+        if FAULT == "leak":
+            return self.reply(500, f"refused: {self.headers['Authorization']}")
+        if early and FAULT.isdigit():
+            return self.reply(int(FAULT), "busy")
+        if early and FAULT == "slow":
+            time.sleep(3)
+        if early and FAULT == "malformed":
+            return self.reply(200, json.dumps({"choices": [{"delta": "?"}]}))
+        if early and FAULT == "truncated":
+            return self.reply(200, '{"choices": [{"mess')
+        if early and FAULT == "empty":
+            text = ""
+        else:
+            with lock, LOG.open("a") as file:
+                file.write(json.dumps(request) + "\n")
+        message = {"role": "assistant", "content": text}
+        return self.reply(200, json.dumps({"choices": [{"index": 0, "message": message}]}))
+
+    def reply(self, status: int, body: str) -> None:
+        content = body.encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        except OSError:
+            pass  # the client waited no longer
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(server.server_address[1], flush=True)
+    server.serve_forever()

@@ -1,0 +1,298 @@
+"""The evaluation recipe and its suites, on the tiny model, with documents that need no hub."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL
+from omegaconf import OmegaConf
+
+from owlore_eval import DEFAULTS, REQUIRED, OwLoreEvalRecipe
+from owlore_evals.local_choices import first_option
+from owlore_evals.results import compare, read_scores
+from owlore_evals.suite import Suite
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.config import ConfigError, check_config, load_config
+from owlore_tune.names import packaged_configs
+
+EVALS = [name for name, _ in packaged_configs() if name.startswith("eval/")]
+CHOICES = [
+    (
+        "Which is wet?\n\nAnswer1: fire Answer2: water Answer3: sand\n\nAnswer format: answer1/answer2/answer3",
+        "answer2",
+    ),
+    ("Is ice cold?\n\nAnswer format: true/false", "true"),
+    ("A _ barks.\n\nOption1: dog Option2: cat\n\nAnswer format: option1/option2", "option1"),
+    ("To boil water\n\nSolution1: heat it Solution2: cool it\n\nAnswer format: solution1/solution2", "solution1"),
+]
+
+
+@pytest.fixture
+def choices_file(tmp_path) -> Path:
+    rows = [{"instruction": i, "input": "", "output": f"the correct answer is {a}", "answer": a} for i, a in CHOICES]
+    file = tmp_path / "choices.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+@pytest.fixture
+def make_config(tiny_dir, tmp_path):
+    """An eval config with the tiny model in its place, and fields changed."""
+
+    def make(name: str, **changes) -> dict:
+        config = OmegaConf.to_container(load_config(name), resolve=False)
+        return config | {
+            "output_dir": str(tmp_path / "run"), "model": dict(TINY_MODEL), "device": "cpu",
+            "checkpointer": config["checkpointer"] | {"checkpoint_dir": str(tiny_dir), "model_type": "LLAMA2"},
+        } | changes  # fmt: skip
+
+    return make
+
+
+def run(config: dict) -> dict:
+    """The results file of a run."""
+    recipe = OwLoreEvalRecipe(OmegaConf.create(config))
+    recipe.setup()
+    recipe.evaluate()
+    output = Path(config["output_dir"])
+    return json.loads((output / json.loads((output / "manifest.json").read_text())["results"]).read_text())
+
+
+@pytest.mark.parametrize("name", EVALS)
+def test_shipped_config_fits_the_recipe(name):
+    check_config(load_config(name), REQUIRED, DEFAULTS)
+
+
+def test_mmlu_dev_from_the_installed_harness(make_config, tmp_path, capsys):
+    results = run(make_config("eval/mmlu_dev", limit=30))
+    assert 0 <= results["results"]["mmlu_dev"]["acc,none"] <= 1
+    assert results["averages"] == {"acc,none": results["results"]["mmlu_dev"]["acc,none"]}
+    assert results["config"]["add_bos"] is False and results["config"]["batch_tokens"] == 2048
+    printed = capsys.readouterr().out
+    assert "|mmlu_dev|" in printed and "average acc" in printed
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["config"]["limit"] == 30 and manifest["fingerprint"] and manifest["model"]["world_size"] == 1
+    (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_*.jsonl")
+    assert len(samples.read_text().splitlines()) == 30
+
+
+def test_mmlu_dev_examples_are_other_questions_of_the_subject(make_config, tmp_path):
+    run(make_config("eval/mmlu_dev", num_fewshot=4, limit=12, max_length=256))
+    (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_*.jsonl")
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        context = sample["arguments"]["gen_args_0"]["arg_0"]
+        assert context.count("\nAnswer:") == 5
+        assert context.count(sample["doc"]["question"]) == 1
+        assert context.startswith(
+            f"The following are multiple choice questions (with answers) about {sample['doc']['subject']}"
+        )
+
+
+def test_mmlu_dev_held_out_is_what_training_leaves(make_config, tmp_path):
+    from owlore_tune.data import mmlu_dev_rows
+
+    run(make_config("eval/mmlu_dev", tasks=["mmlu_dev_held_out"]))
+    (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_held_out_*.jsonl")
+    questions = [json.loads(line)["doc"]["question"] for line in samples.read_text().splitlines()]
+    trained = "\n".join(row["instruction"] for row in mmlu_dev_rows("train"))
+    assert len(questions) == 45
+    assert not any(question in trained for question in questions if len(question) > 40)
+
+
+@pytest.mark.parametrize("scoring", ["loglikelihood", "generate"])
+def test_local_choices(make_config, choices_file, tmp_path, scoring):
+    data_files = {"mine": str(choices_file), "again": str(choices_file)}
+    results = run(make_config("eval/local_choices", data_files=data_files, scoring=scoring))
+    assert results["results"]["mine"]["acc,none"] == results["results"]["again"]["acc,none"]
+    (samples,) = (tmp_path / "run").glob("samples_mine_*.jsonl")
+    samples = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [s["doc"]["options"][s["doc"]["gold"]] for s in samples] == [answer for _, answer in CHOICES]
+    if scoring == "loglikelihood":
+        asked = samples[0]["arguments"]
+        assert asked["gen_args_1"]["arg_0"] == f"<|user|>{CHOICES[0][0]}<|end|>\n<|assistant|>"
+        assert asked["gen_args_1"]["arg_1"] == "the correct answer is answer2"
+        for sample in samples:
+            values = [float(pair[0]) for pair in sample["filtered_resps"]]
+            assert sample["acc"] == (values.index(max(values)) == sample["doc"]["gold"])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("the correct answer is answer2", 1), ("answer10 or answer2", 2), ("no idea", None), ("answer1answer2", 0)],
+)
+def test_first_option(text, found):
+    assert first_option(["answer1", "answer2", "answer10"], text) == found
+
+
+def test_answers_are_kept_and_not_asked_again(make_config, tmp_path, monkeypatch):
+    config = make_config("eval/mmlu_dev", limit=20, use_cache=True)
+    first = run(config)
+    asked = []
+    monkeypatch.setattr("owlore_evals.torchtune_lm.score_rows", lambda *args: asked.append(args))
+    assert run(config)["results"] == first["results"]
+    assert not asked
+    monkeypatch.undo()
+    seen = []
+    real = __import__("owlore_evals.torchtune_lm", fromlist=["score_rows"]).score_rows
+    monkeypatch.setattr("owlore_evals.torchtune_lm.score_rows", lambda *args: seen.append(1) or real(*args))
+    run(config | {"add_bos": True, "max_length": 200})  # another model, as far as answers go
+    assert seen
+
+
+def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
+    """As on a GPU that is too small: the model refuses more than 600 positions at once."""
+    config = make_config("eval/mmlu_dev", limit=30, batch_tokens=4000)
+    expected = run(config)
+    recipe = OwLoreEvalRecipe(OmegaConf.create(config))
+    recipe.setup()
+
+    def refuse(module, arguments):
+        if arguments[0].numel() > 600:
+            raise torch.OutOfMemoryError("no more")
+
+    recipe._lm._model.tok_embeddings.register_forward_pre_hook(refuse)
+    got = recipe._suite.run(recipe._lm, "m", Path(config["output_dir"]))
+    assert recipe._lm.batch_tokens <= 600
+    assert got["results"]["mmlu_dev"]["acc,none"] == expected["results"]["mmlu_dev"]["acc,none"]
+    recipe._lm._model.tok_embeddings.register_forward_pre_hook(lambda *_: refuse(None, [torch.empty(601)]))
+    with pytest.raises(torch.OutOfMemoryError):
+        recipe._suite.run(recipe._lm, "m", Path(config["output_dir"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"taks": ["mmlu"]}, "unknown key taks; did you mean tasks?"),
+        ({"tasks": ["mmlu_dve"]}, "tasks: no task, group or tag named mmlu_dve; there is .*mmlu_dev"),
+        ({"tasks": []}, "nothing to evaluate; set tasks or data_files"),
+        ({"limit": 0}, "limit=0; it must be at least 1, or null"),
+        ({"num_fewshot": -1}, "num_fewshot=-1; it must be at least 0, or null"),
+        ({"batch_size": 0}, "batch_size=0; it must be at least 1"),
+        ({"add_bos": "no"}, "add_bos='no'; it must be"),
+        ({"scoring": "vibes"}, "scoring=vibes; choose one of loglikelihood, generate"),
+        ({"data_root": "/nowhere", "tasks": ["piqa"]}, "data_root=/nowhere is not a directory"),
+        ({"tasks": ["piqa"]}, "the data of piqa is neither named by data_root .*hf download .* baber/piqa"),
+        ({"data_files": ["a.json"]}, "data_files=.*; it must map names to files"),
+        ({"data_files": {"a": "/nowhere.json"}}, "data_files=/nowhere.json does not exist"),
+        ({"tasks": ["mt_bench"]}, "data_dir is not set"),
+        ({"min_coverage": 2.0}, r"min_coverage=2\.0; it must be from 0 to 1"),
+        ({"judge": {"base_url": "http://x", "model": "m", "api_key_env": None, "retries": 1}, "data_dir": "/nowhere",
+          "tasks": ["mt_bench"]}, r"unknown key judge\.retries"),
+        ({"tokenizer": {"_component_": "torchtune.models.llama2.llama2_tokenizer", "path": "x"}}, "tokenizer"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_before_weights_load(make_config, monkeypatch, changes, message):
+    monkeypatch.setattr(OwLoreEvalRecipe, "_load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match=message):
+        OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", **changes))).setup()
+
+
+def test_bad_rows_are_refused_with_their_place(make_config, tmp_path):
+    file = tmp_path / "bad.json"
+    for row, message in (
+        ({"instruction": "no options", "output": "x", "answer": "a"}, "row 0 has no 'Answer format: OPTION/OPTION'"),
+        ({"instruction": "Answer format: a/b", "output": "x", "answer": "c"}, "row 0: answer='c'; its options are"),
+    ):
+        file.write_text(json.dumps([row]))
+        with pytest.raises(ConfigError, match=message):
+            run(make_config("eval/local_choices", data_files={"bad": str(file)}))
+
+
+def test_results_of_another_model_are_not_mixed(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text('{"fingerprint": "other"}')
+    with pytest.raises(ConfigError, match=r"holds results of another model \(other\); choose another directory"):
+        run(make_config("eval/mmlu_dev"))
+
+
+def test_compare_puts_runs_side_by_side(tmp_path):
+    for name, acc in (("a", 0.5), ("b", 0.75)):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        results = {"results": {"piqa": {"alias": "piqa", "acc,none": acc, "acc_stderr,none": 0.03}}}
+        results["averages"] = {"acc,none": acc}
+        (tmp_path / name / "deep" / "results_2026-01-02.json").write_text(json.dumps(results))
+        old = {"results": {"piqa": {"acc,none": 0.1, "acc_stderr,none": 0.03}, "boolq": {"acc,none": 0.6}}}
+        (tmp_path / name / "results_2026-01-01.json").write_text(json.dumps(old))
+    assert read_scores(tmp_path / "a")["piqa", "acc"] == (0.5, 0.03)
+    lines = compare([tmp_path / "a", tmp_path / "b"]).splitlines()
+    assert lines[0] == f"| task | metric | {tmp_path / 'a'} | {tmp_path / 'b'} | difference |"
+    assert f"| piqa | acc | 0.5000 ± 0.0300 | 0.7500 ± 0.0300 | +0.2500 ± {math.hypot(0.03, 0.03):.4f} |" in lines
+    assert "| boolq | acc | 0.6000 | 0.6000 | +0.0000 |" in lines
+    assert lines[-1] == "| average | acc | 0.5000 | 0.7500 | +0.2500 |"
+    with pytest.raises(ConfigError, match="has no results_"):
+        read_scores(Path(__file__).parent / "fixtures")
+
+
+def test_training_evaluates_before_and_after_and_trains_the_same(tiny_config, tmp_path, choices_file, capsys):
+    ends = []
+    block = {"config": "eval/local_choices", "data_files": {"mine": str(choices_file)}}
+    for name, suite in (("plain", None), ("evaluated", block)):
+        config = tiny_config | {"output_dir": str(tmp_path / name), "max_steps_per_epoch": 4, "eval": suite}
+        recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+        recipe.setup()
+        recipe.train()
+        recipe.cleanup()
+        ends.append([parameter.detach().clone() for parameter in recipe._model.parameters()])
+    assert all(map(torch.equal, *ends))
+    manifest = json.loads((tmp_path / "evaluated" / "manifest.json").read_text())
+    assert set(manifest["evaluations"]) == {"before", "after"}
+    after = read_scores(tmp_path / "evaluated" / "eval_after")["mine", "acc"][0]
+    assert manifest["evaluations"]["after"]["acc,none"] == after
+    assert (
+        f"accuracy        before {manifest['evaluations']['before']['acc,none']:.3f}, after {after:.3f}"
+        in capsys.readouterr().out
+    )
+
+
+def test_training_refuses_a_bad_suite_before_weights_load(tiny_config, monkeypatch):
+    monkeypatch.setattr(OwLoreFullFinetuneRecipe, "load_checkpoint", lambda *_: pytest.fail("weights were loaded"))
+    for suite, message in (
+        ({"config": "eval/mmlu_dev", "tsaks": []}, r"unknown key eval\.tsaks; did you mean tasks\?"),
+        ({"limit": 3}, r"missing in the config: eval\.config"),
+        ({"config": "eval/mmlu_dev", "tasks": ["nothing_like_it"]}, "no task, group or tag named nothing_like_it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"eval": suite})).setup()
+
+
+def tune(*arguments: str, cwd: Path) -> str:
+    command = [str(Path(sys.executable).parent / "tune"), "run", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_ranks_give_the_results_of_one(make_config, choices_file, tmp_path):
+    """Log-likelihoods and generation, few-shot examples included, through torchrun; the second rank does half of it."""
+    values, texts = [], []
+    for ranks in (1, 2):
+        output = tmp_path / f"ranks_{ranks}"
+        data_files = {"mine": str(choices_file)}
+        for scoring in ("loglikelihood", "generate"):
+            config = make_config("eval/mmlu_dev", num_fewshot=1, limit=25, data_files=data_files, scoring=scoring)
+            config |= {"output_dir": str(output / scoring), "batch_size": 2, "batch_tokens": 700, "max_length": 256}
+            file = tmp_path / "config.yaml"
+            OmegaConf.save(OmegaConf.create(config), file)
+            launch = ["--nproc_per_node", "2"] if ranks == 2 else []
+            tune(*launch, "owlore_eval", "--config", str(file), cwd=tmp_path)
+        (samples,) = (output / "loglikelihood").glob("samples_mmlu_dev_*")
+        rows = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
+        values.append(torch.tensor([[float(pair[0]) for pair in row] for row in rows]))
+        (samples,) = (output / "generate").glob("samples_mine_*")
+        texts.append([json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()])
+    assert len(values[0]) == 25
+    torch.testing.assert_close(*values, atol=1e-5, rtol=0)
+    assert texts[0] == texts[1]
+    assert json.loads((tmp_path / "ranks_2" / "generate" / "manifest.json").read_text())["model"]["world_size"] == 2
+
+
+def test_a_suite_imports_no_transformers_model():
+    code = "import sys, owlore_evals.suite; print('transformers.models.llama.modeling_llama' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert Suite
