@@ -14,7 +14,6 @@ import subprocess
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from report import machine, parser, publish
 from steps import recipe_config
 
 from owlore_tune.config import load_config

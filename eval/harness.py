@@ -62,7 +62,10 @@ def _task_manager(names: list[str], data_root: str | None) -> TaskManager:
         repository = (entry.cfg or {}).get("dataset_path")
         if entry.yaml_path and repository and (root / repository).is_dir():
             # The index has the config without its functions, so the file is read again; inline configs win over it.
-            config = load_yaml(entry.yaml_path, resolve_func=True)
+            try:
+                config = load_yaml(entry.yaml_path, resolve_func=True)
+            except ImportError:
+                continue  # its helpers want what is not installed, which it says itself when it is asked for
             entry.cfg = {**config, "dataset_path": str(root / repository)}
             entry.yaml_path = None
     return manager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import TINY_MODEL
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from omegaconf import OmegaConf
 from test_eval_recipe import make_config, run  # noqa: F401
@@ -135,7 +136,9 @@ def test_the_mmlu_suite_has_57_subjects_and_5_examples(make_config, data_root, t
 
 
 def test_the_gsm8k_suite_has_5_examples(make_config, data_root, tmp_path):  # noqa: F811
-    results = run(make_config("eval/gsm8k", data_root=str(data_root), limit=2, max_length=None))
+    results = run(
+        make_config("eval/gsm8k", data_root=str(data_root), limit=2, model=TINY_MODEL | {"max_seq_len": 1024})
+    )
     assert results["n-shot"]["gsm8k"] == 5
     assert {"exact_match,strict-match", "exact_match,flexible-extract"} <= set(results["averages"])
 
