@@ -3,8 +3,8 @@
     python benchmarks/commonsense.py --data DIR [--steps 300] [--output benchmarks/commonsense.md]
 
 DIR holds ARC-Easy, openbookqa and boolq in LLM-Adapters' form, each with train.json and test.json. Both methods train on
-the three train files together, one row in 40 left out; for each method the learning rate with the best accuracy on the rows
-left out is taken, and only its checkpoint meets the test files. What is there in --runs already is not done again.
+the three train files together, one row in 40 left out; for each method the learning rate with the best accuracy on the
+rows left out is taken, and only its checkpoint meets the test files. What is there in --runs already is not done again.
 """
 
 import json

@@ -1,4 +1,9 @@
-"""Log-likelihoods of several continuations of one context in one row: the context is read once."""
+"""Log-likelihoods of many continuations in few forward passes: what they have in common is read once.
+
+The continuations of one context are branches of a tree, and so are contexts that begin alike, as few-shot prompts with
+the same examples do. A row of a batch is such a tree, flattened: a mask keeps the branches from seeing one another, and
+positions start anew where a branch does.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,11 +17,13 @@ from owlore_tune.layers import hidden_states
 
 Result = tuple[float, bool]  # log-likelihood, whether it is the greedy continuation
 _HEAD_POSITIONS = 512  # at a time, so that few logits are alive
+_LEAST_SHARED = 32  # tokens that contexts must begin with alike to become one row
+_ROW_TOKENS = 2048  # of a row of several contexts, or twice what they share where that is more: attention is quadratic
 
 
 @dataclass
-class Row:
-    """One context with all continuations that are asked of it."""
+class Branch:
+    """One context, after what its row has in common, with all continuations that are asked of it."""
 
     context: list[int]
     continuations: list[list[int]] = field(default_factory=list)
@@ -27,27 +34,77 @@ class Row:
         return len(self.context) + sum(len(continuation) - 1 for continuation in self.continuations)
 
 
+@dataclass
+class Row:
+    """Branches after a common prefix, which may be empty."""
+
+    prefix: list[int]
+    branches: list[Branch]
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(map(len, self.branches))
+
+    @property
+    def requests(self) -> list[int]:
+        return [index for branch in self.branches for index in branch.requests]
+
+    def split(self) -> "list[Row]":
+        """A row for each branch."""
+        return [Row([], [Branch(self.prefix + b.context, b.continuations, b.requests)]) for b in self.branches]
+
+
 def make_rows(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Row]:
-    """A row for each distinct context of (context, continuation), longest first; one more where they do not fit.
+    """Rows of all (context, continuation), longest first.
 
     A context that is too long with its continuation loses its beginning.
 
     Raises:
         ValueError: if a continuation alone is longer than ``max_length``.
     """
-    rows: list[Row] = []
-    latest: dict[tuple[int, ...], Row] = {}
+    branches: list[Branch] = []
+    latest: dict[tuple[int, ...], Branch] = {}
     for index, (context, continuation) in enumerate(requests):
         if len(continuation) > max_length:
             raise ValueError(f"a continuation of {len(continuation)} tokens is longer than {max_length}")
         context = context[-(max_length + 1 - len(continuation)) :]
-        row = latest.get(tuple(context))
-        if row is None or len(row) + len(continuation) - 1 > max_length:
-            row = latest[tuple(context)] = Row(context)
-            rows.append(row)
-        row.continuations.append(continuation)
-        row.requests.append(index)
-    return sorted(rows, key=len, reverse=True)
+        branch = latest.get(tuple(context))
+        if branch is None or len(branch) + len(continuation) - 1 > max_length:
+            branch = latest[tuple(context)] = Branch(context)
+            branches.append(branch)
+        branch.continuations.append(continuation)
+        branch.requests.append(index)
+    return sorted(_share_prefixes(branches), key=len, reverse=True)
+
+
+def _share_prefixes(branches: list[Branch]) -> Iterator[Row]:
+    """Rows of contexts that begin alike; neighbours in lexicographic order do so the longest."""
+    group: list[Branch] = []
+    shared = 0  # tokens that all of the group begin with
+    size = 0  # tokens of the group, the shared ones once
+    for branch in sorted(branches, key=lambda branch: branch.context):
+        if group:
+            common = _common_length(group[-1].context, branch.context, min(shared, len(branch.context) - 1))
+            joined = size + (shared - common) * (len(group) - 1) + len(branch) - common
+            pays = common >= _LEAST_SHARED and joined - size <= len(branch) - common // 2
+            if pays and joined <= max(_ROW_TOKENS, 2 * common):
+                group.append(branch)
+                shared, size = common, joined
+                continue
+            yield _join(group, shared)
+        group, shared, size = [branch], len(branch.context) - 1, len(branch)
+    if group:
+        yield _join(group, shared)
+
+
+def _common_length(a: list[int], b: list[int], most: int) -> int:
+    return next((i for i in range(most) if a[i] != b[i]), most)
+
+
+def _join(group: list[Branch], shared: int) -> Row:
+    if len(group) == 1:
+        return Row([], group)
+    cut = [Branch(branch.context[shared:], branch.continuations, branch.requests) for branch in group]
+    return Row(group[0].context[:shared], cut)
 
 
 def make_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
@@ -59,55 +116,75 @@ def make_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
 
 @torch.inference_mode()
 def score_rows(rows: list[Row], model: TransformerDecoder, pad_id: int) -> list[Result]:
-    """The result of each continuation of each row, in order, from one forward pass.
+    """The result of each continuation of each row, in the order of ``Row.requests``, from one forward pass.
 
-    A tree-shaped mask and restarted positions keep the continuations from seeing one another; the output head is
-    applied to the positions that predict a scored token.
+    The output head is applied to the positions that predict a scored token.
     """
     device = next(model.parameters()).device
-    tokens, positions, segments = (part.to(device) for part in _layout(rows, pad_id))
-    branched = any(len(row) > len(row.context) and len(row.continuations) > 1 for row in rows)
-    mask = _tree_mask(segments) if branched else None  # without branches, plain causal attention is the same
-    hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
-    # Where each scored token is predicted from: position in the batch, and the token.
-    length = tokens.shape[1]
-    places, targets, counts = [], [], []
-    for number, row in enumerate(rows):
-        start = number * length + len(row.context)
-        for continuation in row.continuations:
-            places += [number * length + len(row.context) - 1, *range(start, start + len(continuation) - 1)]
-            targets += continuation
-            counts.append(len(continuation))
-            start += len(continuation) - 1
-    log_probs, greedy = _log_probs(model, hidden.flatten(0, 1), torch.tensor(places), torch.tensor(targets))
+    layout = _layout(rows, pad_id)
+    mask = None  # without branches, plain causal attention is the same
+    if layout.branched:
+        mask = _tree_mask(layout.branches.to(device), layout.continuations.to(device))
+    hidden = hidden_states(model, layout.tokens.to(device), mask=mask, input_pos=layout.positions.to(device))
+    places, targets = torch.tensor(layout.places), torch.tensor(layout.targets)
+    log_probs, greedy = _log_probs(model, hidden.flatten(0, 1), places, targets)
     return [
         (values.sum().item(), bool(hits.all()))
-        for values, hits in zip(log_probs.split(counts), greedy.split(counts), strict=True)
+        for values, hits in zip(log_probs.split(layout.counts), greedy.split(layout.counts), strict=True)
     ]
 
 
-def _layout(rows: list[Row], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions and segments (0 the context, k its kth continuation, -1 padding), each (rows, longest)."""
+@dataclass
+class _Layout:
+    """Rows as tensors (rows, longest), and from where in the flattened batch each scored token is predicted."""
+
+    tokens: Tensor
+    positions: Tensor
+    branches: Tensor  # 0 the prefix, k the kth branch, -1 padding
+    continuations: Tensor  # 0 prefix and contexts, k the kth continuation of its branch
+    branched: bool = False  # whether anything has to be hidden
+    places: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)  # of tokens of each continuation
+
+
+def _layout(rows: list[Row], pad_id: int) -> _Layout:
     tokens = torch.full((len(rows), max(map(len, rows))), pad_id)
-    positions = torch.zeros_like(tokens)
-    segments = torch.full_like(tokens, -1)
+    layout = _Layout(tokens, torch.zeros_like(tokens), torch.full_like(tokens, -1), torch.zeros_like(tokens))
     for number, row in enumerate(rows):
-        end = len(row.context)
-        pieces = [(row.context, 0, 0), *((c[:-1], end, k) for k, c in enumerate(row.continuations, start=1))]
-        start = 0
-        for piece, first, segment in pieces:
-            place = slice(start, start + len(piece))
-            tokens[number, place] = torch.tensor(piece, dtype=torch.long)
-            positions[number, place] = torch.arange(first, first + len(piece))
-            segments[number, place] = segment
-            start += len(piece)
-    return tokens, positions, segments
+        layout.branched |= len(row.branches) > 1
+        start = _put(layout, number, 0, row.prefix, 0, 0, 0)
+        for k, branch in enumerate(row.branches, start=1):
+            start = _put(layout, number, start, branch.context, len(row.prefix), k, 0)
+            last = number * tokens.shape[1] + start - 1  # of the context
+            position = len(row.prefix) + len(branch.context)
+            layout.branched |= len(branch.continuations) > 1 and len(branch) > len(branch.context)
+            for c, continuation in enumerate(branch.continuations, start=1):
+                first = number * tokens.shape[1] + start
+                start = _put(layout, number, start, continuation[:-1], position, k, c)
+                layout.places += [last, *range(first, first + len(continuation) - 1)]
+                layout.targets += continuation
+                layout.counts.append(len(continuation))
+    return layout
 
 
-def _tree_mask(segments: Tensor) -> Tensor:  # (b, s) -> (b, s, s)
-    """True where position i sees position j: the context, and what came before in its own continuation."""
-    earlier = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    return earlier & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))
+def _put(layout: _Layout, row: int, start: int, piece: list[int], position: int, branch: int, continuation: int) -> int:
+    """Write ``piece`` into ``row`` from ``start``; where it ends."""
+    place = slice(start, start + len(piece))
+    layout.tokens[row, place] = torch.tensor(piece, dtype=torch.long)
+    layout.positions[row, place] = torch.arange(position, position + len(piece))
+    layout.branches[row, place] = branch
+    layout.continuations[row, place] = continuation
+    return place.stop
+
+
+def _tree_mask(branches: Tensor, continuations: Tensor) -> Tensor:  # (b, s), (b, s) -> (b, s, s)
+    """True where position i sees position j: the prefix, its branch's context, and its own continuation so far."""
+    length = branches.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
+    same_branch = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+    same_continuation = (continuations[:, None, :] == 0) | (continuations[:, None, :] == continuations[:, :, None])
+    return earlier & same_branch & same_continuation
 
 
 def _log_probs(

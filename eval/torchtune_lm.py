@@ -155,10 +155,12 @@ class TorchtuneLM(TemplateLM):
             try:
                 results += score_rows(batch, self._model, self._tokenizer.pad_id)
             except torch.OutOfMemoryError:
-                if len(batch) == 1:
+                if len(batch) == len(batch[0].branches) == 1:
                     raise
-                self.batch_tokens = max(len(batch) * len(batch[0]) // 2, len(batch[0]))
-                waiting += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+                half = len(batch) // 2
+                parts = [batch[:half], batch[half:]] if half else [[row] for row in batch[0].split()]
+                self.batch_tokens = max(len(part) * len(part[0]) for part in parts)
+                waiting += reversed(parts)
                 _free_memory()
         return results
 

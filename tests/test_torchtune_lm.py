@@ -7,6 +7,8 @@ from lm_eval.models.huggingface import HFLM
 from torchtune.models.llama2 import llama2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from owlore_evals.harness import load_tasks
+from owlore_evals.shared_prefix import make_rows
 from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_tune.checkpoints import HFCheckpointer
 from owlore_tune.smollm2 import smollm2_135m
@@ -19,7 +21,35 @@ QUESTIONS = [
     ("", ["An answer without a question"]),
     ("A context that is longer than the others, which is why it comes first " * 3, [" one", " two", " three and four"]),
 ]
-PROMPTS = ["The capital of France is", "1, 2, 3,", "Once upon a time", "def add(a, b):", "To boil an egg,", "Water is"]
+EXAMPLES = "".join(f"What is {i} plus {i}? It is {2 * i}.\n" for i in range(8))
+FEW_SHOT = [  # contexts that begin alike, one of them the beginning of another
+    (EXAMPLES + "What is 9 plus 9?", [" It is 18.", " It is 7."]),
+    (EXAMPLES + "What is 9 plus 9? Think first.", [" It is 18.", " No", " It is"]),
+    (EXAMPLES + "What is left?", [" Right is right."]),
+    (EXAMPLES[:-20] + "nothing", [" It is 18.", " It is 7."]),
+]
+PROMPTS = [
+    "The capital of France is",
+    "1, 2, 3,",
+    "Once upon a time",
+    "def add(a, b):",
+    "To boil an egg,",
+    "Water is",
+    "The opposite of hot is",
+    "A dog is an animal that",
+    "Monday, Tuesday,",
+    "import numpy as",
+    "Two plus two is",
+    "The sun rises in the",
+    "She opened the door and",
+    "In 1969, astronauts",
+    "Photosynthesis is the process",
+    "My favourite colour is",
+    "The largest planet is",
+    "Roses are red,",
+    "A triangle has",
+    "He sat down because",
+]
 
 
 def adapter(directory, model_type, build, **options) -> TorchtuneLM:
@@ -53,7 +83,7 @@ def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
 
 
 def scored() -> list[Instance]:
-    pairs = [(context, answer) for context, answers in QUESTIONS for answer in answers]
+    pairs = [(context, answer) for context, answers in QUESTIONS + FEW_SHOT for answer in answers]
     return instances("loglikelihood", pairs[::2] + pairs[1::2])  # one context's answers not in a row
 
 
@@ -71,10 +101,28 @@ def test_log_likelihoods_equal_the_harness(which, request):
 def test_results_do_not_depend_on_how_rows_are_batched(tiny, tiny_dir):
     ours, _ = tiny
     expected = ours.loglikelihood(scored(), disable_tqdm=True)
-    for batch_tokens in (1, 100, 10_000):
+    for batch_tokens in (1, 100, 300, 10_000):
         alone = TorchtuneLM(ours._model, ours._tokenizer, batch_tokens=batch_tokens)
         for (a, _), (b, _) in zip(alone.loglikelihood(scored(), disable_tqdm=True), expected, strict=True):
             assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_contexts_that_begin_alike_are_read_once(tiny):
+    ours, _ = tiny
+    encoded = [
+        tuple(map(ours.tok_encode, pair)) for context, answers in FEW_SHOT for pair in [(context, a) for a in answers]
+    ]
+    rows = make_rows(encoded, 256)
+    contexts = {tuple(context) for context, _ in encoded}
+    assert len(rows) < len(contexts) and max(len(row.branches) for row in rows) >= 3
+    assert sum(map(len, rows)) < sum(map(len, contexts)) / 2
+    assert sorted(index for row in rows for index in row.requests) == list(range(8))
+    for row in rows:
+        for alone, branch in zip(row.split(), row.branches, strict=True):
+            assert tuple(alone.branches[0].context) in contexts
+            assert alone.requests == branch.requests
+    unlike = [([i] * 40 + [7], [1]) for i in range(4)]
+    assert len(make_rows(unlike, 256)) == 4
 
 
 def test_contexts_too_long_lose_their_beginning_as_in_the_harness(tiny, tiny_dir):
@@ -148,3 +196,21 @@ def test_bos_is_added_once_if_asked_for(real):
     assert with_bos.tok_encode("<|im_start|>Hi") == [1, *ours.tok_encode("Hi")]
     assert (ours.eot_token_id, ours.prefix_token_id) == (theirs.eot_token_id, theirs.prefix_token_id)
     assert ours.chat_template(True) == theirs.tokenizer.chat_template
+
+
+def test_300_log_likelihoods_of_real_questions_equal_the_harness(real):
+    """MMLU dev questions in the form of ARC, and with 5 examples in the form of MMLU: no choice differs."""
+    ours, theirs = real
+    (task,) = load_tasks(["mmlu_dev"])
+    docs = list(task.test_docs())[:75]
+    pairs = [(f"Question: {d['question']}\nAnswer:", f" {choice}") for d in docs for choice in d["choices"]]
+    task.set_config("num_fewshot", 5)
+    task.build_all_requests(limit=8, rank=0, world_size=1)
+    requests = instances("loglikelihood", pairs) + task.instances
+    assert len(pairs) == 300 and len(task.instances) == 32
+    got, expected = (
+        torch.tensor([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]).view(-1, 4)
+        for lm in (ours, theirs)
+    )
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+    assert torch.equal(got.argmax(1), expected.argmax(1))
