@@ -2,9 +2,9 @@
 
     python benchmarks/commonsense.py --data DIR [--steps 300] [--output benchmarks/commonsense.md]
 
-DIR holds ARC-Easy, openbookqa and boolq in LLM-Adapters' form, each with train.json and test.json. Both methods train on
-the three train files together, one row in 40 left out; for each method the learning rate with the best accuracy on the
-rows left out is taken, and only its checkpoint meets the test files. What is there in --runs already is not done again.
+DIR holds ARC-Easy, openbookqa and boolq in LLM-Adapters' form, each with train.json and test.json. Both methods train
+on the three train files together, one row in 40 left out; for each method the learning rate with the best accuracy on
+the rows left out is taken, and only its checkpoint meets the test files. What --runs has already is not done again.
 """
 
 import json
@@ -14,8 +14,10 @@ import subprocess
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from report import machine, parser, publish
 from steps import recipe_config
 
+from owlore_evals.results import read_scores
 from owlore_tune.config import load_config
 from owlore_tune.smollm2 import fetch
 
@@ -70,3 +72,83 @@ def train(method: str, lr: float, runs: Path, steps: int) -> Path:
         with (output / "log.txt").open("w") as log:
             subprocess.run(["tune", "run", RECIPES[method], "--config", str(file)], stdout=log, stderr=log, check=True)
     return checkpoint
+
+
+def evaluate(name: str, checkpoint: Path, files: dict[str, Path], runs: Path, limit: int | None) -> Path:
+    """The directory of one evaluation, log-likelihoods with the chat template; done only if it is not there."""
+    output = runs / "eval" / name
+    if not (output / "manifest.json").is_file():
+        command = ["tune", "run", "owlore_eval", "--config", "eval/local_choices", f"output_dir={output}"]
+        command += [f"checkpointer.checkpoint_dir={checkpoint}"]
+        command += [f"data_files.{task}={file}" for task, file in files.items()]
+        command += [f"limit={limit}"] if limit else []
+        subprocess.run(command, check=True)
+    return output
+
+
+def score(directory: Path) -> dict[str, tuple[float, float | None]]:
+    """Accuracy and standard error of each task."""
+    return {task: value for (task, metric), value in read_scores(directory).items() if metric == "acc"}
+
+
+def chosen(method: str, runs: Path, steps: int) -> tuple[float, dict[float, float]]:
+    """The learning rate with the best average on the rows left out, and the averages of all."""
+    dev = {task: runs / "dev" / f"{task}.json" for task in TASKS}
+    averages = {}
+    for lr in LEARNING_RATES[method]:
+        checkpoint = train(method, lr, runs, steps)
+        averages[lr] = score(evaluate(f"dev_{checkpoint.parent.name}", checkpoint, dev, runs, None))["average"][0]
+    return max(averages, key=averages.__getitem__), averages
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--data", type=Path, required=True)
+    arguments.add_argument("--runs", type=Path, default=Path("runs/commonsense"))
+    arguments.add_argument("--steps", type=int, default=300)
+    arguments.add_argument("--limit", type=int, help="documents of each test file; all where left out")
+    args = arguments.parse_args()
+    runs = args.runs.resolve()
+    split(args.data, runs)
+    test = {task: (args.data / task / "test.json").resolve() for task in TASKS}
+    rows = {"before": score(evaluate("test_before", fetch(), test, runs, args.limit))}
+    tuning = []
+    for method in LEARNING_RATES:
+        lr, averages = chosen(method, runs, args.steps)
+        tried = ", ".join(f"{rate:g}: {average:.4f}" for rate, average in averages.items())
+        tuning.append(f"- {method}: {tried}; taken: {lr:g}")
+        checkpoint = train(method, lr, runs, args.steps)
+        rows[f"{method}, lr {lr:g}"] = score(
+            evaluate(f"test_{checkpoint.parent.name}", checkpoint, test, runs, args.limit)
+        )
+    documents = f"the first {args.limit} documents of each test file" if args.limit else "all test documents"
+    limit = f" --limit {args.limit}" if args.limit else ""
+    lines = [
+        "# Accuracy before and after fine-tuning",
+        "",
+        f"SmolLM2-135M-Instruct, float32, {args.steps} steps of 8 rows from the train files of {', '.join(TASKS)} "
+        f"together, cosine schedule; log-likelihood accuracy with the chat template on {documents}, ± standard error; "
+        f"{machine()}. OwLore: configs/smollm2/135M_owlore.yaml with another lr. Made by "
+        f"`python benchmarks/commonsense.py --data DIR --steps {args.steps}{limit}`.",
+        "",
+        "| model | " + " | ".join([*TASKS, "average"]) + " |",
+        "|---|" + "---|" * (len(TASKS) + 1),
+        *(
+            f"| {name} | " + " | ".join(_cell(scores[task]) for task in [*TASKS, "average"]) + " |"
+            for name, scores in rows.items()
+        ),
+        "",
+        "Learning rates, by the average accuracy on the rows left out of training:",
+        "",
+        *tuning,
+    ]
+    publish(lines, args.output)
+
+
+def _cell(score: tuple[float, float | None]) -> str:
+    value, error = score
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+if __name__ == "__main__":
+    main()

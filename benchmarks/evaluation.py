@@ -4,8 +4,8 @@
 
 DIR holds ARC-Easy and ARC-Challenge in LLM-Adapters' form (test.json); their questions are put in the form of the
 harness's arc tasks. Both models have the same SmolLM2 weights, float32, and get the same requests; they take turns,
-round by round. HFLM runs at the batch size that is fastest on a part of the requests. Generation is against transformers'
-`generate`.
+round by round. HFLM runs at the batch size that is fastest on a part of the requests. Generation is against
+transformers' `generate`.
 """
 
 import json

@@ -34,6 +34,7 @@ TEMPERATURES = {
     "humanities": 0.1,
 }  # fmt: skip
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge sees gpt-4's answer
+_OF_CATEGORIES = ("score,none", "score_stderr,none", "turn_1,none", "turn_2,none")
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 _HOW_TO_GET = (
     "FastChat's files are needed: judge_prompts.jsonl, mt_bench/question.jsonl, mt_bench/reference_answer/gpt-4.jsonl. "
@@ -182,7 +183,8 @@ class MTBench:
         scores = {MT_BENCH: self._score(self._questions, judgments)}
         for category in categories:
             questions = [question for question in self._questions if question.category == category]
-            scores[f"{MT_BENCH}_{category}"] = self._score(questions, judgments)
+            score = self._score(questions, judgments)
+            scores[f"{MT_BENCH}_{category}"] = {metric: score[metric] for metric in score if metric in _OF_CATEGORIES}
         return scores
 
     def _score(
