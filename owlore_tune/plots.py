@@ -58,5 +58,5 @@ def plot_radar(path: Path, values: Mapping[str, float], highest: float) -> None:
     axes.fill([*angles, *angles[:1]], around, color=BLUE, alpha=0.15)
     axes.set_xticks(angles, [f"{name}\n{value:.1f}" for name, value in values.items()])
     axes.set_ylim(0, highest)
-    axes.tick_params(axis="x", pad=12)
+    axes.tick_params(axis="x", pad=18)
     figure.savefig(path, dpi=150)
