@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed
 
-demo: install  # the main job on a real model: score, train, held-out loss before and after, pictures
+demo: install  # the main job on a real model: score, train, held-out loss and accuracy before and after
 	owlore download smollm2
 	rm -rf runs/demo
 	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=runs/demo
@@ -24,7 +24,7 @@ lint: install
 	ruff check .
 	ruff format --check .
 
-bench: install
+bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and others, evaluation is measured too
 	python benchmarks/steps.py --output benchmarks/steps.md
 	python benchmarks/refresh.py --output benchmarks/refresh.md
 	python benchmarks/scoring.py --output benchmarks/scoring.md
@@ -32,6 +32,10 @@ bench: install
 	python benchmarks/faults.py --output benchmarks/faults.md
 	python benchmarks/faults.py --runs 5 --signal TERM --output benchmarks/faults_sigterm.md
 	python benchmarks/faults.py --runs 3 --model smollm2 --output benchmarks/faults_smollm2.md
+ifdef DATA
+	python benchmarks/evaluation.py --data $(DATA) --output benchmarks/evaluation.md
+	python benchmarks/commonsense.py --data $(DATA) --output benchmarks/commonsense.md
+endif
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

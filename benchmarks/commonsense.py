@@ -55,7 +55,7 @@ def training_config(method: str, lr: float, runs: Path, output: Path, steps: int
     }  # fmt: skip
     if method == "OwLore":
         config = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
-        return config | shared | {"dataset_val": None, "optimizer": config["optimizer"] | {"lr": lr}}
+        return config | shared | {"dataset_val": None, "eval": None, "optimizer": config["optimizer"] | {"lr": lr}}
     config = recipe_config(RECIPES[method], fetch(), runs, steps)
     return config | shared | {"optimizer": config["optimizer"] | {"lr": lr}}
 
