@@ -62,7 +62,7 @@ def training_config(method: str, lr: float, runs: Path, output: Path, steps: int
 
 def train(method: str, lr: float, runs: Path, steps: int) -> Path:
     """The checkpoint directory of one run; the run itself only if that is not there."""
-    output = runs / f"{method.split()[-1].lower()}_{lr:g}"
+    output = runs / f"{method.split()[-1].lower()}_{lr:g}_{steps}_steps"
     checkpoint = output / (f"step_{steps}" if method == "OwLore" else "epoch_0")
     if not checkpoint.is_dir():
         shutil.rmtree(output, ignore_errors=True)
@@ -76,7 +76,7 @@ def train(method: str, lr: float, runs: Path, steps: int) -> Path:
 
 def evaluate(name: str, checkpoint: Path, files: dict[str, Path], runs: Path, limit: int | None) -> Path:
     """The directory of one evaluation, log-likelihoods with the chat template; done only if it is not there."""
-    output = runs / "eval" / name
+    output = runs / "eval" / (f"{name}_{limit}" if limit else name)
     if not (output / "manifest.json").is_file():
         command = ["tune", "run", "owlore_eval", "--config", "eval/local_choices", f"output_dir={output}"]
         command += [f"checkpointer.checkpoint_dir={checkpoint}"]

@@ -123,7 +123,7 @@ def choices(requests: list[Instance], results: list[tuple[float, bool]]) -> list
 def generation(prompts: list[str], our_lm: TorchtuneLM, hf: HFLM, rounds: int) -> str:
     """A row: new tokens per second of both, end tokens ignored so that both make equally many."""
     our_lm._tokenizer.stop_tokens = []
-    tokens = Prompts([our_lm.tok_encode(text) for text in prompts], NEW_TOKENS, [], 0.0, 0)
+    tokens = Prompts([our_lm.tok_encode(text) for text in prompts], NEW_TOKENS, [], 0.0, [0] * BATCH)
     hf.tokenizer.padding_side = "left"
     inputs = hf.tokenizer(prompts, return_tensors="pt", padding=True)
     hf.model.generation_config.eos_token_id = None

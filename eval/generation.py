@@ -21,7 +21,7 @@ class Prompts:
     max_new: int  # tokens
     until: list[str]  # stop strings
     temperature: float  # 0 is greedy
-    seed: int
+    seeds: list[int]  # of what is sampled, of each prompt
     cache_new: int = 0  # places in the cache for new tokens, where another rank asks for more than max_new
 
 
@@ -46,7 +46,7 @@ def generate(
     # Padding sees itself, since a softmax over nothing is NaN and would spread.
     itself = torch.eye(longest, total, dtype=torch.bool, device=tokens.device)
     mask = (causal & valid[:, None, :]) | itself
-    sampling = torch.Generator(tokens.device).manual_seed(prompts.seed)
+    generators = [torch.Generator(tokens.device).manual_seed(seed) for seed in prompts.seeds]
     generated: list[list[int]] = [[] for _ in prompts.tokens]
     running = set(range(len(generated)))
     with local_kv_cache(
@@ -58,7 +58,7 @@ def generate(
     ):
         for seen in range(longest, total + 1):
             hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
-            following = _next_tokens(model.output(hidden[:, -1]).float(), prompts.temperature, sampling)
+            following = _next_tokens(model.output(hidden[:, -1]).float(), prompts.temperature, generators)
             for number, token in enumerate(following.tolist()):
                 if number in running:
                     generated[number].append(token)
@@ -85,15 +85,16 @@ def _left_padded(prompts: list[list[int]], total: int, pad_id: int) -> tuple[Ten
     return tokens, valid
 
 
-def _next_tokens(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:  # (b, v) -> (b,)
+def _next_tokens(logits: Tensor, temperature: float, generators: list[torch.Generator]) -> Tensor:  # (b, v) -> (b,)
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
+    rows = F.softmax(logits / temperature, -1)
+    return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(rows, generators, strict=True)])
 
 
 def _has_stopped(tokens: list[int], until: list[str], tokenizer: HFChatTokenizer) -> bool:
     # A stop string spans no more tokens than it has bytes; those and the newest token are looked at.
     if not until:
         return False
-    tail = tokenizer.decode(tokens[-(max(len(stop.encode()) for stop in until) + 1) :])
+    tail = tokenizer.decode(tokens[-(max(len(stop.encode()) for stop in until) + 1) :], skip_special_tokens=False)
     return any(stop in tail for stop in until)

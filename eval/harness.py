@@ -79,16 +79,33 @@ def _load(manager: TaskManager, name: str, data_root: str | None) -> list[Task |
         raise ConfigError(f"tasks: no task, group or tag named {name}" + (f"; there is {', '.join(near)}" * bool(near)))
     try:
         loaded = manager.load([name])
+    except ImportError as error:
+        raise ConfigError(f"tasks: {name} needs a package that is not installed: {error}") from error
     except (OSError, ValueError) as error:  # what datasets raises where it finds neither a copy nor the hub
-        entry = manager.task_index.get(name)
-        repository = (entry and entry.cfg or {}).get("dataset_path", "OWNER/NAME")
+        repository = _repository(manager, name)
         where = f"under data_root={data_root}" if data_root else "named by data_root"
         raise ConfigError(
             f"tasks: the data of {name} is neither {where} nor to be had from the hub ({error}). Where the hub is: "
             f"hf download --repo-type dataset {repository} --local-dir DIR/{repository}; then data_root=DIR"
         ) from error
+    for task in loaded["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise ConfigError(f"tasks: {task.task_name} runs code that the model writes, or wants more than text")
     groups = loaded.get("groups", {})
     return [groups[name]] if name in groups else list(loaded["tasks"].values())
+
+
+def _repository(manager: TaskManager, name: str) -> str:
+    """The dataset repository of a task, or of the first task of a group or tag."""
+    entry = manager.task_index.get(name)
+    while entry is not None and "dataset_path" not in (entry.cfg or {}):
+        config = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
+        children = config.get("task")
+        if not isinstance(children, list):  # a tag
+            children = [n for n, e in manager.task_index.items() if entry.name in e.tags]
+        first = next(iter(children), None)
+        entry = manager.task_index.get(first.get("task") if isinstance(first, dict) else first)
+    return entry.cfg["dataset_path"] if entry is not None and entry.cfg else "OWNER/NAME"
 
 
 def evaluate(

@@ -6,17 +6,20 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
-from aiohttp import ClientError, ClientResponseError
+from aiohttp import ClientError, ClientResponseError, ContentTypeError
 from lm_eval.models.api_models import JsonChatStr
 from lm_eval.models.openai_completions import LocalChatCompletion
 from omegaconf import DictConfig
-from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from owlore_tune.config import ConfigError, check_keys, check_type
 
 Chat = list[dict[str, str]]
+_MALFORMED = "empty or malformed answer"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class JudgeConfig:
     repeats: int = 1  # judgments of each answer
     num_concurrent: int = 8  # requests
     timeout: int = 120  # seconds, of one request
-    max_retries: int = 5  # attempts at one request
+    max_retries: int = 8  # attempts at one request
     longest_wait: float = 60.0  # seconds, between two attempts
 
     def __post_init__(self) -> None:
@@ -42,8 +45,11 @@ class JudgeConfig:
         for key in ("repeats", "num_concurrent", "timeout", "max_retries", "longest_wait"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"judge.{key}={getattr(self, key)}; it must be above 0")
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"judge.base_url={self.base_url}; it must begin with http:// or https://")
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ConfigError(f"judge.base_url={self.base_url}; it must begin with http:// or https:// and a host")
+        if url.username or url.query:
+            raise ConfigError("judge.base_url holds a name or a query, which would be logged; use judge.api_key_env")
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
             raise ConfigError(
                 f"judge.api_key_env={self.api_key_env} is not set in the environment; export it, or set "
@@ -81,7 +87,7 @@ class Judge(LocalChatCompletion):
         self._retry = retry(
             retry=retry_if_exception(_is_passing),
             stop=stop_after_attempt(config.max_retries),
-            wait=wait_random_exponential(multiplier=0.5, max=config.longest_wait),
+            wait=partial(_wait, wait_random_exponential(multiplier=2, max=config.longest_wait), config.longest_wait),
             reraise=True,
         )
         self.failures: list[str] = []  # why, of each request that was given up
@@ -115,10 +121,13 @@ class Judge(LocalChatCompletion):
 
     async def amodel_call(self, session, sem, messages, *, cache_keys, **kwargs) -> list[str]:  # type: ignore[override]
         async def attempt() -> str:
-            (text,) = await LocalChatCompletion.amodel_call(self, session, sem, messages, **kwargs)
-            if not text.strip():
-                raise ValueError("empty or malformed answer")
-            return text
+            try:
+                (text,) = await LocalChatCompletion.amodel_call(self, session, sem, messages, **kwargs)
+            except (AttributeError, TypeError) as error:  # JSON of another form than the harness reads
+                raise ValueError(_MALFORMED) from error
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(_MALFORMED)
+            return text.replace(self._key, "***") if self._key else text
 
         try:
             text = await self._retry(attempt)()
@@ -134,15 +143,23 @@ class Judge(LocalChatCompletion):
         return True
 
 
+def _wait(exponential: Callable[[RetryCallState], float], longest: float, state: RetryCallState) -> float:
+    """Seconds to the next attempt: as long as the endpoint asks for, but no longer than ``longest``."""
+    error = state.outcome.exception() if state.outcome else None
+    headers = getattr(error, "headers", None) or {}
+    asked = str(headers.get("Retry-After", ""))
+    return min(max(exponential(state), float(asked) if asked.isdigit() else 0.0), longest)
+
+
 def _is_passing(error: BaseException) -> bool:
     """Whether a later attempt may succeed: not where the endpoint refuses the request or the key itself."""
-    if isinstance(error, ClientResponseError):
+    if isinstance(error, ClientResponseError) and not isinstance(error, ContentTypeError):
         return error.status in (408, 409, 429) or error.status >= 500
     return isinstance(error, ClientError | TimeoutError | ValueError)
 
 
 def _reason(error: Exception) -> str:
     """In a few words and without addresses, so that failures of one kind count as one."""
-    if isinstance(error, ClientResponseError):
+    if isinstance(error, ClientResponseError) and not isinstance(error, ContentTypeError):
         return f"HTTP {error.status}"
     return {"TimeoutError": "timeout", "ValueError": str(error)}.get(type(error).__name__, type(error).__name__)

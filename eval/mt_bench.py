@@ -106,13 +106,15 @@ class MTBench:
     def answer(self, lm: LM, model_id: str, file: Path) -> dict[int, list[str]]:
         """Both turns' answers by question id; a category at a time, each in ``file`` before the next."""
         answers: dict[int, list[str]] = {}
-        for row in read_lines(file):
+        asks = {question.question_id: _digest(question.turns) for question in self._questions}
+        for row in _read(file):
             if (row["model_id"], row["max_new_tokens"]) != (model_id, self._max_new_tokens):
                 raise ConfigError(
                     f"{file} has answers of model {row['model_id']} with max_new_tokens={row['max_new_tokens']}; "
-                    "choose another output_dir"
+                    f"these would be of {model_id} with {self._max_new_tokens}: choose another output_dir"
                 )
-            answers[row["question_id"]] = row["choices"][0]["turns"]
+            if row["question"] == asks.get(row["question_id"]):
+                answers[row["question_id"]] = row["choices"][0]["turns"]
         for category in dict.fromkeys(question.category for question in self._questions):
             asked = [q for q in self._questions if q.category == category and q.question_id not in answers]
             if not asked:
@@ -126,11 +128,11 @@ class MTBench:
             for question, done in zip(asked, turns, strict=True):
                 answers[question.question_id] = done
                 row = {
-                    "question_id": question.question_id,
-                    "model_id": model_id,
-                    "choices": [{"index": 0, "turns": done}],
-                }
-                append_line(file, row | {"max_new_tokens": self._max_new_tokens, "tstamp": time.time()})
+                    "question_id": question.question_id, "question": asks[question.question_id], "model_id": model_id,
+                    "max_new_tokens": self._max_new_tokens, "choices": [{"index": 0, "turns": done}],
+                    "tstamp": time.time(),
+                }  # fmt: skip
+                append_line(file, row)
         return {question.question_id: answers[question.question_id] for question in self._questions}
 
     def _generate(self, lm: LM, chats: list[Chat], category: str) -> list[str]:
@@ -152,7 +154,9 @@ class MTBench:
         """
         config = self._judge_config
         assert config is not None
-        known = {(row["judge"], row["request"], row["repeat"]): row for row in read_lines(file)}
+        # What had no rating is asked again, as what failed is.
+        rated = [row for row in _read(file) if row["score"] is not None]
+        known = {(row["judge"], row["request"], row["repeat"]): row for row in rated}
         judgments, missing = {}, []
         for question in self._questions:
             for turn in (1, 2):
@@ -174,7 +178,10 @@ class MTBench:
 
         judge = Judge(config, keep)
         if missing:
-            judge.ask([chat for _, chat in missing])
+            try:
+                judge.ask([chat for _, chat in missing])
+            except OSError as error:
+                raise RunError(f"{file} cannot be written: {error}; the same command asks for the rest") from error
         return judgments, Counter(judge.failures)
 
     def _scores(self, judgments: dict[tuple[int, int, int], dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -320,6 +327,13 @@ def _chat(question: Question, answered: list[str]) -> Chat:
         chat.append({"role": "user", "content": text})
         chat += [{"role": "assistant", "content": answer} for answer in answered[turn : turn + 1]]
     return chat
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    try:
+        return read_lines(file)
+    except ValueError as error:
+        raise ConfigError(f"{error}; mend it or choose another output_dir") from error
 
 
 def _digest(content: Any) -> str:

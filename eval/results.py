@@ -10,7 +10,7 @@ from typing import Any
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import make_table
 
-from owlore_tune.config import ConfigError
+from owlore_tune.config import ConfigError, RunError
 from owlore_tune.manifest import write_json
 
 Scores = dict[tuple[str, str], tuple[float, float | None]]  # (task, metric) -> (value, standard error)
@@ -46,7 +46,7 @@ def save_results(
         chat_template: that was applied.
 
     Raises:
-        OSError: if they cannot be written.
+        RunError: if they cannot be written; what was there before is as it was.
     """
     samples = results.pop("samples", None) or {}
     with tempfile.TemporaryDirectory(dir=directory, prefix=".results") as scratch:
@@ -61,14 +61,27 @@ def save_results(
         tracker.save_results_aggregated(results=results, samples=samples)
         for task, task_samples in samples.items():
             tracker.save_results_samples(task, task_samples)
-        written = sorted(Path(scratch).iterdir())
-        if len(written) != 1 + len(samples):
-            raise OSError(f"the results could not be written to {directory}; the log above says why")
-        for file in written:
-            os.replace(file, directory / file.name)
-    name = next(file.name for file in written if file.name.startswith("results_"))
-    write_json(directory / MANIFEST, {**manifest, "results": name})
-    return directory / name
+        try:
+            file = _move_checked(Path(scratch), directory, samples)
+            write_json(directory / MANIFEST, {**manifest, "results": file.name})
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"the results cannot be written to {directory}: {error}; the log above may say more"
+            ) from error
+    return file
+
+
+def _move_checked(source: Path, target: Path, samples: dict[str, list]) -> Path:
+    """Move what the tracker wrote once all of it is there, the results file last; its new place."""
+    (results,) = source.glob("results_*.json")
+    json.loads(results.read_text())
+    files = sorted(source.glob("samples_*.jsonl"))
+    lines = sum(file.read_bytes().count(b"\n") for file in files)
+    if lines != sum(map(len, samples.values())):
+        raise OSError(f"{lines} samples were written, not {sum(map(len, samples.values()))}")
+    for file in [*files, results]:
+        os.replace(file, target / file.name)
+    return target / results.name
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -81,28 +94,44 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def read_scores(run: Path) -> Scores:
-    """All scores in a results file, or in the results files anywhere under a directory, newer ones first.
+    """All scores in a results file, or in those anywhere under a directory, of each task the newest.
+
+    The averages are those of the newest file, where that has all of the tasks.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or if two evaluations under the directory have a task in common.
     """
     files = [run] if run.is_file() else sorted(run.rglob("results_*.json"), key=lambda file: file.name)
     scores: Scores = {}
+    places: dict[str, Path] = {}
+    newest: dict[str, Any] = {"results": {}}
     for file in files:
         try:
-            content = json.loads(file.read_text())
-            results = {**content["results"], "average": content.get("averages", {})}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            newest = json.loads(file.read_text())
+            found = _scores(newest["results"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{file} is not a results file: {error!r}") from error
-        for task, values in results.items():
-            for key, value in values.items():
-                metric, _, kind = key.partition(",")
-                if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
-                    error = values.get(f"{metric}_stderr,{kind}")
-                    known = isinstance(error, int | float)
-                    scores[task, metric if kind == "none" else key] = (value, error if known else None)
+        for task in newest["results"]:
+            if places.setdefault(task, file.parent) != file.parent:
+                raise ConfigError(f"{run} holds two evaluations of {task}: {places[task]} and {file.parent}; name one")
+        scores |= found
     if not scores:
         raise ConfigError(f"{run} has no results_*.json")
+    if newest["results"].keys() == places.keys():
+        scores |= _scores({"average": newest.get("averages", {})})
+    return scores
+
+
+def _scores(results: dict[str, dict[str, Any]]) -> Scores:
+    """The numbers of a results file by task and metric; a filter other than ``none`` stays in the metric's name."""
+    scores: Scores = {}
+    for task, values in results.items():
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
+                error = values.get(f"{metric}_stderr,{kind}")
+                known = isinstance(error, int | float)
+                scores[task, metric if kind == "none" else key] = (value, error if known else None)
     return scores
 
 

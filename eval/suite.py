@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.group import Group
 from lm_eval.api.model import LM
+from lm_eval.api.task import Task
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune.modules import TransformerDecoder
 
 from owlore_evals.harness import evaluate, load_tasks
 from owlore_evals.judge import JudgeConfig
 from owlore_evals.mt_bench import MT_BENCH, MTBench
-from owlore_tune.config import ConfigError, check_keys, check_type, load_config
+from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
+from owlore_tune.config import ConfigError, check_counts, check_keys, check_type, load_config
+from owlore_tune.tokenizer import HFChatTokenizer
 
 SUITE = {
     "tasks": [],  # of the harness, ours in eval/tasks, and mt_bench
@@ -24,11 +29,16 @@ SUITE = {
     "max_new_tokens": 1024,  # MT-Bench
     "min_coverage": 0.95,  # MT-Bench
     "judge": None,  # MT-Bench
+    "add_bos": None,  # as the model's tokenizer does
+    "max_length": None,  # the model's
+    "batch_tokens": None,  # by device
+    "batch_size": 8,
+    "seed": 0,
 }
 
 
 class Suite:
-    """The tasks of a config, their documents loaded.
+    """The tasks of a config, their documents loaded, and how a model is put to them.
 
     Args:
         cfg: a config with all fields of SUITE.
@@ -38,14 +48,12 @@ class Suite:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        _check(cfg)
+        check_suite(cfg)
+        self.cfg = cfg
         names = list(cfg.tasks) if isinstance(cfg.tasks, ListConfig) else str(cfg.tasks).split(",")
         data_files = dict(cfg.data_files or {})
         if not names and not data_files:
             raise ConfigError("nothing to evaluate; set tasks or data_files")
-        self._options = {
-            key: cfg[key] for key in ("num_fewshot", "limit", "apply_chat_template", "fewshot_as_multiturn")
-        }
         self._mt_bench = None
         if MT_BENCH in names:
             self._mt_bench = MTBench(
@@ -68,14 +76,35 @@ class Suite:
         check_keys(cfg, ["config", *SUITE], "eval")
         if not isinstance(cfg.get("config"), str):
             raise ConfigError("missing in the config: eval.config, the name or file of an eval config")
-        base = load_config(cfg.config)
-        fields = {key: value for key, value in [*base.items(), *cfg.items()] if key in SUITE}
-        return cls(OmegaConf.merge(SUITE, fields))
+        layers = [{key: part[key] for key in part if key in SUITE} for part in (load_config(cfg.config), cfg)]
+        return cls(OmegaConf.merge(SUITE, *layers))
+
+    def check_model(self, tokenizer: HFChatTokenizer, max_seq_len: int) -> None:
+        """Raise ConfigError for what the tokenizer or the model's length make impossible."""
+        length = min(self.cfg.max_length or max_seq_len, max_seq_len)
+        if tokenizer.chat_template is None and (self.cfg.apply_chat_template or self._mt_bench):
+            raise ConfigError("this model has no chat template; set apply_chat_template=false, and leave out mt_bench")
+        if self._mt_bench is not None and self.cfg.max_new_tokens >= length:
+            raise ConfigError(
+                f"max_new_tokens={self.cfg.max_new_tokens} leaves no room in {length} tokens for a prompt"
+            )
+        for task in self._leaf_tasks():
+            if task.OUTPUT_TYPE == "generate_until":
+                try:
+                    generation_options(task.config.generation_kwargs, length)
+                except ValueError as error:
+                    raise ConfigError(f"tasks: {task.task_name}: {error}") from error
+
+    def _leaf_tasks(self) -> list[Task]:
+        return [leaf for t in self._tasks for leaf in (t.get_all_tasks() if isinstance(t, Group) else [t])]
+
+    def build_lm(self, model: TransformerDecoder, tokenizer: HFChatTokenizer) -> TorchtuneLM:
+        return build_lm(self.cfg, model, tokenizer)
 
     def run(
         self, lm: LM, model_id: str, directory: Path, *, use_cache: bool = False, log_samples: bool = True
     ) -> dict[str, Any]:
-        """Results in the harness's form, of all tasks together.
+        """Results in the harness's form, of all tasks together, and ``averages`` of the harness's.
 
         Args:
             model_id: tells this model and its settings from all others: answers and the request cache go by it.
@@ -85,24 +114,40 @@ class Suite:
         Raises:
             RunError: if MT-Bench's judge gave too few ratings.
         """
-        results: dict[str, Any] = {}
+        results: dict[str, Any] = {"averages": {}}
         if self._tasks:
-            cache = str(directory / f"requests_{model_id}") if use_cache else None
-            results = evaluate(lm, self._tasks, use_cache=cache, log_samples=log_samples, **self._options)
+            results = evaluate(
+                lm,
+                self._tasks,
+                num_fewshot=self.cfg.num_fewshot,
+                limit=self.cfg.limit,
+                apply_chat_template=self.cfg.apply_chat_template,
+                fewshot_as_multiturn=self.cfg.fewshot_as_multiturn,
+                use_cache=str(directory / f"requests_{model_id}") if use_cache else None,
+                log_samples=log_samples,
+            )
         if self._mt_bench is not None:
             for key, values in self._mt_bench.run(lm, model_id, directory).items():
                 results[key] = {**results.get(key, {}), **values}
         return results
 
 
-def _check(cfg: DictConfig) -> None:
-    for key, lowest in (("num_fewshot", 0), ("limit", 1), ("max_new_tokens", 1)):
-        optional = key != "max_new_tokens"
-        check_type(key, cfg[key], int | None if optional else int)
-        if cfg[key] is not None and cfg[key] < lowest:
-            raise ConfigError(f"{key}={cfg[key]}; it must be at least {lowest}{', or null' if optional else ''}")
+def build_lm(cfg: DictConfig, model: TransformerDecoder, tokenizer: HFChatTokenizer) -> TorchtuneLM:
+    """The adapter with a config's settings."""
+    settings = ("add_bos", "max_length", "batch_tokens", "batch_size", "seed")
+    return TorchtuneLM(model, tokenizer, **{key: cfg[key] for key in settings})
+
+
+def check_suite(cfg: DictConfig) -> None:
+    """Raise ConfigError for a value that is of the wrong type or out of its range."""
+    check_counts(cfg, ("batch_size", "max_new_tokens"), ("limit", "max_length", "batch_tokens"))
+    check_type("num_fewshot", cfg.num_fewshot, int | None)
+    if cfg.num_fewshot is not None and cfg.num_fewshot < 0:
+        raise ConfigError(f"num_fewshot={cfg.num_fewshot}; it must be at least 0, or null")
     for key in ("apply_chat_template", "fewshot_as_multiturn"):
         check_type(key, cfg[key], bool)
+    check_type("add_bos", cfg.add_bos, bool | None)
+    check_type("seed", cfg.seed, int)
     check_type("min_coverage", cfg.min_coverage, float)
     if not 0 <= cfg.min_coverage <= 1:
         raise ConfigError(f"min_coverage={cfg.min_coverage}; it must be from 0 to 1")

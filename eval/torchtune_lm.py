@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,7 +76,6 @@ class TorchtuneLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What of this adapter a score depends on, or may by rounding; the harness writes it into its results."""
-        template = self._tokenizer.chat_template
         return {
             "model_dtype": str(self._dtype),
             "add_bos": self.add_bos,
@@ -84,7 +84,7 @@ class TorchtuneLM(TemplateLM):
             "generation_batch_size": self.batch_size,
             "generation_seed": self._seed,
             "world_size": self._ranks.world_size,
-            "tokenizer_chat_template_sha": template and hashlib.sha256(template.encode()).hexdigest(),
+            "tokenizer_sha": self._tokenizer.digest(),
         }
 
     def serve(self) -> None:
@@ -125,7 +125,24 @@ class TorchtuneLM(TemplateLM):
         return [bos_id, *tokens] if wanted and not has_it and bos_id is not None else tokens
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        messages = [Message(role=turn["role"], content=turn["content"]) for turn in chat_history]
+        """The text of a conversation; without a generation prompt it ends in the last message, which goes on.
+
+        A template that refuses system messages gets the conversation without them, as in the harness's own models.
+        """
+        try:
+            text = self._render(chat_history, add_generation_prompt)
+        except ValueError:
+            if all(turn["role"] != "system" for turn in chat_history):
+                raise
+            chat_history = [turn for turn in chat_history if turn["role"] != "system"]
+            text = self._render(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].rstrip()
+        return text[: text.rindex(last) + len(last)]
+
+    def _render(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        messages = [Message(role=turn["role"], content=turn["content"]) for turn in chat]
         return self._tokenizer.render(messages, add_generation_prompt=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -188,13 +205,13 @@ class TorchtuneLM(TemplateLM):
             group_fn=lambda args: args[1],
         )
         chunks = list(collator.get_batched(n=self.batch_size))
-        batches = [self._prompts(chunk, self._seed + number) for number, chunk in enumerate(chunks)]
+        asked: Counter[str] = Counter()
+        batches = [self._prompts(chunk, asked) for chunk in chunks]
         world_size = self._ranks.world_size
         for start in range(0, len(batches), world_size):  # what is generated side by side has caches of one size
             together = batches[start : start + world_size]
             most = max(batch.max_new for batch in together)
             batches[start : start + world_size] = [dataclasses.replace(batch, cache_new=most) for batch in together]
-        self._seed += len(batches)  # the next call samples something else
         results = []
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as progress:
             for chunk, batch, generated in zip(chunks, batches, self._on_all_ranks("_generate", batches), strict=True):
@@ -204,41 +221,65 @@ class TorchtuneLM(TemplateLM):
                     progress.update()
         return collator.get_original(results)
 
-    def _prompts(self, chunk: list[tuple[str, dict[str, Any]]], seed: int) -> Prompts:
+    def _prompts(self, chunk: list[tuple[str, dict[str, Any]]], asked: Counter[str]) -> Prompts:
         """(context, gen_kwargs) of one batch as tokens; a context too long loses its beginning.
 
-        Raises:
-            ValueError: if the new tokens alone fill the model's length.
+        Args:
+            asked: how often each context came, which is kept up: what is sampled depends on the seed, the context and
+                that alone, not on what else is generated.
         """
-        kwargs = normalize_gen_kwargs(chunk[0][1], self.max_gen_toks)
+        options = generation_options(chunk[0][1], self.max_length, self.max_gen_toks)
         eos = self._tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
-        max_new = kwargs["max_gen_toks"]
-        if max_new >= self.max_length:
-            raise ValueError(f"max_gen_toks={max_new} leaves no room in {self.max_length} tokens for a prompt")
+        seeds = []
+        for context, _ in chunk:
+            text = f"{self._seed} {asked[context]} {context}"
+            seeds.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
+            asked[context] += 1
         return Prompts(
-            tokens=[self.tok_encode(context)[-(self.max_length - max_new) :] for context, _ in chunk],
-            max_new=max_new,
-            until=handle_stop_sequences(kwargs.get("until"), eos=eos),
-            temperature=kwargs["temperature"] if kwargs.get("do_sample") else 0.0,
-            seed=seed,
+            tokens=[self.tok_encode(context)[-(self.max_length - options["max_gen_toks"]) :] for context, _ in chunk],
+            max_new=options["max_gen_toks"],
+            until=handle_stop_sequences(options.get("until"), eos=eos),
+            temperature=options["temperature"],
+            seeds=seeds,
         )
 
     def _generate(self, batch: Prompts) -> list[list[int]]:
         """New tokens for each prompt of ``batch``, in pieces of the size that memory has been seen to allow."""
-        parts = [batch.tokens[i : i + self.batch_size] for i in range(0, len(batch.tokens), self.batch_size)]
         generated = []
-        for part in parts:
-            piece = dataclasses.replace(batch, tokens=part)
+        for start in range(0, len(batch.tokens), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            piece = dataclasses.replace(batch, tokens=batch.tokens[part], seeds=batch.seeds[part])
             try:
                 generated += generate(piece, self._model, self._tokenizer, self._ranks.any)
             except torch.OutOfMemoryError:
                 # Ranks decode in step, so a rank on its own cannot take smaller ones.
-                if len(part) == 1 or self._ranks.world_size > 1:
+                if len(piece.tokens) == 1 or self._ranks.world_size > 1:
                     raise
-                self.batch_size = len(part) // 2
+                self.batch_size = len(piece.tokens) // 2
                 _free_memory()
-                generated += self._generate(piece)
+                return generated + self._generate(
+                    dataclasses.replace(batch, tokens=batch.tokens[start:], seeds=batch.seeds[start:])
+                )
         return generated
+
+
+def generation_options(gen_kwargs: dict[str, Any], max_length: int, max_gen_toks: int = 256) -> dict[str, Any]:
+    """``gen_kwargs`` of a task as the harness normalizes them, with a temperature that is 0 for greedy decoding.
+
+    Raises:
+        ValueError: if they want what is not supported, or the new tokens alone fill ``max_length``.
+    """
+    options = normalize_gen_kwargs(gen_kwargs, max_gen_toks)
+    if options["do_sample"] and not gen_kwargs.get("temperature"):
+        options["temperature"] = 1.0  # transformers' default
+    neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "num_beams": 1, "min_p": 0.0}
+    known = {"until", "do_sample", "temperature", "max_gen_toks"}
+    wanted = {key: value for key, value in options.items() if key not in known}
+    if unknown := [f"{key}={value}" for key, value in wanted.items() if value not in (None, False, neutral.get(key))]:
+        raise ValueError(f"generation with {', '.join(unknown)} is not supported")
+    if options["max_gen_toks"] >= max_length:
+        raise ValueError(f"max_gen_toks={options['max_gen_toks']} leaves no room in {max_length} tokens for a prompt")
+    return options
 
 
 def _free_memory() -> None:

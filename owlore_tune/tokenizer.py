@@ -1,5 +1,6 @@
 """One chat tokenizer for any Hugging Face model directory."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
@@ -47,7 +48,7 @@ class HFChatTokenizer:
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._pad_id()
-        self.stop_tokens = [] if self.eos_id is None else [self.eos_id]
+        self.stop_tokens = self._stop_tokens(_read_json(directory / "generation_config.json"))
         self.chat_template = _chat_template(directory, self._config)  # Jinja source, None if there is none
         self._template = None
 
@@ -66,6 +67,17 @@ class HFChatTokenizer:
         candidates = [self._special_id(key) for key in ("pad_token", "unk_token")]
         usable = [index for index in candidates if index is not None and index != self.eos_id]
         return usable[0] if usable else (self.eos_id or 0)
+
+    def _stop_tokens(self, generation_config: dict[str, Any]) -> list[int]:
+        """EOS, and what else ends generation: in chat models often a token that ends a turn, and is not the EOS."""
+        more = generation_config.get("eos_token_id") or []
+        more = more if isinstance(more, list) else [more]
+        return list(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *more]))
+
+    def digest(self) -> str:
+        """A digest of vocabulary, merges, added tokens and chat template: of what text becomes."""
+        content = self._tokenizer.to_str() + str(self.chat_template)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _special_id(self, key: str) -> int | None:
         token = self._special_token(key)

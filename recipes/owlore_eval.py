@@ -4,6 +4,7 @@ tune run [--nproc_per_node N] owlore_eval --config eval/mmlu checkpointer.checkp
 """
 
 import hashlib
+import json
 import time
 from typing import Any
 
@@ -14,14 +15,12 @@ from torchtune import config, training, utils
 from torchtune.recipe_interfaces import EvalRecipeInterface
 
 from owlore_evals.results import check_output_dir, print_results, save_results
-from owlore_evals.suite import SUITE, Suite
-from owlore_evals.torchtune_lm import TorchtuneLM
+from owlore_evals.suite import SUITE, Suite, build_lm, check_suite
 from owlore_tune.checkpoints import HFCheckpointer
 from owlore_tune.config import (
     ConfigError,
     build,
     check_config,
-    check_counts,
     check_type,
     parse,
     writable_directory,
@@ -34,13 +33,8 @@ log = utils.get_logger("INFO")
 
 REQUIRED = ("model", "tokenizer", "checkpointer", "output_dir")
 DEFAULTS = SUITE | {
-    "add_bos": None,  # as the model's tokenizer does
-    "max_length": None,  # the model's
-    "batch_tokens": None,  # by device
-    "batch_size": 8,
     "use_cache": False,
     "log_samples": True,
-    "seed": 0,
     "device": None,  # the best there is
     "dtype": "bf16",
 }
@@ -61,9 +55,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
 
     def __init__(self, cfg: DictConfig) -> None:
         self._cfg = cfg = check_config(cfg, REQUIRED, DEFAULTS)
-        check_counts(cfg, ("batch_size",), ("max_length", "batch_tokens"))
-        check_type("seed", cfg.seed, int)
-        check_type("add_bos", cfg.add_bos, bool | None)
+        check_suite(cfg)
         for key in ("use_cache", "log_samples"):
             check_type(key, cfg[key], bool)
         try:
@@ -90,26 +82,19 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             )
         self._fingerprint = checkpointer.fingerprint()
         check_output_dir(self._output_dir, self._fingerprint)
+        with training.set_default_dtype(self._dtype), torch.device("meta"):
+            model = build("model", cfg.model)
         if self._is_rank_zero:
             self._suite = Suite(cfg)
-        self._lm = TorchtuneLM(
-            self._load_model(checkpointer),
-            tokenizer,
-            batch_tokens=cfg.batch_tokens,
-            batch_size=cfg.batch_size,
-            max_length=cfg.max_length,
-            add_bos=cfg.add_bos,
-            seed=cfg.seed,
-        )
+            self._suite.check_model(tokenizer, model.max_seq_len)
+        self._load_weights(model, checkpointer)
+        self._lm = build_lm(cfg, model, tokenizer)
 
-    def _load_model(self, checkpointer: HFCheckpointer) -> torch.nn.Module:
-        with training.set_default_dtype(self._dtype), torch.device("meta"):
-            model = build("model", self._cfg.model)
+    def _load_weights(self, model: torch.nn.Module, checkpointer: HFCheckpointer) -> None:
         try:
             checkpointer.load_checkpoint(model, dtype=self._dtype, device=self._device)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return model
 
     def evaluate(self) -> None:
         if not self._is_rank_zero:
@@ -117,16 +102,10 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             return
         started = time.perf_counter()
         cfg = self._cfg
-        try:
-            results = self._suite.run(
-                self._lm,
-                self._model_id(),
-                self._output_dir,
-                use_cache=cfg.use_cache,
-                log_samples=cfg.log_samples,
-            )
-        finally:
-            self._lm.dismiss()
+        results = self._suite.run(
+            self._lm, self._model_id(), self._output_dir, use_cache=cfg.use_cache, log_samples=cfg.log_samples
+        )
+        self._lm.dismiss()
         file = save_results(
             self._output_dir,
             results,
@@ -141,9 +120,9 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
     def _model_id(self) -> str:
         """The weights' fingerprint, and what else an answer depends on."""
         info = self._lm.get_model_info()
-        parts = [info[key] for key in ("model_dtype", "add_bos", "max_length", "tokenizer_chat_template_sha")]
-        settings = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
-        return f"{self._fingerprint}-{settings}"
+        settings = [info[key] for key in ("model_dtype", "add_bos", "max_length", "generation_seed", "tokenizer_sha")]
+        settings += [OmegaConf.to_container(self._cfg.model, resolve=True), self._cfg.checkpointer.model_type]
+        return f"{self._fingerprint}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
     def _manifest(self, seconds: float) -> dict[str, Any]:
         return {
@@ -164,13 +143,12 @@ def recipe_main(cfg: DictConfig) -> None:
     config.log_config(recipe_name="OwLoreEvalRecipe", cfg=cfg)
     if training.is_distributed():
         dist.init_process_group("gloo")  # nothing but Python objects is exchanged
-    try:
-        recipe = OwLoreEvalRecipe(cfg=cfg)
-        recipe.setup()
-        recipe.evaluate()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    recipe = OwLoreEvalRecipe(cfg=cfg)
+    recipe.setup()
+    recipe.evaluate()
+    # Not after an error: a rank that fails ends, and torchrun then ends those that wait for it.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

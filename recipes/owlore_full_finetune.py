@@ -5,6 +5,7 @@ tune run owlore_full_finetune --config smollm2/135M_owlore [field=value ...]
 
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -182,6 +183,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         saved, changed = self._load_recipe_state()
         self._setup_inputs(cfg)
         self._model = self._setup_model(cfg)
+        if self._suite is not None:
+            self._suite.check_model(self._tokenizer, self._model.max_seq_len)
         # On the meta device still: rank and groups are checked before weights take the place of these parameters.
         self._optimizer = self._setup_optimizer(cfg.optimizer)
         same_scores = saved is not None and not changed & SCORE_FIELDS
@@ -646,24 +649,31 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._metric_logger.log_dict({"val_loss": self._losses[when]}, step=self.global_step)
 
     def _evaluate(self, when: str) -> None:
-        """Run the suite, if there is one, on the model as it is; results go to ``eval_WHEN``, as owlore_eval's."""
+        """Run the suite, if there is one, on the model as it is; ``eval/step_N`` gets what owlore_eval would leave."""
         if self._suite is None:
             return
         from owlore_evals.results import save_results
-        from owlore_evals.torchtune_lm import TorchtuneLM
 
         started = time.perf_counter()
         rng = get_rng_state()  # the harness seeds the global generators; training goes on as if it had not run
-        lm = TorchtuneLM(self._model, self._tokenizer, seed=self.seed)
-        directory = self._output_dir / f"eval_{when}"
-        directory.mkdir(exist_ok=True)
-        results = self._suite.run(lm, f"{when} training", directory)
+        lm = self._suite.build_lm(self._model, self._tokenizer)
+        directory = self._output_dir / "eval" / self._step_dir().name
+        shutil.rmtree(directory, ignore_errors=True)  # of an attempt that this run does not go on from
+        directory.mkdir(parents=True)
+        results = self._suite.run(lm, directory.name, directory)
         self._model.train()
         set_rng_state(rng)
         self._evaluations[when] = results["averages"]
         self._seconds[f"eval_{when}"] = time.perf_counter() - started
         manifest = {"versions": versions(), "model": lm.get_model_info(), "step": self.global_step}
-        save_results(directory, results, manifest, model=f"{self._output_dir.name}, step {self.global_step}")
+        save_results(
+            directory,
+            results,
+            manifest,
+            model=f"{self._output_dir.name}, step {self.global_step}",
+            chat_template=lm.chat_template(self._suite.cfg.apply_chat_template),
+            fewshot_as_multiturn=self._suite.cfg.fewshot_as_multiturn,
+        )
         metrics = {f"eval/{metric.removesuffix(',none')}": value for metric, value in results["averages"].items()}
         log.info(f"Evaluation, {when}: {metrics}")
         self._metric_logger.log_dict(metrics, step=self.global_step)

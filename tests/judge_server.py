@@ -4,8 +4,9 @@
 
 It prints its port, and writes to LOG each request that it answered well, as a line of JSON. The rating depends on the
 request alone; with FAULT `moody` also on how often it came. Other FAULTs: `die` ends the process after NUMBER requests;
-a status such as `429`, `slow`, `malformed`, `truncated` and `empty` spoil the first NUMBER answers to each request;
-`no_rating` answers one request in NUMBER without one; `leak` always sends the Authorization header back in an error.
+a status such as `429`, `retry_after` (429, to be tried again after 2 s), `slow`, `malformed`, `truncated`, `html`,
+`parts` (content that is no text) and `empty` spoil the first NUMBER answers to each request; `no_rating` answers one
+request in NUMBER without one; `leak` and `echo` always send the Authorization header back, in an error or a judgment.
 """
 
 import hashlib
@@ -44,6 +45,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(500, f"refused: {self.headers['Authorization']}")
         if early and FAULT.isdigit():
             return self.reply(int(FAULT), "busy")
+        if FAULT == "echo":
+            text += f" {self.headers['Authorization']}"
+        if early and FAULT == "retry_after":
+            return self.reply(429, "busy", retry_after=2)
+        if early and FAULT == "html":
+            return self.reply(200, "<html>busy</html>", content_type="text/html")
+        if early and FAULT == "parts":
+            text = [{"type": "text", "text": text}]
         if early and FAULT == "slow":
             time.sleep(3)
         if early and FAULT == "malformed":
@@ -52,17 +61,19 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, '{"choices": [{"mess')
         if early and FAULT == "empty":
             text = ""
-        else:
+        elif isinstance(text, str):
             with lock, LOG.open("a") as file:
                 file.write(json.dumps(request) + "\n")
         message = {"role": "assistant", "content": text}
         return self.reply(200, json.dumps({"choices": [{"index": 0, "message": message}]}))
 
-    def reply(self, status: int, body: str) -> None:
+    def reply(self, status: int, body: str, content_type: str = "application/json", retry_after: int = 0) -> None:
         content = body.encode()
         try:
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", content_type)
+            if retry_after:
+                self.send_header("Retry-After", str(retry_after))
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

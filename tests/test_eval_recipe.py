@@ -13,11 +13,11 @@ from conftest import TINY_MODEL
 from omegaconf import OmegaConf
 
 from owlore_eval import DEFAULTS, REQUIRED, OwLoreEvalRecipe
+from owlore_evals import torchtune_lm
 from owlore_evals.local_choices import first_option
 from owlore_evals.results import compare, read_scores
-from owlore_evals.suite import Suite
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.config import ConfigError, check_config, load_config
+from owlore_tune.config import ConfigError, RunError, check_config, load_config
 from owlore_tune.names import packaged_configs
 
 EVALS = [name for name, _ in packaged_configs() if name.startswith("eval/")]
@@ -129,19 +129,19 @@ def test_first_option(text, found):
     assert first_option(["answer1", "answer2", "answer10"], text) == found
 
 
-def test_answers_are_kept_and_not_asked_again(make_config, tmp_path, monkeypatch):
+def test_answers_are_kept_and_not_asked_again(make_config, monkeypatch):
     config = make_config("eval/mmlu_dev", limit=20, use_cache=True)
     first = run(config)
-    asked = []
-    monkeypatch.setattr("owlore_evals.torchtune_lm.score_rows", lambda *args: asked.append(args))
+    calls = []
+    real = torchtune_lm.score_rows
+    monkeypatch.setattr(torchtune_lm, "score_rows", lambda *arguments: calls.append(1) or real(*arguments))
     assert run(config)["results"] == first["results"]
-    assert not asked
-    monkeypatch.undo()
-    seen = []
-    real = __import__("owlore_evals.torchtune_lm", fromlist=["score_rows"]).score_rows
-    monkeypatch.setattr("owlore_evals.torchtune_lm.score_rows", lambda *args: seen.append(1) or real(*args))
-    run(config | {"add_bos": True, "max_length": 200})  # another model, as far as answers go
-    assert seen
+    assert not calls
+    other = TINY_MODEL | {"norm_eps": 1e-2}  # the same weights, and yet another model
+    for change in ({"add_bos": True}, {"max_length": 200}, {"dtype": "bf16"}, {"model": other}):
+        calls.clear()
+        run(config | change)
+        assert calls, change
 
 
 def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
@@ -180,14 +180,19 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
         ({"data_files": ["a.json"]}, "data_files=.*; it must map names to files"),
         ({"data_files": {"a": "/nowhere.json"}}, "data_files=/nowhere.json does not exist"),
         ({"tasks": ["mt_bench"]}, "data_dir is not set"),
+        ({"tasks": ["mmlu"]}, "the data of mmlu is neither .*hf download .* cais/mmlu"),
+        ({"tasks": ["humaneval"]}, "humaneval (runs code that the model writes|needs a package|is neither)"),
+        ({"max_length": 20, "scoring": "generate", "data_files": "CHOICES"}, "max_gen_toks=32 leaves no room in 20"),
         ({"min_coverage": 2.0}, r"min_coverage=2\.0; it must be from 0 to 1"),
         ({"judge": {"base_url": "http://x", "model": "m", "api_key_env": None, "retries": 1}, "data_dir": "/nowhere",
           "tasks": ["mt_bench"]}, r"unknown key judge\.retries"),
-        ({"tokenizer": {"_component_": "torchtune.models.llama2.llama2_tokenizer", "path": "x"}}, "tokenizer"),
+        ({"tokenizer": {"_component_": "torchtune.models.llama2.llama2_tokenizer", "path": "x"}}, 'tokenizer: .*"x"'),
     ],
 )  # fmt: skip
-def test_bad_values_are_refused_before_weights_load(make_config, monkeypatch, changes, message):
-    monkeypatch.setattr(OwLoreEvalRecipe, "_load_model", lambda *_: pytest.fail("weights were loaded"))
+def test_bad_values_are_refused_before_weights_load(make_config, choices_file, monkeypatch, changes, message):
+    if changes.get("data_files") == "CHOICES":
+        changes = changes | {"data_files": {"mine": str(choices_file)}}
+    monkeypatch.setattr(OwLoreEvalRecipe, "_load_weights", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=message):
         OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", **changes))).setup()
 
@@ -213,22 +218,56 @@ def test_results_of_another_model_are_not_mixed(make_config, tmp_path):
 def test_compare_puts_runs_side_by_side(tmp_path):
     for name, acc in (("a", 0.5), ("b", 0.75)):
         (tmp_path / name / "deep").mkdir(parents=True)
-        results = {"results": {"piqa": {"alias": "piqa", "acc,none": acc, "acc_stderr,none": 0.03}}}
-        results["averages"] = {"acc,none": acc}
-        (tmp_path / name / "deep" / "results_2026-01-02.json").write_text(json.dumps(results))
-        old = {"results": {"piqa": {"acc,none": 0.1, "acc_stderr,none": 0.03}, "boolq": {"acc,none": 0.6}}}
-        (tmp_path / name / "results_2026-01-01.json").write_text(json.dumps(old))
+        old = {"results": {"piqa": {"acc,none": 0.1, "acc_stderr,none": 0.03}}}
+        (tmp_path / name / "deep" / "results_2026-01-01.json").write_text(json.dumps(old))
+        piqa = {"alias": "piqa", "acc,none": acc, "acc_stderr,none": 0.03}
+        new = {"results": {"piqa": piqa, "boolq": {"acc,none": 0.6}}, "averages": {"acc,none": (acc + 0.6) / 2}}
+        (tmp_path / name / "deep" / "results_2026-01-02.json").write_text(json.dumps(new))
     assert read_scores(tmp_path / "a")["piqa", "acc"] == (0.5, 0.03)
     lines = compare([tmp_path / "a", tmp_path / "b"]).splitlines()
     assert lines[0] == f"| task | metric | {tmp_path / 'a'} | {tmp_path / 'b'} | difference |"
     assert f"| piqa | acc | 0.5000 ± 0.0300 | 0.7500 ± 0.0300 | +0.2500 ± {math.hypot(0.03, 0.03):.4f} |" in lines
     assert "| boolq | acc | 0.6000 | 0.6000 | +0.0000 |" in lines
-    assert lines[-1] == "| average | acc | 0.5000 | 0.7500 | +0.2500 |"
+    assert lines[-1] == "| average | acc | 0.5500 | 0.6750 | +0.1250 |"
+
+
+def test_compare_averages_no_mixture_and_takes_no_two_evaluations_for_one(tmp_path):
+    for place, task, date in (("one", "piqa", 1), ("two", "boolq", 2)):
+        (tmp_path / place).mkdir()
+        content = {"results": {task: {"acc,none": 0.5}}, "averages": {"acc,none": 0.5}}
+        (tmp_path / place / f"results_{date}.json").write_text(json.dumps(content))
+    assert set(read_scores(tmp_path)) == {("piqa", "acc"), ("boolq", "acc")}
+    (tmp_path / "two" / "results_3.json").write_text('{"results": {"piqa": {"acc,none": 0.6}}}')
+    with pytest.raises(ConfigError, match="holds two evaluations of piqa: .*one and .*two; name one"):
+        read_scores(tmp_path)
     with pytest.raises(ConfigError, match="has no results_"):
-        read_scores(Path(__file__).parent / "fixtures")
+        read_scores(tmp_path / "three")
+    (tmp_path / "results_bad.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="is not a results file"):
+        read_scores(tmp_path / "results_bad.json")
 
 
-def test_training_evaluates_before_and_after_and_trains_the_same(tiny_config, tmp_path, choices_file, capsys):
+def test_results_that_cannot_be_written_whole_are_not_there(make_config, tmp_path, monkeypatch):
+    """The tracker swallows its errors: a disk that is full after a few samples must not leave a file cut short."""
+    import lm_eval.loggers.evaluation_tracker as tracker
+
+    written = []
+
+    def full_disk(value):
+        written.append(value)
+        if len(written) > 5:
+            raise OSError("No space left on device")
+        return value
+
+    monkeypatch.setattr(tracker, "sanitize_list", full_disk)
+    with pytest.raises(RunError, match="the results cannot be written to .*samples were written, not 10"):
+        run(make_config("eval/mmlu_dev", limit=10))
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_training_evaluates_before_and_after_and_trains_the_same(
+    tiny_config, make_config, tmp_path, choices_file, capsys
+):
     ends = []
     block = {"config": "eval/local_choices", "data_files": {"mine": str(choices_file)}}
     for name, suite in (("plain", None), ("evaluated", block)):
@@ -239,14 +278,22 @@ def test_training_evaluates_before_and_after_and_trains_the_same(tiny_config, tm
         recipe.cleanup()
         ends.append([parameter.detach().clone() for parameter in recipe._model.parameters()])
     assert all(map(torch.equal, *ends))
+    capsys.readouterr()
     manifest = json.loads((tmp_path / "evaluated" / "manifest.json").read_text())
     assert set(manifest["evaluations"]) == {"before", "after"}
-    after = read_scores(tmp_path / "evaluated" / "eval_after")["mine", "acc"][0]
-    assert manifest["evaluations"]["after"]["acc,none"] == after
-    assert (
-        f"accuracy        before {manifest['evaluations']['before']['acc,none']:.3f}, after {after:.3f}"
-        in capsys.readouterr().out
+    for when, step in (("before", 0), ("after", 4)):
+        directory = tmp_path / "evaluated" / "eval" / f"step_{step}"
+        assert manifest["evaluations"][when]["acc,none"] == read_scores(directory)["mine", "acc"][0]
+        assert json.loads(next(directory.glob("results_*")).read_text())["chat_template"]
+    # What training says of its last step is what the evaluation recipe says of the checkpoint.
+    config = make_config("eval/local_choices", data_files=block["data_files"])
+    config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "evaluated" / "step_4")
+    run(config)
+    alone, within = (
+        [json.loads(line)["filtered_resps"] for line in next(directory.glob("samples_mine_*")).read_text().splitlines()]
+        for directory in (tmp_path / "run", directory)
     )
+    assert alone == within
 
 
 def test_training_refuses_a_bad_suite_before_weights_load(tiny_config, monkeypatch):
@@ -292,7 +339,35 @@ def test_two_ranks_give_the_results_of_one(make_config, choices_file, tmp_path):
     assert json.loads((tmp_path / "ranks_2" / "generate" / "manifest.json").read_text())["model"]["world_size"] == 2
 
 
-def test_a_suite_imports_no_transformers_model():
-    code = "import sys, owlore_evals.suite; print('transformers.models.llama.modeling_llama' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
-    assert Suite
+FAILING = """
+import sys, torch, torch.distributed as dist
+from torchtune.models.llama2 import llama2
+from lm_eval.api.instance import Instance
+from owlore_evals.torchtune_lm import TorchtuneLM
+from owlore_tune.tokenizer import HFChatTokenizer
+
+dist.init_process_group("gloo")
+lm = TorchtuneLM(llama2(300, 4, 4, 2, 32, max_seq_len=256, intermediate_dim=48), HFChatTokenizer(sys.argv[1]))
+
+def fail(*_):
+    raise RuntimeError("broken on purpose")
+
+if dist.get_rank() == int(sys.argv[2]):
+    lm._model.register_forward_pre_hook(fail)
+    lm._model.norm.register_forward_pre_hook(fail)
+if dist.get_rank() == 0:
+    lm.loglikelihood([Instance("loglikelihood", {}, (f"question {i}", " answer"), i) for i in range(9)])
+    lm.dismiss()
+else:
+    lm.serve()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_ends_the_others(tiny_dir, tmp_path, rank):
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", str(tmp_path / "failing.py"), str(tiny_dir), str(rank)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "broken on purpose" in done.stderr

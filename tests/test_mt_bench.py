@@ -2,23 +2,26 @@
 
 import json
 import logging
-import math
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_MODEL
 from fixtures.fastchat_requests import made_up_answer
+from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2
 
+from owlore_eval import OwLoreEvalRecipe
 from owlore_evals.jsonl import append_line, read_lines
 from owlore_evals.judge import Judge, JudgeConfig
 from owlore_evals.mt_bench import TEMPERATURES, MTBench, _digest, judge_chat, parse_rating, read_files
 from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_tune.checkpoints import HFCheckpointer
-from owlore_tune.config import ConfigError, RunError
+from owlore_tune.config import ConfigError, RunError, load_config
 from owlore_tune.tokenizer import HFChatTokenizer
 
 HERE = Path(__file__).parent
@@ -150,7 +153,7 @@ def test_a_judge_that_dies_is_asked_only_for_what_is_missing(bench, lm, tmp_path
     assert len(requests_in(log)) == 8  # nothing is asked twice
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "slow", "malformed", "truncated", "empty"])
+@pytest.mark.parametrize("fault", ["429", "500", "slow", "malformed", "truncated", "empty", "html", "parts"])
 def test_a_passing_failure_is_tried_again(bench, lm, tmp_path, fault):
     with judge_server(tmp_path / "log", fault, "1") as url:
         scores = bench(url, timeout=1).run(lm, "model", tmp_path)["results"]["mt_bench"]
@@ -161,6 +164,7 @@ def test_a_passing_failure_is_tried_again(bench, lm, tmp_path, fault):
     ("fault", "reason"),
     [
         ("429", "HTTP 429"), ("500", "HTTP 500"), ("401", "HTTP 401"), ("slow", "timeout"),
+        ("html", "ContentTypeError"), ("parts", "empty or malformed answer"),
         ("malformed", "empty or malformed answer"), ("truncated", "JSONDecodeError"), ("empty", "empty or malformed"),
     ],
 )  # fmt: skip
@@ -178,13 +182,56 @@ def test_a_refused_key_is_not_tried_again(bench, lm, tmp_path):
         bench(url).run(lm, "model", tmp_path)
 
 
-def test_judgments_without_a_rating_are_counted_apart(bench, lm, tmp_path):
+def test_judgments_without_a_rating_are_counted_apart_and_asked_again(bench, lm, tmp_path):
     with judge_server(tmp_path / "log", "no_rating", "2") as url:
         scores = bench(url, min_coverage=0.0).run(lm, "model", tmp_path)["results"]["mt_bench"]
     rows = read_lines(tmp_path / "judgments.jsonl")
     none = sum(row["score"] is None for row in rows)
     assert len(rows) == 8 and 0 < none < 8
     assert scores["unparsable,none"] == none and scores["coverage,none"] == 1 - none / 8
+    with judge_server(tmp_path / "log") as url:
+        scores = bench(url).run(lm, "model", tmp_path)["results"]["mt_bench"]
+    assert scores["coverage,none"] == 1
+    assert len(requests_in(tmp_path / "log")) == 8 + none
+
+
+def test_a_question_that_changed_is_answered_and_judged_again(bench, lm, tmp_path, data_dir):
+    with judge_server(tmp_path / "log") as url:
+        bench(url).run(lm, "model", tmp_path)
+        file = data_dir / "mt_bench" / "question.jsonl"
+        file.write_text(file.read_text().replace("first 84", "another first 84"))
+        bench(url).run(lm, "model", tmp_path)
+    assert [row["question_id"] for row in read_lines(tmp_path / "answers.jsonl")] == [81, 82, 83, 84, 84]
+    assert len(requests_in(tmp_path / "log")) == 10
+
+
+def test_as_long_as_the_endpoint_asks_for_is_waited(bench, lm, tmp_path):
+    with judge_server(tmp_path / "log", "retry_after", "1") as url:
+        started = time.monotonic()
+        bench(url, longest_wait=5.0).run(lm, "model", tmp_path)
+    assert time.monotonic() - started >= 2
+
+
+def test_mt_bench_through_the_recipe(tiny_dir, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with judge_server(tmp_path / "log") as url:
+        config = OmegaConf.to_container(load_config("eval/mt_bench"), resolve=False)
+        config |= {
+            "output_dir": str(tmp_path / "run"), "model": dict(TINY_MODEL), "device": "cpu", "data_dir": str(data_dir),
+            "checkpointer": config["checkpointer"] | {"checkpoint_dir": str(tiny_dir), "model_type": "LLAMA2"},
+            "max_new_tokens": 6, "tasks": ["mmlu_dev", "mt_bench"], "limit": 2, "apply_chat_template": True,
+            "judge": config["judge"] | {"base_url": url},
+        }  # fmt: skip
+        recipe = OwLoreEvalRecipe(OmegaConf.create(config))
+        recipe.setup()
+        recipe.evaluate()
+    printed = capsys.readouterr().out
+    assert "mt_bench_writing" in printed and "mmlu_dev" in printed
+    (file,) = (tmp_path / "run").glob("results_*.json")
+    results = json.loads(file.read_text())["results"]
+    assert {"mmlu_dev", "mt_bench", "mt_bench_math"} <= set(results)
+    assert (tmp_path / "run" / "mt_bench.png").exists()
+    assert KEY not in "".join(f.read_text(errors="ignore") for f in (tmp_path / "run").rglob("*") if f.is_file())
 
 
 def test_repeats_give_a_median_and_a_spread(bench, lm, tmp_path):
@@ -207,6 +254,8 @@ def test_the_key_reaches_no_log_and_no_file(bench, lm, tmp_path, caplog, capfd):
     with judge_server(tmp_path / "log", "leak") as url, pytest.raises(RunError):
         bench(url).run(lm, "model", tmp_path)
     assert "refused: Bearer ***" in caplog.text  # the failure itself is logged
+    with judge_server(tmp_path / "log", "echo") as url:
+        bench(url).run(lm, "model", tmp_path)
     written = "".join(file.read_text() for file in tmp_path.rglob("*.json*"))
     assert KEY not in caplog.text + written + "".join(capfd.readouterr())
 
@@ -225,6 +274,8 @@ def test_what_cannot_work_is_refused_with_the_way_out(data_dir, tmp_path, monkey
         JudgeConfig(base_url="http://localhost", model="gpt-4", api_key_env=None, repeats=0)
     with pytest.raises(ConfigError, match=r"judge\.base_url=localhost; it must begin with http"):
         JudgeConfig(base_url="localhost", model="gpt-4", api_key_env=None)
+    with pytest.raises(ConfigError, match="holds a name or a query, which would be logged"):
+        JudgeConfig(base_url="http://me:secret@localhost/v1", model="gpt-4", api_key_env=None)
     with pytest.raises(ConfigError, match=r"data_dir is not set\. .*git clone"):
         read_files(None)
     (data_dir / "judge_prompts.jsonl").unlink()
@@ -276,4 +327,3 @@ def test_judge_requests_equal_fastchats():
     assert len(got) == 160
     assert got == expected
     assert {question.category for question in questions} == set(TEMPERATURES)
-    assert not math.isnan(sum(TEMPERATURES.values()))

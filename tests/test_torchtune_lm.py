@@ -1,15 +1,20 @@
 """The lm-evaluation-harness adapter against the harness's own model of transformers, on the same weights."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from conftest import TEMPLATE
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torchtune.models.llama2 import llama2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from owlore_evals.generation import _has_stopped
 from owlore_evals.harness import load_tasks
 from owlore_evals.shared_prefix import make_rows
-from owlore_evals.torchtune_lm import TorchtuneLM
+from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
 from owlore_tune.checkpoints import HFCheckpointer
 from owlore_tune.smollm2 import smollm2_135m
 from owlore_tune.tokenizer import HFChatTokenizer
@@ -112,7 +117,7 @@ def test_contexts_that_begin_alike_are_read_once(tiny):
     encoded = [
         tuple(map(ours.tok_encode, pair)) for context, answers in FEW_SHOT for pair in [(context, a) for a in answers]
     ]
-    rows = make_rows(encoded, 256)
+    rows = make_rows(encoded, 1000)
     contexts = {tuple(context) for context, _ in encoded}
     assert len(rows) < len(contexts) and max(len(row.branches) for row in rows) >= 3
     assert sum(map(len, rows)) < sum(map(len, contexts))
@@ -175,6 +180,53 @@ def test_generation_stops_at_stop_strings_and_keeps_gen_kwargs_apart(real):
     assert all(text and "," not in text for text in texts[1:])
     with pytest.raises(ValueError, match="max_gen_toks=9000 leaves no room in 8192 tokens"):
         ours.generate_until(instances("generate_until", [("a", {"until": [], "max_gen_toks": 9000})]), True)
+
+
+def test_chat_without_generation_prompt_ends_in_the_last_message(real):
+    ours, theirs = real
+    chat = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "The best answer is "}]
+    assert ours.apply_chat_template(chat, add_generation_prompt=False).endswith("assistant\nThe best answer is")
+    got, expected = (lm.apply_chat_template(chat, add_generation_prompt=False) for lm in (ours, theirs))
+    assert got == expected.rstrip()
+
+
+def test_system_messages_go_where_the_template_refuses_them(tiny_dir, tmp_path):
+    directory = tmp_path / "gemma"
+    shutil.copytree(tiny_dir, directory)
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    config = json.loads((directory / "tokenizer_config.json").read_text()) | {"chat_template": refusing}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    lm = TorchtuneLM(llama2(300, 1, 4, 2, 32, max_seq_len=64), HFChatTokenizer(str(directory)))
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    assert lm.apply_chat_template(chat) == "<|user|>Hi<|end|>\n<|assistant|>"
+
+
+def test_what_ends_a_turn_ends_generation(tiny_dir, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_dir, directory)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [7, 0]}')
+    assert HFChatTokenizer(str(directory)).stop_tokens == [0, 7]
+    (directory / "generation_config.json").unlink()
+    assert HFChatTokenizer(str(directory)).stop_tokens == [0]
+    tokenizer = HFChatTokenizer(str(tiny_dir))
+    assert _has_stopped([5, tokenizer.special_tokens["<|user|>"]], ["<|user|>"], tokenizer)
+
+
+def test_generation_options():
+    assert generation_options({"do_sample": True, "until": []}, 99, 9)["temperature"] == 1.0
+    assert generation_options({"temperature": 0.7, "do_sample": False, "top_p": 1.0}, 99, 9)["temperature"] == 0.0
+    with pytest.raises(ValueError, match=r"generation with top_p=0\.95 is not supported"):
+        generation_options({"do_sample": True, "temperature": 1.0, "top_p": 0.95}, 99, 9)
+
+
+def test_what_is_sampled_depends_on_seed_and_context_alone(real):
+    ours, _ = real
+    options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    together = instances("generate_until", [(prompt, options) for prompt in [*PROMPTS[:3], PROMPTS[0]]])
+    texts = ours.generate_until(together, disable_tqdm=True)
+    alone = [ours.generate_until([request], disable_tqdm=True)[0] for request in together[:3]]
+    assert texts[:3] == alone
+    assert texts[3] != texts[0]  # asked twice, answered twice
 
 
 def test_sampling_is_repeatable_by_seed(real):
