@@ -22,7 +22,7 @@ from owlore_tune.config import load_config
 from owlore_tune.smollm2 import fetch
 
 TASKS = ("ARC-Easy", "openbookqa", "boolq")
-LEARNING_RATES = {"OwLore": (3e-4, 1e-3, 3e-3), "torchtune full": (3e-5, 1e-4, 3e-4)}
+LEARNING_RATES = {"OwLore": (3e-4, 1e-3, 3e-3), "torchtune full": (1e-5, 3e-5, 1e-4)}
 RECIPES = {"OwLore": "owlore_full_finetune", "torchtune full": "full_finetune_single_device"}
 
 
