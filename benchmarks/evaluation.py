@@ -9,6 +9,7 @@ transformers' `generate`.
 """
 
 import json
+import random
 import re
 import statistics
 import time
@@ -45,15 +46,18 @@ def theirs(directory: Path) -> HFLM:
 
 
 def arc(file: Path, num_documents: int, num_fewshot: int) -> list[Instance]:
-    """Requests of the harness's arc tasks, for the first documents after those that serve as examples."""
+    """Requests of the harness's arc tasks, for the first documents; each has examples of its own, drawn at random."""
     documents = []
     for row in json.loads(file.read_text()):
         question, *choices = re.split(r"\s*Answer\d: ", row["instruction"].split("\n\nAnswer format")[0])
         question = question.removeprefix("Please choose the correct answer to the question: ").strip()
         documents.append((f"Question: {question}\nAnswer:", choices, int(row["answer"].removeprefix("answer")) - 1))
-    shots = "".join(f"{prompt} {choices[gold]}\n\n" for prompt, choices, gold in documents[:num_fewshot])
-    asked = documents[num_fewshot : num_fewshot + num_documents]
-    return instances([[(shots + prompt, f" {choice}") for choice in choices] for prompt, choices, _ in asked])
+    asked = []
+    for number, (prompt, choices, _) in enumerate(documents[:num_documents]):
+        examples = random.Random(number).sample(documents[num_documents:], num_fewshot)
+        shots = "".join(f"{text} {options[gold]}\n\n" for text, options, gold in examples)
+        asked.append([(shots + prompt, f" {choice}") for choice in choices])
+    return instances(asked)
 
 
 def mmlu_of_one_subject(num_documents: int) -> list[Instance]:
@@ -89,7 +93,7 @@ def seconds(call: Callable[[], object]) -> float:
 def score(name: str, requests: list[Instance], our_lm: TorchtuneLM, hf: HFLM, rounds: int) -> str:
     """A row of the table: documents per second of both, the ratio, and how far their results differ."""
     documents = len({request.doc_id for request in requests})
-    part = requests[: len(requests) // 4]
+    part = requests[: len(requests) // 8]
     batch_seconds = {}
     for hf.batch_size_per_gpu in BATCH_SIZES:
         batch_seconds[hf.batch_size_per_gpu] = seconds(lambda: hf.loglikelihood(part, disable_tqdm=True))
