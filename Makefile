@@ -18,7 +18,7 @@ demo: install  # the main job on a real model: score, train, held-out loss and a
 	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=runs/demo
 
 test: install
-	python -m pytest --cov=owlore_tune --cov-report=term --cov-fail-under=90
+	python -m pytest --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
 
 lint: install
 	ruff check .
