@@ -8,16 +8,19 @@ the rows left out is taken, and only its checkpoint meets the test files. What -
 """
 
 import json
+import math
 import random
 import shutil
+import statistics
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from report import machine, parser, publish
 from steps import recipe_config
 
-from owlore_evals.results import read_scores
+from owlore_evals.results import format_score, read_scores
 from owlore_tune.config import load_config
 from owlore_tune.smollm2 import fetch
 
@@ -87,8 +90,19 @@ def evaluate(name: str, checkpoint: Path, files: dict[str, Path], runs: Path, li
 
 
 def score(directory: Path) -> dict[str, tuple[float, float | None]]:
-    """Accuracy and standard error of each task."""
-    return {task: value for (task, metric), value in read_scores(directory).items() if metric == "acc"}
+    """Accuracy and standard error of each task, and of their average."""
+    scores = {task: value for (task, metric), value in read_scores(directory).items() if metric == "acc"}
+    average, _ = scores["average"]
+    return scores | {"average": (average, math.hypot(*(scores[task][1] for task in TASKS)) / len(TASKS))}
+
+
+def commonest(files: dict[str, Path], limit: int | None) -> dict[str, tuple[float, None]]:
+    """The accuracy of giving each task's commonest answer, which takes no understanding."""
+    shares = {}
+    for task, file in files.items():
+        answers = [row["answer"] for row in json.loads(file.read_text())[:limit]]
+        shares[task] = Counter(answers).most_common(1)[0][1] / len(answers)
+    return {task: (share, None) for task, share in {**shares, "average": statistics.fmean(shares.values())}.items()}
 
 
 def chosen(method: str, runs: Path, steps: int) -> tuple[float, dict[float, float]]:
@@ -111,7 +125,8 @@ def main() -> None:
     runs = args.runs.resolve()
     split(args.data, runs)
     test = {task: (args.data / task / "test.json").resolve() for task in TASKS}
-    rows = {"before": score(evaluate("test_before", fetch(), test, runs, args.limit))}
+    rows = {"always the commonest answer": commonest(test, args.limit)}
+    rows["before"] = score(evaluate("test_before", fetch(), test, runs, args.limit))
     tuning = []
     for method in LEARNING_RATES:
         lr, averages = chosen(method, runs, args.steps)
@@ -134,7 +149,7 @@ def main() -> None:
         "| model | " + " | ".join([*TASKS, "average"]) + " |",
         "|---|" + "---|" * (len(TASKS) + 1),
         *(
-            f"| {name} | " + " | ".join(_cell(scores[task]) for task in [*TASKS, "average"]) + " |"
+            f"| {name} | " + " | ".join(format_score(scores[task]) for task in [*TASKS, "average"]) + " |"
             for name, scores in rows.items()
         ),
         "",
@@ -143,11 +158,6 @@ def main() -> None:
         *tuning,
     ]
     publish(lines, args.output)
-
-
-def _cell(score: tuple[float, float | None]) -> str:
-    value, error = score
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def load_tasks(
     try:
         loaded += [local_choices_task(name, Path(f).expanduser(), scoring) for name, f in (data_files or {}).items()]
     except ValueError as error:
-        raise ConfigError(str(error).replace("dataset.data_files", "data_files")) from error
+        raise ConfigError(str(error)) from error
     return loaded
 
 
@@ -117,7 +117,7 @@ def evaluate(
     apply_chat_template: bool = False,
     fewshot_as_multiturn: bool = True,
     use_cache: str | None = None,
-    **options: Any,
+    log_samples: bool = True,
 ) -> dict[str, Any]:
     """``lm_eval.simple_evaluate`` with the harness's own seeds, plus ``averages``: of each metric over the tasks named.
 
@@ -133,7 +133,7 @@ def evaluate(
         apply_chat_template=apply_chat_template,
         fewshot_as_multiturn=fewshot_as_multiturn,
         use_cache=use_cache,
-        **options,
+        log_samples=log_samples,
     )
     assert results is not None
     named = [task.name if isinstance(task, Group) else task.task_name for task in tasks]

@@ -30,7 +30,7 @@ def local_choices_task(name: str, file: Path, scoring: str) -> ConfigurableTask:
     Raises:
         ValueError: if the file cannot be read, or a row has no options or an answer that is none of them.
     """
-    docs = [_doc(file, number, row) for number, row in enumerate(read_rows(file))]
+    docs = [_doc(file, number, row) for number, row in enumerate(read_rows(file, "data_files"))]
     config = {
         "task": name,
         "custom_dataset": lambda **metadata: {"test": Dataset.from_list(docs)},

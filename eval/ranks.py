@@ -24,16 +24,16 @@ class Ranks:
         self.world_size = dist.get_world_size() if initialized else 1
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
 
-    def share(self, method: Callable[..., Any], items: Sequence[Any], *args: Any) -> list[Any]:
-        """``[method(item, *args) for item in items]``, every rank doing its share of it; on rank 0, in order.
+    def share(self, method: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """``[method(item) for item in items]``, every rank doing its share of it; on rank 0, in order.
 
         All ranks make equally many calls, as sharded weights need: who has one item less does the last one again.
         """
-        mine = [method(item, *args) for item in items[self.rank :: self.world_size]]
+        mine = [method(item) for item in items[self.rank :: self.world_size]]
         if self._group is None:
             return mine
         if len(items) % self.world_size and self.rank >= len(items) % self.world_size:
-            method(items[-1], *args)
+            method(items[-1])
         gathered: list[Any] = [None] * self.world_size
         dist.gather_object(mine, gathered if self.rank == 0 else None, group=self._group)
         if self.rank != 0:

@@ -49,25 +49,24 @@ def save_results(
         RunError: if they cannot be written; what was there before is as it was.
     """
     samples = results.pop("samples", None) or {}
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".results") as scratch:
-        tracker = EvaluationTracker(output_path=str(Path(scratch) / "results.json"))
-        tracker.general_config_tracker.log_experiment_args(
-            model_source="owlore_eval",
-            model_args={"model": model},
-            system_instruction=None,
-            chat_template=chat_template,
-            fewshot_as_multiturn=fewshot_as_multiturn,
-        )
-        tracker.save_results_aggregated(results=results, samples=samples)
-        for task, task_samples in samples.items():
-            tracker.save_results_samples(task, task_samples)
-        try:
+    tracker = EvaluationTracker()
+    tracker.general_config_tracker.log_experiment_args(
+        model_source="owlore_eval",
+        model_args={"model": model},
+        system_instruction=None,
+        chat_template=chat_template,
+        fewshot_as_multiturn=fewshot_as_multiturn,
+    )
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".results") as scratch:
+            tracker.output_path = str(Path(scratch) / "results.json")
+            tracker.save_results_aggregated(results=results, samples=samples)
+            for task, task_samples in samples.items():
+                tracker.save_results_samples(task, task_samples)
             file = _move_checked(Path(scratch), directory, samples)
-            write_json(directory / MANIFEST, {**manifest, "results": file.name})
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"the results cannot be written to {directory}: {error}; the log above may say more"
-            ) from error
+        write_json(directory / MANIFEST, {**manifest, "results": file.name})
+    except (OSError, ValueError) as error:
+        raise RunError(f"the results cannot be written to {directory}: {error}; the log above may say more") from error
     return file
 
 
@@ -144,14 +143,15 @@ def compare(runs: list[Path]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for key in rows:
         first, *others = (run.get(key) for run in scores)
-        cells = [*key, _cell(first)]
+        cells = [*key, format_score(first)]
         for other in others:
-            cells += [_cell(other), _difference(first, other)]
+            cells += [format_score(other), _difference(first, other)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(score: tuple[float, float | None] | None) -> str:
+def format_score(score: tuple[float, float | None] | None) -> str:
+    """``value ± standard error``, as far as they are known."""
     if score is None:
         return ""
     value, error = score

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torchtune import config
+from torchtune import config, training, utils
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 
@@ -141,6 +142,32 @@ def build(path: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         message = str(error)
         raise ConfigError(message if message.startswith(path) else f"{path}: {message}") from error
+
+
+def build_ours(path: str, node: DictConfig, wanted: type, *args: Any) -> Any:
+    """`build`, for a component that must be ``wanted`` or derive from it.
+
+    Raises:
+        ConfigError: if it is another one.
+    """
+    built = build(path, node, *args)
+    if not isinstance(built, wanted):
+        needed = f"{wanted.__module__}.{wanted.__qualname__}"
+        raise ConfigError(f"{path}._component_={node._component_}; this recipe needs {needed}")
+    return built
+
+
+def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
+    """What ``device`` and ``dtype`` of a config stand for, as torchtune reads them.
+
+    Raises:
+        ConfigError: if they are unknown or not to be had on this machine.
+    """
+    try:
+        device = utils.get_device(cfg.device)
+        return device, training.get_dtype(cfg.dtype, device=device)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error
 
 
 def changed_fields(old: Any, new: Any, path: str = "") -> list[str]:

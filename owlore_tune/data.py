@@ -81,7 +81,7 @@ def instruction_dataset(
         ValueError: if a file is missing, empty or not JSON, or if a row lacks a field; it names file, row and field.
     """
     files = [data_files] if isinstance(data_files, str) else list(data_files)
-    rows = [row for file in files for row in read_rows(Path(file).expanduser())]
+    rows = [row for file in files for row in read_rows(Path(file).expanduser(), "dataset.data_files")]
     return _finish(rows, InstructionToMessages(), tokenizer, packed)
 
 
@@ -117,13 +117,13 @@ def _finish(
     return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file for `instruction_dataset`, which says what is refused."""
+def read_rows(file: Path, field_name: str) -> list[dict[str, Any]]:
+    """The rows of a file for `instruction_dataset`, which says what is refused, as ``field_name=FILE ...``."""
     if not file.is_file():
-        raise ValueError(f"dataset.data_files={file} does not exist")
+        raise ValueError(f"{field_name}={file} does not exist")
     text = file.read_text()
     if not text.strip():
-        raise ValueError(f"dataset.data_files={file} is empty")
+        raise ValueError(f"{field_name}={file} is empty")
     try:
         rows = (
             json.loads(text)
@@ -131,11 +131,11 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             else [json.loads(x) for x in text.split("\n") if x.strip()]
         )
     except ValueError as error:
-        raise ValueError(f"dataset.data_files={file} is not JSON: {error}") from error
+        raise ValueError(f"{field_name}={file} is not JSON: {error}") from error
     if not rows:
-        raise ValueError(f"dataset.data_files={file} is empty")
+        raise ValueError(f"{field_name}={file} is empty")
     for number, row in enumerate(rows):
         for field in ("instruction", "output"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
-                raise ValueError(f"dataset.data_files={file}: row {number} has no text in field {field!r}")
+                raise ValueError(f"{field_name}={file}: row {number} has no text in field {field!r}")
     return rows

@@ -20,8 +20,10 @@ from owlore_tune.checkpoints import HFCheckpointer
 from owlore_tune.config import (
     ConfigError,
     build,
+    build_ours,
     check_config,
     check_type,
+    device_and_dtype,
     parse,
     writable_directory,
 )
@@ -58,28 +60,14 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         check_suite(cfg)
         for key in ("use_cache", "log_samples"):
             check_type(key, cfg[key], bool)
-        try:
-            self._device = utils.get_device(cfg.device)
-            self._dtype = training.get_dtype(cfg.dtype, device=self._device)
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error
+        self._device, self._dtype = device_and_dtype(cfg)
         self._output_dir = writable_directory(cfg.output_dir)
         self._is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
 
     def setup(self) -> None:
         cfg = self._cfg
-        tokenizer = build("tokenizer", cfg.tokenizer)
-        if not isinstance(tokenizer, HFChatTokenizer):
-            raise ConfigError(
-                f"tokenizer._component_={cfg.tokenizer._component_}; this recipe needs "
-                "owlore_tune.tokenizer.HFChatTokenizer"
-            )
-        checkpointer = build("checkpointer", cfg.checkpointer)
-        if not isinstance(checkpointer, HFCheckpointer):
-            raise ConfigError(
-                f"checkpointer._component_={cfg.checkpointer._component_}; this recipe needs "
-                "owlore_tune.checkpoints.HFCheckpointer"
-            )
+        tokenizer = build_ours("tokenizer", cfg.tokenizer, HFChatTokenizer)
+        checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
         self._fingerprint = checkpointer.fingerprint()
         check_output_dir(self._output_dir, self._fingerprint)
         with training.set_default_dtype(self._dtype), torch.device("meta"):

@@ -42,11 +42,13 @@ from owlore_tune.config import (
     OwLoreConfig,
     RunError,
     build,
+    build_ours,
     changed_fields,
     check_config,
     check_counts,
     check_max_norm,
     check_type,
+    device_and_dtype,
     parse,
     writable_directory,
 )
@@ -145,11 +147,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def __init__(self, cfg: DictConfig) -> None:
         self._cfg = cfg = check_config(cfg, REQUIRED, DEFAULTS)
         self._owlore = OwLoreConfig.from_config(cfg.owlore)
-        try:
-            self._device = utils.get_device(cfg.device)
-            self._dtype = training.get_dtype(cfg.dtype, device=self._device)
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error
+        self._device, self._dtype = device_and_dtype(cfg)
         if self._dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
         check_counts(cfg, COUNTS, OPTIONAL_COUNTS)
@@ -334,12 +332,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             if not isinstance(self._tokenizer, HFChatTokenizer):
                 raise ConfigError(f"eval: needs owlore_tune.tokenizer.HFChatTokenizer, not {cfg.tokenizer._component_}")
             self._suite = Suite.from_training_config(cfg.eval)
-        self._checkpointer: HFCheckpointer = build("checkpointer", cfg.checkpointer)
-        if not isinstance(self._checkpointer, HFCheckpointer):
-            raise ConfigError(
-                f"checkpointer._component_={cfg.checkpointer._component_}; "
-                "this recipe needs owlore_tune.checkpoints.HFCheckpointer"
-            )
+        self._checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
 
     def _setup_data(self, cfg: DictConfig, key: str, batch_size: int, shuffle: bool) -> StatefulDataLoader:
         """The data loader of ``dataset`` or ``dataset_val``; a list of datasets is chained."""
@@ -388,12 +381,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             train_output=self._owlore.train_output,
             train_norm=self._owlore.train_norm,
         )
-        optimizer = build("optimizer", cfg_optimizer, groups)
-        if not isinstance(optimizer, OwLoreAdamW):
-            raise ConfigError(
-                f"optimizer._component_={cfg_optimizer._component_}; this recipe needs owlore_tune.optim.OwLoreAdamW"
-            )
-        return optimizer
+        return build_ours("optimizer", cfg_optimizer, OwLoreAdamW, groups)
 
     def _load_scores(self) -> LayerScores | None:
         """The scores of ``owlore.scores_file``, if it is set and fits the model."""
