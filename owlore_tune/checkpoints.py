@@ -149,13 +149,13 @@ class HFCheckpointer:
 
     def _save_weights(self, model: nn.Module, directory: Path, shard_bytes: int) -> None:
         weight_map: dict[str, str] = {}
-        shards = list(_shards(model, shard_bytes))
-        for number, shard in enumerate(tqdm(shards, desc="Saving weights", unit="shard", leave=False), start=1):
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        pieces = list(shards(model, shard_bytes))
+        for number, shard in enumerate(tqdm(pieces, desc="Saving weights", unit="shard", leave=False), start=1):
+            name = f"model-{number:05}-of-{len(pieces):05}.safetensors" if len(pieces) > 1 else "model.safetensors"
             tensors = {key: value.detach().cpu().contiguous() for key, value in self._to_hf(shard).items()}
             save_file(tensors, directory / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(tensors, name))
-        if len(shards) > 1:
+        if len(pieces) > 1:
             total_size = sum(p.nbytes for p in model.parameters())
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -257,7 +257,7 @@ def _tensor_bytes(state: Any) -> int:
     return sum(map(_tensor_bytes, state)) if isinstance(state, list | tuple) else 0
 
 
-def _shards(model: nn.Module, shard_bytes: int) -> Iterator[StateDict]:
+def shards(model: nn.Module, shard_bytes: int) -> Iterator[StateDict]:
     """The model's parameters in pieces of about ``shard_bytes``; a layer is never split, since some layouts fuse
     several of its weights into one."""
     shard: StateDict = {}

@@ -9,13 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 from torchao.optim.quant_utils import _fp32_to_bf16_sr
 
+from owlore_tune import low_bits
 from owlore_tune.layers import model_parts
+from owlore_tune.offload import Offload
 from owlore_tune.projection import BASES, SIDES, is_right, project, range_finder, svd_basis
 
 MOMENTS = ("keep", "project", "reset")
 INACTIVE_STATES = ("drop", "offload", "keep")
+STATE_BITS = (32, 8)
+BASIS_BITS = (32, 16, 8)
+# Values of a weight that are updated at once, so that float32 temporaries stay small whatever the weight's size: few
+# enough to be cached on a processor, and enough to be worth a launch on a GPU.
+_PIECE = {"cpu": 2**20, "cuda": 2**24}
+_MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 def parameter_groups(
@@ -42,9 +51,10 @@ class OwLoreAdamW(Optimizer):
 
     For a weight (m, n) with gradient G the optimizer keeps a basis P (n, r), takes AdamW's direction D from the low
     gradient G P (m, r), and moves the weight by −lr · scale · D Pᵀ. Weight decay is decoupled and acts on the full
-    weight. Moments and arithmetic are float32 (float64 for float64 weights) whatever the weight's dtype, with one
-    write-back per step. Weights that a projection would not make smaller (1-D ones, and those whose shorter side is
-    not above ``rank``) are trained by plain AdamW, as is everything where ``rank`` is None.
+    weight. Arithmetic is float32 (float64 for float64 weights) whatever the weight's dtype, and so are moments and
+    bases unless fewer bits are asked for, with one write-back per step. Weights that a projection would not make
+    smaller (1-D ones, and those whose shorter side is not above ``rank``) are trained by plain AdamW, as is everything
+    where ``rank`` is None.
 
     A projected weight's gradient is reduced to (m, r) by `project_grad`, called by a hook in backward
     (`ActiveLayers`), after each backward (`project_grads`), or by `step` itself. Reduced gradients add up over
@@ -59,6 +69,8 @@ class OwLoreAdamW(Optimizer):
         side: ``right``, or ``shape`` for GaLore's rule (the shorter side).
         moments: at a refresh, ``keep`` them (GaLore's behaviour), ``project`` them onto the new basis, or ``reset``.
         basis: ``randomized`` (see `range_finder`) or ``svd``, exact and slow.
+        state_bits: of the moments, 32 or 8. A step's direction is taken from its moments before they are rounded.
+        basis_bits: of the bases, 32, 16 or 8.
         stochastic_rounding: write bfloat16 weights back with stochastic rounding.
         seed: of the Gaussian sketches.
 
@@ -80,16 +92,20 @@ class OwLoreAdamW(Optimizer):
         side: str = "right",
         moments: str = "keep",
         basis: str = "randomized",
+        state_bits: int = 32,
+        basis_bits: int = 32,
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
         self._seed = seed
         self._slots: dict[Tensor, tuple[int, int]] = {}  # parameter → (its group, its index over all groups)
         self._low_grads: dict[Tensor, Tensor] = {}  # what micro-batches have added up to since the last step
+        self._offload = Offload()
         self.refreshes: list[tuple[float, Tensor]] = []  # (seconds, share of the gradient's energy) of each refresh
         defaults = dict(
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, rank=rank, update_gap=update_gap,
-            scale=scale, side=side, moments=moments, basis=basis, stochastic_rounding=stochastic_rounding,
+            scale=scale, side=side, moments=moments, basis=basis, state_bits=state_bits, basis_bits=basis_bits,
+            stochastic_rounding=stochastic_rounding,
         )  # fmt: skip
         super().__init__(params, defaults)
 
@@ -122,7 +138,7 @@ class OwLoreAdamW(Optimizer):
         gathered = self._low_grads.get(parameter)
         if gathered is None and state.get("basis_age", math.inf) >= group["update_gap"]:
             self._refresh(parameter, grad, group)
-        low = project(grad, state["basis"], right)
+        low = project(grad, _basis(state, grad.dtype), right)
         self._low_grads[parameter] = low if gathered is None else gathered.add_(low)
 
     def project_grads(self) -> None:
@@ -135,7 +151,7 @@ class OwLoreAdamW(Optimizer):
         started = time.perf_counter()
         state = self.state[parameter]
         right = is_right(parameter.shape, group["side"])
-        old = state.get("basis")
+        old = _basis(state, grad.dtype) if "basis" in state else None
         if group["basis"] == "svd":
             new, energy = svd_basis(grad, group["rank"], right)
         else:
@@ -145,12 +161,12 @@ class OwLoreAdamW(Optimizer):
             rows = grad if right else grad.T
             new, energy = range_finder(rows, group["rank"], generator=generator, start=old)
         if energy.isnan():  # a step that will be skipped; the basis stays due
-            state.setdefault("basis", new)
+            state.setdefault("basis", low_bits.store(new, group["basis_bits"], by_column=True))
             state["basis_age"] = group["update_gap"]
             return
         if old is not None and "step" in state:
             _carry_moments(state, old.T @ new, group["moments"], right)
-        state["basis"], state["basis_age"] = new, 0
+        state["basis"], state["basis_age"] = low_bits.store(new, group["basis_bits"], by_column=True), 0
         self.refreshes.append((time.perf_counter() - started, energy))
 
     def step_grads(self) -> dict[Tensor, Tensor]:
@@ -188,36 +204,68 @@ class OwLoreAdamW(Optimizer):
         self.project_grads()
         for group in self.param_groups:
             for parameter in group["params"]:
-                low_grad = self._low_grads.get(parameter)
-                if low_grad is not None:
-                    self._step_parameter(parameter, low_grad, group)
+                if parameter in self._low_grads:
+                    self._step_projected(parameter, self._low_grads[parameter], group)
                 elif parameter.grad is not None:
-                    self._step_parameter(parameter, parameter.grad.to(_compute_dtype(parameter)), group)
+                    self._step_full_rank(parameter, parameter.grad, group)
         self._low_grads.clear()
         return loss
 
-    def _step_parameter(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _step_projected(self, parameter: Tensor, low_grad: Tensor, group: dict[str, Any]) -> None:
+        """Move ``parameter`` (m, n) against the direction of its low gradient, (m, r) on the right, else (r, n)."""
+        right = is_right(parameter.shape, group["side"])
+        state = self._advance(parameter, low_grad, group, by_column=right)
+        state["basis_age"] += 1
+        moments = [low_bits.restore(state[key], low_grad.dtype, by_column=right) for key in _MOMENT_KEYS]
+        direction = torch.zeros_like(low_grad)
+        adamw_(direction, low_grad, moments, state["step"], group, lr=-1.0, weight_decay=0.0)
+        for key, moment in zip(_MOMENT_KEYS, moments, strict=True):
+            low_bits.update(state[key], moment, by_column=right)
+        basis = _basis(state, low_grad.dtype)
+        rows, columns = (direction, basis.T) if right else (basis, direction)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        step = group["lr"] * group["scale"]
+        if parameter.dtype == low_grad.dtype:
+            parameter.addmm_(rows, columns, beta=decay, alpha=-step)
+            return
+        pieces = math.ceil(parameter.numel() / 2**22)
+        for weight, some_rows in zip(parameter.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
+            moved = weight.to(low_grad.dtype).addmm_(some_rows, columns, beta=decay, alpha=-step)
+            _write_back(weight, moved, group)
+
+    def _step_full_rank(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """AdamW on the whole weight, piece by piece."""
+        state = self._advance(parameter, grad, group)
+        dtype = _compute_dtype(parameter)
+        weights, grads = parameter.view(-1), grad.reshape(-1)
+        size = _PIECE.get(parameter.device.type, 2**24)
+        for start in range(0, len(weights), size):
+            stop = min(start + size, len(weights))
+            stored = [low_bits.piece(state[key], start, stop) for key in _MOMENT_KEYS]
+            moments = [low_bits.restore(moment, dtype) for moment in stored]
+            some_grads = grads[start:stop].to(dtype)
+            weight = weights[start:stop]
+            moved = weight.to(dtype)  # the weights themselves where the dtypes agree
+            adamw_(moved, some_grads, moments, state["step"], group, lr=group["lr"], weight_decay=group["weight_decay"])
+            for kept, moment in zip(stored, moments, strict=True):
+                low_bits.update(kept, moment)
+            _write_back(weight, moved, group)
+
+    def _advance(
+        self, parameter: Tensor, grad: Tensor, group: dict[str, Any], by_column: bool = False
+    ) -> dict[str, Any]:
+        """The state of ``parameter``, its step counted; zero moments of ``grad``'s shape where there are none yet."""
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(grad)
-            state["exp_avg_sq"] = torch.zeros_like(grad)
+            for key in _MOMENT_KEYS:
+                signed = key == "exp_avg"
+                state[key] = low_bits.zeros(
+                    grad.shape, group["state_bits"], signed=signed, by_column=by_column,
+                    dtype=_compute_dtype(parameter), device=grad.device,
+                )  # fmt: skip
         state["step"] += 1
-        direction = adamw_direction(
-            grad, state["exp_avg"], state["exp_avg_sq"], state["step"], *group["betas"], group["eps"]
-        )
-        weight = parameter.to(grad.dtype)  # the parameter itself where the dtypes agree
-        decay = 1 - group["lr"] * group["weight_decay"]
-        if "basis" not in state:
-            weight.mul_(decay).add_(direction, alpha=-group["lr"])
-        else:
-            state["basis_age"] += 1
-            right = is_right(parameter.shape, group["side"])
-            factors = (direction, state["basis"].T) if right else (state["basis"], direction)
-            weight.addmm_(*factors, beta=decay, alpha=-group["lr"] * group["scale"])
-        if weight is not parameter:
-            stochastic = group["stochastic_rounding"] and parameter.dtype == torch.bfloat16
-            parameter.copy_(_fp32_to_bf16_sr(weight) if stochastic else weight)
+        return state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -231,25 +279,25 @@ class OwLoreAdamW(Optimizer):
             if inactive_state == "drop":
                 self.state.pop(parameter, None)
             elif inactive_state == "offload":
-                self._move_state(parameter, torch.device("cpu"))
+                self._offload.to_host(self.state.get(parameter, {}))
 
     def activate(self, parameters: Iterable[Tensor]) -> None:
         """Bring back the state of parameters that train again, their bases due for a refresh."""
         for parameter in parameters:
             parameter.grad = None
             if parameter in self.state:
-                self._move_state(parameter, parameter.device)
+                self._offload.to_device(self.state[parameter], parameter.device)
                 if "basis_age" in self.state[parameter]:
                     self.state[parameter]["basis_age"] = self.param_groups[self._slots[parameter][0]]["update_gap"]
-
-    def _move_state(self, parameter: Tensor, device: torch.device) -> None:
-        state = self.state.get(parameter, {})
-        state.update({key: value.to(device) for key, value in state.items() if torch.is_tensor(value)})
 
     def state_bytes(self) -> int:
         """Bytes of all optimizer state, bases included."""
         tensors = (value for state in self.state.values() for value in state.values() if torch.is_tensor(value))
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(map(low_bits.num_bytes, tensors))
+
+    def state_dict(self) -> dict[str, Any]:
+        self._offload.wait()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # torch casts state to the parameter's dtype, which would turn float32 moments of a bfloat16 weight to bfloat16.
@@ -259,36 +307,51 @@ class OwLoreAdamW(Optimizer):
                 # What is frozen may be offloaded: its state stays where it is until it trains again.
                 device = parameter.device if parameter.requires_grad else None
                 self.state[parameter] = {
-                    key: value.to(device=device, copy=True) if torch.is_tensor(value) else value
+                    key: low_bits.copy_to(value, device) if torch.is_tensor(value) else value
                     for key, value in state_dict["state"][index].items()
                 }
 
 
-def adamw_direction(
+def adamw_(
+    target: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,  # of grad's shape, updated in place
-    exp_avg_sq: Tensor,  # of grad's shape, updated in place
+    moments: list[Tensor],  # mean and mean square of the gradients, updated in place
     step: int,  # from 1
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> Tensor:
-    """The direction that AdamW moves against: bias-corrected mean over root of bias-corrected mean square."""
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    return torch.div(exp_avg, denominator, out=denominator).div_(1 - beta1**step)
+    group: dict[str, Any],
+    *,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """One step of torch's fused AdamW on ``target``, in place; all of one shape, dtype and device."""
+    exp_avg, exp_avg_sq = moments
+    beta1, beta2 = group["betas"]
+    steps_before = torch.tensor(step - 1, dtype=torch.float32, device=target.device)
+    adamw(
+        [target], [grad], [exp_avg], [exp_avg_sq], [], [steps_before], fused=True, amsgrad=False, maximize=False,
+        beta1=beta1, beta2=beta2, eps=group["eps"], lr=lr, weight_decay=weight_decay,
+    )  # fmt: skip
 
 
 def _carry_moments(state: dict[str, Any], turn: Tensor, moments: str, right: bool) -> None:
     """Take the moments of a weight over a refresh; ``turn`` (r, r) is old basisᵀ · new basis."""
     if moments == "reset":
         state["step"] = 0
-        state["exp_avg"].zero_()
-        state["exp_avg_sq"].zero_()
-    elif moments == "project":
-        for key, matrix in (("exp_avg", turn), ("exp_avg_sq", turn.square())):
-            state[key] = state[key] @ matrix if right else matrix.T @ state[key]
+        turn = torch.zeros_like(turn)
+    if moments != "keep":
+        for key, matrix in zip(_MOMENT_KEYS, (turn, turn.square()), strict=True):
+            moment = low_bits.restore(state[key], turn.dtype, by_column=right)
+            low_bits.update(state[key], moment @ matrix if right else matrix.T @ moment, by_column=right)
+
+
+def _basis(state: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    return low_bits.restore(state["basis"], dtype, by_column=True)
+
+
+def _write_back(weight: Tensor, moved: Tensor, group: dict[str, Any]) -> None:
+    """Put ``moved``, of the arithmetic's dtype, into ``weight``; it may be the weight itself."""
+    if moved is not weight:
+        stochastic = group["stochastic_rounding"] and weight.dtype == torch.bfloat16
+        weight.copy_(_fp32_to_bf16_sr(moved) if stochastic else moved)
 
 
 def _compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -300,9 +363,12 @@ def _is_projected(parameter: Tensor, rank: int | None) -> bool:
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    for key, choices in (("side", SIDES), ("moments", MOMENTS), ("basis", BASES)):
+    choices_of = {
+        "side": SIDES, "moments": MOMENTS, "basis": BASES, "state_bits": STATE_BITS, "basis_bits": BASIS_BITS
+    }  # fmt: skip
+    for key, choices in choices_of.items():
         if group[key] not in choices:
-            raise ValueError(f"{key}={group[key]!r}; choose one of {', '.join(choices)}")
+            raise ValueError(f"{key}={group[key]!r}; choose one of {', '.join(map(str, choices))}")
     for key in ("lr", "eps", "weight_decay"):
         if not group[key] >= 0:
             raise ValueError(f"{key}={group[key]}; it must not be negative")

@@ -1,0 +1,116 @@
+"""A checkpoint with random weights in a model's real size and layout, for machines without a model hub.
+
+    python benchmarks/random_checkpoint.py --output /tmp/Llama-2-7b-hf [--config llama2/7B_owlore] [field=value ...]
+
+The model is that of a training config. Weights are made, converted and written one shard at a time, so no more than a
+shard is in memory. A few of them are outliers, or no layer would have a score. The tokenizer is a small SentencePiece
+model, trained on the questions that lm-evaluation-harness carries: its tokens are real text, the model's answers not.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torchtune import config
+from torchtune.models import convert_weights
+from torchtune.modules import TransformerDecoder
+from tqdm import tqdm
+
+from owlore_tune.checkpoints import shards
+from owlore_tune.config import load_config
+from owlore_tune.data import mmlu_dev_rows
+from owlore_tune.layers import find_layers
+
+ARCHITECTURES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "MISTRAL": "mistral"}
+
+
+def write_weights(model: TransformerDecoder, directory: Path, shard_bytes: int = 10**9) -> None:
+    """Write random bfloat16 weights for ``model``, which is on the meta device, in shards with an index."""
+    generator = torch.Generator().manual_seed(0)
+    pieces = list(shards(model, shard_bytes))
+    weight_map, total = {}, 0
+    for number, shard in enumerate(tqdm(pieces, desc="Writing random weights", unit="shard"), start=1):
+        name = f"model-{number:05}-of-{len(pieces):05}.safetensors"
+        weights = {key: random_weight(parameter, generator) for key, parameter in shard.items()}
+        converted = convert_weights.tune_to_hf(weights, **head_sizes(model))
+        save_file({k: v.contiguous() for k, v in converted.items()}, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(converted, name)
+        total += sum(value.nbytes for value in converted.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def random_weight(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Ones for a norm; else normal values, one in 1009 of them thirty times as large."""
+    if parameter.ndim == 1:
+        return torch.ones(parameter.shape, dtype=torch.bfloat16)
+    weight = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=0.01, generator=generator)
+    weight.view(-1)[::1009] *= 30
+    return weight
+
+
+def head_sizes(model: TransformerDecoder) -> dict[str, int]:
+    attention = find_layers(model)[0].attn
+    return {
+        "num_heads": attention.num_heads, "num_kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
+        "dim": model.tok_embeddings.weight.shape[1],
+    }  # fmt: skip
+
+
+def hf_config(model: TransformerDecoder, model_type: str) -> dict:
+    """What transformers' config.json says of such a model."""
+    sizes, layer = head_sizes(model), find_layers(model)[0]
+    kind = ARCHITECTURES[model_type]
+    return {
+        "architectures": [f"{kind.title()}ForCausalLM"],
+        "model_type": kind,
+        "vocab_size": model.tok_embeddings.weight.shape[0],
+        "hidden_size": sizes["dim"],
+        "intermediate_size": layer.mlp.w1.weight.shape[0],
+        "num_hidden_layers": len(find_layers(model)),
+        "num_attention_heads": sizes["num_heads"],
+        "num_key_value_heads": sizes["num_kv_heads"],
+        "head_dim": sizes["head_dim"],
+        "max_position_embeddings": model.max_seq_len,
+        "rms_norm_eps": layer.sa_norm.eps,
+        "rope_theta": layer.attn.pos_embeddings.base,
+        "tie_word_embeddings": not any(name.startswith("output.") for name, _ in model.named_parameters()),
+        "torch_dtype": "bfloat16",
+    }
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A SentencePiece ``tokenizer.model`` of 2000 tokens, with bytes to fall back on, as LLaMA-2's has."""
+    sentences = [f"{row['instruction']} {row['output']}" for row in mmlu_dev_rows()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=str(directory / "tokenizer"), vocab_size=2000,
+        model_type="bpe", byte_fallback=True, max_sentence_length=2**14, minloglevel=2,
+    )  # fmt: skip
+    (directory / "tokenizer.vocab").unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="llama2/7B_owlore", help="a training config: name or file")
+    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
+    args = parser.parse_args()
+    cfg = load_config(args.config, args.overrides)
+    model_type = cfg.checkpointer.model_type
+    if model_type not in ARCHITECTURES:
+        parser.error(f"checkpointer.model_type={model_type}; this script knows {', '.join(ARCHITECTURES)}")
+    args.output.mkdir(parents=True)  # an existing directory may hold real weights
+    with torch.device("meta"):
+        model = config.instantiate(cfg.model)
+    write_weights(model, args.output)
+    write_tokenizer(args.output)
+    # Last: a directory with a config.json is complete.
+    (args.output / "config.json").write_text(json.dumps(hf_config(model, model_type), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Optimizer state in 32, 16 or 8 bits.
+
+8 bits are torchao's ``OptimState8bit``: blocks of 256 values share a scale and are rounded to a dynamic map (Dettmers
+et al., arXiv 2110.02861). State too small for whole blocks stays in float32. 16 bits are bfloat16.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torchao.optim.subclass_8bit import OptimState8bit
+
+BLOCK = 256  # values
+SMALLEST = 4096  # values; torchao and bitsandbytes leave smaller state alone too
+
+
+def zeros(
+    shape: Sequence[int],
+    bits: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    signed: bool = True,
+    by_column: bool = False,
+) -> Tensor:
+    """Zeros kept in ``bits``.
+
+    Args:
+        bits: 32 means ``dtype``.
+        signed: whether there will be negative values.
+        by_column: a block of 8-bit values lies in one column and not in one row. The moments of a low gradient (m, r)
+            have columns of very different scales, where the small ones would be rounded away beside the large.
+    """
+    if bits == 16:
+        return torch.zeros(*shape, dtype=torch.bfloat16, device=device)
+    if bits == 32 or math.prod(shape) < SMALLEST or math.prod(shape) % BLOCK:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    return OptimState8bit.zeros(tuple(reversed(shape)) if by_column else tuple(shape), signed, BLOCK, device)
+
+
+def store(value: Tensor, bits: int, *, by_column: bool = False) -> Tensor:
+    """``value``, signed, kept in ``bits``; see `zeros`."""
+    stored = zeros(value.shape, bits, dtype=value.dtype, device=value.device, by_column=by_column)
+    update(stored, value, by_column=by_column)
+    return stored
+
+
+def restore(stored: Tensor, dtype: torch.dtype, *, by_column: bool = False) -> Tensor:
+    """What `store` kept, in ``dtype``; the stored tensor itself where it is of that dtype already."""
+    if not isinstance(stored, OptimState8bit):
+        return stored.to(dtype)
+    value = stored.dequantize(dtype)
+    return value.T.contiguous() if by_column else value
+
+
+def update(stored: Tensor, value: Tensor, *, by_column: bool = False) -> None:
+    """Keep ``value`` in the place of what is stored."""
+    if stored is value:
+        return
+    if by_column and isinstance(stored, OptimState8bit):
+        value = value.T
+    stored.copy_(value.contiguous())
+
+
+def piece(stored: Tensor, start: int, stop: int) -> Tensor:
+    """A view of stored values ``start`` to ``stop`` in row-major order; ``start`` is a multiple of `BLOCK`."""
+    if not isinstance(stored, OptimState8bit):
+        return stored.view(-1)[start:stop]
+    scale = stored.scale[start // BLOCK : -(-stop // BLOCK)]
+    return OptimState8bit(stored.codes.view(-1)[start:stop], scale, stored.qmap, stored.signed)
+
+
+def num_bytes(stored: Tensor) -> int:
+    """Bytes that ``stored`` takes."""
+    return sum(part.nbytes for part in _parts(stored))
+
+
+def copy_to(stored: Tensor, device: torch.device | None = None) -> Tensor:
+    """A copy that shares no memory with ``stored``, on ``device``."""
+    return map_parts(lambda part: part.to(device, copy=True), stored)
+
+
+def map_parts(function: Callable[[Tensor], Tensor], stored: Tensor) -> Tensor:
+    """A stored tensor whose plain tensors (codes, scales, map; or itself) are ``function`` of those of ``stored``."""
+    parts = map(function, _parts(stored))
+    return OptimState8bit(*parts, stored.signed) if isinstance(stored, OptimState8bit) else next(parts)
+
+
+def _parts(stored: Tensor) -> tuple[Tensor, ...]:
+    return (stored.codes, stored.scale, stored.qmap) if isinstance(stored, OptimState8bit) else (stored,)
