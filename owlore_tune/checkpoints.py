@@ -72,12 +72,12 @@ class HFCheckpointer:
 
     def fingerprint(self) -> str:
         """A digest of the weights: of every tensor's name, shape and dtype and a few of its values, not of its all."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(_read_tensors(self.files), key=lambda item: item[0]):
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64]
-            digest.update(sample.double().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        digests = {}
+        for name, tensor in _read_tensors(self.files):  # one at a time: what is read of a mapped file counts as memory
+            sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].double().numpy()
+            about = f"{name} {list(tensor.shape)} {tensor.dtype}".encode()
+            digests[name] = about + sample.tobytes()
+        return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()[:16]
 
     def load_checkpoint(
         self, model: nn.Module, *, dtype: torch.dtype, device: torch.device, directory: Path | None = None

@@ -54,6 +54,27 @@ def score(args: argparse.Namespace) -> None:
     print(f"{output}\n{output.with_suffix('.png')}")
 
 
+def memory(args: argparse.Namespace) -> None:
+    from torchtune.config._errors import InstantiationError
+
+    from owlore_full_finetune import OwLoreFullFinetuneRecipe
+    from owlore_tune.config import ConfigError, load_config
+    from owlore_tune.memory_plan import CATEGORIES
+    from owlore_tune.plots import plot_memory
+
+    try:
+        recipe = OwLoreFullFinetuneRecipe(load_config(args.config, args.overrides))
+        plans = {name: vars(plan) for name, plan in recipe.memory_plans(args.seq_len).items()}
+        plot_memory(Path(args.output), plans)
+    except (ConfigError, InstantiationError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print("GB".ljust(14) + "".join(name.rjust(16) for name in plans))
+    for category in CATEGORIES:
+        print(category.ljust(14) + "".join(f"{plan[category] / 1e9:16.2f}" for plan in plans.values()))
+    print("total".ljust(14) + "".join(f"{sum(plan.values()) / 1e9:16.2f}" for plan in plans.values()))
+    print(args.output)
+
+
 def compare(args: argparse.Namespace) -> None:
     from owlore_evals.results import compare
     from owlore_tune.config import ConfigError
@@ -87,6 +108,15 @@ def parser() -> argparse.ArgumentParser:
     scoring.add_argument("--output", help="scores file to write; OUTPUT_DIR/scores.json where left out")
     scoring.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
     scoring.set_defaults(run=score)
+
+    planning = commands.add_parser(
+        "memory", help="what a run will take in memory, by category and beside other methods"
+    )
+    planning.add_argument("--config", required=True, help="a training config: name or file")
+    planning.add_argument("--seq-len", type=int, help="tokens of the longest row, instead of reading the data")
+    planning.add_argument("--output", default="memory.png", help="picture to write")
+    planning.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
+    planning.set_defaults(run=memory)
 
     comparing = commands.add_parser("compare", help="one table of several evaluations, with differences to the first")
     comparing.add_argument("runs", nargs="+", metavar="RUN", help="an evaluation's output_dir, or a results file")

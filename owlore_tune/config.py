@@ -204,19 +204,19 @@ def check_counts(cfg: DictConfig, required: Iterable[str], optional: Iterable[st
                 raise ConfigError(f"{key}={cfg[key]}; it must be at least 1{'' if wanted is int else ', or null'}")
 
 
-def check_max_norm(value: Any) -> float:
-    """The value of ``clip_grad_norm`` as a number; infinity, which only measures, for null.
+def check_positive(path: str, value: Any) -> float:
+    """``value`` as a number above 0; infinity for null.
 
     Raises:
-        ConfigError: if it is not a number above 0.
+        ConfigError: if it is neither.
     """
     try:
-        max_norm = float("inf") if value is None else float(value)
+        number = float("inf") if value is None else float(value)
     except (TypeError, ValueError):
-        max_norm = 0.0
-    if not max_norm > 0:
-        raise ConfigError(f"clip_grad_norm={value}; it must be a number above 0, or null")
-    return max_norm
+        number = 0.0
+    if not number > 0:
+        raise ConfigError(f"{path}={value}; it must be a number above 0, or null")
+    return number
 
 
 def check_type(path: str, value: Any, wanted: Any) -> None:

@@ -2,12 +2,14 @@
 
 import importlib.resources
 import json
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch.utils.data import Dataset
 from torchtune.data import Message
 from torchtune.datasets import PackedDataset, SFTDataset
 from torchtune.datasets._sft import SFTTransform
@@ -115,6 +117,12 @@ def _finish(
     if tokenizer.max_seq_len is None:
         raise ValueError("dataset.packed=true needs tokenizer.max_seq_len, the length of a packed row")
     return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len)
+
+
+def longest_row(dataset: Dataset, looks: int = 1000) -> tuple[int, bool]:
+    """(tokens of the longest row, whether all rows were looked at); of larger datasets, ``looks`` rows evenly."""
+    stride = max(1, math.ceil(len(dataset) / looks))
+    return max(len(dataset[i]["tokens"]) for i in range(0, len(dataset), stride)), stride == 1
 
 
 def read_rows(file: Path, field_name: str) -> list[dict[str, Any]]:

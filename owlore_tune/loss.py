@@ -45,16 +45,18 @@ class LinearCrossEntropyLoss(nn.Module):
         """
         if self._head is None:
             raise RuntimeError("call set_model_output(model) before the first forward")
-        (head,) = self._head
         chosen = labels != self.ignore_index
-        return _ChunkedHead.apply(
-            hidden[chosen],
-            labels[chosen],
-            head,
-            self.chunk_size,
-            torch.is_grad_enabled(),  # which forward below cannot tell: autograd turns it off there
-            *_head_parameters(head),
-        )
+        return self.of_rows(hidden[chosen], labels[chosen])
+
+    def of_rows(
+        self,
+        hidden: Tensor,  # (n, d)
+        labels: Tensor,  # (n,), each a token
+    ) -> Tensor:  # ()
+        """The loss of positions that all have a label."""
+        (head,) = self._head
+        grad_enabled = torch.is_grad_enabled()  # which the function below cannot tell: autograd turns it off there
+        return _ChunkedHead.apply(hidden, labels, head, self.chunk_size, grad_enabled, *_head_parameters(head))
 
 
 class _ChunkedHead(torch.autograd.Function):

@@ -1,8 +1,8 @@
-"""How much memory a run takes, and how the CPU's allocator is told to give it."""
+"""How much memory a run takes, as measured."""
 
-import ctypes
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -15,13 +15,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
-def reuse_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next step, where the model runs on the CPU.
-
-    By default every large temporary goes back to the kernel and comes anew, page by page. Without glibc,
-    or where it refuses, this does nothing.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of <malloc.h>
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and mallopt(mmap_threshold, 2**30):
-        mallopt(trim_threshold, 2**31 - 1)
+def resident_bytes() -> int:
+    """Resident memory of this process now; where the system does not tell, the most so far."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory_bytes(torch.device("cpu"))

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -116,10 +116,29 @@ class OwLoreAdamW(Optimizer):
         for parameter in group["params"]:
             self._slots[parameter] = (len(self.param_groups) - 1, len(self._slots))
 
+    def group_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The parameter group that holds ``parameter``."""
+        return self.param_groups[self._slots[parameter][0]]
+
     def is_projected(self, parameter: Tensor) -> bool:
         """Whether gradients of ``parameter`` are reduced to low rank."""
-        group_index, _ = self._slots[parameter]
-        return _is_projected(parameter, self.param_groups[group_index]["rank"])
+        return _is_projected(parameter, self.group_of(parameter)["rank"])
+
+    def is_right(self, parameter: Tensor) -> bool:
+        """Whether ``parameter``, if it is projected, is so on its right."""
+        return is_right(parameter.shape, self.group_of(parameter)["side"])
+
+    def meta_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The tensors of the state that ``parameter`` has once it trains, on the meta device: sizes alone."""
+        group = self.group_of(parameter)
+        meta = parameter.to("meta")
+        if not self.is_projected(parameter):
+            return _zero_moments(meta, meta.shape, group, by_column=False)
+        m, n = parameter.shape
+        right, rank = self.is_right(parameter), group["rank"]
+        basis = torch.empty(n if right else m, rank, dtype=_compute_dtype(parameter), device="meta")
+        moments = _zero_moments(meta, (m, rank) if right else (rank, n), group, by_column=right)
+        return moments | {"basis": low_bits.store(basis, group["basis_bits"], by_column=True)}
 
     @torch.no_grad()
     def project_grad(self, parameter: Tensor) -> None:
@@ -130,9 +149,9 @@ class OwLoreAdamW(Optimizer):
         """
         if parameter.grad is None or not self.is_projected(parameter):
             return
-        group = self.param_groups[self._slots[parameter][0]]
+        group = self.group_of(parameter)
         state = self.state[parameter]
-        right = is_right(parameter.shape, group["side"])
+        right = self.is_right(parameter)
         grad = parameter.grad.to(_compute_dtype(parameter))
         parameter.grad = None
         gathered = self._low_grads.get(parameter)
@@ -150,7 +169,7 @@ class OwLoreAdamW(Optimizer):
         """Make a new basis from ``grad`` (m, n) and carry the moments over to it."""
         started = time.perf_counter()
         state = self.state[parameter]
-        right = is_right(parameter.shape, group["side"])
+        right = self.is_right(parameter)
         old = _basis(state, grad.dtype) if "basis" in state else None
         if group["basis"] == "svd":
             new, energy = svd_basis(grad, group["rank"], right)
@@ -213,7 +232,7 @@ class OwLoreAdamW(Optimizer):
 
     def _step_projected(self, parameter: Tensor, low_grad: Tensor, group: dict[str, Any]) -> None:
         """Move ``parameter`` (m, n) against the direction of its low gradient, (m, r) on the right, else (r, n)."""
-        right = is_right(parameter.shape, group["side"])
+        right = self.is_right(parameter)
         state = self._advance(parameter, low_grad, group, by_column=right)
         state["basis_age"] += 1
         moments = [low_bits.restore(state[key], low_grad.dtype, by_column=right) for key in _MOMENT_KEYS]
@@ -258,12 +277,7 @@ class OwLoreAdamW(Optimizer):
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = 0
-            for key in _MOMENT_KEYS:
-                signed = key == "exp_avg"
-                state[key] = low_bits.zeros(
-                    grad.shape, group["state_bits"], signed=signed, by_column=by_column,
-                    dtype=_compute_dtype(parameter), device=grad.device,
-                )  # fmt: skip
+            state |= _zero_moments(parameter, grad.shape, group, by_column)
         state["step"] += 1
         return state
 
@@ -288,7 +302,7 @@ class OwLoreAdamW(Optimizer):
             if parameter in self.state:
                 self._offload.to_device(self.state[parameter], parameter.device)
                 if "basis_age" in self.state[parameter]:
-                    self.state[parameter]["basis_age"] = self.param_groups[self._slots[parameter][0]]["update_gap"]
+                    self.state[parameter]["basis_age"] = self.group_of(parameter)["update_gap"]
 
     def state_bytes(self) -> int:
         """Bytes of all optimizer state, bases included."""
@@ -330,6 +344,14 @@ def adamw_(
         [target], [grad], [exp_avg], [exp_avg_sq], [], [steps_before], fused=True, amsgrad=False, maximize=False,
         beta1=beta1, beta2=beta2, eps=group["eps"], lr=lr, weight_decay=weight_decay,
     )  # fmt: skip
+
+
+def _zero_moments(parameter: Tensor, shape: Sequence[int], group: dict[str, Any], by_column: bool) -> dict[str, Tensor]:
+    bits, dtype, device = group["state_bits"], _compute_dtype(parameter), parameter.device
+    return {
+        key: low_bits.zeros(shape, bits, signed=signed, dtype=dtype, device=device, by_column=by_column)
+        for key, signed in zip(_MOMENT_KEYS, (True, False), strict=True)
+    }
 
 
 def _carry_moments(state: dict[str, Any], turn: Tensor, moments: str, right: bool) -> None:

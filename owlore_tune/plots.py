@@ -7,6 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
+# With hatches, so that eight neighbours are told apart in grey too.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#BBBBBB")
+HATCHES = ("", "//", "", "\\\\", "", "xx", "..", "")
 
 
 def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: Sequence[float] | None = None) -> None:
@@ -59,4 +62,34 @@ def plot_radar(path: Path, values: Mapping[str, float], highest: float) -> None:
     axes.set_xticks(angles, [f"{name}\n{value:.1f}" for name, value in values.items()])
     axes.set_ylim(0, highest)
     axes.tick_params(axis="x", pad=18)
+    figure.savefig(path, dpi=150)
+
+
+def plot_memory(path: Path, plans: Mapping[str, Mapping[str, int]], limit: float | None = None) -> None:
+    """A bar for each plan, stacked of its categories.
+
+    Args:
+        plans: bytes by category, for each name.
+        limit: bytes to mark with a line.
+    """
+    figure = Figure(figsize=(1.5 + 1.4 * len(plans), 4.5), layout="constrained")
+    axes = figure.subplots()
+    bottoms = dict.fromkeys(plans, 0.0)
+    categories = next(iter(plans.values()))
+    for category, colour, hatch in zip(categories, PALETTE, HATCHES, strict=False):
+        heights = [plan[category] / 1e9 for plan in plans.values()]
+        axes.bar(
+            list(plans), heights, 0.65, bottom=list(bottoms.values()), color=colour, hatch=hatch, edgecolor="white",
+            linewidth=0.5, label=category,
+        )  # fmt: skip
+        bottoms = {name: bottoms[name] + height for name, height in zip(plans, heights, strict=True)}
+    for name, total in bottoms.items():
+        axes.annotate(f"{total:.2f}", (name, total), ha="center", va="bottom")
+    if limit is not None:
+        axes.axhline(limit / 1e9, color="black", linestyle="--", linewidth=1, label="limit")
+    axes.set_ylabel("memory, GB")
+    axes.set_title("Planned peak memory")
+    axes.margins(y=0.08)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center")
     figure.savefig(path, dpi=150)

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -46,15 +46,17 @@ from owlore_tune.config import (
     changed_fields,
     check_config,
     check_counts,
-    check_max_norm,
+    check_positive,
     check_type,
     device_and_dtype,
     parse,
     writable_directory,
 )
+from owlore_tune.data import longest_row
 from owlore_tune.layers import find_layers, plain_name
 from owlore_tune.manifest import machine, versions, write_json
-from owlore_tune.memory import peak_memory_bytes, reuse_freed_memory
+from owlore_tune.memory import peak_memory_bytes
+from owlore_tune.memory_plan import MemoryPlan, StepShape, peer_plans, plan_memory
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
 from owlore_tune.rng import get_rng_state, set_rng_state
 from owlore_tune.sampling import LayerSampler
@@ -92,6 +94,7 @@ DEFAULTS = {
     "lr_scheduler": None,
     "clip_grad_norm": None,
     "device": None,  # the best there is
+    "device_memory_limit": None,  # GB
     "dtype": "bf16",
     "compile": False,
     "enable_activation_checkpointing": False,
@@ -119,10 +122,22 @@ SCORE_FIELDS = frozenset(
     ("owlore.score", "owlore.outlier_threshold", "owlore.calibration_batches", "owlore.scores_file")
 )
 FREE = frozenset(
-    ("output_dir", "device", "compile", "enable_activation_checkpointing", "metric_logger", "log_every_n_steps",
-     "run_val_every_n_steps", "dataset_val", "batch_size_val", "eval", "profiler", "save_every_n_steps", "keep_last_n",
-     "on_save_error", "resume_from_checkpoint", "allow_config_change", "max_skipped_steps")
+    ("output_dir", "device", "device_memory_limit", "compile", "enable_activation_checkpointing", "metric_logger",
+     "log_every_n_steps", "run_val_every_n_steps", "dataset_val", "batch_size_val", "eval", "profiler",
+     "save_every_n_steps", "keep_last_n", "on_save_error", "resume_from_checkpoint", "allow_config_change",
+     "max_skipped_steps")
 )  # fmt: skip
+
+
+# What a plan over device_memory_limit is tried again with: one after the other, then all that help together.
+SAVINGS = (
+    ("enable_activation_checkpointing=true",),
+    ("optimizer.state_bits=8", "optimizer.basis_bits=16"),
+    ("owlore.train_embeddings=false", "owlore.train_output=false"),
+    ("owlore.num_active_layers=2",),
+    ("optimizer.rank=128",),
+    ("dtype=bf16",),
+)
 
 
 class OwLoreFullFinetuneRecipe(FTRecipeInterface):
@@ -152,12 +167,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
         check_counts(cfg, COUNTS, OPTIONAL_COUNTS)
         check_type("seed", cfg.seed, int)  # a run without one could be neither repeated nor resumed
-        self._clip_grad_norm = check_max_norm(cfg.clip_grad_norm)
+        self._clip_grad_norm = check_positive("clip_grad_norm", cfg.clip_grad_norm)
+        self._memory_limit = 1e9 * check_positive("device_memory_limit", cfg.device_memory_limit)
         if cfg.on_save_error not in ("stop", "continue"):
             raise ConfigError(f"on_save_error={cfg.on_save_error}; choose stop or continue")
         self._output_dir = writable_directory(cfg.output_dir)
-        if self._device.type == "cpu":
-            reuse_freed_memory()
 
         self._gradient_accumulation_steps = cfg.gradient_accumulation_steps
         self._log_every_n_steps = cfg.log_every_n_steps
@@ -180,11 +194,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._resume_dir = self._find_checkpoint()
         saved, changed = self._load_recipe_state()
         self._setup_inputs(cfg)
-        self._model = self._setup_model(cfg)
+        self._setup_on_meta(cfg)
         if self._suite is not None:
             self._suite.check_model(self._tokenizer, self._model.max_seq_len)
-        # On the meta device still: rank and groups are checked before weights take the place of these parameters.
-        self._optimizer = self._setup_optimizer(cfg.optimizer)
+        self._memory_plan = self._plan_memory(self._longest_row())
+        if self._memory_plan.total > self._memory_limit:
+            self._refuse_plan()
         same_scores = saved is not None and not changed & SCORE_FIELDS
         known_scores = LayerScores(**saved["scores"]) if same_scores else self._load_scores()
         self.load_checkpoint()
@@ -300,18 +315,90 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Score the layers of the config's model, without training."""
         self._resume_dir = None
         self._setup_inputs(self._cfg)
-        self._model = self._setup_model(self._cfg)
+        self._setup_on_meta(self._cfg)
         self.load_checkpoint()
         return self._score_layers(self._cfg)
 
+    def memory_plans(self, seq_len: int | None = None) -> dict[str, MemoryPlan]:
+        """The plan of the config's run, and those of other methods on the same model and data; no weights load.
+
+        Args:
+            seq_len: tokens of the longest row; where left out, as in the config's data. If those, or the tokenizer,
+                are not there yet, it is ``tokenizer.max_seq_len``.
+        """
+        cfg = self._cfg
+        if seq_len is None:
+            try:
+                self._setup_inputs(cfg)
+                seq_len = self._longest_row()
+            except ConfigError as error:
+                if (seq_len := cfg.tokenizer.get("max_seq_len")) is None:
+                    raise
+                log.warning(f"{error}. Planning for rows of tokenizer.max_seq_len={seq_len} tokens.")
+        self._setup_on_meta(cfg)
+        own = {"this config": self._plan_memory(seq_len)}
+        shape, rank = self._step_shape(seq_len), self._optimizer.param_groups[0]["rank"] or 128
+        return own | peer_plans(self._model, self._loss_fn, shape, device=self._device, rank=rank)
+
+    def _plan_memory(self, seq_len: int) -> MemoryPlan:
+        owlore = self._owlore
+        return plan_memory(
+            self._model,
+            self._loss_fn,
+            self._optimizer,
+            self._step_shape(seq_len),
+            device=self._device,
+            num_active=owlore.num_active_layers,
+            holds_all_state=owlore.inactive_state == "keep"
+            or (owlore.inactive_state == "offload" and self._device.type == "cpu"),
+            projects_in_backward=owlore.project_in_backward,
+        )
+
+    def _step_shape(self, seq_len: int) -> StepShape:
+        cfg = self._cfg
+        return StepShape(
+            batch_size=cfg.batch_size,
+            seq_len=seq_len,
+            packed=_is_packed(cfg.dataset),
+            accumulates=cfg.gradient_accumulation_steps > 1,
+            checkpointing=cfg.enable_activation_checkpointing,
+        )
+
+    def _refuse_plan(self) -> None:
+        """Raise ConfigError, naming the settings with which the plan keeps to ``device_memory_limit``."""
+        limit, planned = self._cfg.device_memory_limit, self._memory_plan.total / 1e9
+        seq_len, cfg = self._longest_row(), self._cfg
+        rows = cfg.batch_size * cfg.gradient_accumulation_steps
+        together, found = [], []
+        for overrides in (("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS):
+            saved = self._planned_with(overrides, seq_len)
+            if saved < self._memory_plan.total:
+                together += overrides
+            if saved <= self._memory_limit:
+                found.append(" ".join(overrides))
+        if not found and self._planned_with(together, seq_len) <= self._memory_limit:
+            found.append(" ".join(together))
+        way_out = f"it fits with {', or with '.join(found)}" if found else "no setting that is tried here makes it fit"
+        raise ConfigError(f"device_memory_limit={limit} GB, and the plan is {planned:.2f} GB; {way_out}")
+
+    def _planned_with(self, overrides: Sequence[str], seq_len: int) -> float:
+        """Bytes of the plan with some fields changed; infinite where the model does not allow it."""
+        try:
+            other = type(self)(OmegaConf.merge(self._cfg, OmegaConf.from_dotlist(list(overrides))))
+            other._setup_on_meta(other._cfg)
+        except ConfigError:
+            return math.inf
+        return other._plan_memory(seq_len).total
+
+    def _longest_row(self) -> int:
+        """Tokens of the longest row of the training data; a bound where there are too many rows to look at all."""
+        if _is_packed(self._cfg.dataset):
+            return self._tokenizer.max_seq_len
+        longest, is_all = longest_row(self._dataloader.dataset)
+        return longest if is_all else self._tokenizer.max_seq_len or longest
+
     def _setup_inputs(self, cfg: DictConfig) -> None:
         self._tokenizer = build("tokenizer", cfg.tokenizer)
-        self._loss_fn = build("loss", cfg.loss)
-        if self._loss_fn.ignore_index != CROSS_ENTROPY_IGNORE_IDX:
-            raise ConfigError(
-                f"loss.ignore_index={self._loss_fn.ignore_index}; torchtune's datasets mark what is not trained on "
-                f"with {CROSS_ENTROPY_IGNORE_IDX}"
-            )
         self._dataloader = self._setup_data(cfg, "dataset", cfg.batch_size, shuffle=cfg.shuffle)
         self._steps_per_epoch = len(self._dataloader) // self._gradient_accumulation_steps
         if self._steps_per_epoch == 0:
@@ -336,10 +423,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _setup_data(self, cfg: DictConfig, key: str, batch_size: int, shuffle: bool) -> StatefulDataLoader:
         """The data loader of ``dataset`` or ``dataset_val``; a list of datasets is chained."""
-        nodes = cfg[key] if isinstance(cfg[key], ListConfig) else [cfg[key]]
+        nodes = _dataset_nodes(cfg[key])
         datasets = [build(key, node, self._tokenizer) for node in nodes]
-        packed = [node.get("packed", False) for node in nodes]
-        if len(set(packed)) > 1:
+        if len({node.get("packed", False) for node in nodes}) > 1:
             raise ConfigError(f"{key}: packed must be the same for all datasets of the list")
         dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
         if len(dataset) == 0:
@@ -349,39 +435,42 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         collate = partial(
             _get_component_from_path(cfg.collate_fn),
             padding_idx=self._tokenizer.pad_id,
-            ignore_idx=self._loss_fn.ignore_index,
+            ignore_idx=CROSS_ENTROPY_IGNORE_IDX,
         )
         return StatefulDataLoader(
             dataset=dataset,
             batch_size=batch_size,
             sampler=StatefulDistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=self.seed),
-            collate_fn=padded_collate_packed if packed[0] else collate,
+            collate_fn=padded_collate_packed if _is_packed(cfg[key]) else collate,
             drop_last=shuffle,
             generator=torch.Generator(),  # else each pass over the data would move the global one
         )
 
-    def _setup_model(self, cfg: DictConfig) -> torch.nn.Module:
-        """The model without weights, on the meta device."""
+    def _setup_on_meta(self, cfg: DictConfig) -> None:
+        """Loss, model and optimizer; on the meta device, until `load_checkpoint` swaps weights into the parameters."""
+        self._loss_fn = build("loss", cfg.loss)
+        if self._loss_fn.ignore_index != CROSS_ENTROPY_IGNORE_IDX:
+            raise ConfigError(
+                f"loss.ignore_index={self._loss_fn.ignore_index}; torchtune's datasets mark what is not trained on "
+                f"with {CROSS_ENTROPY_IGNORE_IDX}"
+            )
         with training.set_default_dtype(self._dtype), torch.device("meta"):
-            model = build("model", cfg.model)
+            self._model = build("model", cfg.model)
         try:
-            self._owlore.check_model(len(find_layers(model)))
+            self._owlore.check_model(len(find_layers(self._model)))
         except TypeError as error:
             raise ConfigError(str(error)) from error
         if hasattr(self._loss_fn, "set_model_output"):
-            self._loss_fn.set_model_output(model)
+            self._loss_fn.set_model_output(self._model)
         elif hasattr(self._loss_fn, "num_output_chunks"):
-            model.set_num_output_chunks(self._loss_fn.num_output_chunks)
-        return model
-
-    def _setup_optimizer(self, cfg_optimizer: DictConfig) -> OwLoreAdamW:
+            self._model.set_num_output_chunks(self._loss_fn.num_output_chunks)
         groups = parameter_groups(
             self._model,
             train_embeddings=self._owlore.train_embeddings,
             train_output=self._owlore.train_output,
             train_norm=self._owlore.train_norm,
         )
-        return build_ours("optimizer", cfg_optimizer, OwLoreAdamW, groups)
+        self._optimizer = build_ours("optimizer", cfg.optimizer, OwLoreAdamW, groups)
 
     def _load_scores(self) -> LayerScores | None:
         """The scores of ``owlore.scores_file``, if it is set and fits the model."""
@@ -739,6 +828,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "median_step_seconds": self._median_step_seconds(),
             "tokens_per_second": self._tokens_per_second(),
             "peak_memory_bytes": peak_memory_bytes(self._device),
+            "planned_memory_bytes": asdict(self._memory_plan) | {"total": self._memory_plan.total},
             "optimizer_state_bytes": self._optimizer.state_bytes(),
             "draws": self._draws,
         }
@@ -751,7 +841,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             f"accuracy        {', '.join(accuracies) or 'not measured'}\n"
             f"median step     {self._median_step_seconds():.2f} s\n"
             f"throughput      {self._tokens_per_second():.0f} tokens/s\n"
-            f"peak memory     {peak_memory_bytes(self._device) / 1e9:.2f} GB\n"
+            f"peak memory     {peak_memory_bytes(self._device) / 1e9:.2f} GB "
+            f"(planned {self._memory_plan.total / 1e9:.2f} GB)\n"
             f"weights         {self._step_dir()}\n"
             f"pictures        {self._output_dir / 'scores.png'}, {self._output_dir / 'draws.png'}\n"
             f"manifest        {self._output_dir / 'manifest.json'}"
@@ -765,6 +856,14 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def cleanup(self) -> None:
         self._metric_logger.close()
+
+
+def _dataset_nodes(node: DictConfig | ListConfig) -> list[DictConfig]:
+    return list(node) if isinstance(node, ListConfig) else [node]
+
+
+def _is_packed(node: DictConfig | ListConfig) -> bool:
+    return _dataset_nodes(node)[0].get("packed", False)
 
 
 @parse

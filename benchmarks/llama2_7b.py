@@ -1,0 +1,72 @@
+"""Peak memory of a LLaMA-2-7B run, from the start of the process to its end, against what was planned.
+
+    python benchmarks/llama2_7b.py [--model /tmp/Llama-2-7b-hf] [--output benchmarks/llama2_7b.md]
+
+Each row is a whole `tune run` of configs/llama2/7B_owlore.yaml: it loads 13.5 GB from disk, scores the layers, trains
+three steps of 1 × 512 tokens over two draws, and saves. Where ``--model`` does not exist, random weights in the real
+layout are made there first (random_checkpoint.py); for memory and time it does not matter what the weights are.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from report import machine, parser, publish
+from tune_run import tune_run
+
+RUN = [
+    "dataset=owlore_tune.data.mmlu_dev_dataset", "~dataset.data_files", "dataset.packed=true",
+    "tokenizer.max_seq_len=512", "batch_size=1", "gradient_accumulation_steps=1", "max_steps_per_epoch=3",
+    "save_every_n_steps=null", "owlore.resample_every=2", "owlore.calibration_batches=1", "optimizer.rank=128",
+]  # fmt: skip
+LISA = ["owlore.num_active_layers=2", "owlore.score=uniform", "optimizer.rank=null"]
+ROWS = {
+    "OwLore, γ=5, rank 128": [],
+    "OwLore, γ=5, rank 128, 8-bit moments, bf16 bases": ["optimizer.state_bits=8", "optimizer.basis_bits=16"],
+    "LISA, γ=2": LISA,
+    "LISA, γ=2, 8-bit moments": [*LISA, "optimizer.state_bits=8"],
+}
+
+
+def measure(overrides: list[str], model: Path) -> tuple[float, dict]:
+    """Peak resident GB of a run, and its manifest."""
+    with tempfile.TemporaryDirectory(dir=model.parent) as name:
+        scratch = Path(name)
+        places = [f"checkpointer.checkpoint_dir={model}", f"output_dir={scratch / 'run'}"]
+        peak = tune_run("owlore_full_finetune", "llama2/7B_owlore", *places, *RUN, *overrides, log=scratch / "log.txt")
+        return peak, json.loads((scratch / "run" / "manifest.json").read_text())
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", type=Path, default=Path("/tmp/Llama-2-7b-hf"), help="model directory")
+    arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="only these")
+    args = arguments.parse_args()
+    if not (args.model / "config.json").is_file():
+        script = Path(__file__).with_name("random_checkpoint.py")
+        subprocess.run([sys.executable, script, "--output", args.model], check=True)
+    lines = [
+        "# LLaMA-2-7B on one machine",
+        "",
+        "Its shape in bfloat16, 1 × 512 tokens, activation checkpointing, embeddings and head frozen; load from disk, "
+        f"score, 3 steps over 2 draws, save; {machine()}. Peak memory is of the whole process, at any time of its "
+        "life. Made by `python benchmarks/llama2_7b.py`.",
+        "",
+        "| run | peak memory, GB | planned, GB | measured / planned | optimizer state, GB | median step, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in args.rows:
+        peak, manifest = measure(ROWS[row], args.model)
+        planned = manifest["planned_memory_bytes"]["total"] / 1e9
+        lines.append(
+            f"| {row} | {peak:.2f} | {planned:.2f} | {peak / planned:.3f} "
+            f"| {manifest['optimizer_state_bytes'] / 1e9:.2f} | {manifest['median_step_seconds']:.1f} |"
+        )
+        print(lines[-1], flush=True)
+    publish(lines, args.output)
+
+
+if __name__ == "__main__":
+    main()
