@@ -1,23 +1,30 @@
-"""A metric logger that notes when each step was logged: the same clock for every recipe."""
+"""A metric logger that notes when each step was logged, and what was used by then: the same clock for every recipe."""
 
 import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torchtune.training.metric_logging import MetricLoggerInterface
 
+from owlore_tune.memory import peak_memory_bytes
+
+KEPT = ("loss", "floor_seconds", "state_gb")
+
 
 class StepLogger(MetricLoggerInterface):
-    """Appends one JSON line, step and seconds, for each step that logs a loss."""
+    """Appends a JSON line for each step that logs a loss: step, seconds, peak memory in GB, and what of KEPT it has."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "w", buffering=1)  # noqa: SIM115
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def log_dict(self, payload: Mapping[str, Any], step: int) -> None:
         if "loss" in payload:
-            line = {"step": step, "seconds": time.perf_counter(), "loss": float(payload["loss"])}
+            line = {"step": step, "seconds": time.perf_counter(), "peak_memory": peak_memory_bytes(self._device) / 1e9}
+            line |= {key: float(payload[key]) for key in KEPT if key in payload}
             self._file.write(json.dumps(line) + "\n")
 
     def log(self, name: str, data: Any, step: int) -> None:

@@ -1,4 +1,4 @@
-"""One `tune run` as a process of its own, with the memory that it took."""
+"""One run as a process of its own, with the memory that it took."""
 
 import os
 import subprocess
@@ -7,15 +7,19 @@ from pathlib import Path
 
 
 def tune_run(recipe: str, config: str | Path, *overrides: str, log: Path) -> float:
-    """Run a recipe to its end, output to ``log``; the benchmarks' own modules can be components of its config.
+    """`tune run` of a recipe to its end; the benchmarks' own modules can be recipes, or components of its config."""
+    return run_process(["tune", "run", recipe, "--config", str(config), *overrides], log=log)
+
+
+def run_process(command: list[str], log: Path) -> float:
+    """Run a command to its end, output to ``log``.
 
     Returns:
         The largest resident size of the process, loading and saving included, in GB.
 
     Raises:
-        SystemExit: with the log's end, if the run fails.
+        SystemExit: with the log's end, if it fails.
     """
-    command = ["tune", "run", recipe, "--config", str(config), *overrides]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -341,6 +341,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         return own | peer_plans(self._model, self._loss_fn, shape, device=self._device, rank=rank)
 
     def _plan_memory(self, seq_len: int) -> MemoryPlan:
+        if seq_len > self._model.max_seq_len:
+            raise ConfigError(
+                f"the longest row has {seq_len} tokens, and the model takes {self._model.max_seq_len}; "
+                "set tokenizer.max_seq_len"
+            )
         owlore = self._owlore
         return plan_memory(
             self._model,
@@ -388,7 +393,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             other._setup_on_meta(other._cfg)
         except ConfigError:
             return math.inf
-        return other._plan_memory(seq_len).total
+        plan = other._plan_memory(seq_len)
+        return replace(plan, framework=self._memory_plan.framework).total
 
     def _longest_row(self) -> int:
         """Tokens of the longest row of the training data; a bound where there are too many rows to look at all."""

@@ -1,0 +1,46 @@
+"""The training recipe, which also times each step's forward and needed backward alone, in turn before and after it."""
+
+import time
+
+import torch
+from omegaconf import DictConfig
+
+from owlore_full_finetune import Batch, OwLoreFullFinetuneRecipe
+from owlore_tune.config import parse
+
+
+class FloorRecipe(OwLoreFullFinetuneRecipe):
+    """Logs ``floor_seconds`` beside what the recipe logs."""
+
+    def _train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
+        (batch,) = ({key: value.clone() for key, value in batch.items()} for batch in micro_batches)
+        before = self.global_step % 2 == 0
+        seconds = self._floor(batch) if before else 0.0
+        metrics = super()._train_step(micro_batches)
+        return metrics | {"floor_seconds": seconds if before else self._floor(batch)}
+
+    def _floor(self, batch: Batch) -> float:
+        """Seconds of a forward, and of a backward that does no more than give the active weights their gradients."""
+        self._synchronize()
+        started = time.perf_counter()
+        labels = self._shift_labels(batch.pop("labels"))
+        active = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        torch.autograd.grad(self._loss_step(batch, labels), active)  # runs no hooks, and keeps nothing
+        self._synchronize()
+        return time.perf_counter() - started
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+@parse
+def recipe_main(cfg: DictConfig) -> None:
+    recipe = FloorRecipe(cfg=cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    recipe_main()

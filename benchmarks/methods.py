@@ -1,0 +1,309 @@
+"""OwLore, its settings and its peers side by side: step time, memory, optimizer state; on one model, data and dtype.
+
+    python benchmarks/methods.py [--rounds 2] [--steps 22] [--output benchmarks/methods.md] [--model llama2-7b]
+
+Each row is a process of its own, and the rows take turns, round by round, so that a noisy machine treats them alike.
+Two kinds of runs:
+
+- time: a draw every 10 steps, where there are draws; the seconds between two logged steps, the first two left out. So
+  the mean has one step with new bases in ten.
+- memory: a draw at every step; the most memory used until the second and until the twentieth.
+
+For our own rows a third run, floor_recipe.py, times each step against forward and needed backward alone.
+On a CPU memory is the resident size of the whole process, on CUDA what the allocator gave.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from report import machine, parser, publish
+from torchtune import config, training
+from tune_run import run_process, tune_run
+
+from owlore_tune.memory_plan import StepShape, peer_plans
+from owlore_tune.plots import BLUE, ORANGE
+from owlore_tune.smollm2 import fetch
+
+ALL = {"owlore.num_active_layers": None, "owlore.train_embeddings": True, "owlore.train_output": True,
+       "owlore.train_norm": True}  # fmt: skip
+LISA = ALL | {"owlore.num_active_layers": 2, "owlore.score": "uniform", "optimizer.rank": None}
+OURS = {
+    "OwLore, γ=2": {"owlore.num_active_layers": 2},
+    "OwLore, γ=5": {"owlore.num_active_layers": 5},
+    "OwLore, γ=5, 8-bit moments, bf16 bases": {
+        "owlore.num_active_layers": 5, "optimizer.state_bits": 8, "optimizer.basis_bits": 16,
+    },
+    "OwLore, γ=2, full rank": {"owlore.num_active_layers": 2, "optimizer.rank": None},
+    "LISA, γ=2": LISA,
+    "GaLore": ALL,
+    "full": ALL | {"optimizer.rank": None},
+}  # fmt: skip
+TORCHTUNE = {"torchtune full": "full_finetune_single_device", "torchtune LoRA, r=16": "lora_finetune_single_device"}
+# On the transformers model. The last is our own loop that does what LISA's published code does.
+PEERS = {"galore-torch": "galore", "BAdam": "badam", "LISA as published, reimplemented": "lisa"}
+ROWS = [*OURS, *TORCHTUNE, *PEERS]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained, and on rows of how many tokens."""
+
+    config: str  # ours
+    module: str  # torchtune's builder
+    lora: str
+    model_type: str
+    tokenizer: dict
+    dtype: str
+    batch_size: int
+    seq_len: int
+    checkpointing: bool
+
+    def directory(self) -> Path:
+        """Its weights; made or fetched where they are missing."""
+        if self.config.startswith("smollm2"):
+            return fetch()
+        directory = Path("/tmp/Llama-2-7b-hf")
+        if not (directory / "config.json").is_file():
+            script = Path(__file__).with_name("random_checkpoint.py")
+            subprocess.run([sys.executable, script, "--config", self.config, "--output", directory], check=True)
+        return directory
+
+
+MODELS = {
+    "smollm2": Model(
+        "smollm2/135M_owlore", "owlore_tune.smollm2.smollm2_135m", "owlore_tune.smollm2.lora_smollm2_135m", "LLAMA3_2",
+        {"_component_": "owlore_tune.tokenizer.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}"},
+        "fp32", 2, 512, False,
+    ),
+    "llama2-7b": Model(
+        "llama2/7B_owlore", "torchtune.models.llama2.llama2_7b", "torchtune.models.llama2.lora_llama2_7b", "LLAMA2",
+        {"_component_": "torchtune.models.llama2.llama2_tokenizer",
+         "path": "${checkpointer.checkpoint_dir}/tokenizer.model"},
+        "bf16", 1, 512, True,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Result:
+    """What the runs of one row came to."""
+
+    tokens: int  # of a step
+    seconds: list[float] = field(default_factory=list)  # of each step
+    peak: float = 0.0  # GB
+    after: tuple[float, float] = (0.0, 0.0)  # GB, after 2 draws and after 20
+    state: float | None = None  # GB
+    planned: float | None = None  # GB
+    floor: float | None = None  # step / floor
+
+    def summary(self) -> str:
+        median = statistics.median(self.seconds) if self.seconds else float("nan")
+        return f"{median:.2f} s, peak {self.peak:.2f} GB, after draws {self.after}, floor {self.floor}"
+
+
+def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every: int) -> dict:
+    """The config of a row that is a recipe's."""
+    checkpointer = {"checkpoint_dir": str(model.directory()), "model_type": model.model_type}
+    common = {
+        "output_dir": str(scratch / "run"),
+        "tokenizer": model.tokenizer | {"max_seq_len": model.seq_len},
+        "dataset": {"_component_": "owlore_tune.data.mmlu_dev_dataset", "packed": True},
+        "batch_size": model.batch_size,
+        "gradient_accumulation_steps": 1,
+        "shuffle": True,
+        "seed": 42,
+        "epochs": 1,
+        "max_steps_per_epoch": steps,
+        "device": device(),
+        "dtype": model.dtype,
+        "compile": False,
+        "enable_activation_checkpointing": model.checkpointing,
+        "metric_logger": {"_component_": "step_logger.StepLogger", "path": str(scratch / "steps.jsonl")},
+    }
+    if row in OURS:
+        ours = OmegaConf.create(common | {
+            "model": {"_component_": model.module},
+            "checkpointer": {"_component_": "owlore_tune.checkpoints.HFCheckpointer", **checkpointer},
+            "owlore": {"resample_every": resample_every, "calibration_batches": 2},
+            "optimizer": {"_component_": "owlore_tune.optim.OwLoreAdamW", "lr": 3e-4, "rank": 128},
+            "loss": {"_component_": "owlore_tune.loss.LinearCrossEntropyLoss"},
+        })  # fmt: skip
+        for key, value in OURS[row].items():
+            OmegaConf.update(ours, key, value)
+        return OmegaConf.to_container(ours)
+    weights = sorted(file.name for file in model.directory().glob("*.safetensors"))
+    theirs = common | {
+        "model": {"_component_": model.module},
+        "checkpointer": {
+            "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_files": weights,
+            "output_dir": "${output_dir}", **checkpointer,
+        },
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-5, "fused": True},
+        "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
+        "resume_from_checkpoint": False,
+        "collate_fn": "torchtune.data.padded_collate_sft",
+        "lr_scheduler": None,
+        "log_every_n_steps": 1,
+    }  # fmt: skip
+    if row == "torchtune full":
+        if device() == "cuda":  # as torchtune's 7B_full_low_memory has it; 7B do not fit a card with AdamW in full
+            theirs["optimizer"] = {"_component_": "bitsandbytes.optim.PagedAdamW8bit", "lr": 2e-5}
+        return theirs | {"optimizer_in_bwd": device() == "cuda"}
+    return theirs | {
+        "model": {
+            "_component_": model.lora, "apply_lora_to_mlp": True, "lora_rank": 16, "lora_alpha": 32,
+            "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
+        },
+        "save_adapter_weights_only": False,
+        "lr_scheduler": {
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
+        },
+    }  # fmt: skip
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(row: str, model: Model, steps: int, resample_every: int, floor: bool = False) -> tuple[list[dict], float, dict]:
+    """What was logged of each step, the process's peak GB, and the manifest of an own row."""
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        if row in PEERS:
+            peak = run_process(
+                [sys.executable, str(Path(__file__).with_name("peers.py")), PEERS[row],
+                 f"--model={model.directory()}", f"--steps={steps}", f"--resample-every={resample_every}",
+                 f"--batch-size={model.batch_size}", f"--seq-len={model.seq_len}", f"--dtype={model.dtype}",
+                 f"--output={scratch / 'steps.jsonl'}", *(["--checkpointing"] if model.checkpointing else [])],
+                log=scratch / "log.txt",
+            )  # fmt: skip
+        else:
+            config = scratch / "config.yaml"
+            OmegaConf.save(OmegaConf.create(row_config(row, model, scratch, steps, resample_every)), config)
+            recipe = "floor_recipe" if floor else TORCHTUNE.get(row, "owlore_full_finetune")
+            peak = tune_run(recipe, config, log=scratch / "log.txt")
+        lines = [json.loads(line) for line in (scratch / "steps.jsonl").read_text().splitlines()]
+        manifest = scratch / "run" / "manifest.json"
+        content = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    return lines, lines[-1]["peak_memory"] if device() == "cuda" else peak, content
+
+
+def time_row(row: str, model: Model, steps: int, result: Result) -> None:
+    lines, peak, _ = run(row, model, steps, resample_every=10)
+    clock = [line["seconds"] for line in lines]
+    result.seconds += [after - before for before, after in zip(clock, clock[1:], strict=False)][1:]
+    result.peak = max(result.peak, peak)
+
+
+def weigh_row(row: str, model: Model, result: Result) -> None:
+    lines, peak, manifest = run(row, model, steps=20, resample_every=1)
+    result.after = lines[1]["peak_memory"], lines[19]["peak_memory"]
+    result.peak = max(result.peak, peak)
+    if row in OURS:
+        result.state = manifest["optimizer_state_bytes"] / 1e9
+        result.planned = manifest["planned_memory_bytes"]["total"] / 1e9
+    else:
+        result.state = lines[-1].get("state_gb") or torchtune_state(row, model)
+
+
+def floor_row(row: str, model: Model, steps: int, result: Result) -> None:
+    lines, _, _ = run(row, model, steps, resample_every=10, floor=True)
+    clock = [line["seconds"] for line in lines]
+    floors = [line["floor_seconds"] for line in lines][2:]
+    whole = [after - before for before, after in zip(clock, clock[1:], strict=False)][1:]
+    result.floor = (sum(whole) - sum(floors)) / sum(floors)
+
+
+def torchtune_state(row: str, model: Model) -> float:
+    """GB of AdamW's state, which torchtune's recipes do not tell, from the shapes of what they train."""
+    with torch.device("meta"), training.set_default_dtype(training.get_dtype(model.dtype)):
+        built = config.instantiate(OmegaConf.create({"_component_": model.module}))
+    shape = StepShape(1, 8)
+    loss = torch.nn.CrossEntropyLoss()
+    plans = peer_plans(built, loss, shape, device=torch.device("cpu"), rank=128)
+    return plans["full" if row == "torchtune full" else "LoRA, r=16"].moments / 1e9
+
+
+def table(results: dict[str, Result]) -> list[str]:
+    mean = {row: statistics.mean(result.seconds) for row, result in results.items()}
+    against = [row for row in ("torchtune full", "torchtune LoRA, r=16", "galore-torch") if row in results]
+    lines = [
+        "| run | mean step, s | median (quartiles) | tokens/s | peak memory, GB | after 2 draws | after 20 draws "
+        "| optimizer state, GB | measured / planned | step / floor | "
+        + " | ".join(f"step / {row}" for row in against)
+        + " |",
+        "|---" * (10 + len(against)) + "|",
+    ]
+    for row, result in results.items():
+        low, median, high = statistics.quantiles(result.seconds, n=4)
+        planned = f"{result.peak / result.planned:.3f}" if result.planned else ""
+        lines.append(
+            f"| {row} | {mean[row]:.2f} | {median:.2f} ({low:.2f} to {high:.2f}) | {result.tokens / mean[row]:.0f} "
+            f"| {result.peak:.2f} | {result.after[0]:.2f} | {result.after[1]:.2f} "
+            f"| {'' if result.state is None else f'{result.state:.3f}'} | {planned} "
+            f"| {'' if result.floor is None else f'{result.floor:.2f}'} | "
+            + " | ".join(f"{mean[row] / mean[other]:.2f}" for other in against)
+            + " |"
+        )
+    return lines
+
+
+def draw(path: Path, results: dict[str, Result]) -> None:
+    """Two bars for each row: seconds of a step, GB of memory."""
+    figure = Figure(figsize=(11, 0.4 * len(results) + 1.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows = list(results)[::-1]
+    for axes, values, label, colour in (
+        (left, [statistics.mean(results[row].seconds) for row in rows], "mean step, s", BLUE),
+        (right, [results[row].peak for row in rows], "peak memory, GB", ORANGE),
+    ):
+        bars = axes.barh(rows, values, color=colour)
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.set_xlabel(label)
+        axes.margins(x=0.15)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", choices=MODELS, default="llama2-7b" if torch.cuda.is_available() else "smollm2")
+    arguments.add_argument("--rounds", type=int, default=2)
+    arguments.add_argument("--steps", type=int, default=22)
+    arguments.add_argument("--rows", nargs="*", choices=ROWS, help="only these; of a 7B model, those that fit a GPU")
+    args = arguments.parse_args()
+    model = MODELS[args.model]
+    rows = args.rows or (ROWS if args.model == "smollm2" else [*list(OURS)[:4], *TORCHTUNE])
+    results = {row: Result(tokens=model.batch_size * model.seq_len) for row in rows}
+    phases = [("time", time_row, [args.steps])] * args.rounds + [
+        ("memory", weigh_row, []), ("floor", floor_row, [args.steps])
+    ]  # fmt: skip
+    for phase, measure, extra in phases:
+        for row, result in results.items():
+            if phase != "floor" or row in OURS:
+                measure(row, model, *extra, result)
+                print(f"{phase}: {row}: {result.summary()}", flush=True)
+    lines = [
+        "# OwLore and its peers side by side",
+        "",
+        f"{args.model}, MMLU dev packed {model.batch_size} × {model.seq_len} tokens, {model.dtype}, rank 128 where "
+        f"there is one, LoRA on all Linears; {args.rounds} interleaved rounds of {args.steps} steps; {machine()}. Each "
+        "recipe runs as it ships. The mean step has its share of basis refreshes (SVDs in galore-torch), one in ten. "
+        f"Made by `python benchmarks/methods.py --model {args.model}`, whose head says what each column is.",
+        "",
+        *table(results),
+    ]
+    publish(lines, args.output)
+    if args.output:
+        draw(args.output.with_suffix(".png"), results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""A plain training loop on the transformers model, with the optimizers that peers publish.
+
+    python benchmarks/peers.py galore|badam|lisa --model DIR --output steps.jsonl
+
+galore is `galore-torch`'s AdamW and badam is `badam`'s BlockOptimizer, both from PyPI. lisa is a loop that behaves as
+LISA's published code does: one torch AdamW over all weights, layers frozen and unfrozen by turns, so that state of
+layers that left stays. Rows of data, their order and the step log are those of the other benchmarks.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import random
+import sys
+import types
+
+import torch
+from step_logger import StepLogger
+from torch.utils.data import DataLoader
+from torchtune.data import padded_collate_packed
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from owlore_tune.data import mmlu_dev_dataset
+from owlore_tune.tokenizer import HFChatTokenizer
+
+
+def galore_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Projected: the Linears of the layers; the rest at full rank."""
+    package = types.ModuleType("galore_torch")  # its own __init__ wants bitsandbytes, which needs a GPU
+    package.__path__ = importlib.util.find_spec("galore_torch").submodule_search_locations
+    sys.modules["galore_torch"] = package
+    adamw = importlib.import_module("galore_torch.adamw").AdamW
+    projected = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not q for q in projected)]
+    group = {
+        "params": projected,
+        "rank": 128,
+        "update_proj_gap": args.resample_every,
+        "scale": 0.25,
+        "proj_type": "std",
+    }
+    return adamw([{"params": others}, group], lr=1e-4, no_deprecation_warning=True)
+
+
+def badam_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    from badam import BlockOptimizer
+
+    return BlockOptimizer(
+        base_optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5),
+        named_parameters_list=list(model.named_parameters()),
+        switch_block_every=args.resample_every,
+        switch_mode="random",
+        verbose=0,
+    )
+
+
+class LisaAsPublished:
+    """Freezes all layers but two, drawn anew every so many steps; AdamW's state is never released."""
+
+    def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
+        self._layers, self._every, self._steps = model.model.layers, args.resample_every, 0
+        self._draw()
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        self.state = self._optimizer.state
+
+    def _draw(self) -> None:
+        self._layers.requires_grad_(False)
+        for layer in random.sample(list(self._layers), 2):
+            layer.requires_grad_(True)
+
+    def step(self) -> None:
+        self._optimizer.step()
+        self._steps += 1
+        if self._steps % self._every == 0:
+            self._draw()
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+
+OPTIMIZERS = {"galore": galore_optimizer, "badam": badam_optimizer, "lisa": LisaAsPublished}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of all tensors in its state, and those of projectors in it."""
+    total = 0
+    for state in optimizer.state.values():
+        for value in state.values():
+            value = getattr(value, "ortho_matrix", value)
+            total += value.nbytes if torch.is_tensor(value) else 0
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=OPTIMIZERS)
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--output", required=True, help="file for the step log")
+    parser.add_argument("--steps", type=int, default=22)
+    parser.add_argument("--resample-every", type=int, default=10, help="steps between draws, or new bases")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--checkpointing", action="store_true", help="of activations")
+    args = parser.parse_args()
+    torch.manual_seed(42)
+    random.seed(42)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).train()
+    if args.checkpointing:
+        model.gradient_checkpointing_enable()
+    dataset = mmlu_dev_dataset(HFChatTokenizer(args.model, args.seq_len), packed=True)
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True, collate_fn=padded_collate_packed)
+    batches = [batch for _ in range(-(-args.steps // len(loader))) for batch in loader][: args.steps]
+    optimizer = OPTIMIZERS[args.method](model, args)
+    logger = StepLogger(args.output)
+    for step, batch in enumerate(tqdm(batches, unit="step"), start=1):
+        loss = model(
+            input_ids=batch["tokens"].to(device),
+            position_ids=batch["input_pos"].to(device),
+            labels=batch["labels"].to(device),
+        ).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        logger.log_dict({"loss": loss.item(), "state_gb": state_bytes(optimizer) / 1e9}, step)
+    logger.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The memory plan against what runs take, and the limit that refuses one."""
+
+import json
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from conftest import tiny_llama
+from omegaconf import OmegaConf
+from torchtune import training
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune import memory_plan
+from owlore_tune.config import ConfigError
+from owlore_tune.loss import LinearCrossEntropyLoss
+from owlore_tune.memory_plan import MemoryPlan, StepShape, peer_plans, plan_memory
+from owlore_tune.optim import OwLoreAdamW, parameter_groups
+
+CPU = torch.device("cpu")
+SHAPE = StepShape(batch_size=4, seq_len=32)
+
+
+def plan(
+    shape=SHAPE, num_active=2, dtype=torch.float32, others=False, loss_fn=None, model=None, **options
+) -> MemoryPlan:
+    model = model or tiny_llama(dtype=dtype).to("meta")
+    loss_fn = loss_fn or LinearCrossEntropyLoss()
+    if hasattr(loss_fn, "set_model_output"):
+        loss_fn.set_model_output(model)
+    else:
+        model.set_num_output_chunks(loss_fn.num_output_chunks)
+    groups = parameter_groups(model, train_embeddings=others, train_output=others, train_norm=others)
+    optimizer = OwLoreAdamW(groups, **{"rank": 8} | options)
+    return plan_memory(model, loss_fn, optimizer, shape, device=CPU, num_active=num_active)
+
+
+class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most bytes of real storages that are alive at once, without those of ``model``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+        self.alive, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage()._cdata not in self.alive.keys() | self.known
+            ):
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata)
+                self.most = max(self.most, self.now)
+        return out
+
+    def free(self, key):
+        self.now -= self.alive.pop(key)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_without_data_holds_what_a_real_one_holds(checkpointing):
+    """The same model, with data, by a count of its own."""
+    shape = StepShape(batch_size=4, seq_len=32, checkpointing=checkpointing)
+    planned = plan(shape, num_active=4, rank=None)
+    model, loss_fn = tiny_llama(), LinearCrossEntropyLoss()
+    model.requires_grad_(False).layers.requires_grad_(True)
+    loss_fn.set_model_output(model)
+    if checkpointing:
+        training.set_activation_checkpointing(model, auto_wrap_policy={type(model.layers[0])})
+    with LiveBytes(model) as real:
+        tokens = torch.zeros(4, 32, dtype=torch.long)
+        loss_fn(model(tokens), tokens).backward()
+    assert planned.gradients + planned.activations + planned.logits + planned.temporary == pytest.approx(
+        real.most, rel=0.03
+    )
+
+
+def test_bytes_that_are_known_exactly():
+    planned = plan(num_active=2, others=True)
+    model = tiny_llama()
+    rope = model.layers[0].attn.pos_embeddings
+    assert planned.weights == sum(p.nbytes for p in model.parameters()) + rope.theta.nbytes + rope.cache.nbytes
+    # Two layers of a LLaMA of 32 dimensions, 16 for keys and values, 48 in its MLP; two norms each.
+    low = (32 + 16 + 16 + 32 + 48 + 32 + 48) * 8
+    full = 2 * 32
+    outside = 64 * 32 * 2 + 32
+    assert planned.moments == 2 * 4 * (2 * (low + full) + outside)
+    assert planned.bases == 4 * 2 * 8 * (32 * 6 + 48)
+
+
+def test_settings_move_the_plan_the_right_way():
+    wide = StepShape(batch_size=16, seq_len=64)
+    usual = plan(wide, num_active=2)
+    assert plan(StepShape(16, 64, checkpointing=True), num_active=2).activations < 0.5 * usual.activations
+    assert plan(wide, num_active=4).moments == 2 * usual.moments
+    assert plan(wide, num_active=None).moments == 2 * usual.moments
+    assert plan(StepShape(8, 64), num_active=2).activations == pytest.approx(usual.activations / 2, rel=0.02)
+    assert plan(wide, dtype=torch.bfloat16).moments == usual.moments
+    assert plan(wide, loss_fn=CEWithChunkedOutputLoss()).total > 0
+    accumulated = plan(StepShape(16, 64, accumulates=True), num_active=2, rank=None)
+    assert accumulated.gradients > plan(wide, num_active=2, rank=None).gradients
+
+
+def test_peers_cost_what_sets_them_apart():
+    model, loss_fn = tiny_llama().to("meta"), LinearCrossEntropyLoss()
+    loss_fn.set_model_output(model)
+    full, lora, galore, lisa = peer_plans(model, loss_fn, SHAPE, device=CPU, rank=8, lora_rank=2).values()
+    assert full.moments == 2 * sum(p.nbytes for p in model.parameters())
+    assert lora.moments < galore.moments < full.moments
+    assert lora.weights > full.weights  # adapters
+    assert lisa.bases == 0 < galore.bases
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("method", ["owlore", "full"])
+def test_the_plan_is_what_smollm2_takes(method, smollm2_dir, tmp_path):
+    command = [
+        "tune", "run", "owlore_full_finetune", "--config", f"smollm2/135M_{method}", f"output_dir={tmp_path}",
+        f"checkpointer.checkpoint_dir={smollm2_dir}", "eval=null", "dataset_val=null", "dataset.packed=true",
+        "batch_size=2", "tokenizer.max_seq_len=512", "max_steps_per_epoch=2", "owlore.calibration_batches=1",
+        "owlore.score=decrease", "owlore.resample_every=1", "device=cpu", "seed=3",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert any(0 in draw["active"] for draw in manifest["draws"])  # the draw that takes the most
+    assert manifest["peak_memory_bytes"] == pytest.approx(manifest["planned_memory_bytes"]["total"], rel=0.07)
+
+
+def limited(config: dict, tmp_path, limit: float) -> str:
+    """What is said of a run whose weights cannot be read, under a limit in GB."""
+    config = config | {"output_dir": str(tmp_path / "limited"), "batch_size": 40, "device_memory_limit": limit}
+    with pytest.raises(ConfigError) as refused:
+        OwLoreFullFinetuneRecipe(OmegaConf.create(config)).setup()
+    return str(refused.value)
+
+
+def test_a_plan_over_the_limit_is_refused_before_weights_load(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(OwLoreFullFinetuneRecipe, "load_checkpoint", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(memory_plan, "framework_bytes", lambda device: 10**8)  # the process of the tests grows
+    config = OmegaConf.create(tiny_config | {"batch_size": 40, "output_dir": str(tmp_path / "planned")})
+    planned = OwLoreFullFinetuneRecipe(config).memory_plans()["this config"]
+    message = limited(tiny_config, tmp_path, (planned.total - planned.activations / 4) / 1e9)
+    assert "device_memory_limit=" in message and "it fits with batch_size=1 gradient_accumulation_steps=40" in message
+    assert "or with enable_activation_checkpointing=true" in message and "state_bits" not in message
+    assert "no setting that is tried here makes it fit" in limited(tiny_config, tmp_path, 1e-3)
+
+
+def test_a_plan_within_the_limit_runs(tiny_config):
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"device_memory_limit": 1000}))
+    recipe.setup()
+    recipe.train()
+    manifest = json.loads((recipe._output_dir / "manifest.json").read_text())
+    planned = manifest["planned_memory_bytes"]
+    assert planned.pop("total") == sum(planned.values())
+    assert manifest["optimizer_state_bytes"] == planned["moments"] + planned["bases"]
+
+
+@pytest.mark.parametrize("limit", [0, -1, "much"])
+def test_a_limit_that_is_none_is_refused(tiny_config, limit):
+    with pytest.raises(ConfigError, match="device_memory_limit=.*must be a number above 0"):
+        OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"device_memory_limit": limit}))
+
+
+def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
+    """For a model that is not downloaded: rows are then as long as the tokenizer allows."""
+    command = [
+        "owlore", "memory", "--config", "llama2/7B_owlore", "--output", str(tmp_path / "plan.png"), "device=cpu",
+        f"output_dir={tmp_path / 'run'}", "checkpointer.checkpoint_dir=/nowhere", "model.num_layers=2",
+        "model._component_=torchtune.models.llama2.llama2", "model.vocab_size=100", "model.num_heads=2",
+        "model.num_kv_heads=2", "model.embed_dim=64", "model.max_seq_len=512", "owlore.num_active_layers=1",
+        "optimizer.rank=8",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Planning for rows of tokenizer.max_seq_len=512" in result.stderr + result.stdout
+    first_words = [line.split()[0] for line in result.stdout.splitlines()]
+    wanted = ["weights", "moments", "bases", "gradients", "activations", "logits", "temporary", "framework", "total"]
+    assert [word for word in first_words if word in wanted] == wanted
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_rows_longer_than_the_model_takes_are_refused(tiny_config):
+    config = tiny_config | {"model": tiny_config["model"] | {"max_seq_len": 8}}
+    with pytest.raises(
+        ConfigError, match="longest row has .* tokens, and the model takes 8; set tokenizer.max_seq_len"
+    ):
+        OwLoreFullFinetuneRecipe(OmegaConf.create(config)).setup()
