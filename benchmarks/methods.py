@@ -208,8 +208,9 @@ def weigh_row(row: str, model: Model, result: Result) -> None:
     result.after = lines[1]["peak_memory"], lines[19]["peak_memory"]
     result.peak = max(result.peak, peak)
     if row in OURS:
-        result.state = manifest["optimizer_state_bytes"] / 1e9
-        result.planned = manifest["planned_memory_bytes"]["total"] / 1e9
+        planned, measured = manifest["memory_bytes"].values()
+        result.state = (measured["moments"] + measured["bases"]) / 1e9
+        result.planned = planned["total"] / 1e9
     else:
         result.state = lines[-1].get("state_gb") or torchtune_state(row, model)
 

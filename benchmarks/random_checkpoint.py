@@ -103,7 +103,9 @@ def main() -> None:
     model_type = cfg.checkpointer.model_type
     if model_type not in ARCHITECTURES:
         parser.error(f"checkpointer.model_type={model_type}; this script knows {', '.join(ARCHITECTURES)}")
-    args.output.mkdir(parents=True)  # an existing directory may hold real weights
+    if args.output.exists():  # it may hold real weights
+        parser.error(f"--output={args.output} exists; choose another directory, or remove it first")
+    args.output.mkdir(parents=True)
     with torch.device("meta"):
         model = config.instantiate(cfg.model)
     write_weights(model, args.output)

@@ -106,7 +106,7 @@ class HFCheckpointer:
                             f"{name} in {directory} has shape {tuple(value.shape)}, the model has "
                             f"{expected} at {key}: do model and checkpointer.checkpoint_dir belong together?"
                         )
-                    loaded = value.to(device=device, dtype=dtype, copy=True)
+                    loaded = value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
                     # Swapped in place: whoever holds the parameter, such as an optimizer, keeps holding it.
                     torch.utils.swap_tensors(wanted[key], nn.Parameter(loaded, wanted[key].requires_grad))
                     missing.discard(key)

@@ -75,7 +75,8 @@ class OwLoreAdamW(Optimizer):
         seed: of the Gaussian sketches.
 
     Raises:
-        ValueError: if a value is out of its range, or if ``rank`` is too large for every weight of a group.
+        ValueError: if a value is out of its range, if ``rank`` is too large for every weight of a group, or if a
+            parameter is not contiguous in memory.
     """
 
     def __init__(
@@ -114,6 +115,8 @@ class OwLoreAdamW(Optimizer):
         group = self.param_groups[-1]
         _check_group(group)
         for parameter in group["params"]:
+            if not parameter.is_contiguous():
+                raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not contiguous")
             self._slots[parameter] = (len(self.param_groups) - 1, len(self._slots))
 
     def group_of(self, parameter: Tensor) -> dict[str, Any]:
@@ -304,10 +307,10 @@ class OwLoreAdamW(Optimizer):
                 if "basis_age" in self.state[parameter]:
                     self.state[parameter]["basis_age"] = self.group_of(parameter)["update_gap"]
 
-    def state_bytes(self) -> int:
-        """Bytes of all optimizer state, bases included."""
-        tensors = (value for state in self.state.values() for value in state.values() if torch.is_tensor(value))
-        return sum(map(low_bits.num_bytes, tensors))
+    def state_bytes(self, *keys: str) -> int:
+        """Bytes of the state's tensors, or of those under ``keys``: ``exp_avg``, ``exp_avg_sq``, ``basis``."""
+        items = (item for state in self.state.values() for item in state.items())
+        return sum(low_bits.num_bytes(v) for key, v in items if torch.is_tensor(v) and (not keys or key in keys))
 
     def state_dict(self) -> dict[str, Any]:
         self._offload.wait()

@@ -833,11 +833,20 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "seconds": self._seconds,
             "median_step_seconds": self._median_step_seconds(),
             "tokens_per_second": self._tokens_per_second(),
-            "peak_memory_bytes": peak_memory_bytes(self._device),
-            "planned_memory_bytes": asdict(self._memory_plan) | {"total": self._memory_plan.total},
-            "optimizer_state_bytes": self._optimizer.state_bytes(),
+            "memory_bytes": self._memory_bytes(),
             "draws": self._draws,
         }
+
+    def _memory_bytes(self) -> dict[str, dict[str, int]]:
+        """What was planned, by category, and what was measured: its most in all, and what can be told apart in it."""
+        plan = self._memory_plan
+        measured = {
+            "weights": sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers())),
+            "moments": self._optimizer.state_bytes("exp_avg", "exp_avg_sq"),
+            "bases": self._optimizer.state_bytes("basis"),
+            "total": peak_memory_bytes(self._device),
+        }
+        return {"planned": asdict(plan) | {"total": plan.total}, "measured": measured}
 
     def _print_summary(self) -> None:
         losses = [f"{when} {loss:.4f}" for when, loss in self._losses.items() if when in ("before", "after")]

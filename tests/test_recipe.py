@@ -57,7 +57,7 @@ def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
     assert manifest["held_out_loss"]["after"] < manifest["held_out_loss"]["before"]
     assert manifest["config"]["optimizer"]["lr"] == 1e-2
     assert {"torchtune", "torch", "torchao", "owlore-tune"} <= manifest["versions"].keys()
-    assert manifest["peak_memory_bytes"] > 10**8
+    assert manifest["memory_bytes"]["measured"]["total"] > 10**8
     assert [draw["step"] for draw in manifest["draws"]] == [0, 3, 6, 9]
     for draw in manifest["draws"]:
         assert len(draw["active"]) == 2
