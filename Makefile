@@ -25,7 +25,9 @@ lint: install
 	ruff format --check .
 
 bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and others, evaluation is measured too
-	python benchmarks/steps.py --output benchmarks/steps.md
+	python benchmarks/methods.py --output benchmarks/methods.md
+	python benchmarks/few_bits.py --output benchmarks/few_bits.md
+	python benchmarks/llama2_7b.py --output benchmarks/llama2_7b.md
 	python benchmarks/refresh.py --output benchmarks/refresh.md
 	python benchmarks/scoring.py --output benchmarks/scoring.md
 	python benchmarks/saving.py --output benchmarks/saving.md

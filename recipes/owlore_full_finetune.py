@@ -55,7 +55,7 @@ from owlore_tune.config import (
 from owlore_tune.data import longest_row
 from owlore_tune.layers import find_layers, plain_name
 from owlore_tune.manifest import machine, versions, write_json
-from owlore_tune.memory import peak_memory_bytes
+from owlore_tune.memory import peak_memory_bytes, return_freed_memory
 from owlore_tune.memory_plan import MemoryPlan, StepShape, peer_plans, plan_memory
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
 from owlore_tune.rng import get_rng_state, set_rng_state
@@ -621,6 +621,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if not sum(num_trained):
             log.warning(f"Step {self.global_step}: no tokens to train on; is tokenizer.max_seq_len too short?")
         elif math.isfinite(loss_value) and math.isfinite(grad_norm):
+            if self._device.type == "cpu" and self._active_layers.drawn_at == self.global_step:
+                return_freed_memory()  # or new optimizer state comes on top of what backward left free in the heap
             self._optimizer.step()
             self._skipped_in_a_row = 0
         else:
