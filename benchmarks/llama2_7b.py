@@ -24,7 +24,6 @@ RUN = [
 LISA = ["owlore.num_active_layers=2", "owlore.score=uniform", "optimizer.rank=null"]
 ROWS = {
     "OwLore, γ=5, rank 128": [],
-    "OwLore, γ=5, rank 128, 8-bit moments, bf16 bases": ["optimizer.state_bits=8", "optimizer.basis_bits=16"],
     "LISA, γ=2": LISA,
     "LISA, γ=2, 8-bit moments": [*LISA, "optimizer.state_bits=8"],
 }

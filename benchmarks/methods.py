@@ -1,15 +1,15 @@
 """OwLore, its settings and its peers side by side: step time, memory, optimizer state; on one model, data and dtype.
 
-    python benchmarks/methods.py [--rounds 2] [--steps 22] [--output benchmarks/methods.md] [--model llama2-7b]
+    python benchmarks/methods.py [--rounds 2] [--steps 12] [--output benchmarks/methods.md] [--model llama2-7b]
 
 Each row is a process of its own, and the rows take turns, round by round, so that a noisy machine treats them alike.
 Two kinds of runs:
 
 - time: a draw every 10 steps, where there are draws; the seconds between two logged steps, the first two left out. So
-  the mean has one step with new bases in ten.
-- memory: a draw at every step; the most memory used until the second and until the twentieth.
+  of 12 steps the mean has ten, one of them with new bases. From the second round on, our own rows run by
+  floor_recipe.py, which times each step against forward and needed backward alone, too.
+- memory, where there are draws: one at every step; the most memory used until the second and until the twentieth.
 
-For our own rows a third run, floor_recipe.py, times each step against forward and needed backward alone.
 On a CPU memory is the resident size of the whole process, on CUDA what the allocator gave.
 """
 
@@ -38,9 +38,6 @@ LISA = ALL | {"owlore.num_active_layers": 2, "owlore.score": "uniform", "optimiz
 OURS = {
     "OwLore, γ=2": {"owlore.num_active_layers": 2},
     "OwLore, γ=5": {"owlore.num_active_layers": 5},
-    "OwLore, γ=5, 8-bit moments, bf16 bases": {
-        "owlore.num_active_layers": 5, "optimizer.state_bits": 8, "optimizer.basis_bits": 16,
-    },
     "OwLore, γ=2, full rank": {"owlore.num_active_layers": 2, "optimizer.rank": None},
     "LISA, γ=2": LISA,
     "GaLore": ALL,
@@ -50,6 +47,7 @@ TORCHTUNE = {"torchtune full": "full_finetune_single_device", "torchtune LoRA, r
 # On the transformers model. The last is our own loop that does what LISA's published code does.
 PEERS = {"galore-torch": "galore", "BAdam": "badam", "LISA as published, reimplemented": "lisa"}
 ROWS = [*OURS, *TORCHTUNE, *PEERS]
+DRAWS = {*list(OURS)[:4], "BAdam", "LISA as published, reimplemented"}
 
 
 @dataclass(frozen=True)
@@ -99,14 +97,15 @@ class Result:
     tokens: int  # of a step
     seconds: list[float] = field(default_factory=list)  # of each step
     peak: float = 0.0  # GB
-    after: tuple[float, float] = (0.0, 0.0)  # GB, after 2 draws and after 20
+    after: tuple[float, float] | None = None  # GB, after 2 draws and after 20
     state: float | None = None  # GB
     planned: float | None = None  # GB
-    floor: float | None = None  # step / floor
+    floors: list[float] = field(default_factory=list)  # seconds of forward and needed backward, of the same steps
+    floored: list[float] = field(default_factory=list)  # seconds of those steps
 
     def summary(self) -> str:
         median = statistics.median(self.seconds) if self.seconds else float("nan")
-        return f"{median:.2f} s, peak {self.peak:.2f} GB, after draws {self.after}, floor {self.floor}"
+        return f"{median:.2f} s, peak {self.peak:.2f} GB, after draws {self.after}"
 
 
 def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every: int) -> dict:
@@ -196,31 +195,35 @@ def run(row: str, model: Model, steps: int, resample_every: int, floor: bool = F
     return lines, lines[-1]["peak_memory"] if device() == "cuda" else peak, content
 
 
-def time_row(row: str, model: Model, steps: int, result: Result) -> None:
-    lines, peak, _ = run(row, model, steps, resample_every=10)
+def time_row(row: str, model: Model, steps: int, result: Result, floor: bool) -> None:
+    lines, peak, manifest = run(row, model, steps, resample_every=10, floor=floor)
     clock = [line["seconds"] for line in lines]
-    result.seconds += [after - before for before, after in zip(clock, clock[1:], strict=False)][1:]
-    result.peak = max(result.peak, peak)
+    seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)][1:]
+    if floor:  # which is within each step, and holds gradients that the step does not
+        floors = [line["floor_seconds"] for line in lines][2:]
+        seconds = [whole - floor for whole, floor in zip(seconds, floors, strict=True)]
+        result.floors += floors
+        result.floored += seconds
+    else:
+        result.peak = max(result.peak, peak)
+        note_state(row, model, lines, manifest, result)
+    result.seconds += seconds
 
 
 def weigh_row(row: str, model: Model, result: Result) -> None:
     lines, peak, manifest = run(row, model, steps=20, resample_every=1)
     result.after = lines[1]["peak_memory"], lines[19]["peak_memory"]
     result.peak = max(result.peak, peak)
+    note_state(row, model, lines, manifest, result)
+
+
+def note_state(row: str, model: Model, lines: list[dict], manifest: dict, result: Result) -> None:
     if row in OURS:
         planned, measured = manifest["memory_bytes"].values()
         result.state = (measured["moments"] + measured["bases"]) / 1e9
         result.planned = planned["total"] / 1e9
     else:
-        result.state = lines[-1].get("state_gb") or torchtune_state(row, model)
-
-
-def floor_row(row: str, model: Model, steps: int, result: Result) -> None:
-    lines, _, _ = run(row, model, steps, resample_every=10, floor=True)
-    clock = [line["seconds"] for line in lines]
-    floors = [line["floor_seconds"] for line in lines][2:]
-    whole = [after - before for before, after in zip(clock, clock[1:], strict=False)][1:]
-    result.floor = (sum(whole) - sum(floors)) / sum(floors)
+        result.state = lines[-1]["state_gb"] if row in PEERS else torchtune_state(row, model)
 
 
 def torchtune_state(row: str, model: Model) -> float:
@@ -246,11 +249,11 @@ def table(results: dict[str, Result]) -> list[str]:
     for row, result in results.items():
         low, median, high = statistics.quantiles(result.seconds, n=4)
         planned = f"{result.peak / result.planned:.3f}" if result.planned else ""
+        after = [f"{memory:.2f}" for memory in result.after] if result.after else ["", ""]
+        floor = f"{sum(result.floored) / sum(result.floors):.2f}" if result.floors else ""
         lines.append(
             f"| {row} | {mean[row]:.2f} | {median:.2f} ({low:.2f} to {high:.2f}) | {result.tokens / mean[row]:.0f} "
-            f"| {result.peak:.2f} | {result.after[0]:.2f} | {result.after[1]:.2f} "
-            f"| {'' if result.state is None else f'{result.state:.3f}'} | {planned} "
-            f"| {'' if result.floor is None else f'{result.floor:.2f}'} | "
+            f"| {result.peak:.2f} | {after[0]} | {after[1]} | {result.state:.3f} | {planned} | {floor} | "
             + " | ".join(f"{mean[row] / mean[other]:.2f}" for other in against)
             + " |"
         )
@@ -277,20 +280,19 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", choices=MODELS, default="llama2-7b" if torch.cuda.is_available() else "smollm2")
     arguments.add_argument("--rounds", type=int, default=2)
-    arguments.add_argument("--steps", type=int, default=22)
+    arguments.add_argument("--steps", type=int, default=12)
     arguments.add_argument("--rows", nargs="*", choices=ROWS, help="only these; of a 7B model, those that fit a GPU")
     args = arguments.parse_args()
     model = MODELS[args.model]
-    rows = args.rows or (ROWS if args.model == "smollm2" else [*list(OURS)[:4], *TORCHTUNE])
+    rows = args.rows or (ROWS if args.model == "smollm2" else [*list(OURS)[:3], *TORCHTUNE])
     results = {row: Result(tokens=model.batch_size * model.seq_len) for row in rows}
-    phases = [("time", time_row, [args.steps])] * args.rounds + [
-        ("memory", weigh_row, []), ("floor", floor_row, [args.steps])
-    ]  # fmt: skip
-    for phase, measure, extra in phases:
+    for number in range(args.rounds):
         for row, result in results.items():
-            if phase != "floor" or row in OURS:
-                measure(row, model, *extra, result)
-                print(f"{phase}: {row}: {result.summary()}", flush=True)
+            time_row(row, model, args.steps, result, floor=number > 0 and row in OURS)
+            print(f"round {number + 1}: {row}: {result.summary()}", flush=True)
+    for row in results.keys() & DRAWS:
+        weigh_row(row, model, results[row])
+        print(f"memory: {row}: {results[row].summary()}", flush=True)
     lines = [
         "# OwLore and its peers side by side",
         "",

@@ -85,6 +85,7 @@ OPTIMIZERS = {"galore": galore_optimizer, "badam": badam_optimizer, "lisa": Lisa
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Of all tensors in its state, and those of projectors in it."""
     total = 0
+    optimizer = getattr(optimizer, "base_optimizer", optimizer)  # where BAdam has it
     for state in optimizer.state.values():
         for value in state.values():
             value = getattr(value, "ortho_matrix", value)

@@ -24,8 +24,8 @@ def resident_bytes() -> int:
         return peak_memory_bytes(torch.device("cpu"))
 
 
-def return_freed_memory() -> None:
-    """Have glibc give back to the system what is free inside its heap; elsewhere this does nothing."""
+def return_freed_memory(device: torch.device) -> None:
+    """On a CPU have glibc give back to the system what is free inside its heap; elsewhere this does nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if trim is not None and device.type == "cpu":
         trim(0)

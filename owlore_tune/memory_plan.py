@@ -31,6 +31,11 @@ from owlore_tune.projection import OVERSAMPLING, project
 Reduce = Callable[[Tensor, Tensor], Tensor | None]  # (the model's parameter, its gradient without data)
 
 
+# By how much resident memory outgrows what is in use, where glibc's heap serves: an experience, not a calculation.
+# Measured against plans without it: 1.05 to 1.10 on SmolLM2, 1.04 to 1.05 on 7B weights.
+HEAP_LOSS = 0.05
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes alive at the moment of a training step that takes the most, by what they are for."""
@@ -43,6 +48,7 @@ class MemoryPlan:
     logits: int  # of the output head, with their gradients
     temporary: int  # in backward: activations computed again, gradients on their way
     framework: int  # on a CPU the process itself, before any weights load
+    allocator: int  # on a CPU what its heap loses between blocks, `HEAP_LOSS` of all else
 
     @property
     def total(self) -> int:
@@ -102,10 +108,10 @@ def plan_memory(
         basis = torch.linalg.qr(rows.T @ (rows @ sketch)).Q[:, :rank].contiguous()
         return project(grad, basis, right)
 
-    return MemoryPlan(
+    return _plan(
+        device,
         moments=sum(low_bits.num_bytes(state[key]) for state in states for key in ("exp_avg", "exp_avg_sq")),
         bases=sum(low_bits.num_bytes(state["basis"]) for state in states if "basis" in state),
-        framework=framework_bytes(device),
         **step_bytes(model, loss_fn, shape, device, trained, reduce),
     )
 
@@ -236,7 +242,14 @@ def _adamw_plan(
 ) -> MemoryPlan:
     moments = 2 * sum(parameter.nbytes for parameter in trained)
     step = step_bytes(model, loss_fn, shape, device, trained)
-    return MemoryPlan(moments=moments, bases=0, framework=framework_bytes(device), **step)
+    return _plan(device, moments=moments, bases=0, **step)
+
+
+def _plan(device: torch.device, **parts: int) -> MemoryPlan:
+    """``parts``, with what the device's way of counting adds."""
+    framework = framework_bytes(device)
+    loss = HEAP_LOSS if device.type == "cpu" else 0.0
+    return MemoryPlan(**parts, framework=framework, allocator=int(loss * (framework + sum(parts.values()))))
 
 
 def _add_lora(model: nn.Module, rank: int) -> set[Tensor]:

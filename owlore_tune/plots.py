@@ -7,9 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
-# With hatches, so that eight neighbours are told apart in grey too.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#BBBBBB")
-HATCHES = ("", "//", "", "\\\\", "", "xx", "..", "")
+# With hatches, so that nine neighbours are told apart in grey too.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#BBBBBB", "#000000")
+HATCHES = ("", "//", "", "\\\\", "", "xx", "..", "", "")
 
 
 def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: Sequence[float] | None = None) -> None:

@@ -612,6 +612,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 continue  # a mean over no tokens
             # The mean over all tokens of the step, whatever their split into micro-batches.
             micro_loss = self._loss_step(batch, batch_labels) * (count / sum(num_trained))
+            return_freed_memory(self._device)  # or gradients come on top of what forward left free in the heap
             micro_loss.backward()
             self._optimizer.project_grads()
             loss += micro_loss.detach()
@@ -621,8 +622,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if not sum(num_trained):
             log.warning(f"Step {self.global_step}: no tokens to train on; is tokenizer.max_seq_len too short?")
         elif math.isfinite(loss_value) and math.isfinite(grad_norm):
-            if self._device.type == "cpu" and self._active_layers.drawn_at == self.global_step:
-                return_freed_memory()  # or new optimizer state comes on top of what backward left free in the heap
+            if self._active_layers.drawn_at == self.global_step:
+                return_freed_memory(self._device)  # or so does new optimizer state
             self._optimizer.step()
             self._skipped_in_a_row = 0
         else:

@@ -184,7 +184,18 @@ def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "Planning for rows of tokenizer.max_seq_len=512" in result.stderr + result.stdout
     first_words = [line.split()[0] for line in result.stdout.splitlines()]
-    wanted = ["weights", "moments", "bases", "gradients", "activations", "logits", "temporary", "framework", "total"]
+    wanted = [
+        "weights",
+        "moments",
+        "bases",
+        "gradients",
+        "activations",
+        "logits",
+        "temporary",
+        "framework",
+        "allocator",
+        "total",
+    ]
     assert [word for word in first_words if word in wanted] == wanted
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
