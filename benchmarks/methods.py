@@ -1,13 +1,13 @@
 """OwLore, its settings and its peers side by side: step time, memory, optimizer state; on one model, data and dtype.
 
-    python benchmarks/methods.py [--rounds 2] [--steps 12] [--output benchmarks/methods.md] [--model llama2-7b]
+    python benchmarks/methods.py [--rounds 1] [--steps 12] [--output benchmarks/methods.md] [--model llama2-7b]
 
 Each row is a process of its own, and the rows take turns, round by round, so that a noisy machine treats them alike.
-Two kinds of runs:
+Three kinds of runs:
 
 - time: a draw every 10 steps, where there are draws; the seconds between two logged steps, the first two left out. So
-  of 12 steps the mean has ten, one of them with new bases. From the second round on, our own rows run by
-  floor_recipe.py, which times each step against forward and needed backward alone, too.
+  of 12 steps the mean has ten, one of them with new bases.
+- floor, for our own rows: the same by floor_recipe.py, which times each step against forward and needed backward alone.
 - memory, where there are draws: one at every step; the most memory used until the second and until the twentieth.
 
 On a CPU memory is the resident size of the whole process, on CUDA what the allocator gave.
@@ -28,7 +28,6 @@ from report import machine, parser, publish
 from torchtune import config, training
 from tune_run import run_process, tune_run
 
-from owlore_tune.memory_plan import StepShape, peer_plans
 from owlore_tune.plots import BLUE, ORANGE
 from owlore_tune.smollm2 import fetch
 
@@ -40,7 +39,7 @@ OURS = {
     "OwLore, γ=5": {"owlore.num_active_layers": 5},
     "OwLore, γ=2, full rank": {"owlore.num_active_layers": 2, "optimizer.rank": None},
     "LISA, γ=2": LISA,
-    "GaLore": ALL,
+    "GaLore": ALL | {"optimizer.side": "shape", "optimizer.update_gap": 10},
     "full": ALL | {"optimizer.rank": None},
 }  # fmt: skip
 TORCHTUNE = {"torchtune full": "full_finetune_single_device", "torchtune LoRA, r=16": "lora_finetune_single_device"}
@@ -98,14 +97,13 @@ class Result:
     seconds: list[float] = field(default_factory=list)  # of each step
     peak: float = 0.0  # GB
     after: tuple[float, float] | None = None  # GB, after 2 draws and after 20
-    state: float | None = None  # GB
+    state: float = 0.0  # GB
     planned: float | None = None  # GB
-    floors: list[float] = field(default_factory=list)  # seconds of forward and needed backward, of the same steps
-    floored: list[float] = field(default_factory=list)  # seconds of those steps
+    floor: float | None = None  # step / floor
 
     def summary(self) -> str:
         median = statistics.median(self.seconds) if self.seconds else float("nan")
-        return f"{median:.2f} s, peak {self.peak:.2f} GB, after draws {self.after}"
+        return f"{median:.2f} s, peak {self.peak:.2f} GB, after draws {self.after}, floor {self.floor}"
 
 
 def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every: int) -> dict:
@@ -129,7 +127,7 @@ def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every
     }
     if row in OURS:
         ours = OmegaConf.create(common | {
-            "model": {"_component_": model.module},
+            "model": row_model(row, model),
             "checkpointer": {"_component_": "owlore_tune.checkpoints.HFCheckpointer", **checkpointer},
             "owlore": {"resample_every": resample_every, "calibration_batches": 2},
             "optimizer": {"_component_": "owlore_tune.optim.OwLoreAdamW", "lr": 3e-4, "rank": 128},
@@ -140,7 +138,7 @@ def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every
         return OmegaConf.to_container(ours)
     weights = sorted(file.name for file in model.directory().glob("*.safetensors"))
     theirs = common | {
-        "model": {"_component_": model.module},
+        "model": row_model(row, model),
         "checkpointer": {
             "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_files": weights,
             "output_dir": "${output_dir}", **checkpointer,
@@ -157,10 +155,6 @@ def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every
             theirs["optimizer"] = {"_component_": "bitsandbytes.optim.PagedAdamW8bit", "lr": 2e-5}
         return theirs | {"optimizer_in_bwd": device() == "cuda"}
     return theirs | {
-        "model": {
-            "_component_": model.lora, "apply_lora_to_mlp": True, "lora_rank": 16, "lora_alpha": 32,
-            "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
-        },
         "save_adapter_weights_only": False,
         "lr_scheduler": {
             "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
@@ -195,19 +189,23 @@ def run(row: str, model: Model, steps: int, resample_every: int, floor: bool = F
     return lines, lines[-1]["peak_memory"] if device() == "cuda" else peak, content
 
 
-def time_row(row: str, model: Model, steps: int, result: Result, floor: bool) -> None:
-    lines, peak, manifest = run(row, model, steps, resample_every=10, floor=floor)
+def step_seconds(lines: list[dict]) -> list[float]:
+    """Seconds from each logged step to the next, from the third on."""
     clock = [line["seconds"] for line in lines]
-    seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)][1:]
-    if floor:  # which is within each step, and holds gradients that the step does not
-        floors = [line["floor_seconds"] for line in lines][2:]
-        seconds = [whole - floor for whole, floor in zip(seconds, floors, strict=True)]
-        result.floors += floors
-        result.floored += seconds
-    else:
-        result.peak = max(result.peak, peak)
-        note_state(row, model, lines, manifest, result)
-    result.seconds += seconds
+    return [after - before for before, after in zip(clock, clock[1:], strict=False)][1:]
+
+
+def time_row(row: str, model: Model, steps: int, result: Result) -> None:
+    lines, peak, manifest = run(row, model, steps, resample_every=10)
+    result.seconds += step_seconds(lines)
+    result.peak = max(result.peak, peak)
+    note_state(row, model, lines, manifest, result)
+
+
+def floor_row(row: str, model: Model, steps: int, result: Result) -> None:
+    lines, _, _ = run(row, model, steps, resample_every=10, floor=True)
+    floors = sum(line["floor_seconds"] for line in lines[2:])
+    result.floor = (sum(step_seconds(lines)) - floors) / floors
 
 
 def weigh_row(row: str, model: Model, result: Result) -> None:
@@ -218,22 +216,33 @@ def weigh_row(row: str, model: Model, result: Result) -> None:
 
 
 def note_state(row: str, model: Model, lines: list[dict], manifest: dict, result: Result) -> None:
+    """The most optimizer state that was seen, and the plan of an own row."""
     if row in OURS:
         planned, measured = manifest["memory_bytes"].values()
-        result.state = (measured["moments"] + measured["bases"]) / 1e9
+        state = (measured["moments"] + measured["bases"]) / 1e9
         result.planned = planned["total"] / 1e9
     else:
-        result.state = lines[-1]["state_gb"] if row in PEERS else torchtune_state(row, model)
+        state = lines[-1]["state_gb"] if row in PEERS else torchtune_state(row, model)
+    result.state = max(result.state, state)
 
 
 def torchtune_state(row: str, model: Model) -> float:
-    """GB of AdamW's state, which torchtune's recipes do not tell, from the shapes of what they train."""
+    """GB of the state of torchtune's recipes, which do not tell, from the shapes of what they train."""
     with torch.device("meta"), training.set_default_dtype(training.get_dtype(model.dtype)):
-        built = config.instantiate(OmegaConf.create({"_component_": model.module}))
-    shape = StepShape(1, 8)
-    loss = torch.nn.CrossEntropyLoss()
-    plans = peer_plans(built, loss, shape, device=torch.device("cpu"), rank=128)
-    return plans["full" if row == "torchtune full" else "LoRA, r=16"].moments / 1e9
+        built = config.instantiate(OmegaConf.create(row_model(row, model)))
+    trained = [p for name, p in built.named_parameters() if "lora" in name or row == "torchtune full"]
+    if row == "torchtune full" and device() == "cuda":
+        return 2 * sum(p.numel() for p in trained) / 1e9  # 8 bits, and paged: not all of it is on the device
+    return 2 * sum(p.nbytes for p in trained) / 1e9
+
+
+def row_model(row: str, model: Model) -> dict:
+    if row != "torchtune LoRA, r=16":
+        return {"_component_": model.module}
+    return {
+        "_component_": model.lora, "apply_lora_to_mlp": True, "lora_rank": 16, "lora_alpha": 32,
+        "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
+    }  # fmt: skip
 
 
 def table(results: dict[str, Result]) -> list[str]:
@@ -250,7 +259,7 @@ def table(results: dict[str, Result]) -> list[str]:
         low, median, high = statistics.quantiles(result.seconds, n=4)
         planned = f"{result.peak / result.planned:.3f}" if result.planned else ""
         after = [f"{memory:.2f}" for memory in result.after] if result.after else ["", ""]
-        floor = f"{sum(result.floored) / sum(result.floors):.2f}" if result.floors else ""
+        floor = f"{result.floor:.3f}" if result.floor else ""
         lines.append(
             f"| {row} | {mean[row]:.2f} | {median:.2f} ({low:.2f} to {high:.2f}) | {result.tokens / mean[row]:.0f} "
             f"| {result.peak:.2f} | {after[0]} | {after[1]} | {result.state:.3f} | {planned} | {floor} | "
@@ -279,7 +288,7 @@ def draw(path: Path, results: dict[str, Result]) -> None:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", choices=MODELS, default="llama2-7b" if torch.cuda.is_available() else "smollm2")
-    arguments.add_argument("--rounds", type=int, default=2)
+    arguments.add_argument("--rounds", type=int, default=1)
     arguments.add_argument("--steps", type=int, default=12)
     arguments.add_argument("--rows", nargs="*", choices=ROWS, help="only these; of a 7B model, those that fit a GPU")
     args = arguments.parse_args()
@@ -288,11 +297,14 @@ def main() -> None:
     results = {row: Result(tokens=model.batch_size * model.seq_len) for row in rows}
     for number in range(args.rounds):
         for row, result in results.items():
-            time_row(row, model, args.steps, result, floor=number > 0 and row in OURS)
+            time_row(row, model, args.steps, result)
             print(f"round {number + 1}: {row}: {result.summary()}", flush=True)
-    for row in results.keys() & DRAWS:
-        weigh_row(row, model, results[row])
-        print(f"memory: {row}: {results[row].summary()}", flush=True)
+    for row, result in results.items():
+        if row in OURS:
+            floor_row(row, model, args.steps, result)
+        if row in DRAWS:
+            weigh_row(row, model, result)
+        print(f"{row}: {result.summary()}", flush=True)
     lines = [
         "# OwLore and its peers side by side",
         "",

@@ -47,7 +47,7 @@ def badam_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.o
     from badam import BlockOptimizer
 
     return BlockOptimizer(
-        base_optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5),
+        base_optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True),
         named_parameters_list=list(model.named_parameters()),
         switch_block_every=args.resample_every,
         switch_mode="random",
@@ -61,7 +61,7 @@ class LisaAsPublished:
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
         self._layers, self._every, self._steps = model.model.layers, args.resample_every, 0
         self._draw()
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         self.state = self._optimizer.state
 
     def _draw(self) -> None:
@@ -83,8 +83,8 @@ OPTIMIZERS = {"galore": galore_optimizer, "badam": badam_optimizer, "lisa": Lisa
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of all tensors in its state, and those of projectors in it."""
-    total = 0
+    """Of all tensors in its state, those of projectors in it, and BAdam's float32 copies of a block's weights."""
+    total = sum(weight.nbytes for weight in getattr(optimizer, "param_idx2hp", {}).values())
     optimizer = getattr(optimizer, "base_optimizer", optimizer)  # where BAdam has it
     for state in optimizer.state.values():
         for value in state.values():

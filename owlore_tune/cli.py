@@ -63,9 +63,10 @@ def memory(args: argparse.Namespace) -> None:
     from owlore_tune.plots import plot_memory
 
     try:
-        recipe = OwLoreFullFinetuneRecipe(load_config(args.config, args.overrides))
+        cfg = load_config(args.config, args.overrides)
+        recipe = OwLoreFullFinetuneRecipe(cfg)
         plans = {name: vars(plan) for name, plan in recipe.memory_plans(args.seq_len).items()}
-        plot_memory(Path(args.output), plans)
+        plot_memory(Path(args.output), plans, cfg.get("device_memory_limit"))
     except (ConfigError, InstantiationError, OSError) as error:
         sys.exit(f"error: {error}")
     print("GB".ljust(14) + "".join(name.rjust(16) for name in plans))

@@ -23,7 +23,8 @@ STATE_BITS = (32, 8)
 BASIS_BITS = (32, 16, 8)
 # Values of a weight that are updated at once, so that float32 temporaries stay small whatever the weight's size: few
 # enough to be cached on a processor, and enough to be worth a launch on a GPU.
-_PIECE = {"cpu": 2**20, "cuda": 2**24}
+_PIECE = {"cpu": 2**20}
+_LARGE_PIECE = 2**22
 _MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 
@@ -250,7 +251,7 @@ class OwLoreAdamW(Optimizer):
         if parameter.dtype == low_grad.dtype:
             parameter.addmm_(rows, columns, beta=decay, alpha=-step)
             return
-        pieces = math.ceil(parameter.numel() / 2**22)
+        pieces = math.ceil(parameter.numel() / _LARGE_PIECE)
         for weight, some_rows in zip(parameter.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
             moved = weight.to(low_grad.dtype).addmm_(some_rows, columns, beta=decay, alpha=-step)
             _write_back(weight, moved, group)
@@ -260,7 +261,7 @@ class OwLoreAdamW(Optimizer):
         state = self._advance(parameter, grad, group)
         dtype = _compute_dtype(parameter)
         weights, grads = parameter.view(-1), grad.reshape(-1)
-        size = _PIECE.get(parameter.device.type, 2**24)
+        size = _PIECE.get(parameter.device.type, _LARGE_PIECE)
         for start in range(0, len(weights), size):
             stop = min(start + size, len(weights))
             stored = [low_bits.piece(state[key], start, stop) for key in _MOMENT_KEYS]
@@ -342,7 +343,7 @@ def adamw_(
     """One step of torch's fused AdamW on ``target``, in place; all of one shape, dtype and device."""
     exp_avg, exp_avg_sq = moments
     beta1, beta2 = group["betas"]
-    steps_before = torch.tensor(step - 1, dtype=torch.float32, device=target.device)
+    steps_before = torch.full((), step - 1.0, dtype=torch.float32, device=target.device)  # waits for no device
     adamw(
         [target], [grad], [exp_avg], [exp_avg_sq], [], [steps_before], fused=True, amsgrad=False, maximize=False,
         beta1=beta1, beta2=beta2, eps=group["eps"], lr=lr, weight_decay=weight_decay,
@@ -361,8 +362,10 @@ def _carry_moments(state: dict[str, Any], turn: Tensor, moments: str, right: boo
     """Take the moments of a weight over a refresh; ``turn`` (r, r) is old basisᵀ · new basis."""
     if moments == "reset":
         state["step"] = 0
-        turn = torch.zeros_like(turn)
-    if moments != "keep":
+        for key in _MOMENT_KEYS:
+            moment = low_bits.restore(state[key], turn.dtype, by_column=right)
+            low_bits.update(state[key], torch.zeros_like(moment), by_column=right)
+    elif moments == "project":
         for key, matrix in zip(_MOMENT_KEYS, (turn, turn.square()), strict=True):
             moment = low_bits.restore(state[key], turn.dtype, by_column=right)
             low_bits.update(state[key], moment @ matrix if right else matrix.T @ moment, by_column=right)

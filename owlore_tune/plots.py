@@ -70,7 +70,7 @@ def plot_memory(path: Path, plans: Mapping[str, Mapping[str, int]], limit: float
 
     Args:
         plans: bytes by category, for each name.
-        limit: bytes to mark with a line.
+        limit: GB to mark with a line.
     """
     figure = Figure(figsize=(1.5 + 1.4 * len(plans), 4.5), layout="constrained")
     axes = figure.subplots()
@@ -86,7 +86,7 @@ def plot_memory(path: Path, plans: Mapping[str, Mapping[str, int]], limit: float
     for name, total in bottoms.items():
         axes.annotate(f"{total:.2f}", (name, total), ha="center", va="bottom")
     if limit is not None:
-        axes.axhline(limit / 1e9, color="black", linestyle="--", linewidth=1, label="limit")
+        axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="limit")
     axes.set_ylabel("memory, GB")
     axes.set_title("Planned peak memory")
     axes.margins(y=0.08)
