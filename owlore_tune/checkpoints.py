@@ -19,6 +19,7 @@ from torchtune.training.checkpointing import ModelType
 from torchtune.utils import get_logger
 from tqdm import tqdm
 
+from owlore_tune import low_bits
 from owlore_tune.layers import plain_name
 from owlore_tune.sealed import SEAL, CheckpointError, discard, sealed_directory, verify
 
@@ -251,7 +252,7 @@ def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 def _tensor_bytes(state: Any) -> int:
     if isinstance(state, Tensor):
-        return state.nbytes
+        return low_bits.num_bytes(state)
     if isinstance(state, dict):
         return sum(map(_tensor_bytes, state.values()))
     return sum(map(_tensor_bytes, state)) if isinstance(state, list | tuple) else 0

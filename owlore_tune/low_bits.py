@@ -29,8 +29,8 @@ def zeros(
     Args:
         bits: 32 means ``dtype``.
         signed: whether there will be negative values.
-        by_column: a block of 8-bit values lies in one column and not in one row. The moments of a low gradient (m, r)
-            have columns of very different scales, where the small ones would be rounded away beside the large.
+        by_column: blocks of 8-bit values go down the columns and not along the rows. The moments of a low gradient
+            (m, r) have columns of very different scales: the small ones would be rounded away beside the large.
     """
     if bits == 16:
         return torch.zeros(*shape, dtype=torch.bfloat16, device=device)

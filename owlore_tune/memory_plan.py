@@ -79,10 +79,12 @@ def plan_memory(
     num_active: int | None,
     holds_all_state: bool = False,
     projects_in_backward: bool = True,
+    framework: int | None = None,
 ) -> MemoryPlan:
     """The plan of an OwLore run, for the draw that takes the most: the lowest layer and the highest others.
 
     With the lowest layer active, backward goes through the whole model; those at the top hold their gradients longest.
+    The optimizer's own step works in small pieces, after backward has freed more than those take.
 
     Args:
         model: a torchtune ``TransformerDecoder`` on the meta device, in the dtype of the run.
@@ -90,6 +92,7 @@ def plan_memory(
         num_active: layers that train at once; None for all.
         holds_all_state: optimizer state stays on ``device`` when its layer leaves.
         projects_in_backward: gradients are reduced in backward, and not after it.
+        framework: bytes; `framework_bytes` as it is now where left out.
     """
     layers = [set(layer.values()) for layer in model_parts(model).layers]
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -110,6 +113,7 @@ def plan_memory(
 
     return _plan(
         device,
+        framework,
         moments=sum(low_bits.num_bytes(state[key]) for state in states for key in ("exp_avg", "exp_avg_sq")),
         bases=sum(low_bits.num_bytes(state["basis"]) for state in states if "basis" in state),
         **step_bytes(model, loss_fn, shape, device, trained, reduce),
@@ -123,6 +127,7 @@ def peer_plans(
     *,
     device: torch.device,
     rank: int,
+    framework: int,
     lora_rank: int = 16,
 ) -> dict[str, MemoryPlan]:
     """Plans of other methods on the same model, loss and data.
@@ -136,13 +141,17 @@ def peer_plans(
     vars(theirs).pop("unembed", None)  # back to logits as the model itself makes them
     their_loss = CEWithChunkedOutputLoss()
     theirs.set_num_output_chunks(their_loss.num_output_chunks)
-    plans = {"full": _adamw_plan(theirs, their_loss, shape, device, set(theirs.parameters()))}
+    plans = {"full": _adamw_plan(theirs, their_loss, shape, device, framework, set(theirs.parameters()))}
     adapters = _add_lora(theirs, lora_rank)
-    plans[f"LoRA, r={lora_rank}"] = _adamw_plan(theirs, their_loss, shape, device, adapters)
-    galore = OwLoreAdamW(parameter_groups(model, **others), rank=rank)
-    plans[f"GaLore, r={rank}"] = plan_memory(model, loss_fn, galore, shape, device=device, num_active=None)
+    plans[f"LoRA, r={lora_rank}"] = _adamw_plan(theirs, their_loss, shape, device, framework, adapters)
+    sides = [min(p.shape) for layer in model_parts(model).layers for p in layer.values() if p.ndim == 2]
+    rank = min(rank, max(sides) - 1)
+    galore = OwLoreAdamW(parameter_groups(model, **others), rank=rank, side="shape")
     lisa = OwLoreAdamW(parameter_groups(model, **others), rank=None)
-    plans["LISA, γ=2"] = plan_memory(model, loss_fn, lisa, shape, device=device, num_active=2)
+    for name, optimizer, num_active in ((f"GaLore, r={rank}", galore, None), ("LISA, γ=2", lisa, 2)):
+        plans[name] = plan_memory(
+            model, loss_fn, optimizer, shape, device=device, num_active=num_active, framework=framework
+        )
     return plans
 
 
@@ -238,16 +247,21 @@ def _materialize(fake: nn.Module, model: nn.Module, device: torch.device) -> dic
 
 
 def _adamw_plan(
-    model: nn.Module, loss_fn: nn.Module, shape: StepShape, device: torch.device, trained: set[Tensor]
+    model: nn.Module,
+    loss_fn: nn.Module,
+    shape: StepShape,
+    device: torch.device,
+    framework: int,
+    trained: set[Tensor],
 ) -> MemoryPlan:
     moments = 2 * sum(parameter.nbytes for parameter in trained)
     step = step_bytes(model, loss_fn, shape, device, trained)
-    return _plan(device, moments=moments, bases=0, **step)
+    return _plan(device, framework, moments=moments, bases=0, **step)
 
 
-def _plan(device: torch.device, **parts: int) -> MemoryPlan:
+def _plan(device: torch.device, framework: int | None, **parts: int) -> MemoryPlan:
     """``parts``, with what the device's way of counting adds."""
-    framework = framework_bytes(device)
+    framework = framework_bytes(device) if framework is None else framework
     loss = HEAP_LOSS if device.type == "cpu" else 0.0
     return MemoryPlan(**parts, framework=framework, allocator=int(loss * (framework + sum(parts.values()))))
 

@@ -309,9 +309,16 @@ class OwLoreAdamW(Optimizer):
                     self.state[parameter]["basis_age"] = self.group_of(parameter)["update_gap"]
 
     def state_bytes(self, *keys: str) -> int:
-        """Bytes of the state's tensors, or of those under ``keys``: ``exp_avg``, ``exp_avg_sq``, ``basis``."""
-        items = (item for state in self.state.values() for item in state.items())
-        return sum(low_bits.num_bytes(v) for key, v in items if torch.is_tensor(v) and (not keys or key in keys))
+        """Bytes of the state's tensors, or of those under ``keys``: ``exp_avg``, ``exp_avg_sq``, ``basis``.
+
+        What is offloaded does not count.
+        """
+        return sum(
+            low_bits.num_bytes(value)
+            for parameter, state in self.state.items()
+            for key, value in state.items()
+            if torch.is_tensor(value) and value.device == parameter.device and (not keys or key in keys)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         self._offload.wait()
@@ -320,6 +327,9 @@ class OwLoreAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # torch casts state to the parameter's dtype, which would turn float32 moments of a bfloat16 weight to bfloat16.
         super().load_state_dict({**state_dict, "state": {}})
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)  # one that was not there yet when this was saved
         for parameter, (_, index) in self._slots.items():
             if index in state_dict["state"]:
                 # What is frozen may be offloaded: its state stays where it is until it trains again.

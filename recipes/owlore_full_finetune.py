@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -134,6 +134,7 @@ SAVINGS = (
     ("enable_activation_checkpointing=true",),
     ("optimizer.state_bits=8", "optimizer.basis_bits=16"),
     ("owlore.train_embeddings=false", "owlore.train_output=false"),
+    ("owlore.inactive_state=drop", "owlore.project_in_backward=true"),
     ("owlore.num_active_layers=2",),
     ("optimizer.rank=128",),
     ("dtype=bf16",),
@@ -168,6 +169,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         check_counts(cfg, COUNTS, OPTIONAL_COUNTS)
         check_type("seed", cfg.seed, int)  # a run without one could be neither repeated nor resumed
         self._clip_grad_norm = check_positive("clip_grad_norm", cfg.clip_grad_norm)
+        if cfg.device_memory_limit is not None and self._owlore.draw == "bernoulli":
+            raise ConfigError(
+                "device_memory_limit cannot be kept with owlore.draw=bernoulli, which may draw all layers"
+            )
         self._memory_limit = 1e9 * check_positive("device_memory_limit", cfg.device_memory_limit)
         if cfg.on_save_error not in ("stop", "continue"):
             raise ConfigError(f"on_save_error={cfg.on_save_error}; choose stop or continue")
@@ -197,9 +202,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._setup_on_meta(cfg)
         if self._suite is not None:
             self._suite.check_model(self._tokenizer, self._model.max_seq_len)
-        self._memory_plan = self._plan_memory(self._longest_row())
+        seq_len = self._longest_row()
+        self._memory_plan = self._plan_memory(seq_len)
         if self._memory_plan.total > self._memory_limit:
-            self._refuse_plan()
+            self._refuse_plan(seq_len)
         same_scores = saved is not None and not changed & SCORE_FIELDS
         known_scores = LayerScores(**saved["scores"]) if same_scores else self._load_scores()
         self.load_checkpoint()
@@ -336,14 +342,21 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                     raise
                 log.warning(f"{error}. Planning for rows of tokenizer.max_seq_len={seq_len} tokens.")
         self._setup_on_meta(cfg)
-        own = {"this config": self._plan_memory(seq_len)}
-        shape, rank = self._step_shape(seq_len), self._optimizer.param_groups[0]["rank"] or 128
-        return own | peer_plans(self._model, self._loss_fn, shape, device=self._device, rank=rank)
+        own = self._plan_memory(seq_len)
+        peers = peer_plans(
+            self._model,
+            self._loss_fn,
+            self._step_shape(seq_len),
+            device=self._device,
+            rank=self._optimizer.param_groups[0]["rank"] or 128,
+            framework=own.framework,
+        )
+        return {"this config": own} | peers
 
-    def _plan_memory(self, seq_len: int) -> MemoryPlan:
+    def _plan_memory(self, seq_len: int, framework: int | None = None) -> MemoryPlan:
         if seq_len > self._model.max_seq_len:
             raise ConfigError(
-                f"the longest row has {seq_len} tokens, and the model takes {self._model.max_seq_len}; "
+                f"rows can have {seq_len} tokens, and the model takes {self._model.max_seq_len}; "
                 "set tokenizer.max_seq_len"
             )
         owlore = self._owlore
@@ -357,6 +370,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             holds_all_state=owlore.inactive_state == "keep"
             or (owlore.inactive_state == "offload" and self._device.type == "cpu"),
             projects_in_backward=owlore.project_in_backward,
+            framework=framework,
         )
 
     def _step_shape(self, seq_len: int) -> StepShape:
@@ -369,11 +383,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             checkpointing=cfg.enable_activation_checkpointing,
         )
 
-    def _refuse_plan(self) -> None:
+    def _refuse_plan(self, seq_len: int) -> None:
         """Raise ConfigError, naming the settings with which the plan keeps to ``device_memory_limit``."""
         limit, planned = self._cfg.device_memory_limit, self._memory_plan.total / 1e9
-        seq_len, cfg = self._longest_row(), self._cfg
-        rows = cfg.batch_size * cfg.gradient_accumulation_steps
+        rows = self._cfg.batch_size * self._cfg.gradient_accumulation_steps
         together, found = [], []
         for overrides in (("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS):
             saved = self._planned_with(overrides, seq_len)
@@ -393,8 +406,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             other._setup_on_meta(other._cfg)
         except ConfigError:
             return math.inf
-        plan = other._plan_memory(seq_len)
-        return replace(plan, framework=self._memory_plan.framework).total
+        return other._plan_memory(seq_len, self._memory_plan.framework).total
 
     def _longest_row(self) -> int:
         """Tokens of the longest row of the training data; a bound where there are too many rows to look at all."""

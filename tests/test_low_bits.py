@@ -112,16 +112,6 @@ def test_a_reloaded_8_bit_run_goes_on_with_the_same_bits(tmp_path, moments):
         assert torch.equal(a, b)
 
 
-def test_8_bit_state_returns_from_offload():
-    steps = list(spectrum_grads(4, 1.0))
-    kept, optimizer = trained(steps[:3], rank=32, state_bits=8)
-    before = [low_bits.restore(optimizer.state[p]["exp_avg"], torch.float32) for p in kept]
-    optimizer.deactivate(kept, "offload")
-    optimizer.activate(kept)
-    for parameter, moment in zip(kept, before, strict=True):
-        assert torch.equal(low_bits.restore(optimizer.state[parameter]["exp_avg"], torch.float32), moment)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_offload_goes_to_pinned_memory_and_back():
     parameter = torch.nn.Parameter(torch.zeros(512, 256, device="cuda"))
