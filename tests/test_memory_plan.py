@@ -102,7 +102,12 @@ def test_settings_move_the_plan_the_right_way():
     assert plan(wide, num_active=None).moments == 2 * usual.moments
     assert plan(StepShape(8, 64), num_active=2).activations == pytest.approx(usual.activations / 2, rel=0.02)
     assert plan(wide, dtype=torch.bfloat16).moments == usual.moments
-    assert plan(wide, loss_fn=CEWithChunkedOutputLoss()).activations > usual.activations  # holds all logits
+    held = [
+        plan(wide, loss_fn=loss_fn, model=tiny_llama(vocab_size=4000).to("meta"))
+        for loss_fn in (LinearCrossEntropyLoss(), CEWithChunkedOutputLoss())
+    ]
+    chunk, everything = (step.activations + step.logits for step in held)
+    assert everything > chunk + 0.9 * 16 * 64 * 4000 * 4  # all logits, in float32
     accumulated = plan(StepShape(16, 64, accumulates=True), num_active=2, rank=None)
     assert accumulated.gradients > plan(wide, num_active=2, rank=None).gradients
 
