@@ -137,7 +137,9 @@ def test_a_judge_that_dies_is_asked_only_for_what_is_missing(bench, lm, tmp_path
     with (
         judge_server(log, "die", "3") as url,
         pytest.raises(
-            RunError, match=r"37\.5% .* min_coverage=0\.95 \(4 × ClientConnectorError, 1 × .*asks for the rest"
+            # How the last requests fail depends on how far they were when the judge died.
+            RunError,
+            match=r"37\.5% .* min_coverage=0\.95 \(\d × Client\w+Error.*asks for the rest",
         ),
     ):
         bench(url, num_concurrent=1, max_retries=1).run(lm, "model", tmp_path)
