@@ -2,8 +2,8 @@
 
     python benchmarks/few_bits.py [--steps 200] [--output benchmarks/few_bits.md]
 
-configs/smollm2/135M_owlore.yaml as it ships, for four passes over its data, twice; the runs differ in those two options
-alone. Both go on at once, with half of the threads each, since their time does not matter here.
+configs/smollm2/135M_owlore.yaml with one row of data a step, twice; the runs differ in those two options alone. Both go
+on at once, with half of the threads each, since their time does not matter here.
 """
 
 import json
@@ -32,7 +32,7 @@ def train(overrides: list[str], steps: int, scratch: Path) -> tuple[list[float],
     scratch.mkdir()
     tune_run(
         "owlore_full_finetune", "smollm2/135M_owlore", f"output_dir={scratch / 'run'}", "eval=null",
-        f"max_steps_per_epoch={steps // 4}", "epochs=4", "keep_last_n=1",
+        f"max_steps_per_epoch={steps}", "batch_size=1",
         "metric_logger._component_=step_logger.StepLogger", f"metric_logger.path={scratch / 'steps.jsonl'}",
         "~metric_logger.log_dir", *overrides, log=scratch / "log.txt",
     )  # fmt: skip
@@ -60,7 +60,8 @@ def main() -> None:
     lines = [
         "# Training with few bits of optimizer state",
         "",
-        f"SmolLM2-135M, {args.steps} steps of configs/smollm2/135M_owlore.yaml (γ=5, rank 128, a draw every 10 steps); "
+        f"SmolLM2-135M, {args.steps} steps of configs/smollm2/135M_owlore.yaml (γ=5, rank 128, a draw every 10 steps), "
+        "one row each; "
         f"the loss is the mean of {WINDOW} steps; {machine()}. Made by `python benchmarks/few_bits.py`.",
         "",
         "| optimizer state | MB | " + " | ".join(f"loss at {mark}" for mark in marks) + " | held-out loss after |",
