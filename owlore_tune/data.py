@@ -16,6 +16,8 @@ from torchtune.datasets._sft import SFTTransform
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
+LOOKS = 1000  # rows that are tokenized to find the longest
+
 
 def mmlu_dev_dataset(
     tokenizer: ModelTokenizer,
@@ -119,10 +121,11 @@ def _finish(
     return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len)
 
 
-def longest_row(dataset: Dataset, looks: int = 1000) -> tuple[int, bool]:
-    """(tokens of the longest row, whether all rows were looked at); of larger datasets, ``looks`` rows evenly."""
-    stride = max(1, math.ceil(len(dataset) / looks))
-    return max(len(dataset[i]["tokens"]) for i in range(0, len(dataset), stride)), stride == 1
+def longest_row(dataset: Dataset, max_seq_len: int | None) -> int:
+    """Tokens of the longest row. Of more than `LOOKS` rows it is the bound, or without one the longest of so many."""
+    if max_seq_len is not None and len(dataset) > LOOKS:
+        return max_seq_len
+    return max(len(dataset[i]["tokens"]) for i in range(0, len(dataset), math.ceil(len(dataset) / LOOKS)))
 
 
 def read_rows(file: Path, field_name: str) -> list[dict[str, Any]]:

@@ -26,6 +26,5 @@ def resident_bytes() -> int:
 
 def return_freed_memory(device: torch.device) -> None:
     """On a CPU have glibc give back to the system what is free inside its heap; elsewhere this does nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None and device.type == "cpu":
+    if device.type == "cpu" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

@@ -412,8 +412,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Tokens of the longest row of the training data; a bound where there are too many rows to look at all."""
         if _is_packed(self._cfg.dataset):
             return self._tokenizer.max_seq_len
-        longest, is_all = longest_row(self._dataloader.dataset)
-        return longest if is_all else self._tokenizer.max_seq_len or longest
+        return longest_row(self._dataloader.dataset, self._tokenizer.max_seq_len)
 
     def _setup_inputs(self, cfg: DictConfig) -> None:
         self._tokenizer = build("tokenizer", cfg.tokenizer)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from owlore_tune.data import instruction_dataset, mmlu_dev_dataset
+from owlore_tune.data import LOOKS, instruction_dataset, longest_row, mmlu_dev_dataset
 from owlore_tune.tokenizer import HFChatTokenizer
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "commonsense"
@@ -88,3 +88,10 @@ def test_bad_options_are_refused(tiny_dir, tokenizer):
         mmlu_dev_dataset(tokenizer, num_held_out=282)
     with pytest.raises(ValueError, match=r"needs tokenizer\.max_seq_len"):
         mmlu_dev_dataset(HFChatTokenizer(str(tiny_dir)), packed=True)
+
+
+def test_the_longest_row_is_looked_for_where_looking_is_cheap():
+    rows = [{"tokens": [0] * (1 + i % 7)} for i in range(LOOKS)]
+    assert longest_row(rows, max_seq_len=512) == 7
+    assert longest_row([*rows, {"tokens": [0]}], max_seq_len=512) == 512
+    assert longest_row([*rows, {"tokens": [0]}], max_seq_len=None) == 7
