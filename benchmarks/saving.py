@@ -74,8 +74,8 @@ def main() -> None:
         for number in range(args.rounds):
             without = train(args.steps, None, f"{scratch}/without_{number}")
             with_saves = train(args.steps, 10, f"{scratch}/with_{number}")
-            pairs = zip(with_saves._steps[2:], without._steps[2:], strict=True)
-            ratios += [saving[0] / not_saving[0] for saving, not_saving in pairs]
+            pairs = zip(with_saves._run_log.steps[2:], without._run_log.steps[2:], strict=True)
+            ratios += [saving["step_seconds"] / not_saving["step_seconds"] for saving, not_saving in pairs]
             print(f"round {number + 1}: {statistics.median(ratios):.3f}", flush=True)
         with_saves._cfg.keep_last_n = None  # both only write; what was written goes once it is timed
         for _ in range(NUM_SAVES):

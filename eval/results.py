@@ -11,10 +11,9 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import make_table
 
 from owlore_tune.config import ConfigError, RunError
-from owlore_tune.manifest import write_json
+from owlore_tune.manifest import MANIFEST, write_json
 
 Scores = dict[tuple[str, str], tuple[float, float | None]]  # (task, metric) -> (value, standard error)
-MANIFEST = "manifest.json"
 
 
 def check_output_dir(directory: Path, fingerprint: str) -> None:

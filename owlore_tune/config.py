@@ -99,16 +99,23 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
     return _merge_yaml_and_cli_args(Namespace(**loaded), list(overrides))
 
 
-def check_config(cfg: DictConfig, required: Iterable[str], defaults: Mapping[str, Any]) -> DictConfig:
-    """``cfg`` with defaults filled in, once its keys and those of its components are known to exist.
+def check_config(
+    cfg: DictConfig,
+    required: Iterable[str],
+    defaults: Mapping[str, Any],
+    supplied: Mapping[str, tuple[str, ...]] | None = None,
+) -> DictConfig:
+    """``cfg`` with defaults filled in, once its keys fit the recipe and the signatures of its components.
 
     Args:
         required: keys that the recipe cannot do without.
         defaults: its other keys, with their values where left out.
+        supplied: what the recipe itself passes to the component under a key: ``*`` for a positional argument, else the
+            argument's name.
 
     Raises:
         ConfigError: if a key is missing or unknown (naming the nearest known one), or an option is not in the
-            signature of its component.
+            signature of its component, or one is missing that it needs.
     """
     required = list(required)
     check_keys(cfg, [*required, *defaults], "")
@@ -118,12 +125,27 @@ def check_config(cfg: DictConfig, required: Iterable[str], defaults: Mapping[str
             cfg[key] = None
     if missing := [key for key in required if cfg.get(key) is None]:
         raise ConfigError(f"missing in the config: {', '.join(missing)}")
+    check_components(cfg, supplied or {})
+    return DictConfig(OmegaConf.merge(dict(defaults), cfg))
+
+
+def check_components(cfg: DictConfig, supplied: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise ConfigError if a component of ``cfg`` does not fit its signature; see `check_config`."""
     for path, node in _component_nodes(cfg, ""):
         component = _get_component_from_path(node["_component_"])
         parameters = inspect.signature(component).parameters
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             check_keys(node, [*parameters, "_component_"], path)
-    return OmegaConf.merge(dict(defaults), cfg)
+        _check_arguments(path, component, node, supplied.get(path.split(".")[0], ()))
+
+
+def _check_arguments(path: str, component: Any, node: DictConfig, supplied: tuple[str, ...]) -> None:
+    positional = [None for name in supplied if name == "*"]
+    named = {str(name): None for name in (*node, *supplied) if name not in ("_component_", "*")}
+    try:
+        inspect.signature(component).bind(*positional, **named)
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error} of {node['_component_']}") from error
 
 
 def check_keys(node: Mapping[str, Any], known: Iterable[str], path: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+MANIFEST = "manifest.json"
 PACKAGES = (
     "owlore-tune",
     "torchtune",

@@ -9,7 +9,7 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         return sum(vars(self).values())
+
+    def on_gpu(self) -> "MemoryPlan":
+        """The same step on a GPU, where only what torch allocates counts."""
+        return replace(self, framework=0, allocator=0)
 
 
 CATEGORIES = tuple(field.name for field in fields(MemoryPlan))

@@ -6,6 +6,7 @@ tune run [--nproc_per_node N] owlore_eval --config eval/mmlu checkpointer.checkp
 import hashlib
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,22 +62,31 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         for key in ("use_cache", "log_samples"):
             check_type(key, cfg[key], bool)
         self._device, self._dtype = device_and_dtype(cfg)
-        self._output_dir = writable_directory(cfg.output_dir)
+        self._output_dir = Path(cfg.output_dir).expanduser()
         self._is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
+
+    def validate(self) -> str:
+        """Check what can be checked without files; says what the model is."""
+        model = self._setup_model()
+        return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
 
     def setup(self) -> None:
         cfg = self._cfg
+        writable_directory(cfg.output_dir)
         tokenizer = build_ours("tokenizer", cfg.tokenizer, HFChatTokenizer)
         checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
         self._fingerprint = checkpointer.fingerprint()
         check_output_dir(self._output_dir, self._fingerprint)
-        with training.set_default_dtype(self._dtype), torch.device("meta"):
-            model = build("model", cfg.model)
+        model = self._setup_model()
         if self._is_rank_zero:
             self._suite = Suite(cfg)
             self._suite.check_model(tokenizer, model.max_seq_len)
         self._load_weights(model, checkpointer)
         self._lm = build_lm(cfg, model, tokenizer)
+
+    def _setup_model(self) -> torch.nn.Module:
+        with training.set_default_dtype(self._dtype), torch.device("meta"):
+            return build("model", self._cfg.model)
 
     def _load_weights(self, model: torch.nn.Module, checkpointer: HFCheckpointer) -> None:
         try:

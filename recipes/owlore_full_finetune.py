@@ -3,7 +3,6 @@
 tune run owlore_full_finetune --config smollm2/135M_owlore [field=value ...]
 """
 
-import json
 import math
 import shutil
 import statistics
@@ -53,12 +52,14 @@ from owlore_tune.config import (
     writable_directory,
 )
 from owlore_tune.data import longest_row
-from owlore_tune.layers import find_layers, plain_name
-from owlore_tune.manifest import machine, versions, write_json
+from owlore_tune.layers import find_layers, model_parts, plain_name
+from owlore_tune.manifest import MANIFEST, machine, versions, write_json
 from owlore_tune.memory import peak_memory_bytes, return_freed_memory
 from owlore_tune.memory_plan import MemoryPlan, StepShape, peer_plans, plan_memory
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
+from owlore_tune.phases import PhaseClock
 from owlore_tune.rng import get_rng_state, set_rng_state
+from owlore_tune.run_log import RunLog
 from owlore_tune.sampling import LayerSampler
 from owlore_tune.scores import NEEDS_DATA, LayerScores, layer_scores
 from owlore_tune.sealed import CheckpointError, remove_leftovers, verify
@@ -108,12 +109,15 @@ DEFAULTS = {
     "allow_config_change": False,
     "max_skipped_steps": 10,
 }
-# Fields that a resumed run may change: they say where and how it runs, not what it computes. (Another device or a
-# compiled model rounds differently, so the bits are no longer those of the unbroken run.)
 COUNTS = ("batch_size", "epochs", "gradient_accumulation_steps", "max_skipped_steps", "log_every_n_steps")
 OPTIONAL_COUNTS = (
     "batch_size_val", "max_steps_per_epoch", "save_every_n_steps", "run_val_every_n_steps", "keep_last_n"
 )  # fmt: skip
+# What the recipe passes to components itself.
+SUPPLIED = {
+    "dataset": ("*",), "dataset_val": ("*",), "optimizer": ("*",),
+    "lr_scheduler": ("*", "num_training_steps", "last_epoch"),
+}  # fmt: skip
 DATA_FIELDS = frozenset(
     ("dataset", "tokenizer", "collate_fn", "batch_size", "gradient_accumulation_steps", "shuffle", "seed",
      "max_steps_per_epoch")
@@ -121,6 +125,8 @@ DATA_FIELDS = frozenset(
 SCORE_FIELDS = frozenset(
     ("owlore.score", "owlore.outlier_threshold", "owlore.calibration_batches", "owlore.scores_file")
 )
+# Fields that a resumed run may change: they say where and how it runs, not what it computes. (Another device or a
+# compiled model rounds differently, so the bits are no longer those of the unbroken run.)
 FREE = frozenset(
     ("output_dir", "device", "device_memory_limit", "compile", "enable_activation_checkpointing", "metric_logger",
      "log_every_n_steps", "run_val_every_n_steps", "dataset_val", "batch_size_val", "eval", "profiler",
@@ -161,7 +167,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._cfg = cfg = check_config(cfg, REQUIRED, DEFAULTS)
+        self._cfg = cfg = check_config(cfg, REQUIRED, DEFAULTS, SUPPLIED)
         self._owlore = OwLoreConfig.from_config(cfg.owlore)
         self._device, self._dtype = device_and_dtype(cfg)
         if self._dtype not in (torch.float32, torch.bfloat16):
@@ -176,7 +182,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._memory_limit = 1e9 * check_positive("device_memory_limit", cfg.device_memory_limit)
         if cfg.on_save_error not in ("stop", "continue"):
             raise ConfigError(f"on_save_error={cfg.on_save_error}; choose stop or continue")
-        self._output_dir = writable_directory(cfg.output_dir)
+        self._output_dir = Path(cfg.output_dir).expanduser()
+        self._run_log = RunLog(self._output_dir)
 
         self._gradient_accumulation_steps = cfg.gradient_accumulation_steps
         self._log_every_n_steps = cfg.log_every_n_steps
@@ -186,16 +193,14 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self.total_epochs = cfg.epochs
         self.max_steps_per_epoch = cfg.max_steps_per_epoch
         self.global_step = 0
-        self._seconds: dict[str, float] = {}  # by phase, for the manifest
-        self._losses: dict[str, float] = {}  # held-out, for the manifest
-        self._evaluations: dict[str, dict[str, float]] = {}  # averages of the suite, for the manifest
-        self._draws: list[dict[str, Any]] = []
-        self._steps: list[tuple[float, int]] = []  # (seconds, tokens) of each
         self._skipped_steps = 0
         self._skipped_in_a_row = 0
+        self._clock = PhaseClock(self._device)
+        self._finished = False
 
     def setup(self) -> None:
         cfg = self._cfg
+        writable_directory(cfg.output_dir)
         self._resume_dir = self._find_checkpoint()
         saved, changed = self._load_recipe_state()
         self._setup_inputs(cfg)
@@ -208,6 +213,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._refuse_plan(seq_len)
         same_scores = saved is not None and not changed & SCORE_FIELDS
         known_scores = LayerScores(**saved["scores"]) if same_scores else self._load_scores()
+        self._metric_logger = build("metric_logger", cfg.metric_logger)
         self.load_checkpoint()
         self._scores = known_scores or self._score_layers(cfg)
         self._scores.save(self._output_dir / "scores.json")
@@ -231,9 +237,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             )
         if saved is not None:
             self._restore(saved, changed)
-        else:
-            (self._output_dir / "draws.jsonl").unlink(missing_ok=True)  # of an attempt that saved nothing
-        self._metric_logger = build("metric_logger", cfg.metric_logger)
+        self._run_log.start()
+        self._write_manifest()
         self._metric_logger.log_config(cfg)
         self._profiler = training.DummyProfiler()
         if cfg.profiler is not None and cfg.profiler.get("enabled"):
@@ -284,8 +289,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _restore(self, saved: dict[str, Any], changed: set[str]) -> None:
         """Put everything back as it was saved, but for what depends on ``changed`` fields, which starts anew."""
         self.global_step = saved["step"]
-        self._losses, self._evaluations = saved["losses"], saved["evaluations"]
-        self._draws, self._steps = saved["draws"], saved["steps"]
+        self._run_log.load_state_dict(saved["run_log"])
         self._skipped_steps, self._skipped_in_a_row = saved["skipped_steps"]
         if "owlore" not in changed:
             self._active_layers.load_state_dict(saved["active_layers"])
@@ -297,7 +301,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                     (seconds, torch.tensor(energy, dtype=torch.float64)) for seconds, energy in saved["refreshes"]
                 ]
         else:
-            self._draws = self._draws[:-1]  # the last one was still open
+            self._run_log.draws.pop()  # it was still open
         if self._lr_scheduler is None:
             for group in self._optimizer.param_groups:
                 group["lr"] = self._cfg.optimizer.get("lr", group["lr"])  # not what a schedule had made of it
@@ -310,12 +314,21 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if not changed & DATA_FIELDS and self.global_step % self._steps_per_epoch:
             self._dataloader.load_state_dict(saved["dataloader"])
         set_rng_state(saved["rng"])
-        self._seconds = saved["seconds"]
         set_aside_after(self._output_dir, self.global_step)
-        # Draws that were logged after this checkpoint are about to happen again.
-        closed = [draw for draw in self._draws if "changed_layers" in draw]
-        (self._output_dir / "draws.jsonl").write_text("".join(json.dumps(draw) + "\n" for draw in closed))
         log.info(f"Resumed from {self._resume_dir}, step {self.global_step}.")
+
+    def validate(self) -> str:
+        """Check what can be checked without files; says what the model is and how much of it trains at once."""
+        self._setup_on_meta(self._cfg)
+        layers = model_parts(self._model).layers
+        sizes = sorted(sum(parameter.numel() for parameter in layer.values()) for layer in layers)
+        num_active = self._owlore.num_active_layers or len(layers)
+        total = sum(parameter.numel() for parameter in self._model.parameters())
+        held = sum(p.numel() for group in self._optimizer.param_groups for p in group["params"])
+        at_once = held - sum(sizes[: len(layers) - num_active])
+        return (
+            f"{total:,} parameters, {len(layers)} layers; {num_active} of them, {at_once:,} parameters, train at once"
+        )
 
     def score(self) -> LayerScores:
         """Score the layers of the config's model, without training."""
@@ -352,6 +365,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             framework=own.framework,
         )
         return {"this config": own} | peers
+
+    def memory_plan(self, seq_len: int) -> MemoryPlan:
+        """The plan of the config's run alone, for rows of ``seq_len`` tokens; no weights load."""
+        self._setup_on_meta(self._cfg)
+        return self._plan_memory(seq_len)
 
     def _plan_memory(self, seq_len: int, framework: int | None = None) -> MemoryPlan:
         if seq_len > self._model.max_seq_len:
@@ -402,7 +420,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _planned_with(self, overrides: Sequence[str], seq_len: int) -> float:
         """Bytes of the plan with some fields changed; infinite where the model does not allow it."""
         try:
-            other = type(self)(OmegaConf.merge(self._cfg, OmegaConf.from_dotlist(list(overrides))))
+            other = type(self)(DictConfig(OmegaConf.merge(self._cfg, OmegaConf.from_dotlist(list(overrides)))))
             other._setup_on_meta(other._cfg)
         except ConfigError:
             return math.inf
@@ -513,13 +531,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._seconds["load"] = time.perf_counter() - started
+        self._run_log.seconds["load"] = time.perf_counter() - started
 
     def _score_layers(self, cfg: DictConfig) -> LayerScores:
         started = time.perf_counter()
         kind, threshold = self._owlore.score, self._owlore.outlier_threshold
         scores = layer_scores(self._model, kind, batches=self._calibration_batches, threshold=threshold)
-        self._seconds["score"] = time.perf_counter() - started
+        self._run_log.seconds["score"] = time.perf_counter() - started
         needs_data = kind in NEEDS_DATA
         data = {
             "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
@@ -572,7 +590,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         with StopRequest() as stop, self._profiler, progress:
             while self.global_step < num_steps and not stop.signal:
                 self._train_epoch(num_steps, progress, stop)
-        self._seconds["train"] = self._seconds.get("train", 0.0) + time.perf_counter() - started
+        self._run_log.add_seconds("train", time.perf_counter() - started)
         if stop.signal:
             how = f"{stop.signal.name} at step {self.global_step}: saved and stopped"
             print(f"{how}. Go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
@@ -587,11 +605,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         for _ in range(steps_done, self._steps_per_epoch):
             if (active := self._active_layers.maybe_redraw(self.global_step)) is not None:
                 self._on_draw(active)
-            micro_batches = list(islice(batches, self._gradient_accumulation_steps))
+            with self._clock("data"):
+                micro_batches = list(islice(batches, self._gradient_accumulation_steps))
             if len(micro_batches) < self._gradient_accumulation_steps:
                 raise RunError(f"the data ended in epoch {epoch}, before step {self.global_step + 1}")
             metrics = self._train_step(micro_batches)
             self.global_step += 1
+            self._run_log.add_step({"step": self.global_step, **metrics})
             self._report(metrics, progress)
             self._profiler.step()
             if self._is_due(self._run_val_every_n_steps) and self.global_step < num_steps:
@@ -614,6 +634,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step over ``micro_batches``."""
         started = time.perf_counter()
+        num_refreshes = len(self._optimizer.refreshes)
         labels = [self._shift_labels(batch.pop("labels")) for batch in micro_batches]
         num_tokens = sum(batch["tokens"].numel() for batch in micro_batches)
         num_trained = [int((batch_labels != self._loss_fn.ignore_index).sum()) for batch_labels in labels]
@@ -622,10 +643,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             if count == 0:
                 continue  # a mean over no tokens
             # The mean over all tokens of the step, whatever their split into micro-batches.
-            micro_loss = self._loss_step(batch, batch_labels) * (count / sum(num_trained))
-            return_freed_memory(self._device)  # or gradients come on top of what forward left free in the heap
-            micro_loss.backward()
-            self._optimizer.project_grads()
+            with self._clock("forward"):
+                micro_loss = self._loss_step(batch, batch_labels) * (count / sum(num_trained))
+                return_freed_memory(self._device)  # or gradients come on top of what forward left free in the heap
+            with self._clock("backward"):
+                micro_loss.backward()
+                self._optimizer.project_grads()
             loss += micro_loss.detach()
         lr = get_lr(self._optimizer)
         grad_norm = self._optimizer.clip_grad_norm_(self._clip_grad_norm).item()
@@ -635,7 +658,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         elif math.isfinite(loss_value) and math.isfinite(grad_norm):
             if self._active_layers.drawn_at == self.global_step:
                 return_freed_memory(self._device)  # or so does new optimizer state
-            self._optimizer.step()
+            with self._clock("optimizer"):
+                self._optimizer.step()
             self._skipped_in_a_row = 0
         else:
             self._skip_step(loss_value)
@@ -645,13 +669,14 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the clock below has to see the whole step
         seconds = time.perf_counter() - started
-        self._steps.append((seconds, num_tokens))
         return {
             "loss": loss_value,
             "lr": lr,
             "grad_norm": grad_norm,
             "skipped_steps": self._skipped_steps,
             "step_seconds": seconds,
+            **{f"{phase}_seconds": spent for phase, spent in self._clock.read().items()},
+            "refresh_seconds": sum(spent for spent, _ in self._optimizer.refreshes[num_refreshes:]),  # in backward
             "tokens_per_second": num_tokens / seconds,
             "trained_tokens_per_second": sum(num_trained) / seconds,
             "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
@@ -691,19 +716,19 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _on_draw(self, active: list[int]) -> None:
         self._close_draw()
-        self._draws.append(
+        self._run_log.open_draw(
             {"step": self.global_step, "active": active, "trainable": self._active_layers.num_trainable()}
         )
 
     def _close_draw(self) -> None:
         """Add to the last draw's record what came of it, and log it."""
-        if not self._draws:
+        if not self._run_log.draws:
             return
-        draw = self._draws[-1]
+        draw = self._run_log.draws[-1]
         refreshes, self._optimizer.refreshes = self._optimizer.refreshes, []
         names = self._weight_watch.changed()
         changed = {int(name.split(".")[1]) for name in names if name.startswith("layers.")}
-        draw |= {
+        outcome = {
             "refresh_seconds": sum(seconds for seconds, _ in refreshes),
             "captured_energy": statistics.mean(float(e) for _, e in refreshes) if refreshes else None,
             "changed_layers": sorted(changed),
@@ -713,16 +738,14 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             log.error(f"Frozen layers {sorted(unexpected)} changed since step {draw['step']}: this is a bug.")
         if idle := set(draw["active"]) - changed:
             log.warning(f"Active layers {sorted(idle)} did not change since step {draw['step']}.")
-        with (self._output_dir / "draws.jsonl").open("a") as file:
-            file.write(json.dumps(draw) + "\n")
+        self._run_log.close_draw(outcome)
         metrics = {
             "num_active_layers": len(draw["active"]),
             "trainable_parameters": draw["trainable"],
-            "refresh_seconds": draw["refresh_seconds"],
             "changed_layers": len(changed),
         }
         if refreshes:
-            metrics["captured_energy"] = draw["captured_energy"]
+            metrics["captured_energy"] = outcome["captured_energy"]
         self._metric_logger.log_dict(metrics, step=self.global_step)
 
     @torch.no_grad()
@@ -741,9 +764,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._model.train()
         if num_trained == 0:
             raise ConfigError("dataset_val has no tokens to predict; is tokenizer.max_seq_len too short?")
-        self._losses[when] = total / num_trained
-        log.info(f"Held-out loss, {when}: {self._losses[when]:.4f} over {num_trained} tokens")
-        self._metric_logger.log_dict({"val_loss": self._losses[when]}, step=self.global_step)
+        self._run_log.losses[when] = total / num_trained
+        log.info(f"Held-out loss, {when}: {total / num_trained:.4f} over {num_trained} tokens")
+        self._metric_logger.log_dict({"val_loss": total / num_trained}, step=self.global_step)
 
     def _evaluate(self, when: str) -> None:
         """Run the suite, if there is one, on the model as it is; ``eval/step_N`` gets what owlore_eval would leave."""
@@ -760,8 +783,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         results = self._suite.run(lm, directory.name, directory)
         self._model.train()
         set_rng_state(rng)
-        self._evaluations[when] = results["averages"]
-        self._seconds[f"eval_{when}"] = time.perf_counter() - started
+        self._run_log.evaluations[when] = results["averages"]
+        self._run_log.seconds[f"eval_{when}"] = time.perf_counter() - started
         manifest = {"versions": versions(), "model": lm.get_model_info(), "step": self.global_step}
         save_results(
             directory,
@@ -792,7 +815,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             if required or self._cfg.on_save_error == "stop":
                 raise RunError(str(error)) from error
             log.warning(f"{error}; going on, as on_save_error=continue says")
-        self._seconds["save"] = self._seconds.get("save", 0.0) + time.perf_counter() - started
+        self._run_log.add_seconds("save", time.perf_counter() - started)
+        self._write_manifest()
 
     def _step_dir(self) -> Path:
         return self._output_dir / f"step_{self.global_step}"
@@ -810,45 +834,46 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "lr_scheduler": None if self._lr_scheduler is None else self._lr_scheduler.state_dict(),
             "dataloader": self._dataloader.state_dict(),
             "rng": get_rng_state(),
-            "draws": self._draws,
-            "losses": self._losses,
-            "evaluations": self._evaluations,
-            "steps": self._steps,
-            "seconds": self._seconds,
+            "run_log": self._run_log.state_dict(),
             "skipped_steps": (self._skipped_steps, self._skipped_in_a_row),
         }
 
     def _finish(self) -> None:
-        """What is left once the last step is saved: the final loss, the pictures, the manifest, and a summary."""
-        from owlore_tune.plots import plot_draws, plot_scores
+        """What is left once the last step is saved: the final loss, the manifest, the pictures, and a summary."""
+        from owlore_tune.plots import plot_run
 
         self._close_draw()
         self._validate("after")
         self._evaluate("after")
-        plot_scores(
-            self._output_dir / "scores.png", self._scores.scores, self._scores.score, self._sampler.probabilities
-        )
-        draws = [(draw["step"], draw["active"]) for draw in self._draws]
-        plot_draws(self._output_dir / "draws.png", draws, len(self._scores.scores), self.global_step)
-        write_json(self._output_dir / "manifest.json", self._manifest())
-        self._print_summary()
+        self._finished = True
+        self._write_manifest()
+        self._print_summary(plot_run(self._output_dir))
+
+    def _write_manifest(self) -> None:
+        try:
+            write_json(self._output_dir / MANIFEST, self._manifest())
+        except OSError as error:
+            log.warning(f"{self._output_dir / MANIFEST} cannot be written: {error}")
 
     def _manifest(self) -> dict[str, Any]:
+        run = self._run_log
         return {
             "versions": versions(),
             "machine": machine(self._device),
             "config": OmegaConf.to_container(self._cfg, resolve=True),
             "seed": self.seed,
             "steps": self.global_step,
+            "finished": self._finished,
             "skipped_steps": self._skipped_steps,
-            "checkpoint": self._step_dir().name,
-            "held_out_loss": self._losses,
-            "evaluations": self._evaluations,
-            "seconds": self._seconds,
-            "median_step_seconds": self._median_step_seconds(),
-            "tokens_per_second": self._tokens_per_second(),
+            "checkpoint": self._step_dir().name if self._step_dir().is_dir() else None,
+            "held_out_loss": run.losses,
+            "evaluations": run.evaluations,
+            "seconds": run.seconds,
+            "median_step_seconds": run.median_step_seconds(),
+            "tokens_per_second": run.tokens_per_second(),
             "memory_bytes": self._memory_bytes(),
-            "draws": self._draws,
+            "probabilities": self._sampler.probabilities.tolist(),
+            "draws": run.draws,
         }
 
     def _memory_bytes(self) -> dict[str, dict[str, int]]:
@@ -862,26 +887,21 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         }
         return {"planned": asdict(plan) | {"total": plan.total}, "measured": measured}
 
-    def _print_summary(self) -> None:
-        losses = [f"{when} {loss:.4f}" for when, loss in self._losses.items() if when in ("before", "after")]
-        accuracies = [f"{when} {e['acc,none']:.3f}" for when, e in self._evaluations.items() if "acc,none" in e]
+    def _print_summary(self, pictures: list[Path]) -> None:
+        run = self._run_log
+        losses = [f"{when} {loss:.4f}" for when, loss in run.losses.items() if when in ("before", "after")]
+        accuracies = [f"{when} {e['acc,none']:.3f}" for when, e in run.evaluations.items() if "acc,none" in e]
         print(
             f"held-out loss   {', '.join(losses) or 'not measured'}\n"
             f"accuracy        {', '.join(accuracies) or 'not measured'}\n"
-            f"median step     {self._median_step_seconds():.2f} s\n"
-            f"throughput      {self._tokens_per_second():.0f} tokens/s\n"
+            f"median step     {run.median_step_seconds():.2f} s\n"
+            f"throughput      {run.tokens_per_second():.0f} tokens/s\n"
             f"peak memory     {peak_memory_bytes(self._device) / 1e9:.2f} GB "
             f"(planned {self._memory_plan.total / 1e9:.2f} GB)\n"
             f"weights         {self._step_dir()}\n"
-            f"pictures        {self._output_dir / 'scores.png'}, {self._output_dir / 'draws.png'}\n"
-            f"manifest        {self._output_dir / 'manifest.json'}"
+            f"manifest        {self._output_dir / MANIFEST}\n"
+            f"pictures        {', '.join(picture.name for picture in pictures)} beside it"
         )
-
-    def _median_step_seconds(self) -> float:
-        return statistics.median(seconds for seconds, _ in self._steps)
-
-    def _tokens_per_second(self) -> float:
-        return sum(tokens for _, tokens in self._steps) / sum(seconds for seconds, _ in self._steps)
 
     def cleanup(self) -> None:
         self._metric_logger.close()

@@ -136,7 +136,7 @@ def test_the_same_seed_gives_the_same_bits(tiny_config):
 def test_other_methods_are_settings(tiny_config, changes, num_changed):
     config = variant(tiny_config, "method", **changes)
     recipe = finetune(config)
-    assert all(len(draw["changed_layers"]) == num_changed for draw in recipe._draws)
+    assert all(len(draw["changed_layers"]) == num_changed for draw in recipe._run_log.draws)
 
 
 def test_bf16_packed_with_everything_trained(tiny_config):
@@ -149,7 +149,11 @@ def test_bf16_packed_with_everything_trained(tiny_config):
     for key in ("dataset", "dataset_val"):
         config[key]["packed"] = True
     recipe = finetune(config)
-    assert recipe._draws[-1]["changed_outside_layers"] == ["norm.scale", "output.weight", "tok_embeddings.weight"]
+    assert recipe._run_log.draws[-1]["changed_outside_layers"] == [
+        "norm.scale",
+        "output.weight",
+        "tok_embeddings.weight",
+    ]
     assert weights(config)["lm_head.weight"].dtype == torch.bfloat16
 
 
@@ -183,7 +187,7 @@ def test_validation_schedule_profiler_and_tensorboard(tiny_config):
         },
     )  # fmt: skip
     recipe = finetune(config)
-    assert list(recipe._losses) == ["before", "step 4", "step 8", "after"]
+    assert list(recipe._run_log.losses) == ["before", "step 4", "step 8", "after"]
     assert list(Path(f"{output}/tensorboard").rglob("events.*"))
     assert list(Path(f"{output}/traces").rglob("*.json*"))
 
@@ -196,7 +200,7 @@ def test_a_score_file_of_this_model_is_used(tiny_config):
     file.write_text(json.dumps(scores))
     other = variant(tiny_config, "reused", owlore__scores_file=str(file))
     recipe = finetune(other)
-    assert all(draw["active"] == [1, 3] for draw in recipe._draws)
+    assert all(draw["active"] == [1, 3] for draw in recipe._run_log.draws)
 
 
 def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):

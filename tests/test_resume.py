@@ -87,10 +87,10 @@ def test_resumed_run_equals_the_unbroken_one(case, tiny_config):
     recipe = finetune(resumed)
     assert_same_bits(config, broken)
     assert recipe._optimizer.state_bytes() == unbroken._optimizer.state_bytes()
-    drop_times = [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in unbroken._draws]
-    assert [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in recipe._draws] == drop_times
+    drop_times = [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in unbroken._run_log.draws]
+    assert [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in recipe._run_log.draws] == drop_times
     lines = (Path(broken["output_dir"]) / "draws.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [draw["step"] for draw in unbroken._draws]
+    assert [json.loads(line)["step"] for line in lines] == [draw["step"] for draw in unbroken._run_log.draws]
 
 
 @pytest.mark.parametrize("changes", [{}, CASES["stochastic bf16"]], ids=["fp32", "stochastic bf16"])
@@ -122,7 +122,7 @@ def test_a_finished_run_can_be_extended(tiny_config):
     more = tiny_config | {"epochs": 2, "resume_from_checkpoint": True, "allow_config_change": True}
     recipe = finetune(more)
     assert recipe.global_step == 20
-    assert all(draw["changed_layers"] == draw["active"] for draw in recipe._draws)
+    assert all(draw["changed_layers"] == draw["active"] for draw in recipe._run_log.draws)
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_config):
@@ -228,7 +228,7 @@ def test_a_changed_config_is_refused_or_allowed(change, tiny_config):
     expected_lr = 1e-3 if change == "lr" else 3e-4
     assert recipe._optimizer.param_groups[0]["lr"] == expected_lr
     if change in ("γ", "K"):
-        assert 4 in [draw["step"] for draw in recipe._draws]  # drawn anew where it went on
+        assert 4 in [draw["step"] for draw in recipe._run_log.draws]  # drawn anew where it went on
     assert all(weight.isfinite().all() for weight in weights(other).values())
 
 
