@@ -2,8 +2,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
 
-from owlore_tune.data import LOOKS, instruction_dataset, longest_row, mmlu_dev_dataset
+from owlore_tune.data import (
+    LOOKS,
+    alpaca_gpt4_dataset,
+    commonsense_dataset,
+    gsm8k_dataset,
+    instruction_dataset,
+    longest_row,
+    mmlu_dev_dataset,
+    mmlu_train_dataset,
+)
 from owlore_tune.tokenizer import HFChatTokenizer
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "commonsense"
@@ -69,7 +80,8 @@ def test_real_commonsense_files(tokenizer, task):
         ("[]", "is empty"),
         ("[1", "is not JSON"),
         ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 1 has no text in field 'output'"),
-        ('[{"instruction": "", "output": "b"}]', "row 0 has no text in field 'instruction'"),
+        ('[{"instruction": 3, "output": "b"}]', "row 0 has no text in field 'instruction'"),
+        ('[{"instruction": " ", "output": "b"}]', "is empty"),
         ("[3]", "row 0 has no text in field 'instruction'"),
     ],
 )
@@ -79,6 +91,89 @@ def test_bad_files_are_refused(tokenizer, tmp_path, content, message):
         file.write_text(content)
     with pytest.raises(ValueError, match=f"data_files=.*data.json.*{message}"):
         instruction_dataset(tokenizer, data_files=str(file))
+
+
+def test_blank_rows_are_left_out_and_counted(tokenizer, tmp_path, caplog):
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert len(instruction_dataset(tokenizer, data_files=str(tmp_path / "data.json"))) == 1
+    assert "1 of 2 rows are left out, for blank instruction or output" in caplog.text
+
+
+INSTRUCTION = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+CHOICE = {"question": " Which? ", "subject": "logic", "choices": ["this", "that", "both", "none"], "answer": 2}
+PROBLEM = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
+# The paper's trainings: builder, a row, where the hub has such rows, and the text of the prompt and of the answer.
+TRAININGS = {
+    "Commonsense170K": (commonsense_dataset, INSTRUCTION, "data/train", "Add.\n1 and 2", "3"),
+    "Alpaca-GPT4": (alpaca_gpt4_dataset, INSTRUCTION, "data/train", "Add.\n1 and 2", "3"),
+    "MMLU": (
+        mmlu_train_dataset, CHOICE, "all/auxiliary_train", "Which?\nA. this\nB. that\nC. both\nD. none\nAnswer:", "C"
+    ),
+    "GSM8K": (gsm8k_dataset, PROBLEM, "main/train", "How many?", PROBLEM["answer"]),
+}  # fmt: skip
+
+
+def hub_layout(directory: Path, place: str, rows: list[dict]) -> Path:
+    """A dataset as the hub keeps it: Parquet files, and their configurations in the card."""
+    folder, split = place.split("/")
+    file = directory / folder / f"{split}-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(file)
+    name = "default" if folder == "data" else folder
+    (directory / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {folder}/{split}-*\n---\n"
+    )
+    return file
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_papers_trainings(training, packed, tokenizer, tmp_path):
+    """From a copy in the hub's layout, from its Parquet file and from JSON alike: the answer alone is trained on."""
+    builder, row, place, prompt, answer = TRAININGS[training]
+    parquet = hub_layout(tmp_path / "copy", place, [row] * 3)
+    (tmp_path / "rows.json").write_text(json.dumps([row] * 3))
+    datasets = [
+        builder(tokenizer, source=str(tmp_path / "copy"), packed=packed),
+        builder(tokenizer, data_files=str(parquet), packed=packed),
+        builder(tokenizer, data_files=[str(tmp_path / "rows.json")], packed=packed),
+    ]
+    for dataset in datasets:
+        assert len(dataset) == (1 if packed else 3)
+        tokens, labels = (torch.as_tensor(dataset[0][key]).tolist() for key in ("tokens", "labels"))
+        trained = [label for label in labels if label != -100]
+        times = 3 if packed else 1
+        assert tokenizer.decode(trained, skip_special_tokens=False) == f"{answer}<|end|>" * times
+        assert tokenizer.decode(tokens).count(prompt) == times
+
+
+@pytest.mark.parametrize(
+    ("builder", "change", "message"),
+    [
+        (mmlu_train_dataset, {"choices": "this or that"}, "row 1 has no list of texts in field 'choices'"),
+        (mmlu_train_dataset, {"answer": 4}, "row 1 has 4 in field 'answer', which is no index of its 4 choices"),
+        (mmlu_train_dataset, {"question": None}, "row 1 has no text in field 'question'"),
+        (gsm8k_dataset, {"answer": 4}, "row 1 has no text in field 'answer'"),
+        (alpaca_gpt4_dataset, {"output": None}, "row 1 has no text in field 'output'"),
+    ],
+)
+def test_rows_of_another_schema_are_refused(builder, change, message, tokenizer, tmp_path):
+    row = {mmlu_train_dataset: CHOICE, gsm8k_dataset: PROBLEM, alpaca_gpt4_dataset: INSTRUCTION}[builder]
+    (tmp_path / "rows.json").write_text(json.dumps([row, row | change]))
+    with pytest.raises(ValueError, match=f"data_files=.*rows.json: {message}"):
+        builder(tokenizer, data_files=str(tmp_path / "rows.json"))
+
+
+def test_without_a_hub_the_way_out_is_named(tokenizer):
+    with pytest.raises(ValueError, match="source=zwhe99/commonsense_170k cannot be loaded .*set dataset.data_files"):
+        commonsense_dataset(tokenizer)
+
+
+def test_a_file_that_is_no_parquet_is_refused(tokenizer, tmp_path):
+    (tmp_path / "rows.parquet").write_text("no")
+    with pytest.raises(ValueError, match=r"rows\.parquet is not Parquet"):
+        gsm8k_dataset(tokenizer, data_files=str(tmp_path / "rows.parquet"))
 
 
 def test_bad_options_are_refused(tiny_dir, tokenizer):
