@@ -305,7 +305,7 @@ def _converters(
         heads["tie_word_embeddings"] = config["tie_word_embeddings"]
         return partial(qwen2_hf_to_tune, **heads), partial(qwen2_tune_to_hf, **heads)
     if kind == ModelType.GEMMA2:
-        from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
+        from owlore_tune import gemma2
 
-        return partial(gemma2_hf_to_tune, **heads), partial(gemma2_tune_to_hf, **heads)
+        return partial(gemma2.hf_to_tune, **heads), partial(gemma2.tune_to_hf, **heads)
     return partial(convert_weights.hf_to_tune, **heads), partial(convert_weights.tune_to_hf, **heads)

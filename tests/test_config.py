@@ -1,17 +1,18 @@
 """Every shipped config against what it instantiates, and every bad value against the one line that refuses it."""
 
 import json
+import re
+import sys
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 
 from owlore_full_finetune import DEFAULTS, REQUIRED, OwLoreFullFinetuneRecipe
+from owlore_tune import cli
 from owlore_tune.checkpoints import HFCheckpointer
-from owlore_tune.config import ConfigError, OwLoreConfig, check_config, load_config
+from owlore_tune.config import ConfigError, changed_fields, check_config, load_config
 from owlore_tune.names import find_config, packaged_configs
-from owlore_tune.optim import OwLoreAdamW, parameter_groups
 
 CONFIGS = [name for name, _ in packaged_configs()]
 EVALS = [name for name in CONFIGS if name.startswith("eval/")]
@@ -20,19 +21,55 @@ OURS = [name for name in CONFIGS if not name.endswith(("_lora", "_generate")) an
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_shipped_config_fits_what_it_instantiates(name):
-    cfg = check_config(load_config(name), REQUIRED, DEFAULTS)
-    owlore = OwLoreConfig.from_config(cfg.owlore)
-    with torch.device("meta"):
-        model = tune_config.instantiate(cfg.model)
-    owlore.check_model(len(model.layers))
-    groups = parameter_groups(
-        model,
-        train_embeddings=owlore.train_embeddings,
-        train_output=owlore.train_output,
-        train_norm=owlore.train_norm,
+def test_shipped_config_tells_its_planned_memory(name):
+    (told,) = re.findall(
+        r"Planned memory on a GPU \((\d+) × (\d+) tokens\): ([\d.]+) GB", find_config(name).read_text()
     )
-    assert isinstance(tune_config.instantiate(cfg.optimizer, groups), OwLoreAdamW)
+    cfg = load_config(name, ["device=cpu"])
+    assert (int(told[0]), int(told[1])) == (cfg.batch_size, cfg.tokenizer.max_seq_len)
+    plan = OwLoreFullFinetuneRecipe(cfg).memory_plan(int(told[1]))
+    assert plan.on_gpu().total / 1e9 == pytest.approx(float(told[2]), abs=0.06)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_config_is_valid(name, monkeypatch, capsys, tmp_path):
+    """`owlore validate`, where nothing is downloaded; it leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["owlore", "validate", "--config", name])
+    cli.main()
+    assert capsys.readouterr().out.endswith(f"{name} is valid\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+INVALID = {
+    "too many layers": (
+        "llama2/7B_owlore",
+        "owlore.num_active_layers=33",
+        "num_active_layers=33; the model has 32 layers",
+    ),
+    "rank": ("llama2/7B_owlore", "optimizer.rank=4096", "rank=4096; no weight's shorter side is above it"),
+    "unknown key": ("llama2/7B_owlore", "optimizer.rnk=4", "unknown key optimizer.rnk; did you mean rank"),
+    "missing": (
+        "llama2/7B_owlore",
+        "~lr_scheduler.num_warmup_steps",
+        "missing a required argument: 'num_warmup_steps'",
+    ),
+    "evaluation": ("eval/mmlu", "num_fewshots=5", "unknown key num_fewshots; did you mean num_fewshot"),
+    "torchtune's recipe": (
+        "smollm2/135M_lora",
+        "model.lora_rnk=4",
+        "unknown key model.lora_rnk; did you mean lora_rank",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_an_invalid_config_is_told_in_one_line(case, monkeypatch):
+    name, override, message = INVALID[case]
+    monkeypatch.setattr(sys, "argv", ["owlore", "validate", "--config", name, override])
+    with pytest.raises(SystemExit) as error:
+        cli.main()
+    assert str(error.value).startswith("error: ") and message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -43,13 +80,35 @@ def test_shipped_config_opens_with_its_download_and_launch(name):
     assert name in head
 
 
-def test_methods_on_smollm2_differ_in_their_settings_alone():
-    base = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
-    for name in OURS:
-        if name.startswith("smollm2/"):
-            other = OmegaConf.to_container(load_config(name), resolve=False)
-            changed = {key for key in base.keys() | other.keys() if base.get(key) != other.get(key)}
-            assert changed <= {"owlore", "optimizer", "output_dir"}, name
+# What a method changes in a model's OwLore config; all else is the same, or a comparison compares more than methods.
+METHODS = {
+    "owlore": set(),
+    "owlore_full_rank": {"optimizer.rank", "optimizer.lr"},
+    "lisa": {"owlore.num_active_layers", "owlore.resample_every", "owlore.score", "owlore.train_embeddings",
+             "owlore.train_output", "owlore.train_norm", "optimizer.rank", "optimizer.lr"},
+    "galore": {"owlore.num_active_layers", "owlore.score", "owlore.train_embeddings", "owlore.train_output",
+               "owlore.train_norm", "optimizer.side", "optimizer.rank", "optimizer.lr"},
+    "full": {"owlore.num_active_layers", "owlore.score", "owlore.train_embeddings", "owlore.train_output",
+             "owlore.train_norm", "optimizer.rank", "optimizer.lr"},
+}  # fmt: skip
+# What a model changes in the OwLore config of LLaMA-2-7B.
+MODEL_FIELDS = {"model", "tokenizer", "checkpointer", "batch_size", "batch_size_val", "gradient_accumulation_steps"}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_config_differs_in_its_model_or_method_alone(name):
+    (method,) = [known for known in METHODS if name.endswith(f"_{known}")]
+    model = name.removesuffix(f"_{method}")
+    this, own, first = (
+        OmegaConf.to_container(load_config(other), resolve=False)
+        for other in (name, f"{model}_owlore", "llama2/7B_owlore")
+    )
+    changed = {change.split("=")[0] for change in changed_fields(own, this)} - {"output_dir"}
+    assert changed <= METHODS[method]
+    if not name.startswith("smollm2/"):
+        changed = {change.split("=")[0].split(".")[0] for change in changed_fields(first, own)} - {"output_dir"}
+        assert changed <= MODEL_FIELDS | {"optimizer"}
+        assert {k for k in own["optimizer"] if own["optimizer"][k] != first["optimizer"][k]} <= {"rank"}
 
 
 def run(config: dict) -> None:

@@ -1,0 +1,129 @@
+"""Every family that configs are shipped for, from Hugging Face's weights back to them, at a tiny size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tokenizer
+from omegaconf import OmegaConf
+from test_recipe import finetune
+from torchtune import config as tune_config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
+
+from owlore_tune.config import load_config
+from owlore_tune.layers import find_linears
+from owlore_tune.names import packaged_configs
+
+SIZES = dict(
+    vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, pad_token_id=0, dtype="float32",
+)  # fmt: skip
+BUILDER = dict(
+    vocab_size=300, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=32, intermediate_dim=48, max_seq_len=256
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+# Family: a shipped config, the builder beneath its model's with what differs from BUILDER, and transformers' config.
+FAMILIES = {
+    "llama2": ("llama2/7B_owlore", "torchtune.models.llama2.llama2", {}, LlamaConfig(**SIZES)),
+    "llama3": (
+        "llama3/8B_owlore", "torchtune.models.llama3.llama3", {"rope_base": 500_000},
+        LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}),
+    ),
+    "llama3_1": (
+        "llama3_1/8B_owlore", "torchtune.models.llama3_1.llama3_1", {},
+        LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+    ),
+    "llama3_2": (
+        "llama3_2/1B_owlore", "torchtune.models.llama3_2.llama3_2", {"scale_factor": 32},
+        LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE | {"factor": 32.0}, tie_word_embeddings=True),
+    ),
+    "mistral": ("mistral/7B_owlore", "torchtune.models.mistral.mistral", {}, MistralConfig(**SIZES)),
+    "qwen2_5": (
+        "qwen2_5/7B_owlore", "torchtune.models.qwen2.qwen2", {"norm_eps": 1e-5, "rope_base": 1_000_000.0},
+        Qwen2Config(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}),
+    ),
+    "qwen2_5 tied": (
+        "qwen2_5/0.5B_owlore", "torchtune.models.qwen2.qwen2",
+        {"norm_eps": 1e-5, "rope_base": 1_000_000.0, "tie_word_embeddings": True},
+        Qwen2Config(
+            **SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, tie_word_embeddings=True
+        ),
+    ),
+    "gemma2": (
+        "gemma2/2B_owlore", "owlore_tune.gemma2.gemma2",
+        {"norm_eps": 1e-5, "head_dim": 8, "sliding_window_size": 64, "query_pre_attn_scalar": 8},
+        Gemma2Config(**SIZES, head_dim=8, sliding_window=64, query_pre_attn_scalar=8),
+    ),
+    "phi3": ("phi3/mini_owlore", "torchtune.models.phi3.phi3", {}, Phi3Config(**SIZES)),
+}  # fmt: skip
+
+
+def hf_model(hf_config, directory: Path) -> Path:
+    """A random model of the family, saved by transformers; norms too, and logits large enough for soft caps to tell."""
+    torch.manual_seed(0)
+    hf_config.initializer_range = 0.3
+    model = AutoModelForCausalLM.from_config(hf_config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()(tokens).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_scored_trained_exported_and_loaded_by_transformers(family, tmp_path, tiny_data):
+    shipped, builder, differences, hf_config = FAMILIES[family]
+    source = hf_model(hf_config, tmp_path / "source")
+    cfg = OmegaConf.to_container(load_config(shipped), resolve=False)
+    cfg |= {
+        "output_dir": str(tmp_path / "run"), "model": {"_component_": builder, **BUILDER, **differences},
+        "tokenizer": {"_component_": "owlore_tune.tokenizer.HFChatTokenizer", "path": str(source), "max_seq_len": 64},
+        "dataset": cfg["dataset"] | {"data_files": str(tiny_data)}, "batch_size": 4, "gradient_accumulation_steps": 1,
+        "max_steps_per_epoch": 4, "save_every_n_steps": None, "lr_scheduler": None, "device": "cpu", "dtype": "fp32",
+    }  # fmt: skip
+    cfg["checkpointer"]["checkpoint_dir"] = str(source)
+    cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "outlier_threshold": 2.0}
+    cfg["optimizer"]["rank"] = 8
+    recipe = finetune(cfg)
+
+    assert len(recipe._scores.scores) == 4 and min(recipe._scores.scores) > 0
+    draws = recipe._run_log.draws
+    assert len(draws) == 2 and all(draw["changed_layers"] == draw["active"] for draw in draws)
+    tokens = torch.arange(2, 42)[None]
+    with torch.no_grad():
+        hidden = recipe._model(tokens)  # the head is the loss's
+        ours = recipe._model.output(hidden)
+    theirs = hf_logits(tmp_path / "run" / "step_4", tokens)
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+    assert (theirs - hf_logits(source, tokens)).abs().max() > 1e-3
+
+
+def test_every_family_that_is_shipped_is_trained_above():
+    shipped = {name.split("/")[0] for name, _ in packaged_configs()} - {"eval", "smollm2"}
+    assert shipped == {config.split("/")[0] for config, *_ in FAMILIES.values()}
+
+
+PUBLISHED = {  # parameters, of which config.json's sizes on the hub make as many
+    "llama2/7B_owlore": 6_738_415_616, "llama2/13B_owlore": 13_015_864_320, "llama3/8B_owlore": 8_030_261_248,
+    "llama3_1/8B_owlore": 8_030_261_248, "llama3_2/1B_owlore": 1_235_814_400, "llama3_2/3B_owlore": 3_212_749_824,
+    "mistral/7B_owlore": 7_241_732_096, "qwen2_5/0.5B_owlore": 494_032_768, "qwen2_5/1.5B_owlore": 1_543_714_304,
+    "qwen2_5/3B_owlore": 3_085_938_688, "qwen2_5/7B_owlore": 7_615_616_512, "gemma2/2B_owlore": 2_614_341_888,
+    "phi3/mini_owlore": 3_821_079_552, "smollm2/135M_owlore": 134_515_008,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_has_its_published_number_of_parameters(name):
+    with torch.device("meta"):
+        model = tune_config.instantiate(load_config(name).model)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+    assert all(find_linears(layer) for layer in model.layers)
