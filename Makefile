@@ -23,6 +23,7 @@ test: install
 lint: install
 	ruff check .
 	ruff format --check .
+	mypy
 
 bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and others, evaluation is measured too
 	python benchmarks/methods.py --output benchmarks/methods.md

@@ -16,7 +16,7 @@ from lm_eval.models.openai_completions import LocalChatCompletion
 from omegaconf import DictConfig
 from tenacity import RetryCallState, retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from owlore_tune.config import ConfigError, check_keys, check_type
+from owlore_tune.config import ConfigError, check_keys, check_type, plain
 
 Chat = list[dict[str, str]]
 _MALFORMED = "empty or malformed answer"
@@ -61,7 +61,7 @@ class JudgeConfig:
         check_keys(cfg, [field.name for field in fields(cls)], "judge")
         if missing := [key for key in ("base_url", "model") if cfg.get(key) is None]:
             raise ConfigError(f"missing in the config: {', '.join(f'judge.{key}' for key in missing)}")
-        return cls(**cfg)
+        return cls(**plain(cfg))
 
 
 class Judge(LocalChatCompletion):

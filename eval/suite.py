@@ -16,7 +16,7 @@ from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
 from owlore_tune.config import ConfigError, check_counts, check_keys, check_type, load_config
 from owlore_tune.tokenizer import HFChatTokenizer
 
-SUITE = {
+SUITE: dict[str, Any] = {
     "tasks": [],  # of the harness, ours in eval/tasks, and mt_bench
     "data_files": None,  # name to JSON file, each one more task
     "scoring": "loglikelihood",  # of data_files
@@ -77,7 +77,7 @@ class Suite:
         if not isinstance(cfg.get("config"), str):
             raise ConfigError("missing in the config: eval.config, the name or file of an eval config")
         layers = [{key: part[key] for key in part if key in SUITE} for part in (load_config(cfg.config), cfg)]
-        return cls(OmegaConf.merge(SUITE, *layers))
+        return cls(DictConfig(OmegaConf.merge(SUITE, *layers)))
 
     def check_model(self, tokenizer: HFChatTokenizer, max_seq_len: int) -> None:
         """Raise ConfigError for what the tokenizer or the model's length make impossible."""

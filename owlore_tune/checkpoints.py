@@ -20,7 +20,7 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from owlore_tune import low_bits
-from owlore_tune.layers import plain_name
+from owlore_tune.layers import init_rope, plain_name
 from owlore_tune.sealed import SEAL, CheckpointError, discard, sealed_directory, verify
 
 StateDict = dict[str, Tensor]
@@ -115,9 +115,7 @@ class HFCheckpointer:
         if missing:
             raise ValueError(f"{directory} lacks weights of the model: {', '.join(sorted(missing)[:5])}")
         with torch.device(device):
-            for module in model.modules():
-                if hasattr(module, "rope_init"):
-                    module.rope_init()
+            init_rope(model)
 
     def save_checkpoint(
         self,

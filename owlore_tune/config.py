@@ -65,7 +65,7 @@ class OwLoreConfig:
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "OwLoreConfig":
         check_keys(cfg, [field.name for field in fields(cls)], "owlore")
-        return cls(**OmegaConf.to_container(cfg, resolve=True))
+        return cls(**plain(cfg))
 
     def check_model(self, num_layers: int) -> None:
         """Raise ConfigError if the model has too few layers for γ."""
@@ -95,8 +95,13 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
 
     from torchtune.config._utils import _merge_yaml_and_cli_args
 
-    loaded = OmegaConf.to_container(OmegaConf.load(find_config(name)), resolve=False)
+    loaded = plain(OmegaConf.load(find_config(name)), resolve=False)
     return _merge_yaml_and_cli_args(Namespace(**loaded), list(overrides))
+
+
+def plain(cfg: Any, resolve: bool = True) -> Any:
+    """``cfg`` in dicts, lists, text and numbers."""
+    return OmegaConf.to_container(cfg, resolve=resolve)
 
 
 def check_config(
@@ -208,13 +213,13 @@ def _component_nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
     if isinstance(node, DictConfig):
         if "_component_" in node:
             yield path, node
-        children = ((key, node._get_node(key)) for key in node)
+        keys: Iterable[Any] = node
     elif isinstance(node, ListConfig):
-        children = ((i, node._get_node(i)) for i in range(len(node)))
+        keys = range(len(node))
     else:
         return
-    for key, child in children:
-        yield from _component_nodes(child, f"{path}.{key}" if path else str(key))
+    for key in keys:
+        yield from _component_nodes(node._get_node(key), f"{path}.{key}" if path else str(key))
 
 
 def check_counts(cfg: DictConfig, required: Iterable[str], optional: Iterable[str]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow.parquet
 import yaml
 from datasets import load_dataset
-from torch.utils.data import Dataset
 from torchtune.data import Message
 from torchtune.datasets import PackedDataset, SFTDataset
 from torchtune.datasets._sft import SFTTransform
@@ -298,7 +297,7 @@ def _finish(
     return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len)
 
 
-def longest_row(dataset: Dataset, max_seq_len: int | None) -> int:
+def longest_row(dataset: Any, max_seq_len: int | None) -> int:
     """Tokens of the longest row. Of more than `LOOKS` rows it is the bound, or without one the longest of so many."""
     if max_seq_len is not None and len(dataset) > LOOKS:
         return max_seq_len

@@ -52,6 +52,13 @@ def hidden_states(model: TransformerDecoder, tokens: Tensor, **kwargs: Tensor | 
     return model.norm(hidden)
 
 
+def init_rope(model: nn.Module) -> None:
+    """Give rotary embeddings their values, which are in no checkpoint; on torch's default device."""
+    for module in model.modules():
+        if callable(init := getattr(module, "rope_init", None)):
+            init()
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without what activation checkpointing puts into it."""
     return name.replace(_WRAPPER, "")

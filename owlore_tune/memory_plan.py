@@ -18,11 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torchtune import training
+from torchtune.modules import TransformerDecoder
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import LoRALinear
 
 from owlore_tune import low_bits
-from owlore_tune.layers import find_layers, model_parts
+from owlore_tune.layers import find_layers, init_rope, model_parts
 from owlore_tune.memory import resident_bytes
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
 from owlore_tune.projection import OVERSAMPLING, project
@@ -74,8 +75,8 @@ class StepShape:
 
 
 def plan_memory(
-    model: nn.Module,
-    loss_fn: nn.Module,
+    model: TransformerDecoder,
+    loss_fn: Any,
     optimizer: OwLoreAdamW,
     shape: StepShape,
     *,
@@ -125,8 +126,8 @@ def plan_memory(
 
 
 def peer_plans(
-    model: nn.Module,
-    loss_fn: nn.Module,
+    model: TransformerDecoder,
+    loss_fn: Any,
     shape: StepShape,
     *,
     device: torch.device,
@@ -165,8 +166,8 @@ def framework_bytes(device: torch.device) -> int:
 
 
 def step_bytes(
-    model: nn.Module,
-    loss_fn: nn.Module,
+    model: TransformerDecoder,
+    loss_fn: Any,
     shape: StepShape,
     device: torch.device,
     trained: Iterable[Tensor],
@@ -181,10 +182,8 @@ def step_bytes(
     """
     trained = set(trained)
     fake = copy.deepcopy(model)
-    for module in fake.modules():
-        if hasattr(module, "rope_init"):  # it reads its own values, so it has to run where there are some
-            with torch.device("cpu"):
-                module.rope_init()
+    with torch.device("cpu"):
+        init_rope(fake)  # it reads its own values, so it has to run where there are some
     tracker = _Tracker()
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         originals = _materialize(fake, model, device)
@@ -193,13 +192,17 @@ def step_bytes(
         gradients: dict[Tensor, Tensor] = {}
 
         def hook(parameter: Tensor) -> None:
-            reduced = reduce(originals[parameter], parameter.grad)
-            if reduced is not None:
-                parameter.grad = None
-                kept = gradients.setdefault(parameter, reduced)
-                if kept is not reduced:
-                    kept.add_(reduced)
-            tracker.relabel(parameter.grad if reduced is None else gradients[parameter], "gradients")
+            grad = parameter.grad
+            assert grad is not None
+            reduced = reduce(originals[parameter], grad)
+            if reduced is None:
+                tracker.relabel(grad, "gradients")
+                return
+            parameter.grad = None
+            kept = gradients.setdefault(parameter, reduced)
+            if kept is not reduced:
+                kept.add_(reduced)
+            tracker.relabel(kept, "gradients")
 
         for parameter, original in originals.items():
             parameter.requires_grad_(original in trained)
@@ -211,7 +214,7 @@ def step_bytes(
 
 
 def _forward_backward(
-    model: nn.Module, loss_fn: nn.Module, shape: StepShape, device: torch.device, tracker: "_Tracker"
+    model: TransformerDecoder, loss_fn: Any, shape: StepShape, device: torch.device, tracker: "_Tracker"
 ) -> None:
     size = (shape.batch_size, shape.seq_len)
     tracker.label = "activations"
@@ -238,7 +241,7 @@ def _forward_backward(
 
 def _materialize(fake: nn.Module, model: nn.Module, device: torch.device) -> dict[Tensor, Tensor]:
     """Give ``fake`` parameters and buffers on ``device``, without data; returns them with those of ``model``."""
-    originals = {}
+    originals: dict[Tensor, Tensor] = {}
     for module, source in zip(fake.modules(), model.modules(), strict=True):
         for name, parameter in source._parameters.items():
             if parameter is not None:
@@ -246,13 +249,14 @@ def _materialize(fake: nn.Module, model: nn.Module, device: torch.device) -> dic
                 module._parameters[name] = made
                 originals[made] = parameter
         for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return originals
 
 
 def _adamw_plan(
-    model: nn.Module,
-    loss_fn: nn.Module,
+    model: TransformerDecoder,
+    loss_fn: Any,
     shape: StepShape,
     device: torch.device,
     framework: int,

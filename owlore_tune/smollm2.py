@@ -95,7 +95,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # The weights are plain float32 now; without this, they would be saved as if still quantized.
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(directory)

@@ -50,7 +50,7 @@ class HFChatTokenizer:
         self.pad_id = self._pad_id()
         self.stop_tokens = self._stop_tokens(_read_json(directory / "generation_config.json"))
         self.chat_template = _chat_template(directory, self._config)  # Jinja source, None if there is none
-        self._template = None
+        self._template: Any = None
 
     @property
     def adds_bos(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import EvalRecipeInterface
 
@@ -26,6 +26,7 @@ from owlore_tune.config import (
     check_type,
     device_and_dtype,
     parse,
+    plain,
     writable_directory,
 )
 from owlore_tune.manifest import machine, versions
@@ -119,14 +120,14 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         """The weights' fingerprint, and what else an answer depends on."""
         info = self._lm.get_model_info()
         settings = [info[key] for key in ("model_dtype", "add_bos", "max_length", "generation_seed", "tokenizer_sha")]
-        settings += [OmegaConf.to_container(self._cfg.model, resolve=True), self._cfg.checkpointer.model_type]
+        settings += [plain(self._cfg.model), self._cfg.checkpointer.model_type]
         return f"{self._fingerprint}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
     def _manifest(self, seconds: float) -> dict[str, Any]:
         return {
             "versions": versions(),
             "machine": machine(self._device),
-            "config": OmegaConf.to_container(self._cfg, resolve=True),
+            "config": plain(self._cfg),
             "checkpoint": str(self._cfg.checkpointer.checkpoint_dir),
             "fingerprint": self._fingerprint,
             "model": self._lm.get_model_info(),

@@ -23,6 +23,7 @@ from torchtune import config, training, utils
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
 from torchtune.datasets import ConcatDataset
+from torchtune.modules import TransformerDecoder
 from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
@@ -49,6 +50,7 @@ from owlore_tune.config import (
     check_type,
     device_and_dtype,
     parse,
+    plain,
     writable_directory,
 )
 from owlore_tune.data import longest_row
@@ -166,6 +168,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         ConfigError: if a key is unknown or a value cannot work.
     """
 
+    _model: TransformerDecoder
+    _loss_fn: Any  # one of torchtune's, ours, or a plain one: they differ in what they ask of the model
+    _optimizer: OwLoreAdamW
+    _resume_dir: Path | None
+
     def __init__(self, cfg: DictConfig) -> None:
         self._cfg = cfg = check_config(cfg, REQUIRED, DEFAULTS, SUPPLIED)
         self._owlore = OwLoreConfig.from_config(cfg.owlore)
@@ -211,8 +218,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._memory_plan = self._plan_memory(seq_len)
         if self._memory_plan.total > self._memory_limit:
             self._refuse_plan(seq_len)
-        same_scores = saved is not None and not changed & SCORE_FIELDS
-        known_scores = LayerScores(**saved["scores"]) if same_scores else self._load_scores()
+        if saved is not None and not changed & SCORE_FIELDS:
+            known_scores: LayerScores | None = LayerScores(**saved["scores"])
+        else:
+            known_scores = self._load_scores()
         self._metric_logger = build("metric_logger", cfg.metric_logger)
         self.load_checkpoint()
         self._scores = known_scores or self._score_layers(cfg)
@@ -258,7 +267,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         try:
             if wanted is not True:
                 verify(Path(wanted))
-                found = Path(wanted)
+                found: Path | None = Path(wanted)
             else:
                 found = newest_checkpoint(self._output_dir)
         except CheckpointError as error:
@@ -275,9 +284,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             saved = load_recipe_state(self._resume_dir)
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
-        config = OmegaConf.to_container(self._cfg, resolve=True)
-        fixed = [{key: value for key, value in c.items() if key not in FREE} for c in (saved["config"], config)]
-        changes = changed_fields(*fixed)
+        config = plain(self._cfg)
+        old, new = ({key: value for key, value in c.items() if key not in FREE} for c in (saved["config"], config))
+        changes = changed_fields(old, new)
         if changes and not self._cfg.allow_config_change:
             raise ConfigError(
                 f"the config differs from that of {self._resume_dir}: {'; '.join(changes)}; "
@@ -405,7 +414,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Raise ConfigError, naming the settings with which the plan keeps to ``device_memory_limit``."""
         limit, planned = self._cfg.device_memory_limit, self._memory_plan.total / 1e9
         rows = self._cfg.batch_size * self._cfg.gradient_accumulation_steps
-        together, found = [], []
+        together: list[str] = []
+        found: list[str] = []
         for overrides in (("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS):
             saved = self._planned_with(overrides, seq_len)
             if saved < self._memory_plan.total:
@@ -540,7 +550,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._run_log.seconds["score"] = time.perf_counter() - started
         needs_data = kind in NEEDS_DATA
         data = {
-            "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
+            "dataset": plain(cfg.dataset),
             "batches": self._owlore.calibration_batches,
             "batch_size": cfg.batch_size,
             "seed": self.seed,
@@ -824,7 +834,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _recipe_state(self) -> dict[str, Any]:
         return {
             "step": self.global_step,
-            "config": OmegaConf.to_container(self._cfg, resolve=True),
+            "config": plain(self._cfg),
             "versions": versions(),
             "scores": asdict(self._scores),
             "active_layers": self._active_layers.state_dict(),
@@ -860,7 +870,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         return {
             "versions": versions(),
             "machine": machine(self._device),
-            "config": OmegaConf.to_container(self._cfg, resolve=True),
+            "config": plain(self._cfg),
             "seed": self.seed,
             "steps": self.global_step,
             "finished": self._finished,
