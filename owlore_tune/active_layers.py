@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from owlore_tune.layers import model_parts, plain_name
 from owlore_tune.optim import INACTIVE_STATES, OwLoreAdamW
 from owlore_tune.sampling import LayerSampler
+from owlore_tune.world import ALONE, World, local
 
 
 class ActiveLayers:
@@ -27,6 +28,7 @@ class ActiveLayers:
         inactive_state: ``drop``; ``offload`` to host memory and back on return; or ``keep``.
         project_in_backward: reduce gradients in hooks, so that at most one projected weight's full gradient is alive.
             Without it, call ``optimizer.project_grads()`` after each backward; the result is the same.
+        world: processes that train together; all take the first one's draw.
 
     Raises:
         ValueError: if ``resample_every`` or ``inactive_state`` is out of range.
@@ -41,6 +43,7 @@ class ActiveLayers:
         resample_every: int,
         inactive_state: str = "drop",
         project_in_backward: bool = True,
+        world: World = ALONE,
     ) -> None:
         if not resample_every >= 1:
             raise ValueError(f"resample_every={resample_every}; it must be at least 1 optimizer step")
@@ -52,6 +55,7 @@ class ActiveLayers:
         self._resample_every = resample_every
         self._inactive_state = inactive_state
         self._project_in_backward = project_in_backward
+        self._world = world
         self._hooks: dict[int, list[torch.utils.hooks.RemovableHandle]] = {}
         self.active: list[int] = []
         self.drawn_at: int | None = None
@@ -74,7 +78,7 @@ class ActiveLayers:
         """
         if self.drawn_at is not None and step - self.drawn_at < self._resample_every:
             return None
-        self._set_active(self._sampler.draw())
+        self._set_active(self._world.share(self._sampler.draw()))
         self.drawn_at = step
         return self.active
 
@@ -122,14 +126,16 @@ class WeightWatch:
     It compares one 64-bit sum of each parameter's bits, so a look reads the model once and keeps a number each.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, world: World = ALONE) -> None:
         self._model = model
+        self._world = world
         self._sums = self._look()
 
     def changed(self) -> set[str]:
         """Names of the parameters that changed since the last look, which this one replaces."""
         before, self._sums = self._sums, self._look()
-        return {name for name, total in self._sums.items() if total != before[name]}
+        here = {name for name, total in self._sums.items() if total != before[name]}
+        return set().union(*self._world.gather(here))
 
     def state_dict(self) -> dict[str, int]:
         return dict(self._sums)
@@ -145,5 +151,5 @@ class WeightWatch:
 def _bit_sum(parameter: Tensor) -> int:
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     # In pieces: a sum in int64 makes a copy in int64 first.
-    pieces = parameter.detach().contiguous().view(integers).flatten().split(2**22)
+    pieces = local(parameter.detach()).contiguous().view(integers).flatten().split(2**22)
     return int(torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum())

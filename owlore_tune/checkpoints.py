@@ -6,11 +6,13 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,9 +24,12 @@ from tqdm import tqdm
 from owlore_tune import low_bits
 from owlore_tune.layers import init_rope, plain_name
 from owlore_tune.sealed import SEAL, CheckpointError, discard, sealed_directory, verify
+from owlore_tune.sharded_state import load_sharded, save_sharded
+from owlore_tune.world import ALONE, World, full, shard_like
 
 StateDict = dict[str, Tensor]
 STATE_FILE = "recipe_state.pt"
+SHARDED = "optimizer"  # directory of the optimizer's state, where several processes saved it
 _NOT_COMPANIONS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json", SEAL)
 
 log = get_logger("INFO")
@@ -96,7 +101,10 @@ class HFCheckpointer:
         wanted = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         missing = set(wanted)
         total = sum(file.stat().st_size for file in files)
-        with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, leave=False) as progress:
+        hide = dist.is_initialized() and dist.get_rank() > 0
+        with tqdm(
+            total=total, desc="Loading weights", unit="B", unit_scale=True, leave=False, disable=hide
+        ) as progress:
             for name, tensor in _read_tensors(files):
                 for key, value in self._to_tune({name: tensor}).items():
                     if key == "output.weight" and key not in wanted:
@@ -107,7 +115,8 @@ class HFCheckpointer:
                             f"{name} in {directory} has shape {tuple(value.shape)}, the model has "
                             f"{expected} at {key}: do model and checkpointer.checkpoint_dir belong together?"
                         )
-                    loaded = value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+                    own = shard_like(value, wanted[key])
+                    loaded = own.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
                     # Swapped in place: whoever holds the parameter, such as an optimizer, keeps holding it.
                     torch.utils.swap_tensors(wanted[key], nn.Parameter(loaded, wanted[key].requires_grad))
                     missing.discard(key)
@@ -124,40 +133,65 @@ class HFCheckpointer:
         recipe_state: dict[str, Any] | None = None,
         *,
         shard_bytes: int = 2 * 10**9,
+        world: World = ALONE,
     ) -> None:
         """Write ``model`` in HF format, with the tokenizer and config files it was loaded with, and the recipe's state.
 
-        The directory appears under its name when it is complete, checksummed and on disk.
+        The directory appears under its name when it is complete, checksummed and on disk. Where the model is sharded,
+        all processes call this together: weights are gathered one file at a time, and the first process writes them;
+        each one writes its rows of the optimizer's state. What fails on one fails on all.
 
         Args:
-            recipe_state: tensors, numbers, text, and lists and dicts of them; written beside the weights.
+            recipe_state: tensors, numbers, text, and lists and dicts of them; written beside the weights. Of a sharded
+                model, its ``optimizer`` is each process's own.
             shard_bytes: split the weights into files of about this size.
+            world: the processes that the model is sharded over.
 
         Raises:
             CheckpointError: if the disk is full or refuses.
         """
-        num_bytes = sum(p.nbytes for p in model.parameters()) + _tensor_bytes(recipe_state)
-        with sealed_directory(Path(directory), num_bytes) as partial_dir:
-            self._save_weights(model, partial_dir, shard_bytes)
-            self._copy_companions(partial_dir, next(model.parameters()).dtype)
-            if recipe_state is not None:
-                try:
-                    torch.save(recipe_state, partial_dir / STATE_FILE)
-                except RuntimeError as error:  # which is how torch reports a full disk
-                    raise OSError(str(error)) from error
+        recipe_state = dict(recipe_state or {})
+        num_bytes = sum(p.nbytes for p in model.parameters()) + sum(world.gather(_tensor_bytes(recipe_state)))
+        try:
+            with ExitStack() as stack:
+                writing = sealed_directory(Path(directory), num_bytes)
+                partial_dir = world.share(world.attempt(lambda: stack.enter_context(writing), first_alone=True))
+                assert partial_dir is not None
+                self._save_weights(model, partial_dir, shard_bytes, world)
+                if world.size > 1:
+                    recipe_state["optimizer"] = world.attempt(
+                        lambda: save_sharded(recipe_state["optimizer"], partial_dir / SHARDED, world)
+                    )
+                world.attempt(lambda: self._save_rest(model, partial_dir, recipe_state), first_alone=True)
+                world.attempt(stack.close, first_alone=True)
+        except RuntimeError as error:
+            raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
 
-    def _save_weights(self, model: nn.Module, directory: Path, shard_bytes: int) -> None:
+    def _save_weights(self, model: nn.Module, directory: Path, shard_bytes: int, world: World) -> None:
         weight_map: dict[str, str] = {}
         pieces = list(shards(model, shard_bytes))
-        for number, shard in enumerate(tqdm(pieces, desc="Saving weights", unit="shard", leave=False), start=1):
+        hide = world.rank > 0
+        for number, shard in enumerate(
+            tqdm(pieces, desc="Saving weights", unit="shard", leave=False, disable=hide), start=1
+        ):
             name = f"model-{number:05}-of-{len(pieces):05}.safetensors" if len(pieces) > 1 else "model.safetensors"
-            tensors = {key: value.detach().cpu().contiguous() for key, value in self._to_hf(shard).items()}
-            save_file(tensors, directory / name, metadata={"format": "pt"})
+            whole = {key: full(value.detach()) for key, value in shard.items()}
+            tensors = {key: value.cpu().contiguous() for key, value in self._to_hf(whole).items()}
+            del whole
+            world.attempt(partial(save_file, tensors, directory / name, metadata={"format": "pt"}), first_alone=True)
             weight_map.update(dict.fromkeys(tensors, name))
-        if len(pieces) > 1:
+        if len(pieces) > 1 and world.rank == 0:
             total_size = sum(p.nbytes for p in model.parameters())
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+    def _save_rest(self, model: nn.Module, directory: Path, recipe_state: dict[str, Any]) -> None:
+        self._copy_companions(directory, next(model.parameters()).dtype)
+        if recipe_state:
+            try:
+                torch.save(recipe_state, directory / STATE_FILE)
+            except RuntimeError as error:  # which is how torch reports a full disk
+                raise OSError(str(error)) from error
 
     def _copy_companions(self, directory: Path, dtype: torch.dtype) -> None:
         for file in self.checkpoint_dir.iterdir():
@@ -214,6 +248,12 @@ def load_recipe_state(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{directory} has no {STATE_FILE}, so a run cannot resume from it")
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+def saved_optimizer_state(directory: Path, recipe_state: dict[str, Any], world: World = ALONE) -> dict[str, Any]:
+    """The optimizer's ``state_dict`` in a checkpoint, however many processes saved it; see `load_sharded`."""
+    saved = recipe_state["optimizer"]
+    return load_sharded(saved, directory / SHARDED, world) if "num_ranks" in saved else saved
 
 
 def set_aside_after(output_dir: Path, step: int) -> None:

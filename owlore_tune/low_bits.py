@@ -87,5 +87,17 @@ def map_parts(function: Callable[[Tensor], Tensor], stored: Tensor) -> Tensor:
     return OptimState8bit(*parts, stored.signed) if isinstance(stored, OptimState8bit) else next(parts)
 
 
+def named_parts(stored: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that make up ``stored``; `from_named_parts` is the inverse."""
+    return dict(zip(_PART_NAMES, _parts(stored), strict=False)) if len(_parts(stored)) > 1 else {"value": stored}
+
+
+def from_named_parts(parts: dict[str, Tensor], *, signed: bool) -> Tensor:
+    return parts["value"] if "value" in parts else OptimState8bit(*(parts[name] for name in _PART_NAMES), signed)
+
+
+_PART_NAMES = ("codes", "scale", "qmap")
+
+
 def _parts(stored: Tensor) -> tuple[Tensor, ...]:
     return (stored.codes, stored.scale, stored.qmap) if isinstance(stored, OptimState8bit) else (stored,)

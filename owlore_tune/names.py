@@ -6,6 +6,7 @@ from pathlib import Path
 
 RECIPES = {
     "owlore_full_finetune": "fine-tune all weights on one device, a few layers at a time",
+    "owlore_full_finetune_distributed": "the same on several devices, sharded by FSDP2",
     "owlore_eval": "lm-evaluation-harness, local files and MT-Bench on a torchtune model",
 }
 

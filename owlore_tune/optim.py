@@ -16,6 +16,7 @@ from owlore_tune import low_bits
 from owlore_tune.layers import model_parts
 from owlore_tune.offload import Offload
 from owlore_tune.projection import BASES, SIDES, is_right, project, range_finder, svd_basis
+from owlore_tune.world import World, local, rows_of
 
 MOMENTS = ("keep", "project", "reset")
 INACTIVE_STATES = ("drop", "offload", "keep")
@@ -119,6 +120,8 @@ class OwLoreAdamW(Optimizer):
             if not parameter.is_contiguous():
                 raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not contiguous")
             self._slots[parameter] = (len(self.param_groups) - 1, len(self._slots))
+            if World.of(parameter).size > 1 and self.is_projected(parameter):
+                _check_sharded(group, self.is_right(parameter))
 
     def group_of(self, parameter: Tensor) -> dict[str, Any]:
         """The parameter group that holds ``parameter``."""
@@ -156,7 +159,7 @@ class OwLoreAdamW(Optimizer):
         group = self.group_of(parameter)
         state = self.state[parameter]
         right = self.is_right(parameter)
-        grad = parameter.grad.to(_compute_dtype(parameter))
+        grad = local(parameter.grad).to(_compute_dtype(parameter))
         parameter.grad = None
         gathered = self._low_grads.get(parameter)
         if gathered is None and state.get("basis_age", math.inf) >= group["update_gap"]:
@@ -182,7 +185,10 @@ class OwLoreAdamW(Optimizer):
             seed = hash((self._seed, self._slots[parameter][1], state.get("step", 0))) & 0xFFFF_FFFF
             generator = torch.Generator(grad.device).manual_seed(seed)
             rows = grad if right else grad.T
-            new, energy = range_finder(rows, group["rank"], generator=generator, start=old)
+            new, energy = range_finder(
+                rows, group["rank"], generator=generator, start=old, world=World.of(parameter),
+                first_row=rows_of(parameter)[0], num_rows=parameter.shape[0 if right else 1],
+            )  # fmt: skip
         if energy.isnan():  # a step that will be skipped; the basis stays due
             state.setdefault("basis", low_bits.store(new, group["basis_bits"], by_column=True))
             state["basis_age"] = group["update_gap"]
@@ -197,7 +203,7 @@ class OwLoreAdamW(Optimizer):
         self.project_grads()
         # In the optimizer's order, not in backward's: a norm over them is then the same bits in every mode.
         grads = {parameter: self._low_grads.get(parameter, parameter.grad) for parameter in self._slots}
-        return {parameter: grad for parameter, grad in grads.items() if grad is not None}
+        return {parameter: local(grad) for parameter, grad in grads.items() if grad is not None}
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -213,6 +219,9 @@ class OwLoreAdamW(Optimizer):
         if not grads:
             return torch.zeros(())
         norm = torch.nn.utils.get_total_norm(grads)
+        world = World.of(next(iter(self._slots)))
+        if world.size > 1:
+            norm = world.sum_(norm.square()).sqrt()
         if math.isfinite(max_norm):
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, torch.where(norm.isfinite(), factor, 1.0))  # else all of them turn NaN
@@ -230,7 +239,7 @@ class OwLoreAdamW(Optimizer):
                 if parameter in self._low_grads:
                     self._step_projected(parameter, self._low_grads[parameter], group)
                 elif parameter.grad is not None:
-                    self._step_full_rank(parameter, parameter.grad, group)
+                    self._step_full_rank(parameter, local(parameter.grad), group)
         self._low_grads.clear()
         return loss
 
@@ -248,11 +257,12 @@ class OwLoreAdamW(Optimizer):
         rows, columns = (direction, basis.T) if right else (basis, direction)
         decay = 1 - group["lr"] * group["weight_decay"]
         step = group["lr"] * group["scale"]
-        if parameter.dtype == low_grad.dtype:
-            parameter.addmm_(rows, columns, beta=decay, alpha=-step)
+        own = local(parameter)
+        if own.dtype == low_grad.dtype:
+            own.addmm_(rows, columns, beta=decay, alpha=-step)
             return
-        pieces = math.ceil(parameter.numel() / _LARGE_PIECE)
-        for weight, some_rows in zip(parameter.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
+        pieces = math.ceil(own.numel() / _LARGE_PIECE) or 1
+        for weight, some_rows in zip(own.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
             moved = weight.to(low_grad.dtype).addmm_(some_rows, columns, beta=decay, alpha=-step)
             _write_back(weight, moved, group)
 
@@ -260,7 +270,7 @@ class OwLoreAdamW(Optimizer):
         """AdamW on the whole weight, piece by piece."""
         state = self._advance(parameter, grad, group)
         dtype = _compute_dtype(parameter)
-        weights, grads = parameter.view(-1), grad.reshape(-1)
+        weights, grads = local(parameter).view(-1), grad.reshape(-1)
         size = _PIECE.get(parameter.device.type, _LARGE_PIECE)
         for start in range(0, len(weights), size):
             stop = min(start + size, len(weights))
@@ -335,9 +345,26 @@ class OwLoreAdamW(Optimizer):
                 # What is frozen may be offloaded: its state stays where it is until it trains again.
                 device = parameter.device if parameter.requires_grad else None
                 self.state[parameter] = {
-                    key: low_bits.copy_to(value, device) if torch.is_tensor(value) else value
+                    key: self._own(parameter, key, value, device) if torch.is_tensor(value) else value
                     for key, value in state_dict["state"][index].items()
                 }
+
+    def _own(self, parameter: Tensor, key: str, value: Tensor, device: torch.device | None) -> Tensor:
+        """A copy of a saved state tensor: of moments, which may have been saved whole, the rows that are here."""
+        if key not in _MOMENT_KEYS:
+            return low_bits.copy_to(value, device)
+        group, own = self.group_of(parameter), local(parameter)
+        projected, right = self.is_projected(parameter), self.is_right(parameter)
+        low_shape = (own.shape[0], group["rank"]) if right else (group["rank"], own.shape[-1])
+        shape, by_column = (low_shape, right) if projected else (own.shape, False)
+        wanted = _zero_moments(own.to("meta"), shape, group, by_column)[key]
+        if type(value) is type(wanted) and value.shape == wanted.shape:
+            return low_bits.copy_to(value, device)
+        first, last = rows_of(parameter)
+        rows = low_bits.restore(value, _compute_dtype(parameter), by_column=by_column)[first:last]
+        made = _zero_moments(own if device is not None else own.to("cpu"), shape, group, by_column)[key]
+        low_bits.update(made, rows.to(made.device), by_column=by_column)
+        return made
 
 
 def adamw_(
@@ -398,6 +425,14 @@ def _compute_dtype(parameter: Tensor) -> torch.dtype:
 
 def _is_projected(parameter: Tensor, rank: int | None) -> bool:
     return rank is not None and parameter.ndim == 2 and rank < min(parameter.shape)
+
+
+def _check_sharded(group: dict[str, Any], right: bool) -> None:
+    """Rows of a weight are on several processes: a basis on the left, or of an SVD, would have to gather them."""
+    if not right:
+        raise ValueError(f"side={group['side']} projects sharded weights on their left; set side=right")
+    if group["basis"] != "randomized":
+        raise ValueError(f"basis={group['basis']} needs whole gradients, and these are sharded; set basis=randomized")
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from owlore_tune.layers import find_layers, find_linears
+from owlore_tune.world import ALONE, World, local
 
 InputNorms = list[
     dict[str, Tensor]
 ]  # per layer: Linear's name → (in_features,) ‖X_:,j‖₂, float32 or the model's float64
 
 
-def outlier_scores(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], threshold: float = 13.0) -> list[float]:
+def outlier_scores(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], threshold: float = 13.0, world: World = ALONE
+) -> list[float]:
     """The share of outlier weights of each layer of ``model``.
 
     Args:
@@ -26,6 +29,7 @@ def outlier_scores(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], th
         batches: calibration inputs, keyword arguments of the model's forward (``tokens`` (b, s), and as needed
             ``mask``, ``input_pos``) on its device. Every position counts, padding too: prefer packed batches.
         threshold: τ, in multiples of the layer's mean; 13 is what the paper's released scores were made with.
+        world: processes that have parts of the weights and batches of their own; all get the score of all batches.
 
     Returns:
         D_l of each layer, bottom first, between 0 and 1.
@@ -37,16 +41,16 @@ def outlier_scores(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], th
     if not threshold > 0:
         raise ValueError(f"outlier_threshold={threshold}; it must be above 0")
     layers = find_layers(model)
-    norms = input_norms(model, batches)
+    norms = input_norms(model, batches, world)
     return [
-        outlier_share([(linear.weight, norms[i][name]) for name, linear in find_linears(layer)], threshold)
+        outlier_share([(linear.weight, norms[i][name]) for name, linear in find_linears(layer)], threshold, world)
         for i, layer in enumerate(tqdm(layers, desc="Outliers", unit="layer", leave=False))
     ]
 
 
 @torch.no_grad()
-def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> InputNorms:
-    """‖X_:,j‖₂ of the inputs of every Linear, from one forward pass of each batch."""
+def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world: World = ALONE) -> InputNorms:
+    """‖X_:,j‖₂ of the inputs of every Linear, from one forward pass of each batch, over all processes together."""
     layers = find_layers(model)
     squares: InputNorms = [{} for _ in layers]
     handles = [
@@ -67,7 +71,7 @@ def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> In
             handle.remove()
     if num_batches == 0:
         raise ValueError("no calibration batches; outlier scores need at least one")
-    return [{name: total.sqrt() for name, total in layer.items()} for layer in squares]
+    return [{name: world.sum_(total.clone()).sqrt() for name, total in layer.items()} for layer in squares]
 
 
 def _count_squares(layer: nn.Module, squares: dict[str, Tensor]) -> list[torch.utils.hooks.RemovableHandle]:
@@ -97,13 +101,15 @@ def _count_squares(layer: nn.Module, squares: dict[str, Tensor]) -> list[torch.u
 def outlier_share(
     linears: list[tuple[Tensor, Tensor]],  # weight (out, in), input norms (in,)
     threshold: float,
+    world: World = ALONE,
 ) -> float:
     """Share of entries of A = |W| · norm above ``threshold`` times the mean of A over all ``linears`` together.
 
     Streamed: at most one Linear's A is alive at a time.
     """
     num_entries = sum(weight.numel() for weight, _ in linears)
-    total = sum(torch.dot(weight.abs().sum(0, dtype=torch.float64), norm.double()) for weight, norm in linears)
-    limit = threshold * total / num_entries
-    num_outliers = sum(int((weight.abs() * norm > limit).sum()) for weight, norm in linears)
-    return num_outliers / num_entries
+    own = [(local(weight), norm) for weight, norm in linears]
+    sums = [torch.dot(weight.abs().sum(0, dtype=torch.float64), norm.double()) for weight, norm in own]
+    limit = threshold * world.sum_(torch.stack(sums).sum()) / num_entries
+    counts = [(weight.abs() * norm > limit).sum() for weight, norm in own]
+    return int(world.sum_(torch.stack(counts).sum())) / num_entries

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from owlore_tune.world import ALONE, World, peak
+
 SIDES = ("right", "shape")
 BASES = ("randomized", "svd")
 OVERSAMPLING = 8
@@ -34,6 +36,9 @@ def range_finder(
     *,
     generator: torch.Generator,
     start: Tensor | None = None,  # (n, r') columns to start from
+    world: World = ALONE,
+    first_row: int = 0,
+    num_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # (n, r) orthonormal, () share of the energy
     """An orthonormal basis of (nearly) the best rank-``rank`` row space of ``grad``, and ‖G P‖² / ‖G‖².
 
@@ -42,30 +47,36 @@ def range_finder(
     ``start``, such as the weight's last basis, the sketch gives way to those columns and one product less is needed.
     The largest entry of each column is made positive, so that moments which outlive a refresh keep their meaning.
 
+    Where the gradient's rows are divided among the processes of ``world``, ``grad`` is those that are here, and
+    ``first_row`` the place of the first among all ``num_rows``. Every process gets the same basis, for (q + 1) · n ·
+    (r + 8) + (r + 8)² numbers summed over all (q = 1; one n · (r + 8) less with ``start``) and n · r from the first.
+
     It does not fail on a zero or rank-deficient gradient: the missing columns are arbitrary orthonormal ones. Of a
     gradient that is not finite there is no basis: the columns are then those of the identity, and the share is NaN.
     """
     m, n = grad.shape
-    width = min(rank + OVERSAMPLING, m, n)
+    num_rows = m if num_rows is None else num_rows
+    width = min(rank + OVERSAMPLING, num_rows, n)
     extra = width - (0 if start is None else min(start.shape[1], width))
     if start is None:
-        omega = torch.randn(m, width, generator=generator, device=grad.device, dtype=grad.dtype)
-        columns = _unit_scale(grad.T @ omega)
+        # Of all rows on every process, so that each takes what it would be given if it had them all.
+        omega = torch.randn(num_rows, width, generator=generator, device=grad.device, dtype=grad.dtype)
+        columns = _unit_scale(world.sum_(grad.T @ omega[first_row : first_row + m]))
     else:
         noise = torch.randn(n, extra, generator=generator, device=grad.device, dtype=grad.dtype)
         columns = torch.cat([start[:, : width - extra], noise / n**0.5], dim=1)
     # One power iteration: a plain sketch loses much more of the energy of spectra that decay slowly.
-    columns = _unit_scale(grad.T @ _unit_scale(grad @ torch.linalg.qr(columns).Q))
+    columns = _unit_scale(world.sum_(grad.T @ _unit_scale(grad @ torch.linalg.qr(columns).Q, world)))
     orthonormal = torch.linalg.qr(columns).Q
     low = grad @ orthonormal  # (m, width)
-    scale = low.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny)
+    scale = _scale(low, world)
     low = low / scale
-    gram = low.T @ low
+    gram = world.sum_(low.T @ low)
     if not gram.isfinite().all():
         return torch.eye(n, rank, device=grad.device, dtype=grad.dtype), grad.new_tensor(math.nan)
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # ascending
     basis = orthonormal @ eigenvectors[:, -rank:].flip(1)
-    return fix_signs(basis), _share(eigenvalues[-rank:].sum(), grad, scale)
+    return world.from_first_(fix_signs(basis)), _share(eigenvalues[-rank:].sum(), grad, scale, world)
 
 
 def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tensor]:
@@ -84,12 +95,16 @@ def fix_signs(basis: Tensor) -> Tensor:
     return torch.where(peaks < 0, -basis, basis)
 
 
-def _share(captured: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
+def _share(captured: Tensor, grad: Tensor, scale: Tensor, world: World = ALONE) -> Tensor:
     """``captured``, in units of scale², as a share of ‖grad‖²; 1 for a zero gradient, of which nothing is lost."""
-    total = (torch.linalg.vector_norm(grad, dtype=torch.float64) / scale).square()
+    total = world.sum_((torch.linalg.vector_norm(grad, dtype=torch.float64) / scale).square())
     return torch.where(total > 0, captured / total, 1.0).clamp(0, 1)
 
 
-def _unit_scale(columns: Tensor) -> Tensor:
+def _unit_scale(columns: Tensor, world: World = ALONE) -> Tensor:
     """Scaled to a largest entry of 1, so that products of huge or tiny gradients neither overflow nor vanish."""
-    return columns / columns.abs().amax().clamp_min(torch.finfo(columns.dtype).tiny)
+    return columns / _scale(columns, world)
+
+
+def _scale(columns: Tensor, world: World) -> Tensor:
+    return world.max_(peak(columns)).clamp_min(torch.finfo(columns.dtype).tiny)

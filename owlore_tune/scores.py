@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from owlore_tune.layers import find_layers, find_linears
 from owlore_tune.outliers import outlier_scores
+from owlore_tune.world import ALONE, World, full
 
 SCORES = ("outlier", "uniform", "increase", "decrease", "reverse", "weight_norm", "heavy_tail")
 NEEDS_DATA = ("outlier", "reverse")
@@ -25,6 +26,7 @@ def layer_scores(
     *,
     batches: Callable[[], Iterable[Mapping[str, Tensor]]] | None = None,
     threshold: float = 13.0,
+    world: World = ALONE,
 ) -> list[float]:
     """One number ≥ 0 per layer of ``model``, bottom first; a layer is sampled in proportion to it.
 
@@ -35,6 +37,7 @@ def layer_scores(
             Linears together. ``heavy_tail``: the Hill estimate of the tail of the weights' spectra.
         batches: returns the calibration batches; called for ``outlier`` and ``reverse`` alone.
         threshold: τ of the outlier score.
+        world: processes that the weights are sharded over, each with batches of its own.
 
     Raises:
         TypeError: if ``model`` is not a torchtune ``TransformerDecoder``.
@@ -45,7 +48,7 @@ def layer_scores(
     if score in NEEDS_DATA:
         if batches is None:
             raise ValueError(f"score={score!r} needs calibration batches")
-        shares = outlier_scores(model, batches(), threshold)
+        shares = outlier_scores(model, batches(), threshold, world)
         return shares if score == "outlier" else [max(shares) - share for share in shares]
     if score == "uniform":
         return [1.0] * num_layers
@@ -62,7 +65,7 @@ def layer_scores(
 @torch.no_grad()
 def weight_norm(layer: nn.Module) -> float:
     """Frobenius norm of the layer's Linears together."""
-    norms = [torch.linalg.vector_norm(m.weight, dtype=torch.float64) for _, m in find_linears(layer)]
+    norms = [torch.linalg.vector_norm(full(m.weight), dtype=torch.float64) for _, m in find_linears(layer)]
     return torch.linalg.vector_norm(torch.stack(norms)).item()
 
 
@@ -75,7 +78,7 @@ def heavy_tail(layer: nn.Module) -> float:
     """
     estimates = []
     for _, linear in find_linears(layer):
-        weight = linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
+        weight = full(linear.weight).to(torch.promote_types(linear.weight.dtype, torch.float32))
         logs = 2 * torch.linalg.svdvals(weight).double().clamp_min(1e-30).log()  # descending
         k = len(logs) // 2
         estimates.append((logs[:k] - logs[k]).mean())

@@ -63,9 +63,11 @@ def _seal(directory: Path) -> None:
     files = {}
     with ThreadPoolExecutor(1) as syncing:  # the disk is waited for while checksums are made
         synced = []
-        for file in sorted(directory.iterdir()):
+        for file in sorted(directory.rglob("*")):
             synced.append(syncing.submit(_sync, file))
-            files[file.name] = {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
+            if file.is_file():
+                name = file.relative_to(directory).as_posix()
+                files[name] = {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
         for sync in synced:
             sync.result()
     (directory / SEAL).write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")

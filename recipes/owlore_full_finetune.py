@@ -13,6 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from owlore_tune.checkpoints import (
     keep_last,
     load_recipe_state,
     newest_checkpoint,
+    saved_optimizer_state,
     set_aside_after,
     step_directories,
 )
@@ -67,6 +69,7 @@ from owlore_tune.scores import NEEDS_DATA, LayerScores, layer_scores
 from owlore_tune.sealed import CheckpointError, remove_leftovers, verify
 from owlore_tune.signals import StopRequest
 from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.world import ALONE, local
 
 log = utils.get_logger("INFO")
 
@@ -83,7 +86,7 @@ REQUIRED = (
     "output_dir",
     "metric_logger",
 )
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "dataset_val": None,
     "eval": None,  # a suite to run before and after
     "collate_fn": "torchtune.data.padded_collate_sft",
@@ -121,8 +124,7 @@ SUPPLIED = {
     "lr_scheduler": ("*", "num_training_steps", "last_epoch"),
 }  # fmt: skip
 DATA_FIELDS = frozenset(
-    ("dataset", "tokenizer", "collate_fn", "batch_size", "gradient_accumulation_steps", "shuffle", "seed",
-     "max_steps_per_epoch")
+    ("dataset", "tokenizer", "collate_fn", "rows per step", "shuffle", "seed", "max_steps_per_epoch")
 )  # fmt: skip
 SCORE_FIELDS = frozenset(
     ("owlore.score", "owlore.outlier_threshold", "owlore.calibration_batches", "owlore.scores_file")
@@ -130,7 +132,8 @@ SCORE_FIELDS = frozenset(
 # Fields that a resumed run may change: they say where and how it runs, not what it computes. (Another device or a
 # compiled model rounds differently, so the bits are no longer those of the unbroken run.)
 FREE = frozenset(
-    ("output_dir", "device", "device_memory_limit", "compile", "enable_activation_checkpointing", "metric_logger",
+    ("batch_size", "gradient_accumulation_steps",  # only their product counts, see `_rows_per_step`
+     "output_dir", "device", "device_memory_limit", "compile", "enable_activation_checkpointing", "metric_logger",
      "log_every_n_steps", "run_val_every_n_steps", "dataset_val", "batch_size_val", "eval", "profiler",
      "save_every_n_steps", "keep_last_n", "on_save_error", "resume_from_checkpoint", "allow_config_change",
      "max_skipped_steps")
@@ -172,11 +175,14 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     _loss_fn: Any  # one of torchtune's, ours, or a plain one: they differ in what they ask of the model
     _optimizer: OwLoreAdamW
     _resume_dir: Path | None
+    _world = ALONE  # the processes that train together
+    defaults = DEFAULTS
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._cfg = cfg = check_config(cfg, REQUIRED, DEFAULTS, SUPPLIED)
+        self._cfg = cfg = check_config(cfg, REQUIRED, self.defaults, SUPPLIED)
         self._owlore = OwLoreConfig.from_config(cfg.owlore)
         self._device, self._dtype = device_and_dtype(cfg)
+        self._weights_device = self._device  # where they are kept between steps
         if self._dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
         check_counts(cfg, COUNTS, OPTIONAL_COUNTS)
@@ -190,7 +196,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if cfg.on_save_error not in ("stop", "continue"):
             raise ConfigError(f"on_save_error={cfg.on_save_error}; choose stop or continue")
         self._output_dir = Path(cfg.output_dir).expanduser()
-        self._run_log = RunLog(self._output_dir)
+        self._is_rank_zero = self._world.rank == 0
+        self._run_log = RunLog(self._output_dir if self._is_rank_zero else None)
 
         self._gradient_accumulation_steps = cfg.gradient_accumulation_steps
         self._log_every_n_steps = cfg.log_every_n_steps
@@ -208,7 +215,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def setup(self) -> None:
         cfg = self._cfg
         writable_directory(cfg.output_dir)
-        self._resume_dir = self._find_checkpoint()
+        self._resume_dir = self._world.share(self._world.attempt(self._find_checkpoint, first_alone=True))
         saved, changed = self._load_recipe_state()
         self._setup_inputs(cfg)
         self._setup_on_meta(cfg)
@@ -222,18 +229,16 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             known_scores: LayerScores | None = LayerScores(**saved["scores"])
         else:
             known_scores = self._load_scores()
-        self._metric_logger = build("metric_logger", cfg.metric_logger)
+        if self._is_rank_zero:
+            self._metric_logger = build("metric_logger", cfg.metric_logger)
+        self._prepare_model(cfg)
         self.load_checkpoint()
         self._scores = known_scores or self._score_layers(cfg)
-        self._scores.save(self._output_dir / "scores.json")
+        if self._is_rank_zero:
+            self._scores.save(self._output_dir / "scores.json")
         self._active_layers = self._setup_active_layers()
-        self._weight_watch = WeightWatch(self._model)
-
-        # After scoring, whose hooks want plain layers.
-        if cfg.enable_activation_checkpointing:
-            layer_types = {type(layer) for layer in find_layers(self._model)}
-            training.set_activation_checkpointing(self._model, auto_wrap_policy=layer_types)
-        if cfg.compile:
+        self._weight_watch = WeightWatch(self._model, self._world)
+        if cfg.compile:  # after scoring, whose hooks would be compiled too
             training.compile_model(self._model)
             if not hasattr(self._loss_fn, "set_model_output"):  # which makes gradients inside forward
                 self._loss_fn = training.compile_loss(self._loss_fn)
@@ -248,7 +253,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._restore(saved, changed)
         self._run_log.start()
         self._write_manifest()
-        self._metric_logger.log_config(cfg)
+        if self._is_rank_zero:
+            self._metric_logger.log_config(cfg)
         self._profiler = training.DummyProfiler()
         if cfg.profiler is not None and cfg.profiler.get("enabled"):
             self._profiler, _ = build("profiler", cfg.profiler)
@@ -284,8 +290,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             saved = load_recipe_state(self._resume_dir)
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
-        config = plain(self._cfg)
-        old, new = ({key: value for key, value in c.items() if key not in FREE} for c in (saved["config"], config))
+        # Not those that only another recipe has, which saved it on another number of devices.
+        fixed = {*REQUIRED, *self.defaults} - FREE
+        old, new = ({key: config.get(key) for key in fixed} for config in (saved["config"], plain(self._cfg)))
+        old["rows per step"], new["rows per step"] = saved["rows_per_step"], self._rows_per_step()
         changes = changed_fields(old, new)
         if changes and not self._cfg.allow_config_change:
             raise ConfigError(
@@ -305,7 +313,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             if "dtype" not in changed:
                 self._weight_watch.load_state_dict(saved["weight_watch"])
             if not changed & {"optimizer", "model", "dtype"}:
-                self._optimizer.load_state_dict(saved["optimizer"])
+                assert self._resume_dir is not None
+                self._optimizer.load_state_dict(saved_optimizer_state(self._resume_dir, saved, self._world))
                 self._optimizer.refreshes = [
                     (seconds, torch.tensor(energy, dtype=torch.float64)) for seconds, energy in saved["refreshes"]
                 ]
@@ -320,10 +329,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                     self._lr_scheduler.step()
             else:
                 self._lr_scheduler.load_state_dict(saved["lr_scheduler"])
-        if not changed & DATA_FIELDS and self.global_step % self._steps_per_epoch:
-            self._dataloader.load_state_dict(saved["dataloader"])
-        set_rng_state(saved["rng"])
-        set_aside_after(self._output_dir, self.global_step)
+        if not changed & DATA_FIELDS and (steps := self.global_step % self._steps_per_epoch):
+            rows = steps * self._gradient_accumulation_steps * self._cfg.batch_size
+            self._dataloader.sampler.load_state_dict({StatefulDistributedSampler._YIELDED: rows})
+        set_rng_state(saved["rng"][self._world.rank % len(saved["rng"])])
+        self._world.attempt(lambda: set_aside_after(self._output_dir, self.global_step), first_alone=True)
         log.info(f"Resumed from {self._resume_dir}, step {self.global_step}.")
 
     def validate(self) -> str:
@@ -447,9 +457,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._dataloader = self._setup_data(cfg, "dataset", cfg.batch_size, shuffle=cfg.shuffle)
         self._steps_per_epoch = len(self._dataloader) // self._gradient_accumulation_steps
         if self._steps_per_epoch == 0:
+            processes = f" × {self._world.size} processes" if self._world.size > 1 else ""
             raise ConfigError(
-                f"dataset has {len(self._dataloader.dataset)} samples, less than one optimizer step of "
-                f"batch_size={cfg.batch_size} × gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
+                f"dataset has {len(self._dataloader.dataset)} samples, less than one optimizer step of batch_size="
+                f"{cfg.batch_size} × gradient_accumulation_steps={cfg.gradient_accumulation_steps}{processes}"
             )
         if self.max_steps_per_epoch is not None:
             self._steps_per_epoch = min(self._steps_per_epoch, self.max_steps_per_epoch)
@@ -485,7 +496,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         return StatefulDataLoader(
             dataset=dataset,
             batch_size=batch_size,
-            sampler=StatefulDistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=self.seed),
+            sampler=StatefulDistributedSampler(
+                dataset, num_replicas=self._world.size, rank=self._world.rank, shuffle=shuffle, seed=self.seed
+            ),
             collate_fn=padded_collate_packed if _is_packed(cfg[key]) else collate,
             drop_last=shuffle,
             generator=torch.Generator(),  # else each pass over the data would move the global one
@@ -509,13 +522,22 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._loss_fn.set_model_output(self._model)
         elif hasattr(self._loss_fn, "num_output_chunks"):
             self._model.set_num_output_chunks(self._loss_fn.num_output_chunks)
+        self._optimizer = self._setup_optimizer(cfg)
+
+    def _setup_optimizer(self, cfg: DictConfig) -> OwLoreAdamW:
         groups = parameter_groups(
             self._model,
             train_embeddings=self._owlore.train_embeddings,
             train_output=self._owlore.train_output,
             train_norm=self._owlore.train_norm,
         )
-        self._optimizer = build_ours("optimizer", cfg.optimizer, OwLoreAdamW, groups)
+        return build_ours("optimizer", cfg.optimizer, OwLoreAdamW, groups)
+
+    def _prepare_model(self, cfg: DictConfig) -> None:
+        """What has to be done to the model before it has weights."""
+        if cfg.enable_activation_checkpointing:
+            layer_types = {type(layer) for layer in find_layers(self._model)}
+            training.set_activation_checkpointing(self._model, auto_wrap_policy=layer_types)
 
     def _load_scores(self) -> LayerScores | None:
         """The scores of ``owlore.scores_file``, if it is set and fits the model."""
@@ -537,7 +559,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         started = time.perf_counter()
         try:
             self._checkpointer.load_checkpoint(
-                self._model, dtype=self._dtype, device=self._device, directory=self._resume_dir
+                self._model, dtype=self._dtype, device=self._weights_device, directory=self._resume_dir
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -546,7 +568,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _score_layers(self, cfg: DictConfig) -> LayerScores:
         started = time.perf_counter()
         kind, threshold = self._owlore.score, self._owlore.outlier_threshold
-        scores = layer_scores(self._model, kind, batches=self._calibration_batches, threshold=threshold)
+        scores = layer_scores(
+            self._model, kind, batches=self._calibration_batches, threshold=threshold, world=self._world
+        )
         self._run_log.seconds["score"] = time.perf_counter() - started
         needs_data = kind in NEEDS_DATA
         data = {
@@ -588,6 +612,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             resample_every=self._owlore.resample_every,
             inactive_state=self._owlore.inactive_state,
             project_in_backward=self._owlore.project_in_backward,
+            world=self._world,
         )
 
     def train(self) -> None:
@@ -596,19 +621,22 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._validate("before")
             self._evaluate("before")
         num_steps = self.total_epochs * self._steps_per_epoch
-        progress = tqdm(total=num_steps, initial=self.global_step, unit="step", dynamic_ncols=True)
+        progress = tqdm(
+            total=num_steps, initial=self.global_step, unit="step", dynamic_ncols=True, disable=not self._is_rank_zero
+        )
         with StopRequest() as stop, self._profiler, progress:
-            while self.global_step < num_steps and not stop.signal:
-                self._train_epoch(num_steps, progress, stop)
+            signalled = None
+            while self.global_step < num_steps and signalled is None:
+                signalled = self._train_epoch(num_steps, progress, stop)
         self._run_log.add_seconds("train", time.perf_counter() - started)
-        if stop.signal:
-            how = f"{stop.signal.name} at step {self.global_step}: saved and stopped"
+        if signalled is not None:
+            how = f"{signalled.name} at step {self.global_step}: saved and stopped"
             print(f"{how}. Go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
-            sys.exit(128 + stop.signal)
+            sys.exit(128 + signalled)
         self._finish()
 
-    def _train_epoch(self, num_steps: int, progress: tqdm, stop: StopRequest) -> None:
-        """Train to the end of the epoch that ``global_step`` is in, or until a signal asks to stop."""
+    def _train_epoch(self, num_steps: int, progress: tqdm, stop: StopRequest) -> Signals | None:
+        """Train to the end of the epoch that ``global_step`` is in, or to a signal that asks to stop, and return it."""
         epoch, steps_done = divmod(self.global_step, self._steps_per_epoch)
         self._dataloader.sampler.set_epoch(epoch)
         batches = iter(self._dataloader)
@@ -626,8 +654,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._profiler.step()
             if self._is_due(self._run_val_every_n_steps) and self.global_step < num_steps:
                 self._validate(f"step {self.global_step}")
+            signalled = self._signalled(stop)
             given_up = self._skipped_in_a_row >= self._cfg.max_skipped_steps
-            leaving = given_up or stop.signal is not None or self.global_step == num_steps
+            leaving = given_up or signalled is not None or self.global_step == num_steps
             if leaving or self._is_due(self._save_every_n_steps) or self._is_due(self._steps_per_epoch):
                 self.save_checkpoint(required=leaving)
             if given_up:
@@ -635,8 +664,14 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                     f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at "
                     f"step {self.global_step}, saved in {self._step_dir()}. Lower optimizer.lr, or set clip_grad_norm"
                 )
-            if stop.signal:
-                return
+            if signalled is not None:
+                return signalled
+        return None
+
+    def _signalled(self, stop: StopRequest) -> Signals | None:
+        """The signal that this process, or another one, was sent: all of them stop after the same step."""
+        number = self._world.max_(torch.tensor(stop.signal or 0, device=self._device))
+        return Signals(int(number)) if number else None
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.global_step % every == 0
@@ -646,13 +681,15 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         started = time.perf_counter()
         num_refreshes = len(self._optimizer.refreshes)
         labels = [self._shift_labels(batch.pop("labels")) for batch in micro_batches]
-        num_tokens = sum(batch["tokens"].numel() for batch in micro_batches)
-        num_trained = [int((batch_labels != self._loss_fn.ignore_index).sum()) for batch_labels in labels]
+        counts = [int((batch_labels != self._loss_fn.ignore_index).sum()) for batch_labels in labels]
+        *num_trained, num_tokens = self._sums([*counts, sum(batch["tokens"].numel() for batch in micro_batches)])
         loss = torch.zeros((), device=self._device)
-        for batch, batch_labels, count in zip(micro_batches, labels, num_trained, strict=True):
-            if count == 0:
+        for batch, batch_labels, count, all_count in zip(micro_batches, labels, counts, num_trained, strict=True):
+            if all_count == 0:
                 continue  # a mean over no tokens
-            # The mean over all tokens of the step, whatever their split into micro-batches.
+            if count == 0:
+                batch_labels[0, 0] = 0  # other processes have tokens, and wait for this one: a gradient times 0
+            # The mean over all tokens of the step, whatever their split into micro-batches and over processes.
             with self._clock("forward"):
                 micro_loss = self._loss_step(batch, batch_labels) * (count / sum(num_trained))
                 return_freed_memory(self._device)  # or gradients come on top of what forward left free in the heap
@@ -662,7 +699,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             loss += micro_loss.detach()
         lr = get_lr(self._optimizer)
         grad_norm = self._optimizer.clip_grad_norm_(self._clip_grad_norm).item()
-        loss_value = loss.item()
+        loss_value = self._world.sum_(loss).item()
         if not sum(num_trained):
             log.warning(f"Step {self.global_step}: no tokens to train on; is tokenizer.max_seq_len too short?")
         elif math.isfinite(loss_value) and math.isfinite(grad_norm):
@@ -691,6 +728,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "trained_tokens_per_second": sum(num_trained) / seconds,
             "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
         }
+
+    def _sums(self, numbers: list[int]) -> list[int]:
+        """Each of ``numbers`` summed over all processes."""
+        return self._world.sum_(torch.tensor(numbers, device=self._device)).tolist()
 
     def _skip_step(self, loss: float) -> None:
         """Count and report a step without an update; bases that it was to refresh are still due."""
@@ -722,6 +763,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             f"layers {','.join(map(str, self._active_layers.active))}"
         )
         if self.global_step % self._log_every_n_steps == 0:
+            self._log_metrics(metrics)
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        if self._is_rank_zero:
             self._metric_logger.log_dict(metrics, step=self.global_step)
 
     def _on_draw(self, active: list[int]) -> None:
@@ -756,7 +801,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         }
         if refreshes:
             metrics["captured_energy"] = outcome["captured_energy"]
-        self._metric_logger.log_dict(metrics, step=self.global_step)
+        self._log_metrics(metrics)
 
     @torch.no_grad()
     def _validate(self, when: str) -> None:
@@ -764,19 +809,27 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if self._val_dataloader is None:
             return
         self._model.eval()
-        total, num_trained = 0.0, 0
-        for batch in tqdm(self._val_dataloader, desc="Validating", unit="batch", leave=False):
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        num_here = 0
+        rows_left = len(range(self._world.rank, len(self._val_dataloader.dataset), self._world.size))
+        hide = not self._is_rank_zero
+        for batch in tqdm(self._val_dataloader, desc="Validating", unit="batch", leave=False, disable=hide):
             labels = self._shift_labels(batch.pop("labels"))
+            labels[max(rows_left, 0) :] = self._loss_fn.ignore_index  # which other processes have as well
+            rows_left -= len(labels)
             count = int((labels != self._loss_fn.ignore_index).sum())
-            if count:
-                total += self._loss_step(batch, labels).item() * count
-                num_trained += count
+            if not count:
+                labels[0, 0] = 0  # other processes wait for this forward
+            total += self._loss_step(batch, labels).double() * count
+            num_here += count
         self._model.train()
+        (num_trained,) = self._sums([num_here])
         if num_trained == 0:
             raise ConfigError("dataset_val has no tokens to predict; is tokenizer.max_seq_len too short?")
-        self._run_log.losses[when] = total / num_trained
-        log.info(f"Held-out loss, {when}: {total / num_trained:.4f} over {num_trained} tokens")
-        self._metric_logger.log_dict({"val_loss": total / num_trained}, step=self.global_step)
+        loss = self._world.sum_(total).item() / num_trained
+        self._run_log.losses[when] = loss
+        log.info(f"Held-out loss, {when}: {loss:.4f} over {num_trained} tokens")
+        self._log_metrics({"val_loss": loss})
 
     def _evaluate(self, when: str) -> None:
         """Run the suite, if there is one, on the model as it is; ``eval/step_N`` gets what owlore_eval would leave."""
@@ -806,7 +859,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         )
         metrics = {f"eval/{metric.removesuffix(',none')}": value for metric, value in results["averages"].items()}
         log.info(f"Evaluation, {when}: {metrics}")
-        self._metric_logger.log_dict(metrics, step=self.global_step)
+        self._log_metrics(metrics)
 
     def save_checkpoint(self, required: bool = True) -> None:
         """Save step_N: weights in HF format, and beside them all that an exact resume needs.
@@ -819,14 +872,17 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """
         started = time.perf_counter()
         try:
-            self._checkpointer.save_checkpoint(self._model, self._step_dir(), self._recipe_state())
-            keep_last(self._output_dir, self._cfg.keep_last_n)
+            self._checkpointer.save_checkpoint(self._model, self._step_dir(), self._recipe_state(), world=self._world)
+            self._world.attempt(lambda: keep_last(self._output_dir, self._cfg.keep_last_n), first_alone=True)
         except (CheckpointError, OSError) as error:
             if required or self._cfg.on_save_error == "stop":
                 raise RunError(str(error)) from error
             log.warning(f"{error}; going on, as on_save_error=continue says")
         self._run_log.add_seconds("save", time.perf_counter() - started)
         self._write_manifest()
+
+    def _rows_per_step(self) -> int:
+        return self._cfg.batch_size * self._gradient_accumulation_steps * self._world.size
 
     def _step_dir(self) -> Path:
         return self._output_dir / f"step_{self.global_step}"
@@ -842,24 +898,27 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "optimizer": self._optimizer.state_dict(),
             "refreshes": [(seconds, float(energy)) for seconds, energy in self._optimizer.refreshes],
             "lr_scheduler": None if self._lr_scheduler is None else self._lr_scheduler.state_dict(),
-            "dataloader": self._dataloader.state_dict(),
-            "rng": get_rng_state(),
+            "rows_per_step": self._rows_per_step(),
+            "rng": self._world.gather(get_rng_state()),
             "run_log": self._run_log.state_dict(),
             "skipped_steps": (self._skipped_steps, self._skipped_in_a_row),
         }
 
     def _finish(self) -> None:
         """What is left once the last step is saved: the final loss, the manifest, the pictures, and a summary."""
-        from owlore_tune.plots import plot_run
-
         self._close_draw()
         self._validate("after")
         self._evaluate("after")
         self._finished = True
         self._write_manifest()
-        self._print_summary(plot_run(self._output_dir))
+        if self._is_rank_zero:
+            from owlore_tune.plots import plot_run
+
+            self._print_summary(plot_run(self._output_dir))
 
     def _write_manifest(self) -> None:
+        if not self._is_rank_zero:
+            return
         try:
             write_json(self._output_dir / MANIFEST, self._manifest())
         except OSError as error:
@@ -890,7 +949,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """What was planned, by category, and what was measured: its most in all, and what can be told apart in it."""
         plan = self._memory_plan
         measured = {
-            "weights": sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers())),
+            "weights": sum(local(tensor).nbytes for tensor in (*self._model.parameters(), *self._model.buffers())),
             "moments": self._optimizer.state_bytes("exp_avg", "exp_avg_sq"),
             "bases": self._optimizer.state_bytes("basis"),
             "total": peak_memory_bytes(self._device),
@@ -914,7 +973,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         )
 
     def cleanup(self) -> None:
-        self._metric_logger.close()
+        if self._is_rank_zero:
+            self._metric_logger.close()
 
 
 def _dataset_nodes(node: DictConfig | ListConfig) -> list[DictConfig]:

@@ -32,7 +32,7 @@ SHORT_RUN = ["max_steps_per_epoch=1", "owlore.calibration_batches=1", "eval=null
 SHORT_EVAL = ["limit=2", "tasks=[mmlu_dev]", "num_fewshot=0"]
 SHORT = {
     "tune run owlore_full_finetune --config smollm2": SHORT_RUN,
-    "tune run owlore_full_finetune --config llama2/7B_owlore checkpointer.checkpoint_dir=tiny": [],  # the dry run itself
+    "tune run owlore_full_finetune --config llama2/7B_owlore checkpointer.checkpoint_dir=tiny": [],  # a dry run
     "tune run owlore_full_finetune --config llama2": None,  # the dry run's model, see `shortened`
     "tune run lora_finetune_single_device": ["max_steps_per_epoch=1"],
     "tune run owlore_eval": SHORT_EVAL,
@@ -117,7 +117,6 @@ def test_the_docs_name_what_shortens_a_run():
 @pytest.mark.parametrize("command", [command for command in commands() if is_run(command)])
 def test_a_command_of_the_docs_runs(command, place):
     if "resume_from_checkpoint=true" in command:  # of the run that its page begins with
-        config = next(word for word in command.split() if "/" in word)
         run(shortened(command.replace(" resume_from_checkpoint=true", "")) + " output_dir=runs/resumed", place)
         command += " output_dir=runs/resumed"
     elif "tune run owlore_full_finetune" in command and "output_dir=" not in command:

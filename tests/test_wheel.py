@@ -36,7 +36,9 @@ def test_the_wheel_has_every_recipe_and_config(installed, tmp_path):
     listed = run([str(installed / "bin" / "owlore"), "ls"], installed, tmp_path)
     names = {line.split()[1] for line in listed.splitlines()}
     assert names == {*RECIPES, *(name for name, _ in packaged_configs())}
-    where = run([sys.executable, "-c", "import owlore_tune, owlore_configs; print(owlore_tune.__file__)"], installed, tmp_path)
+    where = run(
+        [sys.executable, "-c", "import owlore_tune, owlore_configs; print(owlore_tune.__file__)"], installed, tmp_path
+    )
     assert where.startswith(str(installed))
     assert not (installed / "tests").exists() and not (installed / "recipes").exists()
 
