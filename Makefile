@@ -17,6 +17,14 @@ demo: install  # the main job on a real model: score, train, held-out loss and a
 	rm -rf runs/demo
 	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=runs/demo
 
+pictures: install  # of 60 steps on SmolLM2, for docs/runs.md
+	owlore download smollm2
+	rm -rf runs/pictures
+	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=runs/pictures eval=null epochs=2 \
+		max_steps_per_epoch=30 run_val_every_n_steps=15
+	mkdir -p docs/pictures
+	cp runs/pictures/*.png docs/pictures
+
 test: install
 	python -m pytest --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
 
@@ -35,6 +43,7 @@ bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and other
 	python benchmarks/faults.py --output benchmarks/faults.md
 	python benchmarks/faults.py --runs 5 --signal TERM --output benchmarks/faults_sigterm.md
 	python benchmarks/faults.py --runs 3 --model smollm2 --output benchmarks/faults_smollm2.md
+	python benchmarks/faults_distributed.py --output benchmarks/faults_distributed.md
 ifdef DATA
 	python benchmarks/evaluation.py --data $(DATA) --output benchmarks/evaluation.md
 	python benchmarks/commonsense.py --data $(DATA) --output benchmarks/commonsense.md
@@ -43,4 +52,4 @@ endif
 clean:
 	rm -rf $(VENV) build *.egg-info runs
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo pictures test lint bench clean

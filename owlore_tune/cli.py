@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from owlore_tune.names import RECIPES, find_packaged, packaged_configs, title
 
@@ -43,12 +44,12 @@ def validate(args: argparse.Namespace) -> None:
     """check a config against all that it names, without loading weights or data"""
     with _errors_in_one_line():
         from owlore_eval import OwLoreEvalRecipe
-        from owlore_full_finetune import SUPPLIED, OwLoreFullFinetuneRecipe
+        from owlore_full_finetune import SUPPLIED
         from owlore_tune.config import check_components, load_config
 
         cfg = load_config(args.config, args.overrides)
         if "owlore" in cfg:
-            print(OwLoreFullFinetuneRecipe(cfg).validate())
+            print(_training_recipe(cfg)(cfg).validate())
         elif "tasks" in cfg:
             print(OwLoreEvalRecipe(cfg).validate())
         else:  # of one of torchtune's recipes
@@ -77,18 +78,16 @@ def score(args: argparse.Namespace) -> None:
 def memory(args: argparse.Namespace) -> None:
     """what a run will take in memory, by category and beside other methods"""
     with _errors_in_one_line():
-        from owlore_full_finetune import OwLoreFullFinetuneRecipe
         from owlore_tune.config import load_config
         from owlore_tune.memory_plan import CATEGORIES
         from owlore_tune.plots import plot_memory
 
         cfg = load_config(args.config, args.overrides)
-        recipe = OwLoreFullFinetuneRecipe(cfg)
-        found = recipe.memory_plans(args.seq_len)
+        found = _training_recipe(cfg)(cfg).memory_plans(args.seq_len, args.world_size)
         plans = {name: vars(plan.on_gpu() if args.gpu else plan) for name, plan in found.items()}
         plot_memory(Path(args.output), plans, cfg.get("device_memory_limit"))
     print("GB".ljust(14) + "".join(name.rjust(16) for name in plans))
-    for category in CATEGORIES:
+    for category in (c for c in CATEGORIES if any(plan[c] for plan in plans.values())):
         print(category.ljust(14) + "".join(f"{plan[category] / 1e9:16.2f}" for plan in plans.values()))
     print("total".ljust(14) + "".join(f"{sum(plan.values()) / 1e9:16.2f}" for plan in plans.values()))
     print(args.output)
@@ -118,6 +117,15 @@ def doctor(args: argparse.Namespace) -> None:
     from owlore_tune.doctor import report
 
     sys.exit(0 if report(Path()) else 1)
+
+
+def _training_recipe(cfg: Any) -> Any:
+    """The recipe that a training config is for."""
+    from owlore_full_finetune import OwLoreFullFinetuneRecipe
+    from owlore_full_finetune_distributed import DISTRIBUTED_DEFAULTS, OwLoreFullFinetuneDistributedRecipe
+
+    distributed = any(key in cfg for key in DISTRIBUTED_DEFAULTS)
+    return OwLoreFullFinetuneDistributedRecipe if distributed else OwLoreFullFinetuneRecipe
 
 
 @contextmanager
@@ -161,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
     planning = config_command(memory)
     planning.add_argument("--seq-len", type=int, help="tokens of the longest row, instead of reading the data")
     planning.add_argument("--output", default="memory.png", help="picture to write")
+    planning.add_argument("--world-size", type=int, default=1, help="devices that the model is sharded over")
     planning.add_argument("--gpu", action="store_true", help="as on a GPU, planned on a machine that has none")
     plotting = command(plot)
     plotting.add_argument("run_dir", metavar="RUN", help="output_dir of a training run")

@@ -48,6 +48,7 @@ class MemoryPlan:
     activations: int  # kept by forward for backward
     logits: int  # of the output head, with their gradients
     temporary: int  # in backward: activations computed again, gradients on their way
+    gathered: int  # of sharded weights those that are whole for a while, with their gradients
     framework: int  # on a CPU the process itself, before any weights load
     allocator: int  # on a CPU what its heap loses between blocks, `HEAP_LOSS` of all else
 
@@ -74,6 +75,14 @@ class StepShape:
     checkpointing: bool = False  # of activations
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP2 divides a model."""
+
+    world_size: int = 1
+    cpu_offload: bool = False  # what is sharded is in host memory
+
+
 def plan_memory(
     model: TransformerDecoder,
     loss_fn: Any,
@@ -85,6 +94,7 @@ def plan_memory(
     holds_all_state: bool = False,
     projects_in_backward: bool = True,
     framework: int | None = None,
+    sharding: Sharding | None = None,
 ) -> MemoryPlan:
     """The plan of an OwLore run, for the draw that takes the most: the lowest layer and the highest others.
 
@@ -98,6 +108,7 @@ def plan_memory(
         holds_all_state: optimizer state stays on ``device`` when its layer leaves.
         projects_in_backward: gradients are reduced in backward, and not after it.
         framework: bytes; `framework_bytes` as it is now where left out.
+        sharding: plan for one of several devices.
     """
     layers = [set(layer.values()) for layer in model_parts(model).layers]
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -117,8 +128,10 @@ def plan_memory(
         return project(grad, basis, right)
 
     return _plan(
+        model,
         device,
         framework,
+        sharding,
         moments=sum(low_bits.num_bytes(state[key]) for state in states for key in ("exp_avg", "exp_avg_sq")),
         bases=sum(low_bits.num_bytes(state["basis"]) for state in states if "basis" in state),
         **step_bytes(model, loss_fn, shape, device, trained, reduce),
@@ -134,6 +147,7 @@ def peer_plans(
     rank: int,
     framework: int,
     lora_rank: int = 16,
+    sharding: Sharding | None = None,
 ) -> dict[str, MemoryPlan]:
     """Plans of other methods on the same model, loss and data.
 
@@ -146,17 +160,18 @@ def peer_plans(
     vars(theirs).pop("unembed", None)  # back to logits as the model itself makes them
     their_loss = CEWithChunkedOutputLoss()
     theirs.set_num_output_chunks(their_loss.num_output_chunks)
-    plans = {"full": _adamw_plan(theirs, their_loss, shape, device, framework, set(theirs.parameters()))}
+    plans = {"full": _adamw_plan(theirs, their_loss, shape, device, framework, sharding, set(theirs.parameters()))}
     adapters = _add_lora(theirs, lora_rank)
-    plans[f"LoRA, r={lora_rank}"] = _adamw_plan(theirs, their_loss, shape, device, framework, adapters)
+    plans[f"LoRA, r={lora_rank}"] = _adamw_plan(theirs, their_loss, shape, device, framework, sharding, adapters)
     sides = [min(p.shape) for layer in model_parts(model).layers for p in layer.values() if p.ndim == 2]
     rank = min(rank, max(sides) - 1)
     galore = OwLoreAdamW(parameter_groups(model, **others), rank=rank, side="shape")
     lisa = OwLoreAdamW(parameter_groups(model, **others), rank=None)
     for name, optimizer, num_active in ((f"GaLore, r={rank}", galore, None), ("LISA, γ=2", lisa, 2)):
         plans[name] = plan_memory(
-            model, loss_fn, optimizer, shape, device=device, num_active=num_active, framework=framework
-        )
+            model, loss_fn, optimizer, shape, device=device, num_active=num_active, framework=framework,
+            sharding=sharding,
+        )  # fmt: skip
     return plans
 
 
@@ -260,15 +275,36 @@ def _adamw_plan(
     shape: StepShape,
     device: torch.device,
     framework: int,
+    sharding: Sharding | None,
     trained: set[Tensor],
 ) -> MemoryPlan:
     moments = 2 * sum(parameter.nbytes for parameter in trained)
     step = step_bytes(model, loss_fn, shape, device, trained)
-    return _plan(device, framework, moments=moments, bases=0, **step)
+    return _plan(model, device, framework, sharding, moments=moments, bases=0, **step)
 
 
-def _plan(device: torch.device, framework: int | None, **parts: int) -> MemoryPlan:
-    """``parts``, with what the device's way of counting adds."""
+def _sharded(parts: dict[str, int], model: TransformerDecoder, sharding: Sharding) -> dict[str, int]:
+    """``parts`` on one of several devices: rows of what is sharded, and what FSDP2 puts together for a while.
+
+    That is all outside the layers, from forward to backward; a layer and the next one, which is fetched ahead; and in
+    backward a layer's gradients twice, as they are made and as they are sent. Bases are whole everywhere.
+    """
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    layers = [sum(parameter.nbytes for parameter in layer.values()) for layer in model_parts(model).layers]
+    buffers = parts["weights"] - num_bytes
+    own = {key: -(-parts[key] // sharding.world_size) for key in ("moments", "gradients")}
+    own |= {"weights": -(-num_bytes // sharding.world_size), "bases": parts["bases"]}
+    if sharding.cpu_offload:
+        own = dict.fromkeys(own, 0)
+    own["weights"] += buffers
+    return parts | own | {"gathered": num_bytes - sum(layers) + 4 * max(layers)}
+
+
+def _plan(
+    model: TransformerDecoder, device: torch.device, framework: int | None, sharding: Sharding | None, **parts: int
+) -> MemoryPlan:
+    """``parts``, with what sharding changes and what the device's way of counting adds."""
+    parts = {"gathered": 0} | parts if sharding is None else _sharded(parts, model, sharding)
     framework = framework_bytes(device) if framework is None else framework
     loss = HEAP_LOSS if device.type == "cpu" else 0.0
     return MemoryPlan(**parts, framework=framework, allocator=int(loss * (framework + sum(parts.values()))))

@@ -11,6 +11,10 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 
+class RankError(RuntimeError):
+    """What failed on another rank."""
+
+
 class World:
     """A group of processes with what they exchange. In a world of one nothing is exchanged, so no bit changes.
 
@@ -70,7 +74,8 @@ class World:
         So no process waits for one that has given up. The exchange after it lets all of them go on together.
 
         Raises:
-            Exception: the one that ``action`` raised here, or else a RuntimeError with another process's message.
+            Exception: the one that ``action`` raised here.
+            RankError: if it failed on another rank, with that one's message.
         """
         result, error = None, None
         if self.rank == 0 or not first_alone:
@@ -83,7 +88,7 @@ class World:
             raise error
         failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
         if failed:
-            raise RuntimeError(f"rank {failed[0][0]} failed: {failed[0][1]}")
+            raise RankError(f"rank {failed[0][0]} failed: {failed[0][1]}")
         return result
 
     @property

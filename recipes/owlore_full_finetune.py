@@ -59,7 +59,7 @@ from owlore_tune.data import longest_row
 from owlore_tune.layers import find_layers, model_parts, plain_name
 from owlore_tune.manifest import MANIFEST, machine, versions, write_json
 from owlore_tune.memory import peak_memory_bytes, return_freed_memory
-from owlore_tune.memory_plan import MemoryPlan, StepShape, peer_plans, plan_memory
+from owlore_tune.memory_plan import MemoryPlan, Sharding, StepShape, peer_plans, plan_memory
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
 from owlore_tune.phases import PhaseClock
 from owlore_tune.rng import get_rng_state, set_rng_state
@@ -210,6 +210,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._skipped_steps = 0
         self._skipped_in_a_row = 0
         self._clock = PhaseClock(self._device)
+        self._sharding = self._sharding_over(self._world.size)
         self._finished = False
 
     def setup(self) -> None:
@@ -357,14 +358,16 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self.load_checkpoint()
         return self._score_layers(self._cfg)
 
-    def memory_plans(self, seq_len: int | None = None) -> dict[str, MemoryPlan]:
+    def memory_plans(self, seq_len: int | None = None, world_size: int = 1) -> dict[str, MemoryPlan]:
         """The plan of the config's run, and those of other methods on the same model and data; no weights load.
 
         Args:
             seq_len: tokens of the longest row; where left out, as in the config's data. If those, or the tokenizer,
                 are not there yet, it is ``tokenizer.max_seq_len``.
+            world_size: devices that the model is sharded over; the plan is for one of them.
         """
         cfg = self._cfg
+        self._sharding = self._sharding_over(world_size)
         if seq_len is None:
             try:
                 self._setup_inputs(cfg)
@@ -382,11 +385,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             device=self._device,
             rank=self._optimizer.param_groups[0]["rank"] or 128,
             framework=own.framework,
+            sharding=self._sharding,
         )
         return {"this config": own} | peers
 
-    def memory_plan(self, seq_len: int) -> MemoryPlan:
+    def memory_plan(self, seq_len: int, world_size: int = 1) -> MemoryPlan:
         """The plan of the config's run alone, for rows of ``seq_len`` tokens; no weights load."""
+        self._sharding = self._sharding_over(world_size)
         self._setup_on_meta(self._cfg)
         return self._plan_memory(seq_len)
 
@@ -408,7 +413,16 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             or (owlore.inactive_state == "offload" and self._device.type == "cpu"),
             projects_in_backward=owlore.project_in_backward,
             framework=framework,
+            sharding=self._sharding,
         )
+
+    def _sharding_over(self, world_size: int) -> Sharding | None:
+        if world_size > 1:
+            raise ConfigError(
+                f"world_size={world_size}; this recipe is for one device, owlore_full_finetune_distributed and the "
+                "configs *_distributed are for several"
+            )
+        return None
 
     def _step_shape(self, seq_len: int) -> StepShape:
         cfg = self._cfg

@@ -20,7 +20,9 @@ from torchtune import config, training, utils
 from owlore_full_finetune import DEFAULTS, OwLoreFullFinetuneRecipe
 from owlore_tune.config import ConfigError, RunError, check_type, parse
 from owlore_tune.layers import find_layers
-from owlore_tune.world import current_world
+from owlore_tune.memory_plan import Sharding
+from owlore_tune.scores import LayerScores
+from owlore_tune.world import RankError, current_world
 
 DISTRIBUTED_DEFAULTS: dict[str, Any] = {
     "fsdp_cpu_offload": False,  # parameters, gradients and optimizer state in host memory
@@ -69,6 +71,9 @@ class OwLoreFullFinetuneDistributedRecipe(OwLoreFullFinetuneRecipe):
             if bad:
                 raise ConfigError(f"{key}={cfg[key]}; {way_out}")
 
+    def _sharding_over(self, world_size: int) -> Sharding | None:
+        return Sharding(world_size, cpu_offload=self._cfg.fsdp_cpu_offload)
+
     def _prepare_model(self, cfg: DictConfig) -> None:
         """Shard the model, layer by layer, and make the optimizer anew over what is sharded."""
         super()._prepare_model(cfg)
@@ -76,7 +81,7 @@ class OwLoreFullFinetuneDistributedRecipe(OwLoreFullFinetuneRecipe):
         training.shard_model(
             self._model,
             [training.get_shard_conditions],
-            cpu_offload=cfg.fsdp_cpu_offload,
+            cpu_offload=cfg.fsdp_cpu_offload and self._device.type != "cpu",  # where they are in any case
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
             dp_mesh=mesh,
         )
@@ -95,9 +100,16 @@ class OwLoreFullFinetuneDistributedRecipe(OwLoreFullFinetuneRecipe):
         assert isinstance(self._model, FSDPModule)
         return self._model
 
+    # After forward passes alone no backward shards embeddings, norm and head again.
+
+    def _score_layers(self, cfg: DictConfig) -> LayerScores:
+        scores = super()._score_layers(cfg)
+        self._root.reshard()
+        return scores
+
     def _validate(self, when: str) -> None:
         super()._validate(when)
-        self._root.reshard()  # no backward does it
+        self._root.reshard()
 
 
 @contextmanager
@@ -121,6 +133,8 @@ def process_group(cfg: DictConfig) -> Iterator[None]:
         utils.get_logger("INFO").setLevel(logging.ERROR)  # what all have to say, the first one says
     try:
         yield
+    except RankError as error:
+        raise RunError(str(error)) from error
     except RuntimeError as error:
         if not is_lost_process(error):
             raise

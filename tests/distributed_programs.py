@@ -1,0 +1,69 @@
+"""What tests start on several ranks: recipes, one after the other in one process group, and counts of what is sent.
+
+torchrun --nproc_per_node N tests/distributed_programs.py train CONFIG...
+torchrun --nproc_per_node N tests/distributed_programs.py count OUTPUT CONFIG
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from owlore_full_finetune_distributed import OwLoreFullFinetuneDistributedRecipe, process_group
+
+
+def train(files: list[str]) -> None:
+    configs = [DictConfig(OmegaConf.load(file)) for file in files]
+    with process_group(configs[0]):
+        for cfg in configs:
+            finetune(cfg)
+
+
+def finetune(cfg: DictConfig, recipe_class=OwLoreFullFinetuneDistributedRecipe) -> None:
+    recipe = recipe_class(cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+
+
+class SentBytes(TorchDispatchMode):
+    """Bytes of the tensors given to collectives, by the collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if name.startswith("c10d."):
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self.counts[name.split(".")[1]] += sum(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def count(output: str, file: str) -> None:
+    """Write the bytes that each step gives to each collective, and the optimizer's state on this rank after it."""
+    records = []
+
+    class Counting(OwLoreFullFinetuneDistributedRecipe):
+        def _train_step(self, micro_batches):
+            with SentBytes() as sent:
+                metrics = super()._train_step(micro_batches)
+            record = {"sent": sent.counts, "refreshes": len(self._optimizer.refreshes)}
+            records.append(record | {"state_bytes": self._optimizer.state_bytes()})
+            return metrics
+
+    cfg = DictConfig(OmegaConf.load(file))
+    with process_group(cfg):
+        finetune(cfg, Counting)
+        Path(output).with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(records))
+
+
+if __name__ == "__main__":
+    {"train": lambda *files: train(list(files)), "count": count}[sys.argv[1]](*sys.argv[2:])
