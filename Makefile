@@ -26,7 +26,7 @@ pictures: install  # of 60 steps on SmolLM2, for docs/runs.md
 	cp runs/pictures/*.png docs/pictures
 
 test: install
-	python -m pytest --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
 
 lint: install
 	ruff check .

@@ -2,8 +2,8 @@
 
     python benchmarks/faults_distributed.py [--kills 10] [--ranks 2] [--seed 0] [--output FILE]
 
-Ranks are processes of their own, with no agent to end the others. Half of the kills come at a random time, half inside a
-save. After each, the other ranks must end with an error within `dist_timeout_s`, and the newest checkpoint be readable.
+Ranks are processes of their own, with no agent to end the others. Half of the kills come at a random time, half inside
+a save. After each, the other ranks must end with an error within `dist_timeout_s`, and the newest checkpoint be good.
 """
 
 import json
@@ -115,8 +115,8 @@ def main() -> None:
     lines = [
         f"# A run on {args.ranks} ranks that loses one",
         "",
-        f"A small model under SIGKILL to one rank, seed {args.seed}; dist_timeout_s={TIMEOUT}; {machine()}. The slowest "
-        f"rank ended {slowest:.1f} s after the kill. Made by `python benchmarks/faults_distributed.py`.",
+        f"A small model under SIGKILL to one rank, seed {args.seed}; dist_timeout_s={TIMEOUT}; {machine()}. The "
+        f"slowest rank ended {slowest:.1f} s after the kill. Made by `python benchmarks/faults_distributed.py`.",
         "",
         "| | |",
         "|---|---|",

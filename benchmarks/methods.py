@@ -8,6 +8,8 @@ Three kinds of runs:
 - time: a draw every 10 steps, where there are draws; the seconds between two logged steps, the first two left out. So
   of 12 steps the mean has ten, one of them with new bases.
 - floor, for our own rows: the same by floor_recipe.py, which times each step against forward and needed backward alone.
+  That backward has all gradients at its end, where a step projects them as they appear, or adds them up in place: with
+  all layers trained, a step can take less time than its floor.
 - memory, where there are draws: one at every step; the most memory used until the second and until the twentieth.
 
 On a CPU memory is the resident size of the whole process, on CUDA what the allocator gave.

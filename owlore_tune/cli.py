@@ -180,7 +180,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = parser().parse_args()
+    top = parser()
+    args, rest = top.parse_known_args()  # overrides may stand among options, where argparse does not look for them
+    if rest and (not hasattr(args, "overrides") or any(argument.startswith("-") for argument in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     args.run(args)
 
 

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]  # the dry run's model is made before it is used
 PROGRAMS = ("make", "tune", "owlore", "python", "pip", "git", "hf", "export", "tensorboard")
 
 # What no machine without network or with other things to do can run, and what is looked at instead.
@@ -22,6 +22,7 @@ NOT_RUN = {
     "git clone https://github.com/lm-sys/FastChat": "needs GitHub",
     "export OPENAI_API_KEY=...": "needs a key",
     "tune run owlore_eval --config eval/mt_bench": "needs a judge; test_mt_bench.py has one on loopback",
+    "tune run owlore_eval --config eval/commonsense model=": "needs the 7B model that it is about; it is validated",
     "hf download": "needs the hub",
     "tune download": "needs the hub; its options are looked at",
     "make": "would install anew; its target is looked at",
@@ -32,8 +33,10 @@ SHORT_RUN = ["max_steps_per_epoch=1", "owlore.calibration_batches=1", "eval=null
 SHORT_EVAL = ["limit=2", "tasks=[mmlu_dev]", "num_fewshot=0"]
 SHORT = {
     "tune run owlore_full_finetune --config smollm2": SHORT_RUN,
+    "tune run owlore_full_finetune --config mine.yaml": SHORT_RUN,
     "tune run owlore_full_finetune --config llama2/7B_owlore checkpointer.checkpoint_dir=tiny": [],  # a dry run
     "tune run owlore_full_finetune --config llama2": None,  # the dry run's model, see `shortened`
+    "tune run --nproc_per_node 2 owlore_full_finetune_distributed": SHORT_RUN,
     "tune run lora_finetune_single_device": ["max_steps_per_epoch=1"],
     "tune run owlore_eval": SHORT_EVAL,
     "tune run --nproc_per_node 2 owlore_eval": SHORT_EVAL,
@@ -79,7 +82,11 @@ def place(tmp_path_factory, smollm2_dir) -> Path:
     (copy / "README.md").write_text(
         "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n---\n"
     )
+    (place / "DATA").mkdir()
     (place / "benchmarks").symlink_to(ROOT / "benchmarks")
+    several = place / "runs" / "smollm2_owlore_distributed"
+    several.mkdir(parents=True)
+    (several / "step_59").symlink_to("step_1")  # which a short run ends with
     run("tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=runs/demo " + " ".join(SHORT_RUN), place)
     (place / "runs" / "demo" / "step_59").symlink_to("step_1")
     for step in (0, 59):
@@ -122,6 +129,12 @@ def test_a_command_of_the_docs_runs(command, place):
     elif "tune run owlore_full_finetune" in command and "output_dir=" not in command:
         command += f" output_dir=runs/{abs(hash(command))}"
     run(shortened(command), place)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("tune run") and not is_run(c)])
+def test_a_command_that_is_not_run_is_valid(command, place):
+    overrides = [word for word in command.split() if "=" in word]
+    run(" ".join(["owlore validate --config", command.split("--config ")[1].split()[0], *overrides]), place)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])

@@ -1,4 +1,4 @@
-"""The recipe end to end on a tiny model, and its parts in Python as the README shows them."""
+"""The recipe end to end on a tiny model, and its parts in Python as the docs show them."""
 
 import json
 import os
@@ -225,11 +225,11 @@ def test_scoring_alone(tiny_config):
     assert scores.data["batches"] == 8
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-PYTHON_EXAMPLES = [part.split("```")[0] for part in README.split("```python\n")[1:]]
+PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+PYTHON_EXAMPLES = [part.split("```")[0] for part in PAGE.split("```python\n")[1:]]
 
 
-def test_the_readmes_training_example_runs(tokens):
+def test_the_docs_training_example_runs(tokens):
     """Its code as it stands, with a tiny model; only the numbers are smaller, since a tiny model has few outliers."""
     from conftest import tiny_llama
 
@@ -248,14 +248,14 @@ def test_the_readmes_training_example_runs(tokens):
     assert len(changed) == 2
 
 
-def test_the_readmes_transformers_example_runs(smollm2_dir, capsys):
+def test_the_docs_transformers_example_runs(smollm2_dir, capsys):
     (code,) = [example for example in PYTHON_EXAMPLES if "transformers" in example]
     exec(code.replace("runs/demo/step_59", str(smollm2_dir)), {})
     assert capsys.readouterr().out.strip().endswith("The capital of France is Paris.")
 
 
 def test_torchtunes_generate_runs_on_a_checkpoint(smollm2_dir, tmp_path):
-    """Its own recipe, by the README's config, in a subprocess; greedy text equals transformers'."""
+    """Its own recipe, by the docs' config, in a subprocess; greedy text equals transformers'."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(["owlore", "cp", "smollm2/135M_generate", "g.yaml"], cwd=tmp_path, env=environment, check=True)
     command = ["tune", "run", "generate", "--config", "g.yaml", f"checkpointer.checkpoint_dir={smollm2_dir}"]
