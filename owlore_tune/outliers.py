@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from owlore_tune.layers import find_layers, find_linears
-from owlore_tune.world import ALONE, World, local
+from owlore_tune.world import ALONE, World, local, reshard
 
 InputNorms = list[
     dict[str, Tensor]
@@ -67,6 +67,7 @@ def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world
             num_batches += 1
     finally:
         model.train(was_training)
+        reshard(model)
         for handle in handles:
             handle.remove()
     if num_batches == 0:

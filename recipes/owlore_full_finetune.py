@@ -291,8 +291,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             saved = load_recipe_state(self._resume_dir)
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
-        # Not those that only another recipe has, which saved it on another number of devices.
-        fixed = {*REQUIRED, *self.defaults} - FREE
+        fixed = {*REQUIRED, *DEFAULTS} - FREE  # what only the recipe for several devices has is as free as they are
         old, new = ({key: config.get(key) for key in fixed} for config in (saved["config"], plain(self._cfg)))
         old["rows per step"], new["rows per step"] = saved["rows_per_step"], self._rows_per_step()
         changes = changed_fields(old, new)

@@ -19,10 +19,8 @@ from torchtune import config, training, utils
 
 from owlore_full_finetune import DEFAULTS, OwLoreFullFinetuneRecipe
 from owlore_tune.config import ConfigError, RunError, check_type, parse
-from owlore_tune.layers import find_layers
 from owlore_tune.memory_plan import Sharding
-from owlore_tune.scores import LayerScores
-from owlore_tune.world import RankError, current_world
+from owlore_tune.world import RankError, current_world, reshard
 
 DISTRIBUTED_DEFAULTS: dict[str, Any] = {
     "fsdp_cpu_offload": False,  # parameters, gradients and optimizer state in host memory
@@ -85,31 +83,19 @@ class OwLoreFullFinetuneDistributedRecipe(OwLoreFullFinetuneRecipe):
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
             dp_mesh=mesh,
         )
+        root, *_ = modules = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
         # Embeddings, norm and head stay together after forward, since the loss reads the head then.
-        self._root.set_reshard_after_forward(False, recurse=False)
-        for module in (self._root, *find_layers(self._model)):
-            assert isinstance(module, FSDPModule)
+        root.set_reshard_after_forward(False, recurse=False)
+        for module in modules:
             module.set_gradient_divide_factor(1.0)  # each process's loss is its share of the mean
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         if cfg.fsdp_cpu_offload:
             self._weights_device = torch.device("cpu")
         self._optimizer = self._setup_optimizer(cfg)
 
-    @property
-    def _root(self) -> FSDPModule:
-        assert isinstance(self._model, FSDPModule)
-        return self._model
-
-    # After forward passes alone no backward shards embeddings, norm and head again.
-
-    def _score_layers(self, cfg: DictConfig) -> LayerScores:
-        scores = super()._score_layers(cfg)
-        self._root.reshard()
-        return scores
-
     def _validate(self, when: str) -> None:
         super()._validate(when)
-        self._root.reshard()
+        reshard(self._model)
 
 
 @contextmanager

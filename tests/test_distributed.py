@@ -111,30 +111,27 @@ def test_ranks_together_train_as_one_process(num_ranks, config):
             assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def uneven(config: dict, directory: Path) -> dict:
-    """A model whose dimensions two ranks cannot halve, one of them smaller than the number of ranks."""
+def other_model(config: dict, directory: Path, **sizes: int) -> dict:
+    """``config`` with a model of other sizes; the tokenizer is the same."""
     torch.manual_seed(0)
+    model = config["model"] | sizes
     shape = LlamaConfig(
-        vocab_size=301, hidden_size=27, intermediate_size=47, num_hidden_layers=4, num_attention_heads=3,
-        num_key_value_heads=1, head_dim=9 - 1, max_position_embeddings=256, rms_norm_eps=1e-5, dtype="float32",
+        vocab_size=model["vocab_size"], hidden_size=model["embed_dim"], intermediate_size=model["intermediate_dim"],
+        num_hidden_layers=4, num_attention_heads=model["num_heads"], num_key_value_heads=model["num_kv_heads"],
+        max_position_embeddings=256, rms_norm_eps=1e-5, dtype="float32",
     )  # fmt: skip
     LlamaForCausalLM(shape).save_pretrained(directory)
-    for file in Path(config["tokenizer"]["path"].replace("${checkpointer.checkpoint_dir}", str(
-        config["checkpointer"]["checkpoint_dir"]))).iterdir():  # fmt: skip
+    for file in Path(config["checkpointer"]["checkpoint_dir"]).iterdir():
         if "token" in file.name:
             shutil.copy(file, directory)
-    model = {
-        "_component_": "torchtune.models.qwen2.qwen2", "vocab_size": 301, "num_layers": 4, "num_heads": 3,
-        "num_kv_heads": 1, "embed_dim": 27, "intermediate_dim": 47, "max_seq_len": 256, "head_dim": 8,
-        "norm_eps": 1e-5, "rope_base": 10_000.0, "q_proj_bias": False, "k_proj_bias": False, "v_proj_bias": False,
-    }  # fmt: skip
-    checkpointer = config["checkpointer"] | {"checkpoint_dir": str(directory)}
-    return config | {"model": model, "checkpointer": checkpointer}
+    return config | {"model": model, "checkpointer": config["checkpointer"] | {"checkpoint_dir": str(directory)}}
 
 
 def test_uneven_shards_train_as_one_process(config, tmp_path):
-    one = uneven(variant(config, "one", **ALL_TRAINED), tmp_path / "uneven")
-    one["optimizer"]["rank"] = 5
+    """Two ranks cannot halve 47 and 301; of 4 rows of keys the third rank has none. Scores differ with padding."""
+    sizes = dict(vocab_size=301, num_heads=3, num_kv_heads=1, embed_dim=12, intermediate_dim=47)
+    changes = {"optimizer__rank": 3, "owlore__score": "uniform", **ALL_TRAINED}
+    one = other_model(variant(config, "one", **changes), tmp_path / "uneven", **sizes)
     two, three = (on_ranks(n, one, f"ranks_{n}") for n in (2, 3))
     finetune(one)
     train_together(2, two)
@@ -188,15 +185,7 @@ def test_resume_on_any_number_of_ranks(config):
 
 def test_eight_bit_state_resumes_bit_for_bit(config, tmp_path):
     """And goes on with another number of ranks, whose blocks of values are others."""
-    torch.manual_seed(0)
-    directory = tmp_path / "wide"
-    shape = dict(vocab_size=300, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_hidden_layers=4)
-    LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=4, dtype="float32")).save_pretrained(directory)
-    for file in Path(config["checkpointer"]["checkpoint_dir"]).iterdir():
-        if "token" in file.name:
-            shutil.copy(file, directory)
-    config["checkpointer"]["checkpoint_dir"] = str(directory)
-    config["model"] |= {"num_kv_heads": 4, "embed_dim": 256, "intermediate_dim": 512}
+    config = other_model(config, tmp_path / "wide", num_kv_heads=4, embed_dim=256, intermediate_dim=512)
     config["optimizer"] |= {"state_bits": 8, "basis_bits": 8, "rank": 64}
     unbroken = on_ranks(2, config, "unbroken", save_every_n_steps=4)
     again = on_ranks(2, config, "again", resume_from_checkpoint=f"{unbroken['output_dir']}/step_4")
