@@ -134,8 +134,7 @@ class WeightWatch:
     def changed(self) -> set[str]:
         """Names of the parameters that changed since the last look, which this one replaces."""
         before, self._sums = self._sums, self._look()
-        here = {name for name, total in self._sums.items() if total != before[name]}
-        return set().union(*self._world.gather(here))
+        return {name for name, total in self._sums.items() if total != before[name]}
 
     def state_dict(self) -> dict[str, int]:
         return dict(self._sums)
@@ -144,12 +143,15 @@ class WeightWatch:
         self._sums = dict(state_dict)
 
     def _look(self) -> dict[str, int]:
-        return {plain_name(name): _bit_sum(p) for name, p in self._model.named_parameters()}
+        names, parameters = zip(*self._model.named_parameters(), strict=True)
+        # The sum over all processes is that of the whole weights, however many processes there are.
+        sums = self._world.sum_(torch.stack([_bit_sum(parameter) for parameter in parameters]))
+        return dict(zip(map(plain_name, names), sums.tolist(), strict=True))
 
 
 @torch.no_grad()
-def _bit_sum(parameter: Tensor) -> int:
+def _bit_sum(parameter: Tensor) -> Tensor:  # (), int64, which wraps around
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     # In pieces: a sum in int64 makes a copy in int64 first.
     pieces = local(parameter.detach()).contiguous().view(integers).flatten().split(2**22)
-    return int(torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum())
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()

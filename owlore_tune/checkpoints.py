@@ -86,11 +86,18 @@ class HFCheckpointer:
         return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()[:16]
 
     def load_checkpoint(
-        self, model: nn.Module, *, dtype: torch.dtype, device: torch.device, directory: Path | None = None
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        weights_device: torch.device | None = None,
+        directory: Path | None = None,
     ) -> None:
         """Fill ``model``, initialized on the meta device, with the weights, in ``dtype`` on ``device``.
 
         Args:
+            weights_device: where weights go instead, of a model that takes them to ``device`` itself.
             directory: a checkpoint of `save_checkpoint` to load instead of ``checkpoint_dir``.
 
         Raises:
@@ -116,7 +123,7 @@ class HFCheckpointer:
                             f"{expected} at {key}: do model and checkpointer.checkpoint_dir belong together?"
                         )
                     own = shard_like(value, wanted[key])
-                    loaded = own.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+                    loaded = own.to(weights_device or device, dtype, copy=True, memory_format=torch.contiguous_format)
                     # Swapped in place: whoever holds the parameter, such as an optimizer, keeps holding it.
                     torch.utils.swap_tensors(wanted[key], nn.Parameter(loaded, wanted[key].requires_grad))
                     missing.discard(key)
@@ -180,10 +187,10 @@ class HFCheckpointer:
             del whole
             world.attempt(partial(save_file, tensors, directory / name, metadata={"format": "pt"}), first_alone=True)
             weight_map.update(dict.fromkeys(tensors, name))
-        if len(pieces) > 1 and world.rank == 0:
+        if len(pieces) > 1:
             total_size = sum(p.nbytes for p in model.parameters())
-            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            index = json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2)
+            world.attempt(lambda: (directory / "model.safetensors.index.json").write_text(index), first_alone=True)
 
     def _save_rest(self, model: nn.Module, directory: Path, recipe_state: dict[str, Any]) -> None:
         self._copy_companions(directory, next(model.parameters()).dtype)

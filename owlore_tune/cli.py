@@ -60,12 +60,11 @@ def validate(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     """score a model's layers, and write the scores file and its chart"""
     with _errors_in_one_line():
-        from owlore_full_finetune import OwLoreFullFinetuneRecipe
         from owlore_tune.config import load_config
         from owlore_tune.plots import plot_scores
 
         cfg = load_config(args.config, args.overrides)
-        scores = OwLoreFullFinetuneRecipe(cfg).score()
+        scores = _training_recipe(cfg)(cfg).score()
         output = Path(args.output) if args.output else Path(cfg.output_dir) / "scores.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         scores.save(output)

@@ -166,7 +166,7 @@ def build(path: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     """``config.instantiate`` of the node at ``path``, with what its constructor refuses as a ConfigError."""
     try:
         return config.instantiate(node, *args, **kwargs)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         message = str(error)
         raise ConfigError(message if message.startswith(path) else f"{path}: {message}") from error
 

@@ -204,6 +204,11 @@ class InstructionToMessages(RowTransform):
 
     texts = ("instruction", "output")
 
+    def problem(self, row: Mapping[str, Any]) -> str | None:
+        if not isinstance(row.get("input"), str | None):
+            return f"{row['input']!r} in field 'input', which is no text"
+        return super().problem(row)
+
     def prompt_and_answer(self, row: Mapping[str, Any]) -> tuple[str, str]:
         return "\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]
 

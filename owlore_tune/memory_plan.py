@@ -81,6 +81,7 @@ class Sharding:
 
     world_size: int = 1
     cpu_offload: bool = False  # what is sharded is in host memory
+    reshard_after_forward: bool = True
 
 
 def plan_memory(
@@ -286,8 +287,9 @@ def _adamw_plan(
 def _sharded(parts: dict[str, int], model: TransformerDecoder, sharding: Sharding) -> dict[str, int]:
     """``parts`` on one of several devices: rows of what is sharded, and what FSDP2 puts together for a while.
 
-    That is all outside the layers, from forward to backward; a layer and the next one, which is fetched ahead; and in
-    backward a layer's gradients twice, as they are made and as they are sent. Bases are whole everywhere.
+    That is all outside the layers, from forward to backward; a layer and the next one, which is fetched ahead, or all
+    layers without resharding; and in backward a layer's gradients twice, as they are made and as they are sent. Bases
+    are whole everywhere.
     """
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     layers = [sum(parameter.nbytes for parameter in layer.values()) for layer in model_parts(model).layers]
@@ -297,7 +299,8 @@ def _sharded(parts: dict[str, int], model: TransformerDecoder, sharding: Shardin
     if sharding.cpu_offload:
         own = dict.fromkeys(own, 0)
     own["weights"] += buffers
-    return parts | own | {"gathered": num_bytes - sum(layers) + 4 * max(layers)}
+    gathered_layers = 2 * max(layers) if sharding.reshard_after_forward else sum(layers)
+    return parts | own | {"gathered": num_bytes - sum(layers) + gathered_layers + 2 * max(layers)}
 
 
 def _plan(

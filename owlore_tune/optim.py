@@ -174,6 +174,8 @@ class OwLoreAdamW(Optimizer):
 
     def _refresh(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """Make a new basis from ``grad`` (m, n) and carry the moments over to it."""
+        if grad.is_cuda:
+            torch.cuda.synchronize(grad.device)  # else the clock has the wait for all that was queued before
         started = time.perf_counter()
         state = self.state[parameter]
         right = self.is_right(parameter)

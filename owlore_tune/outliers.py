@@ -109,7 +109,7 @@ def outlier_share(
     Streamed: at most one Linear's A is alive at a time.
     """
     num_entries = sum(weight.numel() for weight, _ in linears)
-    own = [(local(weight), norm) for weight, norm in linears]
+    own = [(local(weight), norm.to(weight.device)) for weight, norm in linears]
     sums = [torch.dot(weight.abs().sum(0, dtype=torch.float64), norm.double()) for weight, norm in own]
     limit = threshold * world.sum_(torch.stack(sums).sum()) / num_entries
     counts = [(weight.abs() * norm > limit).sum() for weight, norm in own]

@@ -15,8 +15,10 @@ from owlore_tune.manifest import MANIFEST
 from owlore_tune.run_log import DRAWS, STEPS, read_records
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#BBBBBB", "#000000")
-HATCHES = ("", "//", "", "\\\\", "", "xx", "..", "", "")
+PALETTE = (
+    BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999", "#000000", "#882255",
+)  # fmt: skip
+HATCHES = ("", "//", "", "\\\\", "", "xx", "..", "", "oo", "--")
 PHASES = ("forward", "backward", "refresh", "optimizer", "data", "other")
 MOST_BARS = 120  # of the picture of step times; several steps share one where there are more
 
@@ -34,12 +36,13 @@ def plot_run(run: Path) -> list[Path]:
         manifest = json.loads((run / MANIFEST).read_text())
         scores = json.loads((run / "scores.json").read_text())
         planned, measured = manifest["memory_bytes"].values()
+        probabilities = manifest["probabilities"]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{run} is not the output_dir of a training run: {error!r}") from error
     steps, draws = read_records(run / STEPS), read_records(run / DRAWS)
     num_steps = max([manifest["steps"], *(step["step"] for step in steps)])
     starts = [draw["step"] for draw in draws]
-    plot_scores(run / "scores.png", scores["scores"], scores["score"], manifest["probabilities"])
+    plot_scores(run / "scores.png", scores["scores"], scores["score"], probabilities)
     plot_draws(run / "draws.png", [(d["step"], d["active"]) for d in draws], len(scores["scores"]), num_steps)
     plot_loss(run / "loss.png", steps, held_out_by_step(manifest["held_out_loss"], num_steps), starts)
     plot_memory(run / "memory.png", memory_bars(planned, measured), manifest["config"].get("device_memory_limit"))
@@ -176,13 +179,12 @@ def plot_memory(path: Path, plans: Mapping[str, Mapping[str, int]], limit: float
     """
     figure, axes = _figure(2.5 + 1.3 * len(plans), 4.5)
     bottoms = dict.fromkeys(plans, 0.0)
-    categories = next(iter(plans.values()))
+    categories = [c for c in next(iter(plans.values())) if any(plan[c] for plan in plans.values())]
     for i, category in enumerate(categories):
         heights = [plan[category] / 1e9 for plan in plans.values()]
         axes.bar(
             list(plans), heights, 0.65, bottom=list(bottoms.values()), color=PALETTE[i % len(PALETTE)],
-            hatch=HATCHES[i % len(HATCHES)] if i < len(HATCHES) else "oo", edgecolor="white", linewidth=0.5,
-            label=category,
+            hatch=HATCHES[i % len(HATCHES)], edgecolor="white", linewidth=0.5, label=category,
         )  # fmt: skip
         bottoms = {name: bottoms[name] + height for name, height in zip(plans, heights, strict=True)}
     for name, total in bottoms.items():

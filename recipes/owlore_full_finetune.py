@@ -69,7 +69,7 @@ from owlore_tune.scores import NEEDS_DATA, LayerScores, layer_scores
 from owlore_tune.sealed import CheckpointError, remove_leftovers, verify
 from owlore_tune.signals import StopRequest
 from owlore_tune.tokenizer import HFChatTokenizer
-from owlore_tune.world import ALONE, local
+from owlore_tune.world import ALONE, RankError, local
 
 log = utils.get_logger("INFO")
 
@@ -132,7 +132,8 @@ SCORE_FIELDS = frozenset(
 # Fields that a resumed run may change: they say where and how it runs, not what it computes. (Another device or a
 # compiled model rounds differently, so the bits are no longer those of the unbroken run.)
 FREE = frozenset(
-    ("batch_size", "gradient_accumulation_steps",  # only their product counts, see `_rows_per_step`
+    # Of these the product counts, see `_rows_per_step`. (A micro-batch makes the bases, so of another size others.)
+    ("batch_size", "gradient_accumulation_steps",
      "output_dir", "device", "device_memory_limit", "compile", "enable_activation_checkpointing", "metric_logger",
      "log_every_n_steps", "run_val_every_n_steps", "dataset_val", "batch_size_val", "eval", "profiler",
      "save_every_n_steps", "keep_last_n", "on_save_error", "resume_from_checkpoint", "allow_config_change",
@@ -291,6 +292,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             saved = load_recipe_state(self._resume_dir)
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
+        if "run_log" not in saved:
+            raise ConfigError(
+                f"{self._resume_dir} was saved by an older version, and its run cannot go on; its weights can: set "
+                f"checkpointer.checkpoint_dir={self._resume_dir} and resume_from_checkpoint=false"
+            )
         fixed = {*REQUIRED, *DEFAULTS} - FREE  # what only the recipe for several devices has is as free as they are
         old, new = ({key: config.get(key) for key in fixed} for config in (saved["config"], plain(self._cfg)))
         old["rows per step"], new["rows per step"] = saved["rows_per_step"], self._rows_per_step()
@@ -468,7 +474,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _setup_inputs(self, cfg: DictConfig) -> None:
         self._tokenizer = build("tokenizer", cfg.tokenizer)
         self._dataloader = self._setup_data(cfg, "dataset", cfg.batch_size, shuffle=cfg.shuffle)
-        self._steps_per_epoch = len(self._dataloader) // self._gradient_accumulation_steps
+        # Whole steps alone, so that an epoch has the same number of them on any number of devices.
+        self._steps_per_epoch = len(self._dataloader.dataset) // self._rows_per_step()
         if self._steps_per_epoch == 0:
             processes = f" × {self._world.size} processes" if self._world.size > 1 else ""
             raise ConfigError(
@@ -572,7 +579,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         started = time.perf_counter()
         try:
             self._checkpointer.load_checkpoint(
-                self._model, dtype=self._dtype, device=self._weights_device, directory=self._resume_dir
+                self._model,
+                dtype=self._dtype,
+                device=self._device,
+                weights_device=self._weights_device,
+                directory=self._resume_dir,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -790,7 +801,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _close_draw(self) -> None:
         """Add to the last draw's record what came of it, and log it."""
-        if not self._run_log.draws:
+        if not self._run_log.draws or "changed_layers" in self._run_log.draws[-1]:
             return
         draw = self._run_log.draws[-1]
         refreshes, self._optimizer.refreshes = self._optimizer.refreshes, []
@@ -887,7 +898,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         try:
             self._checkpointer.save_checkpoint(self._model, self._step_dir(), self._recipe_state(), world=self._world)
             self._world.attempt(lambda: keep_last(self._output_dir, self._cfg.keep_last_n), first_alone=True)
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, OSError, RankError) as error:
             if required or self._cfg.on_save_error == "stop":
                 raise RunError(str(error)) from error
             log.warning(f"{error}; going on, as on_save_error=continue says")

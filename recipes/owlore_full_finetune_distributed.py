@@ -70,7 +70,10 @@ class OwLoreFullFinetuneDistributedRecipe(OwLoreFullFinetuneRecipe):
                 raise ConfigError(f"{key}={cfg[key]}; {way_out}")
 
     def _sharding_over(self, world_size: int) -> Sharding | None:
-        return Sharding(world_size, cpu_offload=self._cfg.fsdp_cpu_offload)
+        return Sharding(world_size, self._offloads(), self._cfg.fsdp_reshard_after_forward)
+
+    def _offloads(self) -> bool:
+        return self._cfg.fsdp_cpu_offload and self._device.type != "cpu"  # where everything is in any case
 
     def _prepare_model(self, cfg: DictConfig) -> None:
         """Shard the model, layer by layer, and make the optimizer anew over what is sharded."""
@@ -79,7 +82,7 @@ class OwLoreFullFinetuneDistributedRecipe(OwLoreFullFinetuneRecipe):
         training.shard_model(
             self._model,
             [training.get_shard_conditions],
-            cpu_offload=cfg.fsdp_cpu_offload and self._device.type != "cpu",  # where they are in any case
+            cpu_offload=self._offloads(),
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
             dp_mesh=mesh,
         )
@@ -89,7 +92,7 @@ class OwLoreFullFinetuneDistributedRecipe(OwLoreFullFinetuneRecipe):
         for module in modules:
             module.set_gradient_divide_factor(1.0)  # each process's loss is its share of the mean
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-        if cfg.fsdp_cpu_offload:
+        if self._offloads():
             self._weights_device = torch.device("cpu")
         self._optimizer = self._setup_optimizer(cfg)
 
@@ -112,8 +115,12 @@ def process_group(cfg: DictConfig) -> Iterator[None]:
         )
     seconds = cfg.get("dist_timeout_s", DISTRIBUTED_DEFAULTS["dist_timeout_s"])
     check_type("dist_timeout_s", seconds, float)
-    device = utils.get_device(cfg.get("device"))
-    backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=cfg.get("fsdp_cpu_offload", False))
+    try:
+        device = utils.get_device(cfg.get("device"))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"device={cfg.get('device')}, rank {os.environ['RANK']}: {error}") from error
+    offload = bool(cfg.get("fsdp_cpu_offload")) and device.type != "cpu"
+    backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=offload)
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     if dist.get_rank() > 0:
         utils.get_logger("INFO").setLevel(logging.ERROR)  # what all have to say, the first one says

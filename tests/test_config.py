@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from torchtune import config as tune_config
 
 from owlore_full_finetune import DEFAULTS, REQUIRED, OwLoreFullFinetuneRecipe
+from owlore_full_finetune_distributed import DISTRIBUTED_DEFAULTS, OwLoreFullFinetuneDistributedRecipe
 from owlore_tune import cli
 from owlore_tune.checkpoints import HFCheckpointer
 from owlore_tune.config import ConfigError, changed_fields, check_config, load_config
@@ -20,15 +21,17 @@ EVALS = [name for name in CONFIGS if name.startswith("eval/")]
 OURS = [name for name in CONFIGS if not name.endswith(("_lora", "_generate")) and name not in EVALS]
 
 
+PLANNED = re.compile(r"Planned memory on (?:a GPU|each of (\d+) GPUs) \((\d+) × (\d+) tokens\): ([\d.]+) GB")
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_shipped_config_tells_its_planned_memory(name):
-    (told,) = re.findall(
-        r"Planned memory on a GPU \((\d+) × (\d+) tokens\): ([\d.]+) GB", find_config(name).read_text()
-    )
+    ((num_gpus, batch_size, seq_len, told),) = PLANNED.findall(find_config(name).read_text())
     cfg = load_config(name, ["device=cpu"])
-    assert (int(told[0]), int(told[1])) == (cfg.batch_size, cfg.tokenizer.max_seq_len)
-    plan = OwLoreFullFinetuneRecipe(cfg).memory_plan(int(told[1]))
-    assert plan.on_gpu().total / 1e9 == pytest.approx(float(told[2]), abs=0.06)
+    assert (int(batch_size), int(seq_len)) == (cfg.batch_size, cfg.tokenizer.max_seq_len)
+    recipe = OwLoreFullFinetuneDistributedRecipe if num_gpus else OwLoreFullFinetuneRecipe
+    plan = recipe(cfg).memory_plan(int(seq_len), int(num_gpus or 1))
+    assert plan.on_gpu().total / 1e9 == pytest.approx(float(told), abs=0.06)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -95,20 +98,26 @@ METHODS = {
 MODEL_FIELDS = {"model", "tokenizer", "checkpointer", "batch_size", "batch_size_val", "gradient_accumulation_steps"}
 
 
+def changed(one: str, other: str, depth: int) -> set[str]:
+    """The fields in which two configs differ, by the first ``depth`` parts of their paths."""
+    configs = (OmegaConf.to_container(load_config(name), resolve=False) for name in (one, other))
+    paths = {change.split("=")[0] for change in changed_fields(*configs)} - {"output_dir"}
+    return {".".join(path.split(".")[:depth]) for path in paths}
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_a_config_differs_in_its_model_or_method_alone(name):
+    single = name.removesuffix("_distributed")
+    if name != single:
+        single = single if single in OURS else "llama3_1/8B_owlore"  # 70 B are for several devices alone
+        assert changed(single, name, 1) <= MODEL_FIELDS | DISTRIBUTED_DEFAULTS.keys() | {"eval"}
+        return
     (method,) = [known for known in METHODS if name.endswith(f"_{known}")]
-    model = name.removesuffix(f"_{method}")
-    this, own, first = (
-        OmegaConf.to_container(load_config(other), resolve=False)
-        for other in (name, f"{model}_owlore", "llama2/7B_owlore")
-    )
-    changed = {change.split("=")[0] for change in changed_fields(own, this)} - {"output_dir"}
-    assert changed <= METHODS[method]
+    own = f"{name.removesuffix(f'_{method}')}_owlore"
+    assert changed(own, name, 2) <= METHODS[method]
     if not name.startswith("smollm2/"):
-        changed = {change.split("=")[0].split(".")[0] for change in changed_fields(first, own)} - {"output_dir"}
-        assert changed <= MODEL_FIELDS | {"optimizer"}
-        assert {k for k in own["optimizer"] if own["optimizer"][k] != first["optimizer"][k]} <= {"rank"}
+        assert changed("llama2/7B_owlore", own, 1) <= MODEL_FIELDS | {"optimizer"}
+        assert {path for path in changed("llama2/7B_owlore", own, 2) if path.startswith("opt")} <= {"optimizer.rank"}
 
 
 def run(config: dict) -> None:

@@ -156,6 +156,7 @@ def test_the_papers_trainings(training, packed, tokenizer, tmp_path):
         (mmlu_train_dataset, {"question": None}, "row 1 has no text in field 'question'"),
         (gsm8k_dataset, {"answer": 4}, "row 1 has no text in field 'answer'"),
         (alpaca_gpt4_dataset, {"output": None}, "row 1 has no text in field 'output'"),
+        (alpaca_gpt4_dataset, {"input": 5}, "row 1 has 5 in field 'input', which is no text"),
     ],
 )
 def test_rows_of_another_schema_are_refused(builder, change, message, tokenizer, tmp_path):
