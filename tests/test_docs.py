@@ -146,7 +146,7 @@ def test_a_make_target_exists(command):
 def test_a_download_has_options_that_torchtune_knows(command):
     from torchtune._cli.tune import TuneCLIParser
 
-    assert TuneCLIParser()._parser.parse_args(command.split()[1:]).output_dir.startswith("/tmp/")
+    assert str(TuneCLIParser()._parser.parse_args(command.split()[1:]).output_dir).startswith("/tmp/")
 
 
 def test_links_between_pages_lead_somewhere():

@@ -189,14 +189,15 @@ def test_validation_schedule_profiler_and_tensorboard(tiny_config):
     recipe = finetune(config)
     assert list(recipe._run_log.losses) == ["before", "step 4", "step 8", "after"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
     (events,) = Path(f"{output}/tensorboard").rglob("events.*")
     shown = EventAccumulator(str(events))
     shown.Reload()
     for name in ("loss", "lr", "grad_norm", "backward_seconds", "tokens_per_second", "peak_memory_gb"):
-        values = [event.value for event in shown.Scalars(name)]
+        values = [make_ndarray(event.tensor_proto).item() for event in shown.Tensors(name)]
         assert values == pytest.approx([step[name] for step in recipe._run_log.steps], rel=1e-6)
-    assert [event.step for event in shown.Scalars("val_loss")] == [0, 4, 8, 10]
+    assert [event.step for event in shown.Tensors("val_loss")] == [0, 4, 8, 10]
     assert list(Path(f"{output}/traces").rglob("*.json*"))
 
 

@@ -209,7 +209,7 @@ CHANGES = {
     "rank": ("optimizer.rank=8 -> 4", {"optimizer__rank": 4}),
     "lr": ("optimizer.lr=0.0003 -> 0.001", {"optimizer__lr": 1e-3}),
     "seed": ("seed=42 -> 7", {"seed": 7}),
-    "data": ("batch_size=4 -> 5", {"batch_size": 5}),
+    "data": ("rows per step=4 -> 5", {"batch_size": 5}),
     "epochs": ("epochs=1 -> 2", {"epochs": 2}),
     "dtype": ("dtype=fp32 -> bf16", {"dtype": "bf16"}),
 }
