@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 
-from owlore_full_finetune import DEFAULTS, REQUIRED, OwLoreFullFinetuneRecipe
+from owlore_full_finetune import DEFAULTS, REQUIRED, SUPPLIED, OwLoreFullFinetuneRecipe
 from owlore_full_finetune_distributed import DISTRIBUTED_DEFAULTS, OwLoreFullFinetuneDistributedRecipe
 from owlore_tune import cli
 from owlore_tune.checkpoints import HFCheckpointer
@@ -227,14 +227,14 @@ def test_scores_of_another_model_are_refused(tiny_config, tmp_path, no_weights, 
 
 def test_null_on_the_command_line_removes_a_component(tiny_config):
     tiny_config["dataset_val"] = {"_component_": None}
-    cfg = check_config(OmegaConf.create(tiny_config), REQUIRED, DEFAULTS)
+    cfg = check_config(OmegaConf.create(tiny_config), REQUIRED, DEFAULTS, SUPPLIED)
     assert cfg.dataset_val is None
 
 
 def test_a_list_of_datasets_is_checked_too(tiny_config):
     tiny_config["dataset"] = [tiny_config["dataset"], tiny_config["dataset"] | {"packd": True}]
     with pytest.raises(ConfigError, match=r"unknown key dataset\.1\.packd; did you mean packed"):
-        check_config(OmegaConf.create(tiny_config), REQUIRED, DEFAULTS)
+        check_config(OmegaConf.create(tiny_config), REQUIRED, DEFAULTS, SUPPLIED)
 
 
 def test_overrides_and_files(tmp_path):
