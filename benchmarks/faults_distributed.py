@@ -95,7 +95,9 @@ def main() -> None:
                     for rank in ranks:
                         try:
                             code = rank.wait(TIMEOUT + 10)
-                            counts["ranks that ended without an error"] += code == 0
+                            # Once the last step is saved the first rank has the pictures to draw, alone.
+                            finished = json.loads((output_dir / "manifest.json").read_text())["finished"]
+                            counts["ranks that ended without an error"] += code == 0 and not finished
                         except subprocess.TimeoutExpired:
                             counts["ranks that did not end in time"] += 1
                             rank.kill()
