@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 T = TypeVar("T")
 
@@ -127,11 +127,7 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """This process's rows of ``value``, as a tensor sharded as ``like`` is; for a plain ``like`` all of it."""
     if not isinstance(like, DTensor):
         return value
-    first, last = rows_of(like)
-    return DTensor.from_local(
-        value[first:last].contiguous(), like.device_mesh, like.placements, run_check=False, shape=value.shape,
-        stride=value.stride(),
-    )  # fmt: skip
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # each has it: none sends
 
 
 def rows_of(tensor: Tensor) -> tuple[int, int]:
