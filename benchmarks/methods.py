@@ -220,12 +220,9 @@ def weigh_row(row: str, model: Model, result: Result) -> None:
 def note_state(row: str, model: Model, lines: list[dict], manifest: dict, result: Result) -> None:
     """The most optimizer state that was seen, and the plan of an own row."""
     if row in OURS:
-        planned, measured = manifest["memory_bytes"].values()
-        state = (measured["moments"] + measured["bases"]) / 1e9
-        result.planned = planned["total"] / 1e9
-    else:
-        state = lines[-1]["state_gb"] if row in PEERS else torchtune_state(row, model)
-    result.state = max(result.state, state)
+        result.planned = manifest["memory_bytes"]["planned"]["total"] / 1e9
+    told = lines[-1].get("optimizer_state_gb")
+    result.state = max(result.state, torchtune_state(row, model) if told is None else told)
 
 
 def torchtune_state(row: str, model: Model) -> float:

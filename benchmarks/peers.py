@@ -126,7 +126,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        logger.log_dict({"loss": loss.item(), "state_gb": state_bytes(optimizer) / 1e9}, step)
+        logger.log_dict({"loss": loss.item(), "optimizer_state_gb": state_bytes(optimizer) / 1e9}, step)
     logger.close()
 
 

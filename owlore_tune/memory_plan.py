@@ -133,6 +133,7 @@ def plan_memory(
         device,
         framework,
         sharding,
+        trained,
         moments=sum(low_bits.num_bytes(state[key]) for state in states for key in ("exp_avg", "exp_avg_sq")),
         bases=sum(low_bits.num_bytes(state["basis"]) for state in states if "basis" in state),
         **step_bytes(model, loss_fn, shape, device, trained, reduce),
@@ -281,33 +282,43 @@ def _adamw_plan(
 ) -> MemoryPlan:
     moments = 2 * sum(parameter.nbytes for parameter in trained)
     step = step_bytes(model, loss_fn, shape, device, trained)
-    return _plan(model, device, framework, sharding, moments=moments, bases=0, **step)
+    return _plan(model, device, framework, sharding, trained, moments=moments, bases=0, **step)
 
 
-def _sharded(parts: dict[str, int], model: TransformerDecoder, sharding: Sharding) -> dict[str, int]:
+def _sharded(
+    parts: dict[str, int], model: TransformerDecoder, sharding: Sharding, trained: set[Tensor]
+) -> dict[str, int]:
     """``parts`` on one of several devices: rows of what is sharded, and what FSDP2 puts together for a while.
 
     That is all outside the layers, from forward to backward; a layer and the next one, which is fetched ahead, or all
-    layers without resharding; and in backward a layer's gradients twice, as they are made and as they are sent. Bases
-    are whole everywhere.
+    layers without resharding; and in backward a layer's gradients twice, as they are made and as they are sent.
+    Gradients outside the layers are whole until backward ends. Bases are whole everywhere.
     """
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     layers = [sum(parameter.nbytes for parameter in layer.values()) for layer in model_parts(model).layers]
     buffers = parts["weights"] - num_bytes
-    own = {key: -(-parts[key] // sharding.world_size) for key in ("moments", "gradients")}
-    own |= {"weights": -(-num_bytes // sharding.world_size), "bases": parts["bases"]}
+    outside = trained.difference(*(layer.values() for layer in model_parts(model).layers))
+    whole_gradients = min(parts["gradients"], sum(parameter.nbytes for parameter in outside))
+    divided = {"weights": num_bytes, "moments": parts["moments"], "gradients": parts["gradients"] - whole_gradients}
+    own = {key: -(-value // sharding.world_size) for key, value in divided.items()} | {"bases": parts["bases"]}
     if sharding.cpu_offload:
         own = dict.fromkeys(own, 0)
     own["weights"] += buffers
+    own["gradients"] += whole_gradients
     gathered_layers = 2 * max(layers) if sharding.reshard_after_forward else sum(layers)
     return parts | own | {"gathered": num_bytes - sum(layers) + gathered_layers + 2 * max(layers)}
 
 
 def _plan(
-    model: TransformerDecoder, device: torch.device, framework: int | None, sharding: Sharding | None, **parts: int
+    model: TransformerDecoder,
+    device: torch.device,
+    framework: int | None,
+    sharding: Sharding | None,
+    trained: set[Tensor],
+    **parts: int,
 ) -> MemoryPlan:
     """``parts``, with what sharding changes and what the device's way of counting adds."""
-    parts = {"gathered": 0} | parts if sharding is None else _sharded(parts, model, sharding)
+    parts = {"gathered": 0} | parts if sharding is None else _sharded(parts, model, sharding, trained)
     framework = framework_bytes(device) if framework is None else framework
     loss = HEAP_LOSS if device.type == "cpu" else 0.0
     return MemoryPlan(**parts, framework=framework, allocator=int(loss * (framework + sum(parts.values()))))

@@ -751,6 +751,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "tokens_per_second": num_tokens / seconds,
             "trained_tokens_per_second": sum(num_trained) / seconds,
             "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
+            "optimizer_state_gb": self._optimizer.state_bytes() / 1e9,
         }
 
     def _sums(self, numbers: list[int]) -> list[int]:

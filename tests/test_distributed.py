@@ -391,7 +391,7 @@ def test_another_number_of_rows_per_step_is_another_run(config):
 
 
 def test_smollm2_on_two_ranks_trains_as_in_one_process(smollm2_dir, tmp_path):
-    """`tune run` by name, 12 steps over 4 draws at rank 16: weights within 5e-6 (plain and with accumulation)."""
+    """`tune run` by name, 12 steps over 4 draws at rank 16: weights within 5e-6 (more in benchmarks/distributed.py)."""
     overrides = [
         f"checkpointer.checkpoint_dir={smollm2_dir}", "dataset_val=null", "eval=null", "tokenizer.max_seq_len=128",
         "max_steps_per_epoch=12", "owlore.resample_every=3", "owlore.num_active_layers=2", "optimizer.rank=16",

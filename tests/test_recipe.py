@@ -70,7 +70,7 @@ def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
     for name in ("scores.png", "draws.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     logged = "".join(file.read_text() for file in (run / "logs").iterdir())
-    for metric in ("loss", "lr", "grad_norm", "tokens_per_second", "trained_tokens_per_second", "peak_memory_gb"):
+    for metric in ("loss", "lr", "grad_norm", "tokens_per_second", "trained_tokens_per_second", "optimizer_state_gb"):
         assert f"{metric}:" in logged
     ids = torch.arange(12)[None]
     exported = AutoModelForCausalLM.from_pretrained(run / "step_10")
