@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet
 import yaml
 from datasets import load_dataset
+from omegaconf import DictConfig, ListConfig
 from torchtune.data import Message
 from torchtune.datasets import PackedDataset, SFTDataset
 from torchtune.datasets._sft import SFTTransform
@@ -300,6 +301,16 @@ def _finish(
     if tokenizer.max_seq_len is None:
         raise ValueError("dataset.packed=true needs tokenizer.max_seq_len, the length of a packed row")
     return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len)
+
+
+def dataset_nodes(node: DictConfig | ListConfig) -> list[DictConfig]:
+    """The datasets of a config's ``dataset``, which is one of them or a list."""
+    return list(node) if isinstance(node, ListConfig) else [node]
+
+
+def is_packed(node: DictConfig | ListConfig) -> bool:
+    """Whether a config's ``dataset`` fills its rows; it is the same for all of a list."""
+    return dataset_nodes(node)[0].get("packed", False)
 
 
 def longest_row(dataset: Any, max_seq_len: int | None) -> int:

@@ -8,7 +8,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ from signal import Signals
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune import config, training, utils
@@ -55,13 +55,15 @@ from owlore_tune.config import (
     plain,
     writable_directory,
 )
-from owlore_tune.data import longest_row
+from owlore_tune.data import dataset_nodes, is_packed, longest_row
 from owlore_tune.layers import find_layers, model_parts, plain_name
 from owlore_tune.manifest import MANIFEST, machine, versions, write_json
 from owlore_tune.memory import peak_memory_bytes, return_freed_memory
-from owlore_tune.memory_plan import MemoryPlan, Sharding, StepShape, peer_plans, plan_memory
-from owlore_tune.optim import OwLoreAdamW, parameter_groups
+from owlore_tune.memory_plan import MemoryPlan, Sharding
+from owlore_tune.meta import build_parts
+from owlore_tune.optim import OwLoreAdamW
 from owlore_tune.phases import PhaseClock
+from owlore_tune.planning import check_limit, plan_run, plan_with_peers
 from owlore_tune.rng import get_rng_state, set_rng_state
 from owlore_tune.run_log import RunLog
 from owlore_tune.sampling import LayerSampler
@@ -141,18 +143,6 @@ FREE = frozenset(
 )  # fmt: skip
 
 
-# What a plan over device_memory_limit is tried again with: one after the other, then all that help together.
-SAVINGS = (
-    ("enable_activation_checkpointing=true",),
-    ("optimizer.state_bits=8", "optimizer.basis_bits=16"),
-    ("owlore.train_embeddings=false", "owlore.train_output=false"),
-    ("owlore.inactive_state=drop", "owlore.project_in_backward=true"),
-    ("owlore.num_active_layers=2",),
-    ("optimizer.rank=128",),
-    ("dtype=bf16",),
-)
-
-
 class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     """OwLore on one device: cuda, cpu, or whatever else torchtune finds.
 
@@ -173,7 +163,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     """
 
     _model: TransformerDecoder
-    _loss_fn: Any  # one of torchtune's, ours, or a plain one: they differ in what they ask of the model
+    _loss_fn: Any
     _optimizer: OwLoreAdamW
     _resume_dir: Path | None
     _world = ALONE  # the processes that train together
@@ -193,7 +183,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             raise ConfigError(
                 "device_memory_limit cannot be kept with owlore.draw=bernoulli, which may draw all layers"
             )
-        self._memory_limit = 1e9 * check_positive("device_memory_limit", cfg.device_memory_limit)
+        check_positive("device_memory_limit", cfg.device_memory_limit)
         if cfg.on_save_error not in ("stop", "continue"):
             raise ConfigError(f"on_save_error={cfg.on_save_error}; choose stop or continue")
         self._output_dir = Path(cfg.output_dir).expanduser()
@@ -211,7 +201,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._skipped_steps = 0
         self._skipped_in_a_row = 0
         self._clock = PhaseClock(self._device)
-        self._sharding = self._sharding_over(self._world.size)
         self._finished = False
 
     def setup(self) -> None:
@@ -220,13 +209,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._resume_dir = self._world.share(self._world.attempt(self._find_checkpoint, first_alone=True))
         saved, changed = self._load_recipe_state()
         self._setup_inputs(cfg)
-        self._setup_on_meta(cfg)
+        parts = self._loss_fn, self._model, self._optimizer = build_parts(cfg)
         if self._suite is not None:
             self._suite.check_model(self._tokenizer, self._model.max_seq_len)
-        seq_len = self._longest_row()
-        self._memory_plan = self._plan_memory(seq_len)
-        if self._memory_plan.total > self._memory_limit:
-            self._refuse_plan(seq_len)
+        seq_len, sharding = self._longest_row(), self._sharding_over(self._world.size)
+        self._memory_plan = plan_run(cfg, parts, seq_len, sharding)
+        check_limit(cfg, self._memory_plan, seq_len, sharding)
         if saved is not None and not changed & SCORE_FIELDS:
             known_scores: LayerScores | None = LayerScores(**saved["scores"])
         else:
@@ -344,12 +332,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def validate(self) -> str:
         """Check what can be checked without files; says what the model is and how much of it trains at once."""
-        self._setup_on_meta(self._cfg)
-        layers = model_parts(self._model).layers
+        _, model, optimizer = build_parts(self._cfg)
+        layers = model_parts(model).layers
         sizes = sorted(sum(parameter.numel() for parameter in layer.values()) for layer in layers)
         num_active = self._owlore.num_active_layers or len(layers)
-        total = sum(parameter.numel() for parameter in self._model.parameters())
-        held = sum(p.numel() for group in self._optimizer.param_groups for p in group["params"])
+        total = sum(parameter.numel() for parameter in model.parameters())
+        held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         at_once = held - sum(sizes[: len(layers) - num_active])
         return (
             f"{total:,} parameters, {len(layers)} layers; {num_active} of them, {at_once:,} parameters, train at once"
@@ -359,7 +347,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Score the layers of the config's model, without training."""
         self._resume_dir = None
         self._setup_inputs(self._cfg)
-        self._setup_on_meta(self._cfg)
+        self._loss_fn, self._model, self._optimizer = build_parts(self._cfg)
         self.load_checkpoint()
         return self._score_layers(self._cfg)
 
@@ -371,8 +359,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 are not there yet, it is ``tokenizer.max_seq_len``.
             world_size: devices that the model is sharded over; the plan is for one of them.
         """
-        cfg = self._cfg
-        self._sharding = self._sharding_over(world_size)
+        cfg, sharding = self._cfg, self._sharding_over(world_size)
         if seq_len is None:
             try:
                 self._setup_inputs(cfg)
@@ -381,45 +368,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 if (seq_len := cfg.tokenizer.get("max_seq_len")) is None:
                     raise
                 log.warning(f"{error}. Planning for rows of tokenizer.max_seq_len={seq_len} tokens.")
-        self._setup_on_meta(cfg)
-        own = self._plan_memory(seq_len)
-        peers = peer_plans(
-            self._model,
-            self._loss_fn,
-            self._step_shape(seq_len),
-            device=self._device,
-            rank=self._optimizer.param_groups[0]["rank"] or 128,
-            framework=own.framework,
-            sharding=self._sharding,
-        )
-        return {"this config": own} | peers
-
-    def memory_plan(self, seq_len: int, world_size: int = 1) -> MemoryPlan:
-        """The plan of the config's run alone, for rows of ``seq_len`` tokens; no weights load."""
-        self._sharding = self._sharding_over(world_size)
-        self._setup_on_meta(self._cfg)
-        return self._plan_memory(seq_len)
-
-    def _plan_memory(self, seq_len: int, framework: int | None = None) -> MemoryPlan:
-        if seq_len > self._model.max_seq_len:
-            raise ConfigError(
-                f"rows can have {seq_len} tokens, and the model takes {self._model.max_seq_len}; "
-                "set tokenizer.max_seq_len"
-            )
-        owlore = self._owlore
-        return plan_memory(
-            self._model,
-            self._loss_fn,
-            self._optimizer,
-            self._step_shape(seq_len),
-            device=self._device,
-            num_active=owlore.num_active_layers,
-            holds_all_state=owlore.inactive_state == "keep"
-            or (owlore.inactive_state == "offload" and self._device.type == "cpu"),
-            projects_in_backward=owlore.project_in_backward,
-            framework=framework,
-            sharding=self._sharding,
-        )
+        return plan_with_peers(cfg, build_parts(cfg), seq_len, sharding)
 
     def _sharding_over(self, world_size: int) -> Sharding | None:
         if world_size > 1:
@@ -429,45 +378,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             )
         return None
 
-    def _step_shape(self, seq_len: int) -> StepShape:
-        cfg = self._cfg
-        return StepShape(
-            batch_size=cfg.batch_size,
-            seq_len=seq_len,
-            packed=_is_packed(cfg.dataset),
-            accumulates=cfg.gradient_accumulation_steps > 1,
-            checkpointing=cfg.enable_activation_checkpointing,
-        )
-
-    def _refuse_plan(self, seq_len: int) -> None:
-        """Raise ConfigError, naming the settings with which the plan keeps to ``device_memory_limit``."""
-        limit, planned = self._cfg.device_memory_limit, self._memory_plan.total / 1e9
-        rows = self._cfg.batch_size * self._cfg.gradient_accumulation_steps
-        together: list[str] = []
-        found: list[str] = []
-        for overrides in (("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS):
-            saved = self._planned_with(overrides, seq_len)
-            if saved < self._memory_plan.total:
-                together += overrides
-            if saved <= self._memory_limit:
-                found.append(" ".join(overrides))
-        if not found and self._planned_with(together, seq_len) <= self._memory_limit:
-            found.append(" ".join(together))
-        way_out = f"it fits with {', or with '.join(found)}" if found else "no setting that is tried here makes it fit"
-        raise ConfigError(f"device_memory_limit={limit} GB, and the plan is {planned:.2f} GB; {way_out}")
-
-    def _planned_with(self, overrides: Sequence[str], seq_len: int) -> float:
-        """Bytes of the plan with some fields changed; infinite where the model does not allow it."""
-        try:
-            other = type(self)(DictConfig(OmegaConf.merge(self._cfg, OmegaConf.from_dotlist(list(overrides)))))
-            other._setup_on_meta(other._cfg)
-        except ConfigError:
-            return math.inf
-        return other._plan_memory(seq_len, self._memory_plan.framework).total
-
     def _longest_row(self) -> int:
         """Tokens of the longest row of the training data; a bound where there are too many rows to look at all."""
-        if _is_packed(self._cfg.dataset):
+        if is_packed(self._cfg.dataset):
             return self._tokenizer.max_seq_len
         return longest_row(self._dataloader.dataset, self._tokenizer.max_seq_len)
 
@@ -499,7 +412,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _setup_data(self, cfg: DictConfig, key: str, batch_size: int, shuffle: bool) -> StatefulDataLoader:
         """The data loader of ``dataset`` or ``dataset_val``; a list of datasets is chained."""
-        nodes = _dataset_nodes(cfg[key])
+        nodes = dataset_nodes(cfg[key])
         datasets = [build(key, node, self._tokenizer) for node in nodes]
         if len({node.get("packed", False) for node in nodes}) > 1:
             raise ConfigError(f"{key}: packed must be the same for all datasets of the list")
@@ -519,39 +432,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             sampler=StatefulDistributedSampler(
                 dataset, num_replicas=self._world.size, rank=self._world.rank, shuffle=shuffle, seed=self.seed
             ),
-            collate_fn=padded_collate_packed if _is_packed(cfg[key]) else collate,
+            collate_fn=padded_collate_packed if is_packed(cfg[key]) else collate,
             drop_last=shuffle,
             generator=torch.Generator(),  # else each pass over the data would move the global one
         )
-
-    def _setup_on_meta(self, cfg: DictConfig) -> None:
-        """Loss, model and optimizer; on the meta device, until `load_checkpoint` swaps weights into the parameters."""
-        self._loss_fn = build("loss", cfg.loss)
-        if self._loss_fn.ignore_index != CROSS_ENTROPY_IGNORE_IDX:
-            raise ConfigError(
-                f"loss.ignore_index={self._loss_fn.ignore_index}; torchtune's datasets mark what is not trained on "
-                f"with {CROSS_ENTROPY_IGNORE_IDX}"
-            )
-        with training.set_default_dtype(self._dtype), torch.device("meta"):
-            self._model = build("model", cfg.model)
-        try:
-            self._owlore.check_model(len(find_layers(self._model)))
-        except TypeError as error:
-            raise ConfigError(str(error)) from error
-        if hasattr(self._loss_fn, "set_model_output"):
-            self._loss_fn.set_model_output(self._model)
-        elif hasattr(self._loss_fn, "num_output_chunks"):
-            self._model.set_num_output_chunks(self._loss_fn.num_output_chunks)
-        self._optimizer = self._setup_optimizer(cfg)
-
-    def _setup_optimizer(self, cfg: DictConfig) -> OwLoreAdamW:
-        groups = parameter_groups(
-            self._model,
-            train_embeddings=self._owlore.train_embeddings,
-            train_output=self._owlore.train_output,
-            train_norm=self._owlore.train_norm,
-        )
-        return build_ours("optimizer", cfg.optimizer, OwLoreAdamW, groups)
 
     def _prepare_model(self, cfg: DictConfig) -> None:
         """What has to be done to the model before it has weights."""
@@ -694,6 +578,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _signalled(self, stop: StopRequest) -> Signals | None:
         """The signal that this process, or another one, was sent: all of them stop after the same step."""
+        if self._world.size == 1:
+            return stop.signal
         number = self._world.max_(torch.tensor(stop.signal or 0, device=self._device))
         return Signals(int(number)) if number else None
 
@@ -756,6 +642,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _sums(self, numbers: list[int]) -> list[int]:
         """Each of ``numbers`` summed over all processes."""
+        if self._world.size == 1:
+            return numbers  # without a wait for the device
         return self._world.sum_(torch.tensor(numbers, device=self._device)).tolist()
 
     def _skip_step(self, loss: float) -> None:
@@ -1000,14 +888,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def cleanup(self) -> None:
         if self._is_rank_zero:
             self._metric_logger.close()
-
-
-def _dataset_nodes(node: DictConfig | ListConfig) -> list[DictConfig]:
-    return list(node) if isinstance(node, ListConfig) else [node]
-
-
-def _is_packed(node: DictConfig | ListConfig) -> bool:
-    return _dataset_nodes(node)[0].get("packed", False)
 
 
 @parse

@@ -20,6 +20,7 @@ from torchtune import config, training, utils
 from owlore_full_finetune import DEFAULTS, OwLoreFullFinetuneRecipe
 from owlore_tune.config import ConfigError, RunError, check_type, parse
 from owlore_tune.memory_plan import Sharding
+from owlore_tune.meta import build_optimizer
 from owlore_tune.world import RankError, current_world, reshard
 
 DISTRIBUTED_DEFAULTS: dict[str, Any] = {
@@ -94,7 +95,7 @@ class OwLoreFullFinetuneDistributedRecipe(OwLoreFullFinetuneRecipe):
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         if self._offloads():
             self._weights_device = torch.device("cpu")
-        self._optimizer = self._setup_optimizer(cfg)
+        self._optimizer = build_optimizer(cfg, self._model)
 
     def _validate(self, when: str) -> None:
         super()._validate(when)

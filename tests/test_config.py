@@ -13,7 +13,9 @@ from owlore_full_finetune_distributed import DISTRIBUTED_DEFAULTS, OwLoreFullFin
 from owlore_tune import cli
 from owlore_tune.checkpoints import HFCheckpointer
 from owlore_tune.config import ConfigError, changed_fields, check_config, load_config
+from owlore_tune.meta import build_parts
 from owlore_tune.names import find_config, packaged_configs
+from owlore_tune.planning import plan_run
 
 CONFIGS = [name for name, _ in packaged_configs()]
 EVALS = [name for name in CONFIGS if name.startswith("eval/")]
@@ -30,7 +32,8 @@ def test_shipped_config_tells_its_planned_memory(name):
     cfg = load_config(name, ["device=cpu"])
     assert (int(batch_size), int(seq_len)) == (cfg.batch_size, cfg.tokenizer.max_seq_len)
     recipe = OwLoreFullFinetuneDistributedRecipe if num_gpus else OwLoreFullFinetuneRecipe
-    plan = recipe(cfg).memory_plan(int(seq_len), int(num_gpus or 1))
+    made = recipe(cfg)
+    plan = plan_run(made._cfg, build_parts(made._cfg), int(seq_len), made._sharding_over(int(num_gpus or 1)))
     assert plan.on_gpu().total / 1e9 == pytest.approx(float(told), abs=0.06)
 
 

@@ -1,0 +1,59 @@
+"""Loss, model and optimizer of a config, without weights: what is checked and planned before any load."""
+
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from torchtune import training
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.modules import TransformerDecoder
+
+from owlore_tune.config import ConfigError, OwLoreConfig, build, build_ours, device_and_dtype
+from owlore_tune.layers import find_layers
+from owlore_tune.optim import OwLoreAdamW, parameter_groups
+
+
+class Parts(NamedTuple):
+    """What a training step is made of."""
+
+    loss_fn: Any  # one of torchtune's, ours, or a plain one: they differ in what they ask of the model
+    model: TransformerDecoder
+    optimizer: OwLoreAdamW
+
+
+def build_parts(cfg: DictConfig) -> Parts:
+    """The parts of ``cfg``, its model on the meta device and told what its loss wants of it.
+
+    Raises:
+        ConfigError: if one cannot be made, or they do not go together.
+    """
+    loss_fn = build("loss", cfg.loss)
+    if loss_fn.ignore_index != CROSS_ENTROPY_IGNORE_IDX:
+        raise ConfigError(
+            f"loss.ignore_index={loss_fn.ignore_index}; torchtune's datasets mark what is not trained on "
+            f"with {CROSS_ENTROPY_IGNORE_IDX}"
+        )
+    _, dtype = device_and_dtype(cfg)
+    with training.set_default_dtype(dtype), torch.device("meta"):
+        model = build("model", cfg.model)
+    try:
+        OwLoreConfig.from_config(cfg.owlore).check_model(len(find_layers(model)))
+    except TypeError as error:
+        raise ConfigError(str(error)) from error
+    if hasattr(loss_fn, "set_model_output"):
+        loss_fn.set_model_output(model)
+    elif hasattr(loss_fn, "num_output_chunks"):
+        model.set_num_output_chunks(loss_fn.num_output_chunks)
+    return Parts(loss_fn, model, build_optimizer(cfg, model))
+
+
+def build_optimizer(cfg: DictConfig, model: TransformerDecoder) -> OwLoreAdamW:
+    """The optimizer of ``cfg`` over what of ``model`` its ``owlore`` block lets train."""
+    owlore = OwLoreConfig.from_config(cfg.owlore)
+    groups = parameter_groups(
+        model,
+        train_embeddings=owlore.train_embeddings,
+        train_output=owlore.train_output,
+        train_norm=owlore.train_norm,
+    )
+    return build_ours("optimizer", cfg.optimizer, OwLoreAdamW, groups)
