@@ -225,8 +225,10 @@ def step_bytes(
             parameter.requires_grad_(original in trained)
             if original in trained:
                 parameter.register_post_accumulate_grad_hook(hook)
-        for _ in range(1 + shape.accumulates):
-            _forward_backward(fake, copy.copy(loss_fn), shape, device, tracker)
+                if shape.accumulates:  # of a first micro-batch
+                    parameter.grad = torch.empty_like(parameter)
+                    hook(parameter)
+        _forward_backward(fake, copy.copy(loss_fn), shape, device, tracker)
     return {label: tracker.largest[label] for label in _LABELS}
 
 
@@ -353,6 +355,8 @@ class _Tracker(TorchDispatchMode):
         self._labels: dict[int, str] = {}  # by storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # asked for more often than all else
         outputs = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._add, outputs)
         return outputs

@@ -31,6 +31,7 @@ from owlore_tune.config import (
 )
 from owlore_tune.manifest import machine, versions
 from owlore_tune.memory import peak_memory_bytes
+from owlore_tune.rendezvous import join_process_group
 from owlore_tune.tokenizer import HFChatTokenizer
 
 log = utils.get_logger("INFO")
@@ -141,7 +142,7 @@ def recipe_main(cfg: DictConfig) -> None:
     """Evaluate a model; see `OwLoreEvalRecipe`."""
     config.log_config(recipe_name="OwLoreEvalRecipe", cfg=cfg)
     if training.is_distributed():
-        dist.init_process_group("gloo")  # nothing but Python objects is exchanged
+        join_process_group("gloo")  # nothing but Python objects is exchanged
     recipe = OwLoreEvalRecipe(cfg=cfg)
     recipe.setup()
     recipe.evaluate()

@@ -21,6 +21,7 @@ from owlore_full_finetune import DEFAULTS, OwLoreFullFinetuneRecipe
 from owlore_tune.config import ConfigError, RunError, check_type, parse
 from owlore_tune.memory_plan import Sharding
 from owlore_tune.meta import build_optimizer
+from owlore_tune.rendezvous import join_process_group
 from owlore_tune.world import RankError, current_world, reshard
 
 DISTRIBUTED_DEFAULTS: dict[str, Any] = {
@@ -122,10 +123,10 @@ def process_group(cfg: DictConfig) -> Iterator[None]:
         raise ConfigError(f"device={cfg.get('device')}, rank {os.environ['RANK']}: {error}") from error
     offload = bool(cfg.get("fsdp_cpu_offload")) and device.type != "cpu"
     backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=offload)
-    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
-    if dist.get_rank() > 0:
-        utils.get_logger("INFO").setLevel(logging.ERROR)  # what all have to say, the first one says
     try:
+        join_process_group(backend, timedelta(seconds=seconds))
+        if dist.get_rank() > 0:
+            utils.get_logger("INFO").setLevel(logging.ERROR)  # what all have to say, the first one says
         yield
     except RankError as error:
         raise RunError(str(error)) from error
