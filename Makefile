@@ -44,6 +44,7 @@ bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and other
 	python benchmarks/faults.py --runs 5 --signal TERM --output benchmarks/faults_sigterm.md
 	python benchmarks/faults.py --runs 3 --model smollm2 --output benchmarks/faults_smollm2.md
 	python benchmarks/distributed.py --output benchmarks/distributed.md
+	python benchmarks/distributed_steps.py --rounds 3 --output benchmarks/distributed_steps.md
 	python benchmarks/faults_distributed.py --output benchmarks/faults_distributed.md
 ifdef DATA
 	python benchmarks/evaluation.py --data $(DATA) --output benchmarks/evaluation.md

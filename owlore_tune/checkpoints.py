@@ -25,7 +25,7 @@ from owlore_tune import low_bits
 from owlore_tune.layers import init_rope, plain_name
 from owlore_tune.sealed import SEAL, CheckpointError, discard, sealed_directory, verify
 from owlore_tune.sharded_state import load_sharded, save_sharded
-from owlore_tune.world import ALONE, World, full, shard_like
+from owlore_tune.world import ALONE, RankError, World, full, shard_like
 
 StateDict = dict[str, Tensor]
 STATE_FILE = "recipe_state.pt"
@@ -171,8 +171,8 @@ class HFCheckpointer:
                     )
                 world.attempt(lambda: self._save_rest(model, partial_dir, recipe_state), first_alone=True)
                 world.attempt(stack.close, first_alone=True)
-        except RuntimeError as error:
-            raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
+        except (OSError, RankError) as error:
+            raise CheckpointError(str(error)) from error
 
     def _save_weights(self, model: nn.Module, directory: Path, shard_bytes: int, world: World) -> None:
         weight_map: dict[str, str] = {}
@@ -182,15 +182,24 @@ class HFCheckpointer:
             tqdm(pieces, desc="Saving weights", unit="shard", leave=False, disable=hide), start=1
         ):
             name = f"model-{number:05}-of-{len(pieces):05}.safetensors" if len(pieces) > 1 else "model.safetensors"
-            whole = {key: full(value.detach()) for key, value in shard.items()}
-            tensors = {key: value.cpu().contiguous() for key, value in self._to_hf(whole).items()}
-            del whole
-            world.attempt(partial(save_file, tensors, directory / name, metadata={"format": "pt"}), first_alone=True)
-            weight_map.update(dict.fromkeys(tensors, name))
+            whole: StateDict = {}
+            for key, parameter in shard.items():
+                value = full(parameter.detach())  # all processes help, and the first one keeps it
+                if world.rank == 0:
+                    whole[key] = value.cpu()
+                del value
+            names = world.attempt(partial(self._write_weights, whole, directory / name), first_alone=True)
+            weight_map.update(dict.fromkeys(names or (), name))
         if len(pieces) > 1:
             total_size = sum(p.nbytes for p in model.parameters())
             index = json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2)
             world.attempt(lambda: (directory / "model.safetensors.index.json").write_text(index), first_alone=True)
+
+    def _write_weights(self, weights: StateDict, file: Path) -> list[str]:
+        """Write ``weights`` in HF's layout; returns their names there."""
+        tensors = {key: value.contiguous() for key, value in self._to_hf(weights).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+        return list(tensors)
 
     def _save_rest(self, model: nn.Module, directory: Path, recipe_state: dict[str, Any]) -> None:
         self._copy_companions(directory, next(model.parameters()).dtype)

@@ -82,8 +82,8 @@ def memory(args: argparse.Namespace) -> None:
         from owlore_tune.plots import plot_memory
 
         cfg = load_config(args.config, args.overrides)
-        found = _training_recipe(cfg)(cfg).memory_plans(args.seq_len, args.world_size)
-        plans = {name: vars(plan.on_gpu() if args.gpu else plan) for name, plan in found.items()}
+        found = _training_recipe(cfg)(cfg).memory_plans(args.seq_len, args.world_size, args.gpu)
+        plans = {name: vars(plan) for name, plan in found.items()}
         plot_memory(Path(args.output), plans, cfg.get("device_memory_limit"))
     print("GB".ljust(14) + "".join(name.rjust(16) for name in plans))
     for category in (c for c in CATEGORIES if any(plan[c] for plan in plans.values())):

@@ -3,12 +3,13 @@
 import difflib
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, get_args
+from uuid import uuid4
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -20,6 +21,7 @@ from owlore_tune.names import find_config
 from owlore_tune.optim import INACTIVE_STATES
 from owlore_tune.sampling import DRAWS
 from owlore_tune.scores import SCORES
+from owlore_tune.world import ALONE, World
 
 
 class ConfigError(ValueError):
@@ -264,9 +266,34 @@ def writable_directory(path: str) -> Path:
     directory = Path(path).expanduser()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".writable_{os.getpid()}"  # its own on each rank
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=directory):
+            pass
     except OSError as error:
         raise ConfigError(f"output_dir={path} is not writable: {error.strerror}") from error
+    return directory
+
+
+def shared_directory(path: str, world: World = ALONE) -> Path:
+    """`writable_directory`, once it is known to be the same one on all processes of ``world``.
+
+    Raises:
+        ConfigError: if it cannot be made or written to, or this process does not see what the first one writes.
+        RankError: if it is so on another process.
+    """
+    directory = world.attempt(lambda: writable_directory(path))
+    assert directory is not None
+    if world.size == 1:
+        return directory
+    probe = directory / world.share(f".shared_{uuid4().hex}")  # a new name, or a network disk may remember the old one
+
+    def look() -> None:
+        if not probe.exists():
+            raise ConfigError(f"output_dir={path} is not the directory that rank 0 has; choose one on a shared disk")
+
+    world.attempt(probe.touch, first_alone=True)
+    try:
+        world.attempt(look)
+    finally:
+        if world.rank == 0:
+            probe.unlink()
     return directory

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -10,6 +11,7 @@ from owlore_tune.data import is_packed
 from owlore_tune.memory_plan import MemoryPlan, Sharding, StepShape, peer_plans, plan_memory
 from owlore_tune.meta import Parts, build_parts
 
+OFFLOAD = "fsdp_cpu_offload=true"
 # What a plan over device_memory_limit is tried again with: one after the other, then all that help together.
 SAVINGS = (
     ("enable_activation_checkpointing=true",),
@@ -19,11 +21,18 @@ SAVINGS = (
     ("owlore.num_active_layers=2",),
     ("optimizer.rank=128",),
     ("dtype=bf16",),
+    (OFFLOAD,),
 )
 
 
 def plan_run(
-    cfg: DictConfig, parts: Parts, seq_len: int, sharding: Sharding | None = None, framework: int | None = None
+    cfg: DictConfig,
+    parts: Parts,
+    seq_len: int,
+    sharding: Sharding | None = None,
+    framework: int | None = None,
+    *,
+    gpu: bool = False,
 ) -> MemoryPlan:
     """The plan of a config's run.
 
@@ -33,6 +42,7 @@ def plan_run(
         seq_len: tokens of the longest row.
         sharding: plan for one of several devices.
         framework: bytes; `owlore_tune.memory_plan.framework_bytes` as it is now where left out.
+        gpu: plan for a GPU, whatever device there is.
 
     Raises:
         ConfigError: if the model does not take rows of ``seq_len`` tokens.
@@ -43,26 +53,27 @@ def plan_run(
         )
     owlore = OwLoreConfig.from_config(cfg.owlore)
     device, _ = device_and_dtype(cfg)
-    return plan_memory(
+    offloads_state = owlore.inactive_state == "offload" and (gpu or device.type != "cpu")
+    plan = plan_memory(
         parts.model,
         parts.loss_fn,
         parts.optimizer,
         _step_shape(cfg, seq_len),
         device=device,
         num_active=owlore.num_active_layers,
-        holds_all_state=owlore.inactive_state == "keep"
-        or (owlore.inactive_state == "offload" and device.type == "cpu"),
+        holds_all_state=owlore.inactive_state != "drop" and not offloads_state,
         projects_in_backward=owlore.project_in_backward,
         framework=framework,
         sharding=sharding,
     )
+    return plan.on_gpu() if gpu else plan
 
 
 def plan_with_peers(
-    cfg: DictConfig, parts: Parts, seq_len: int, sharding: Sharding | None = None
+    cfg: DictConfig, parts: Parts, seq_len: int, sharding: Sharding | None = None, *, gpu: bool = False
 ) -> dict[str, MemoryPlan]:
     """`plan_run` as ``this config``, and the plans of other methods on the same model and data."""
-    own = plan_run(cfg, parts, seq_len, sharding)
+    own = plan_run(cfg, parts, seq_len, sharding, gpu=gpu)
     peers = peer_plans(
         parts.model,
         parts.loss_fn,
@@ -72,7 +83,7 @@ def plan_with_peers(
         framework=own.framework,
         sharding=sharding,
     )
-    return {"this config": own} | peers
+    return {"this config": own} | {name: plan.on_gpu() if gpu else plan for name, plan in peers.items()}
 
 
 def check_limit(cfg: DictConfig, plan: MemoryPlan, seq_len: int, sharding: Sharding | None = None) -> None:
@@ -83,8 +94,9 @@ def check_limit(cfg: DictConfig, plan: MemoryPlan, seq_len: int, sharding: Shard
     def planned_with(overrides: Sequence[str]) -> float:
         """Bytes of the plan with some fields changed; infinite where the model does not allow it."""
         other = DictConfig(OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides))))
+        devices = sharding and replace(sharding, cpu_offload=sharding.cpu_offload or OFFLOAD in overrides)
         try:
-            return plan_run(other, build_parts(other), seq_len, sharding, plan.framework).total
+            return plan_run(other, build_parts(other), seq_len, devices, plan.framework).total
         except ConfigError:
             return math.inf
 
@@ -92,6 +104,8 @@ def check_limit(cfg: DictConfig, plan: MemoryPlan, seq_len: int, sharding: Shard
     together: list[str] = []
     found: list[str] = []
     for overrides in (("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS):
+        if OFFLOAD in overrides and (sharding is None or device_and_dtype(cfg)[0].type == "cpu"):
+            continue
         saved = planned_with(overrides)
         if saved < plan.total:
             together += overrides

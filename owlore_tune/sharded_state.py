@@ -58,24 +58,29 @@ def load_sharded(rest: dict[str, Any], directory: Path, world: World) -> dict[st
         index, key, rank, part = name.split(".")
         parts.setdefault((index, key, int(rank)), {})[part] = name
 
-    def read(index: str, key: str, rank: int) -> Tensor:
-        found = {
-            part: torch.empty(known[name].size, dtype=known[name].properties.dtype)
-            for part, name in parts[index, key, rank].items()
-        }
-        names = parts[index, key, rank]
-        dcp.load({names[part]: tensor for part, tensor in found.items()}, checkpoint_id=directory, no_dist=True)
+    same_number = rest["num_ranks"] == world.size
+    wanted = (
+        name
+        for (_, key, rank), names in parts.items()
+        if not same_number or rank == world.rank or key in EVERYWHERE
+        for name in names.values()
+    )
+    tensors = {name: torch.empty(known[name].size, dtype=known[name].properties.dtype) for name in wanted}
+    dcp.load(tensors, checkpoint_id=directory, no_dist=True)  # at once: each call reads what is known of all
+
+    def take(index: str, key: str, rank: int) -> Tensor:
+        found = {part: tensors.pop(name) for part, name in parts[index, key, rank].items()}
         return low_bits.from_named_parts(found, signed=key != "exp_avg_sq")
 
     projected = {index for index, key, _ in parts if key == "basis"}  # on the right, as all sharded weights are
     state: dict[int, dict[str, Any]] = {index: dict(values) for index, values in rest["state"].items()}
     for index, key in sorted({(index, key) for index, key, _ in parts}):
         if key in EVERYWHERE:
-            state[int(index)][key] = read(index, key, 0)
-        elif rest["num_ranks"] == world.size:
-            state[int(index)][key] = read(index, key, world.rank)
+            state[int(index)][key] = take(index, key, 0)
+        elif same_number:
+            state[int(index)][key] = take(index, key, world.rank)
         else:
-            pieces = [read(index, key, rank) for rank in range(rest["num_ranks"])]
+            pieces = [take(index, key, rank) for rank in range(rest["num_ranks"])]
             rows = [low_bits.restore(piece, torch.float32, by_column=index in projected) for piece in pieces]
             state[int(index)][key] = torch.cat(rows)
     return {"param_groups": rest["param_groups"], "state": state}

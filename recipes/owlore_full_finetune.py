@@ -4,6 +4,7 @@ tune run owlore_full_finetune --config smollm2/135M_owlore [field=value ...]
 """
 
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -53,7 +54,7 @@ from owlore_tune.config import (
     device_and_dtype,
     parse,
     plain,
-    writable_directory,
+    shared_directory,
 )
 from owlore_tune.data import dataset_nodes, is_packed, longest_row
 from owlore_tune.layers import find_layers, model_parts, plain_name
@@ -194,7 +195,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._log_every_n_steps = cfg.log_every_n_steps
         self._run_val_every_n_steps = cfg.run_val_every_n_steps
         self._save_every_n_steps = cfg.save_every_n_steps
-        self.seed = training.set_seed(seed=cfg.seed)
+        try:
+            self.seed = training.set_seed(seed=cfg.seed)
+        except ValueError as error:
+            raise ConfigError(f"seed={cfg.seed}: {error}") from error
         self.total_epochs = cfg.epochs
         self.max_steps_per_epoch = cfg.max_steps_per_epoch
         self.global_step = 0
@@ -205,7 +209,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def setup(self) -> None:
         cfg = self._cfg
-        writable_directory(cfg.output_dir)
+        shared_directory(cfg.output_dir, self._world)
         self._resume_dir = self._world.share(self._world.attempt(self._find_checkpoint, first_alone=True))
         saved, changed = self._load_recipe_state()
         self._setup_inputs(cfg)
@@ -280,7 +284,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             saved = load_recipe_state(self._resume_dir)
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
-        if "run_log" not in saved:
+        if "rows_per_step" not in saved:
             raise ConfigError(
                 f"{self._resume_dir} was saved by an older version, and its run cannot go on; its weights can: set "
                 f"checkpointer.checkpoint_dir={self._resume_dir} and resume_from_checkpoint=false"
@@ -351,15 +355,16 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self.load_checkpoint()
         return self._score_layers(self._cfg)
 
-    def memory_plans(self, seq_len: int | None = None, world_size: int = 1) -> dict[str, MemoryPlan]:
+    def memory_plans(self, seq_len: int | None = None, world_size: int = 1, gpu: bool = False) -> dict[str, MemoryPlan]:
         """The plan of the config's run, and those of other methods on the same model and data; no weights load.
 
         Args:
             seq_len: tokens of the longest row; where left out, as in the config's data. If those, or the tokenizer,
                 are not there yet, it is ``tokenizer.max_seq_len``.
             world_size: devices that the model is sharded over; the plan is for one of them.
+            gpu: plan for GPUs, whatever device there is.
         """
-        cfg, sharding = self._cfg, self._sharding_over(world_size)
+        cfg, sharding = self._cfg, self._sharding_over(world_size, gpu)
         if seq_len is None:
             try:
                 self._setup_inputs(cfg)
@@ -368,9 +373,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 if (seq_len := cfg.tokenizer.get("max_seq_len")) is None:
                     raise
                 log.warning(f"{error}. Planning for rows of tokenizer.max_seq_len={seq_len} tokens.")
-        return plan_with_peers(cfg, build_parts(cfg), seq_len, sharding)
+        return plan_with_peers(cfg, build_parts(cfg), seq_len, sharding, gpu=gpu)
 
-    def _sharding_over(self, world_size: int) -> Sharding | None:
+    def _sharding_over(self, world_size: int, gpu: bool = False) -> Sharding | None:
         if world_size > 1:
             raise ConfigError(
                 f"world_size={world_size}; this recipe is for one device, owlore_full_finetune_distributed and the "
@@ -484,7 +489,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         data = {
             "dataset": plain(cfg.dataset),
             "batches": self._owlore.calibration_batches,
-            "batch_size": cfg.batch_size,
+            "batch_size": cfg.batch_size * self._world.size,
             "seed": self.seed,
         }
         return LayerScores(
@@ -652,7 +657,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._skipped_in_a_row += 1
         bad = {parameter for parameter, grad in self._optimizer.step_grads().items() if not grad.isfinite().all()}
         names = (plain_name(name) for name, parameter in self._model.named_parameters() if parameter in bad)
-        places = sorted({".".join(name.split(".")[:2]) for name in names})
+        here = {".".join(name.split(".")[:2]) for name in names}
+        places = sorted(here.union(*self._world.gather(here)))
         log.warning(f"Step {self.global_step}: loss {loss}, gradients not finite in {places}; no update.")
 
     def _shift_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -787,7 +793,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         try:
             self._checkpointer.save_checkpoint(self._model, self._step_dir(), self._recipe_state(), world=self._world)
             self._world.attempt(lambda: keep_last(self._output_dir, self._cfg.keep_last_n), first_alone=True)
-        except (CheckpointError, OSError, RankError) as error:
+        except (CheckpointError, OSError, RankError) as error:  # the last two, of removing old ones
             if required or self._cfg.on_save_error == "stop":
                 raise RunError(str(error)) from error
             log.warning(f"{error}; going on, as on_save_error=continue says")
@@ -893,6 +899,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 @parse
 def recipe_main(cfg: DictConfig) -> None:
     """Fine-tune with OwLore; see `OwLoreFullFinetuneRecipe`."""
+    if (num_ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:  # each would train alone, all in one output_dir
+        raise ConfigError(
+            f"{num_ranks} processes, and this recipe is for one device: for several run "
+            "owlore_full_finetune_distributed, with one of the configs *_distributed"
+        )
     config.log_config(recipe_name="OwLoreFullFinetuneRecipe", cfg=cfg)
     recipe = OwLoreFullFinetuneRecipe(cfg=cfg)
     recipe.setup()

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torchtune import config, training, utils
 
 from owlore_full_finetune import DEFAULTS, OwLoreFullFinetuneRecipe
-from owlore_tune.config import ConfigError, RunError, check_type, parse
+from owlore_tune.config import ConfigError, RunError, check_positive, check_type, parse
 from owlore_tune.memory_plan import Sharding
 from owlore_tune.meta import build_optimizer
 from owlore_tune.rendezvous import join_process_group
@@ -71,16 +71,17 @@ class OwLoreFullFinetuneDistributedRecipe(OwLoreFullFinetuneRecipe):
             if bad:
                 raise ConfigError(f"{key}={cfg[key]}; {way_out}")
 
-    def _sharding_over(self, world_size: int) -> Sharding | None:
-        return Sharding(world_size, self._offloads(), self._cfg.fsdp_reshard_after_forward)
+    def _sharding_over(self, world_size: int, gpu: bool = False) -> Sharding | None:
+        return Sharding(world_size, self._offloads(gpu), self._cfg.fsdp_reshard_after_forward)
 
-    def _offloads(self) -> bool:
-        return self._cfg.fsdp_cpu_offload and self._device.type != "cpu"  # where everything is in any case
+    def _offloads(self, gpu: bool = False) -> bool:
+        return self._cfg.fsdp_cpu_offload and (gpu or self._device.type != "cpu")  # where everything is in any case
 
     def _prepare_model(self, cfg: DictConfig) -> None:
         """Shard the model, layer by layer, and make the optimizer anew over what is sharded."""
         super()._prepare_model(cfg)
-        mesh = init_device_mesh(self._device.type, (dist.get_world_size(),))
+        assert dist.group.WORLD is not None
+        mesh = DeviceMesh.from_group(dist.group.WORLD, self._device.type)  # a group of its own has another timeout
         training.shard_model(
             self._model,
             [training.get_shard_conditions],
@@ -117,6 +118,7 @@ def process_group(cfg: DictConfig) -> Iterator[None]:
         )
     seconds = cfg.get("dist_timeout_s", DISTRIBUTED_DEFAULTS["dist_timeout_s"])
     check_type("dist_timeout_s", seconds, float)
+    check_positive("dist_timeout_s", seconds)
     try:
         device = utils.get_device(cfg.get("device"))
     except (RuntimeError, ValueError) as error:
@@ -125,6 +127,9 @@ def process_group(cfg: DictConfig) -> Iterator[None]:
     backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=offload)
     try:
         join_process_group(backend, timedelta(seconds=seconds))
+    except RuntimeError as error:
+        raise RunError(f"rank {os.environ['RANK']} cannot join the others: {error}") from error
+    try:
         if dist.get_rank() > 0:
             utils.get_logger("INFO").setLevel(logging.ERROR)  # what all have to say, the first one says
         yield
@@ -151,8 +156,10 @@ def is_lost_process(error: RuntimeError) -> bool:
         "timeout",
         "broken pipe",
         "connection refused",
+        "communicator was aborted",
+        "remote process exited",
     )
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    return any(word in str(error).lower() for word in words)
 
 
 @parse

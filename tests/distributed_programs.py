@@ -2,6 +2,7 @@
 
 torchrun --nproc_per_node N tests/distributed_programs.py train CONFIG...
 torchrun --nproc_per_node N tests/distributed_programs.py count OUTPUT CONFIG
+torchrun --nproc_per_node N tests/distributed_programs.py poison CONFIG
 """
 
 import json
@@ -65,5 +66,24 @@ def count(output: str, file: str) -> None:
         Path(output).with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(records))
 
 
+def poison(file: str) -> None:
+    """Train with gradients that are not finite at step 4, in the last rank's rows alone."""
+    cfg = DictConfig(OmegaConf.load(file))
+    with process_group(cfg):
+        recipe = OwLoreFullFinetuneDistributedRecipe(cfg)
+        recipe.setup()
+        optimizer, clip = recipe._optimizer, recipe._optimizer.clip_grad_norm_
+
+        def poisoned(max_norm: float) -> torch.Tensor:
+            if recipe.global_step == 4 and dist.get_rank() == dist.get_world_size() - 1:
+                for grad in optimizer.step_grads().values():
+                    grad.fill_(float("nan"))
+            return clip(max_norm)
+
+        optimizer.clip_grad_norm_ = poisoned
+        recipe.train()
+        recipe.cleanup()
+
+
 if __name__ == "__main__":
-    {"train": lambda *files: train(list(files)), "count": count}[sys.argv[1]](*sys.argv[2:])
+    {"train": lambda *files: train(list(files)), "count": count, "poison": poison}[sys.argv[1]](*sys.argv[2:])

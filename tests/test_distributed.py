@@ -69,8 +69,7 @@ def on_ranks(num_ranks: int, config: dict, name: str, **changes) -> dict:
 
 ALL_TRAINED = {"owlore__train_embeddings": True, "owlore__train_output": True, "owlore__train_norm": True}
 CASES = {
-    # First, since the process group is opened as the first one says.
-    "offload": {"owlore__inactive_state": "offload", "optimizer__moments": "project", "fsdp_cpu_offload": True},
+    "projected moments": {"owlore__inactive_state": "offload", "optimizer__moments": "project"},
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 3, "batch_size": 2},
     "checkpointing": {"enable_activation_checkpointing": True},
@@ -273,18 +272,30 @@ def test_state_is_shared_out_and_does_not_grow(config, tmp_path):
         assert records[-1]["state_bytes"] < 0.75 * recipe._optimizer.state_bytes()
 
 
+def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_named_by_the_first(config):
+    config = on_ranks(2, config, "poisoned")
+    result = torchrun(2, PROGRAMS, "poison", write(config))
+    assert result.returncode == 0, result.stderr[-3000:]
+    manifest = json.loads((Path(config["output_dir"]) / "manifest.json").read_text())
+    assert manifest["skipped_steps"] == 1
+    active = [draw["active"] for draw in manifest["draws"] if draw["step"] <= 4][-1]
+    places = sorted(f"layers.{layer}" for layer in active)
+    assert f"gradients not finite in {places}; no update" in result.stderr
+    assert all(weight.isfinite().all() for weight in weights(config).values())
+
+
 def free_port() -> int:
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         return opened.getsockname()[1]
 
 
-def start_ranks(config: dict, num_ranks: int = 2) -> list[subprocess.Popen]:
-    """Ranks as processes of our own: no agent ends the others when one is lost."""
-    file, port = write(config), str(free_port())
+def start_ranks(*configs: dict) -> list[subprocess.Popen]:
+    """A rank by each config, as processes of our own: no agent ends the others when one is lost."""
+    port = str(free_port())
     processes = []
-    for rank in range(num_ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_PORT": port}
+    for rank, file in enumerate(map(write, configs)):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(configs)), "MASTER_PORT": port}
         command = [sys.executable, "-m", "owlore_full_finetune_distributed", "--config", str(file)]
         environment = ENVIRONMENT | place | {"MASTER_ADDR": "127.0.0.1"}
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
@@ -303,7 +314,7 @@ def test_when_a_rank_is_lost_the_others_end_and_the_run_goes_on(how, config):
     """Rank 1 dies, or stands still: rank 0 says so within the time allowed, and the newest checkpoint is good."""
     config = on_ranks(2, config, "lost", save_every_n_steps=2, dist_timeout_s=15, epochs=40)
     output_dir = Path(config["output_dir"])
-    ranks = start_ranks(config)
+    ranks = start_ranks(config, config)
     wait_for(output_dir, "step_4")
     if how == "killed in a save":
         wait_for(output_dir, "step_*.partial")
@@ -346,7 +357,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(config):
 
 def test_sigterm_to_one_rank_saves_and_stops_all(config):
     config = on_ranks(2, config, "stopped", epochs=40, save_every_n_steps=3)
-    ranks = start_ranks(config)
+    ranks = start_ranks(config, config)
     wait_for(Path(config["output_dir"]), "step_3")
     ranks[1].terminate()
     for rank in ranks:
@@ -379,6 +390,8 @@ def test_what_it_cannot_do_is_refused_by_name(case, config):
     [
         ({"optimizer__side": "shape"}, "optimizer: side=shape projects sharded weights on their left; set side=right"),
         ({"optimizer__basis": "svd"}, "optimizer: basis=svd needs whole gradients"),
+        ({"dist_timeout_s": 0}, "dist_timeout_s=0; it must be a number above 0"),
+        ({"seed": 2**32 - 1}, "seed=4294967295: "),
         ({"batch_size": 21}, "dataset has 40 samples, less than one optimizer step of batch_size=21 .* 2 processes"),
     ],
 )
@@ -394,6 +407,25 @@ def test_without_torchrun_the_command_is_named(config):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: this recipe runs under torchrun: tune run --nproc")
+
+
+def test_several_processes_of_the_recipe_for_one_device_are_refused(config):
+    result = torchrun(2, "-m", "owlore_full_finetune", "--config", write(config))
+    assert result.returncode != 0
+    assert (
+        "error: 2 processes, and this recipe is for one device: for several run owlore_full_finetune_d" in result.stderr
+    )
+    assert not Path(config["output_dir"]).exists()
+
+
+def test_ranks_with_output_directories_of_their_own_are_refused(config):
+    """As on machines without a shared disk, where a checkpoint would lack what other ranks wrote."""
+    ranks = start_ranks(on_ranks(2, config, "here"), on_ranks(2, config, "there"))
+    errors = [rank.communicate(timeout=60)[1].strip().splitlines()[-1] for rank in ranks]
+    assert re.match(r"error: output_dir=.*_there is not the directory that rank 0 has; choose one on a", errors[1])
+    assert re.match(r"error: rank 1 failed: ConfigError: output_dir=.*_there is not", errors[0])
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert not any(Path(f"{config['output_dir']}").glob("**/.shared*"))
 
 
 def test_another_number_of_rows_per_step_is_another_run(config):

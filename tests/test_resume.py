@@ -281,15 +281,17 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config, tmp_path):
     assert_same_bits(unbroken, config)
 
 
-def test_a_second_signal_ends_at_once():
+def test_a_later_signal_ends_at_once_and_one_at_the_same_time_does_not():
     code = (
-        "import os, signal, sys; from owlore_tune.signals import StopRequest\n"
+        "import os, signal, time; from owlore_tune.signals import ONE_REQUEST, StopRequest\n"
         "with StopRequest() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print(stop.signal.name, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('passed on', flush=True)\n"
+        "    time.sleep(ONE_REQUEST + 0.1)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (result.stdout, result.returncode) == ("SIGTERM\n", 128 + signal.SIGTERM)
+    assert (result.stdout, result.returncode) == ("SIGTERM\npassed on\n", 128 + signal.SIGTERM)
 
 
 def poison(recipe: OwLoreFullFinetuneRecipe, steps: set[int]) -> None:
