@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from owlore_tune.config import ConfigError, OwLoreConfig, device_and_dtype
@@ -11,7 +12,6 @@ from owlore_tune.data import is_packed
 from owlore_tune.memory_plan import MemoryPlan, Sharding, StepShape, peer_plans, plan_memory
 from owlore_tune.meta import Parts, build_parts
 
-OFFLOAD = "fsdp_cpu_offload=true"
 # What a plan over device_memory_limit is tried again with: one after the other, then all that help together.
 SAVINGS = (
     ("enable_activation_checkpointing=true",),
@@ -21,8 +21,8 @@ SAVINGS = (
     ("owlore.num_active_layers=2",),
     ("optimizer.rank=128",),
     ("dtype=bf16",),
-    (OFFLOAD,),
 )
+OFFLOAD = "fsdp_cpu_offload=true"
 
 
 def plan_run(
@@ -100,12 +100,9 @@ def check_limit(cfg: DictConfig, plan: MemoryPlan, seq_len: int, sharding: Shard
         except ConfigError:
             return math.inf
 
-    rows = cfg.batch_size * cfg.gradient_accumulation_steps
     together: list[str] = []
     found: list[str] = []
-    for overrides in (("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS):
-        if OFFLOAD in overrides and (sharding is None or device_and_dtype(cfg)[0].type == "cpu"):
-            continue
+    for overrides in savings(cfg, sharding, device_and_dtype(cfg)[0]):
         saved = planned_with(overrides)
         if saved < plan.total:
             together += overrides
@@ -117,6 +114,13 @@ def check_limit(cfg: DictConfig, plan: MemoryPlan, seq_len: int, sharding: Shard
     raise ConfigError(
         f"device_memory_limit={cfg.device_memory_limit} GB, and the plan is {plan.total / 1e9:.2f} GB; {way_out}"
     )
+
+
+def savings(cfg: DictConfig, sharding: Sharding | None, device: torch.device) -> list[tuple[str, ...]]:
+    """The overrides that are tried on a plan over its limit."""
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps
+    offload = [(OFFLOAD,)] if sharding is not None and device.type != "cpu" else []
+    return [("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS, *offload]
 
 
 def _step_shape(cfg: DictConfig, seq_len: int) -> StepShape:

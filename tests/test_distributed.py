@@ -261,12 +261,16 @@ def test_bases_cost_what_is_planned_and_nothing_between_refreshes(config, tmp_pa
         assert summed + broadcast <= extra <= 1.05 * summed + broadcast
 
 
-def test_state_is_shared_out_and_does_not_grow(config, tmp_path):
+def test_state_is_shared_out_as_planned_and_does_not_grow(config, tmp_path):
     config["owlore"]["resample_every"] = 1
     config |= {"epochs": 4}
-    one = variant(config, "one")
+    one, two = variant(config, "one"), on_ranks(2, config, "two")
     recipe = finetune(one)
-    for records in count(2, on_ranks(2, config, "two"), tmp_path):
+    ranks = count(2, two, tmp_path)
+    memory = json.loads((Path(two["output_dir"]) / "manifest.json").read_text())["memory_bytes"]
+    for category in ("weights", "moments", "bases"):
+        assert memory["planned"][category] == memory["measured"][category] > 0
+    for records in ranks:
         assert len(records) == 24
         assert len({record["state_bytes"] for record in records}) == 1
         assert records[-1]["state_bytes"] < 0.75 * recipe._optimizer.state_bytes()
@@ -300,6 +304,13 @@ def start_ranks(*configs: dict) -> list[subprocess.Popen]:
         environment = ENVIRONMENT | place | {"MASTER_ADDR": "127.0.0.1"}
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     return processes
+
+
+def start_torchrun(config: dict, *options: str) -> subprocess.Popen:
+    """torchrun with two ranks, in a session of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    command += ["-m", "owlore_full_finetune_distributed", "--config", str(write(config))]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_for(path: Path, pattern: str, seconds: float = 120) -> None:
@@ -340,13 +351,8 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(config):
     unbroken = on_ranks(2, config, "unbroken")
     train_together(2, unbroken)
     restarted = on_ranks(2, config, "restarted", save_every_n_steps=1, resume_from_checkpoint=True)
-    file, output_dir = write(restarted), Path(restarted["output_dir"])
-    options = ["--standalone", "--nproc_per_node=2", "--max-restarts=2", "-m", "owlore_full_finetune_distributed"]
-    agent = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *options, "--config", str(file)],
-        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_for(output_dir, "step_[3-9]")
+    agent = start_torchrun(restarted, "--max-restarts=2")
+    wait_for(Path(restarted["output_dir"]), "step_[3-9]")
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     os.kill(int(random.choice(children)), signal.SIGKILL)
     _, errors = agent.communicate(timeout=120)
@@ -365,6 +371,19 @@ def test_sigterm_to_one_rank_saves_and_stops_all(config):
         assert rank.returncode == 128 + signal.SIGTERM, errors[-2000:]
     saved = newest_checkpoint(Path(config["output_dir"]))
     assert saved is not None and f"at step {saved.name[5:]}: saved and stopped" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_and_its_ranks_alike_is_one_request(number, config):
+    """As from a scheduler, or by Ctrl-C: torchrun passes its own on, so ranks get two."""
+    config = on_ranks(2, config, "stopped", epochs=400, save_every_n_steps=3)
+    agent = start_torchrun(config)
+    wait_for(Path(config["output_dir"]), "step_3")
+    os.killpg(agent.pid, number)
+    _, errors = agent.communicate(timeout=60)
+    assert agent.returncode != 0
+    saved = newest_checkpoint(Path(config["output_dir"]))
+    assert saved is not None and f"{number.name} at step {saved.name[5:]}: saved and stopped" in errors
 
 
 REFUSED = {

@@ -13,11 +13,13 @@ from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_full_finetune_distributed import OwLoreFullFinetuneDistributedRecipe
 from owlore_tune import memory_plan
 from owlore_tune.config import ConfigError
 from owlore_tune.loss import LinearCrossEntropyLoss
-from owlore_tune.memory_plan import MemoryPlan, StepShape, peer_plans, plan_memory
+from owlore_tune.memory_plan import MemoryPlan, Sharding, StepShape, peer_plans, plan_memory
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
+from owlore_tune.planning import savings
 
 CPU = torch.device("cpu")
 SHAPE = StepShape(batch_size=4, seq_len=32)
@@ -215,3 +217,22 @@ def test_rows_longer_than_the_model_takes_are_refused(tiny_config):
     config = tiny_config | {"model": tiny_config["model"] | {"max_seq_len": 8}}
     with pytest.raises(ConfigError, match="rows can have .* tokens, and the model takes 8; set tokenizer.max_seq_len"):
         OwLoreFullFinetuneRecipe(OmegaConf.create(config)).setup()
+
+
+def test_a_plan_for_gpus_counts_what_they_offload_wherever_it_is_made(tiny_config):
+    config = tiny_config | {"device": "cpu", "owlore": tiny_config["owlore"] | {"inactive_state": "offload"}}
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+    here, there = (recipe.memory_plans(64, gpu=gpu)["this config"] for gpu in (False, True))
+    assert here.moments == 2 * there.moments  # of 4 layers, and of 2
+    assert there.framework == there.allocator == 0
+    config["fsdp_cpu_offload"] = True
+    recipe = OwLoreFullFinetuneDistributedRecipe(OmegaConf.create(config))
+    here, there = (recipe.memory_plans(64, world_size=2, gpu=gpu)["this config"] for gpu in (False, True))
+    assert here.weights > there.weights and here.moments > there.moments == 0
+
+
+def test_offloading_is_tried_where_there_is_something_to_win_by_it(tiny_config):
+    cfg = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config))._cfg
+    offload = ("fsdp_cpu_offload=true",)
+    assert offload in savings(cfg, Sharding(2), torch.device("cuda"))
+    assert offload not in savings(cfg, None, torch.device("cuda")) + savings(cfg, Sharding(2), CPU)
