@@ -12,8 +12,8 @@ ONE_REQUEST = 2.0  # seconds
 class StopRequest:
     """Within its block, the first SIGTERM or SIGINT only sets ``signal``; a later one ends the process at once.
 
-    One within `ONE_REQUEST` of the first is the same request: a terminal or a scheduler signals torchrun and its
-    processes alike, and torchrun passes its own signal on to them.
+    One within `ONE_REQUEST` of the first is the same request: a scheduler signals torchrun and its processes alike, and
+    torchrun passes its own signal on to them.
     """
 
     def __init__(self) -> None:

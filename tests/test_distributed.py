@@ -306,11 +306,18 @@ def start_ranks(*configs: dict) -> list[subprocess.Popen]:
     return processes
 
 
-def start_torchrun(config: dict, *options: str) -> subprocess.Popen:
-    """torchrun with two ranks, in a session of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+def start_torchrun(
+    config: dict, *options: str, nodes: tuple[str, ...] = ("--standalone", "--nproc_per_node=2")
+) -> subprocess.Popen:
+    """torchrun with two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes, *options]
     command += ["-m", "owlore_full_finetune_distributed", "--config", str(write(config))]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def ranks_of(agent: subprocess.Popen) -> list[int]:
+    """The process ids of torchrun's ranks."""
+    return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
 
 
 def wait_for(path: Path, pattern: str, seconds: float = 120) -> None:
@@ -353,8 +360,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(config):
     restarted = on_ranks(2, config, "restarted", save_every_n_steps=1, resume_from_checkpoint=True)
     agent = start_torchrun(restarted, "--max-restarts=2")
     wait_for(Path(restarted["output_dir"]), "step_[3-9]")
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    os.kill(int(random.choice(children)), signal.SIGKILL)
+    os.kill(random.choice(ranks_of(agent)), signal.SIGKILL)
     _, errors = agent.communicate(timeout=120)
     assert agent.returncode == 0, errors[-3000:]
     assert re.search(r"Resumed from .*step_\d", errors)
@@ -373,13 +379,31 @@ def test_sigterm_to_one_rank_saves_and_stops_all(config):
     assert saved is not None and f"at step {saved.name[5:]}: saved and stopped" in errors
 
 
+def test_two_nodes_train_as_two_ranks_of_one(config):
+    """Two torchruns that find each other, with a rank each, as on two machines with a shared disk."""
+    together, apart = (on_ranks(2, config, name) for name in ("together", "apart"))
+    train_together(2, together)
+    port = free_port()
+    nodes = [
+        start_torchrun(
+            apart, nodes=("--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}", f"--master_port={port}")
+        )
+        for rank in range(2)
+    ]
+    for node in nodes:
+        _, errors = node.communicate(timeout=120)
+        assert node.returncode == 0, errors[-3000:]
+    assert furthest(together, apart) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_and_its_ranks_alike_is_one_request(number, config):
-    """As from a scheduler, or by Ctrl-C: torchrun passes its own on, so ranks get two."""
+    """As from a scheduler; torchrun passes its own on, so ranks get two."""
     config = on_ranks(2, config, "stopped", epochs=400, save_every_n_steps=3)
     agent = start_torchrun(config)
     wait_for(Path(config["output_dir"]), "step_3")
-    os.killpg(agent.pid, number)
+    for pid in (*ranks_of(agent), agent.pid):
+        os.kill(pid, number)
     _, errors = agent.communicate(timeout=60)
     assert agent.returncode != 0
     saved = newest_checkpoint(Path(config["output_dir"]))
