@@ -145,8 +145,8 @@ class HFCheckpointer:
         """Write ``model`` in HF format, with the tokenizer and config files it was loaded with, and the recipe's state.
 
         The directory appears under its name when it is complete, checksummed and on disk. Where the model is sharded,
-        all processes call this together: weights are gathered one file at a time, and the first process writes them;
-        each one writes its rows of the optimizer's state. What fails on one fails on all.
+        all processes call this together: weights are gathered one by one, and the first process writes them; each one
+        writes its rows of the optimizer's state. What fails on one fails on all.
 
         Args:
             recipe_state: tensors, numbers, text, and lists and dicts of them; written beside the weights. Of a sharded
