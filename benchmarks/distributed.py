@@ -128,8 +128,7 @@ def main() -> None:
         f"SmolLM2-135M, fp32 unless a row says otherwise, γ=2, gradients at rank 16, {ROWS_PER_FORWARD} × 128 tokens a "
         f"forward over all ranks; {machine()}. Made by `python benchmarks/distributed.py`.",
         "",
-        "One process on two threads, against itself on one: what the order of sums alone does, at rank 128 in 20 draws, "
-        "where a basis takes in directions in which there is next to no gradient.",
+        "One process on two threads is against itself on one: what the order of sums does, in 20 draws at rank 128.",
         "",
         "| run | ranks | steps, draws | weights apart | losses apart | optimizer state of one process, MB | of a rank "
         "| share | does it change? |",
