@@ -69,7 +69,12 @@ def on_ranks(num_ranks: int, config: dict, name: str, **changes) -> dict:
 
 ALL_TRAINED = {"owlore__train_embeddings": True, "owlore__train_output": True, "owlore__train_norm": True}
 CASES = {
-    "projected moments": {"owlore__inactive_state": "offload", "optimizer__moments": "project"},
+    # Neither offload does anything on a CPU, and both are to be taken.
+    "projected moments": {
+        "owlore__inactive_state": "offload",
+        "optimizer__moments": "project",
+        "fsdp_cpu_offload": True,
+    },
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 3, "batch_size": 2},
     "checkpointing": {"enable_activation_checkpointing": True},
