@@ -14,9 +14,9 @@ from owlore_tune.world import ALONE, World, local
 class ActiveLayers:
     """Draws the active layers every ``resample_every`` steps and freezes all others (OwLore, arXiv 2405.18380, alg. 1).
 
-    A layer that becomes active gets ``requires_grad``, a hook on each projected weight that reduces its gradient
-    during backward, and bases due for a refresh. A layer that leaves loses its gradients, and its optimizer state as
-    ``inactive_state`` says. Parameters outside the layers that are not in the optimizer are frozen once, here.
+    A layer that becomes active gets ``requires_grad`` and a hook on each projected weight that reduces its gradient
+    during backward. A layer that leaves loses its gradients, and its optimizer state as ``inactive_state`` says.
+    Parameters outside the layers that are not in the optimizer are frozen once, here.
 
     Create it once weights are loaded, since loading may replace parameters.
 
@@ -25,7 +25,9 @@ class ActiveLayers:
         optimizer: holds all layers' parameters, see `owlore_tune.optim.parameter_groups`.
         sampler: decides which layers.
         resample_every: K, in optimizer steps.
-        inactive_state: ``drop``; ``offload`` to host memory and back on return; or ``keep``.
+        inactive_state: ``drop``: a layer that returns has new bases and moments. ``keep``: it has those it left with,
+            and its bases are refreshed by the steps that it trained on them, as in the authors' code. ``offload``:
+            ``keep`` in host memory.
         project_in_backward: reduce gradients in hooks, so that at most one projected weight's full gradient is alive.
             Without it, call ``optimizer.project_grads()`` after each backward; the result is the same.
         world: processes that train together; all take the first one's draw.
@@ -114,7 +116,7 @@ class ActiveLayers:
         return {"active": self.active, "drawn_at": self.drawn_at, "sampler": self._sampler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the schedule. Load the optimizer's state after this, since activation marks bases as stale."""
+        """Restore the schedule. Load the optimizer's state after this, since a draw drops state of layers that leave."""
         self._sampler.load_state_dict(state_dict["sampler"])
         self._set_active(list(state_dict["active"]))
         self.drawn_at = state_dict["drawn_at"]

@@ -4,15 +4,17 @@ import importlib.resources
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 import pyarrow.parquet
+import torch
 import yaml
 from datasets import load_dataset
 from omegaconf import DictConfig, ListConfig
+from torch import Tensor
 from torchtune.data import Message
 from torchtune.datasets import PackedDataset, SFTDataset
 from torchtune.datasets._sft import SFTTransform
@@ -311,6 +313,27 @@ def dataset_nodes(node: DictConfig | ListConfig) -> list[DictConfig]:
 def is_packed(node: DictConfig | ListConfig) -> bool:
     """Whether a config's ``dataset`` fills its rows; it is the same for all of a list."""
     return dataset_nodes(node)[0].get("packed", False)
+
+
+def collate_with_valid(
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]], samples: list[dict[str, Any]]
+) -> dict[str, Tensor]:
+    """The batch of ``collate``, with ``valid`` (b, s) bool: False where a row is padded at its end."""
+    batch = collate(samples)
+    lengths = torch.tensor([_num_tokens(sample) for sample in samples])
+    batch["valid"] = torch.arange(batch["tokens"].shape[1]) < lengths[:, None]
+    return batch
+
+
+def _num_tokens(sample: Mapping[str, Any]) -> int:
+    """Tokens of a row without its padding."""
+    num_tokens = len(sample["tokens"])
+    if "seq_lens" in sample:  # packed: padding is the last sequence, and its positions go on from the one before
+        last = int(sample["seq_lens"][-1])
+        start = num_tokens - last
+        if start > 0 and sample["input_pos"][start] != 0:
+            return start
+    return num_tokens
 
 
 def longest_row(dataset: Any, max_seq_len: int | None) -> int:

@@ -54,6 +54,11 @@ def restore(stored: Tensor, dtype: torch.dtype, *, by_column: bool = False) -> T
     return value.T.contiguous() if by_column else value
 
 
+def is_rounded(stored: Tensor) -> bool:
+    """Whether ``stored`` is kept in 8 bits."""
+    return isinstance(stored, OptimState8bit)
+
+
 def update(stored: Tensor, value: Tensor, *, by_column: bool = False) -> None:
     """Keep ``value`` in the place of what is stored."""
     if stored is value:

@@ -1,5 +1,6 @@
 """AdamW on low-rank gradients."""
 
+import hashlib
 import math
 import time
 import warnings
@@ -15,7 +16,16 @@ from torchao.optim.quant_utils import _fp32_to_bf16_sr
 from owlore_tune import low_bits
 from owlore_tune.layers import model_parts
 from owlore_tune.offload import Offload
-from owlore_tune.projection import BASES, SIDES, is_right, project, range_finder, svd_basis
+from owlore_tune.projection import (
+    BASES,
+    SIDES,
+    is_right,
+    project,
+    range_finder,
+    side_factor,
+    sketch_rows,
+    svd_basis,
+)
 from owlore_tune.world import World, local, rows_of
 
 MOMENTS = ("keep", "project", "reset")
@@ -60,7 +70,10 @@ class OwLoreAdamW(Optimizer):
 
     A projected weight's gradient is reduced to (m, r) by `project_grad`, called by a hook in backward
     (`ActiveLayers`), after each backward (`project_grads`), or by `step` itself. Reduced gradients add up over
-    micro-batches until `step`. On a step that refreshes the basis, the first micro-batch makes it.
+    micro-batches until `step`. On a step that refreshes the basis, the first micro-batch with a gradient makes it.
+
+    On the ``right`` side the direction D of a wide weight (m < n) has m · r entries of about 1, where GaLore's rule has
+    r · n. It is therefore multiplied by √(n/m), so that ``lr`` and ``scale`` move a weight as far on either side.
 
     Args:
         params: parameters or groups, see `parameter_groups`. Every option below can differ by group.
@@ -73,7 +86,8 @@ class OwLoreAdamW(Optimizer):
         basis: ``randomized`` (see `range_finder`) or ``svd``, exact and slow.
         state_bits: of the moments, 32 or 8. A step's direction is taken from its moments before they are rounded.
         basis_bits: of the bases, 32, 16 or 8.
-        stochastic_rounding: write bfloat16 weights back with stochastic rounding.
+        stochastic_rounding: write bfloat16 weights back with stochastic rounding; without it, updates smaller than half
+            the distance between two bfloat16 values are lost.
         seed: of the Gaussian sketches.
 
     Raises:
@@ -97,14 +111,17 @@ class OwLoreAdamW(Optimizer):
         basis: str = "randomized",
         state_bits: int = 32,
         basis_bits: int = 32,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
         self._seed = seed
         self._slots: dict[Tensor, tuple[int, int]] = {}  # parameter → (its group, its index over all groups)
         self._low_grads: dict[Tensor, Tensor] = {}  # what micro-batches have added up to since the last step
+        self._sketches: dict[Tensor, Tensor] = {}  # of the whole gradient, where this step made the basis
+        self._refresh_seconds: dict[Tensor, float] = {}  # of this step
         self._offload = Offload()
-        self.refreshes: list[tuple[float, Tensor]] = []  # (seconds, share of the gradient's energy) of each refresh
+        # (seconds, share of the step's gradient in the basis) of each refresh; the share is an estimate, see `_share`.
+        self.refreshes: list[tuple[float, Tensor]] = []
         defaults = dict(
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, rank=rank, update_gap=update_gap,
             scale=scale, side=side, moments=moments, basis=basis, state_bits=state_bits, basis_bits=basis_bits,
@@ -161,11 +178,14 @@ class OwLoreAdamW(Optimizer):
         right = self.is_right(parameter)
         grad = local(parameter.grad).to(_compute_dtype(parameter))
         parameter.grad = None
-        gathered = self._low_grads.get(parameter)
-        if gathered is None and state.get("basis_age", math.inf) >= group["update_gap"]:
+        if state.get("basis_age", math.inf) >= group["update_gap"]:
             self._refresh(parameter, grad, group)
         low = project(grad, _basis(state, grad.dtype), right)
+        gathered = self._low_grads.get(parameter)
         self._low_grads[parameter] = low if gathered is None else gathered.add_(low)
+        if parameter in self._refresh_seconds:
+            sketch = sketch_rows(grad if right else grad.T, self._generator(parameter, grad.device, "sketch"))
+            self._sketches[parameter] = self._sketches.get(parameter, 0) + sketch
 
     def project_grads(self) -> None:
         """`project_grad` for every parameter: after each backward, where no hook does it."""
@@ -173,32 +193,56 @@ class OwLoreAdamW(Optimizer):
             self.project_grad(parameter)
 
     def _refresh(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Make a new basis from ``grad`` (m, n) and carry the moments over to it."""
+        """Make a new basis from ``grad`` (m, n) and carry the moments over to it.
+
+        A gradient that is zero or not finite makes none: the next one that arrives does, in this step or a later one.
+        """
         if grad.is_cuda:
             torch.cuda.synchronize(grad.device)  # else the clock has the wait for all that was queued before
         started = time.perf_counter()
         state = self.state[parameter]
         right = self.is_right(parameter)
-        old = _basis(state, grad.dtype) if "basis" in state else None
+        old = _basis(state, grad.dtype) if state.get("basis_age", math.inf) < math.inf else None
         if group["basis"] == "svd":
             new, energy = svd_basis(grad, group["rank"], right)
         else:
-            # Not from the global generator, and from nothing that a resumed run would have to replay.
-            seed = hash((self._seed, self._slots[parameter][1], state.get("step", 0))) & 0xFFFF_FFFF
-            generator = torch.Generator(grad.device).manual_seed(seed)
             rows = grad if right else grad.T
             new, energy = range_finder(
-                rows, group["rank"], generator=generator, start=old, world=World.of(parameter),
-                first_row=rows_of(parameter)[0], num_rows=parameter.shape[0 if right else 1],
+                rows, group["rank"], generator=self._generator(parameter, grad.device), start=old,
+                world=World.of(parameter), first_row=rows_of(parameter)[0], num_rows=parameter.shape[0 if right else 1],
             )  # fmt: skip
-        if energy.isnan():  # a step that will be skipped; the basis stays due
-            state.setdefault("basis", low_bits.store(new, group["basis_bits"], by_column=True))
-            state["basis_age"] = group["update_gap"]
+        if energy.isnan():
+            if "basis" not in state:  # so that the zero gradient has a projection; `inf` marks it as no real basis
+                state["basis"] = low_bits.store(new, group["basis_bits"], by_column=True)
+                state["basis_age"] = math.inf
             return
         if old is not None and "step" in state:
             _carry_moments(state, old.T @ new, group["moments"], right)
         state["basis"], state["basis_age"] = low_bits.store(new, group["basis_bits"], by_column=True), 0
-        self.refreshes.append((time.perf_counter() - started, energy))
+        self._refresh_seconds[parameter] = time.perf_counter() - started
+
+    def _generator(self, parameter: Tensor, device: torch.device, purpose: str = "basis") -> torch.Generator:
+        """A generator for this weight and step: not the global one, and nothing that a resumed run has to replay."""
+        text = f"{self._seed} {self._slots[parameter][1]} {self.state[parameter].get('step', 0)} {purpose}"
+        return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
+
+    def _note_refreshes(self) -> None:
+        """Complete the records of the bases that this step made by their shares of the step's whole gradient.
+
+        A share is ‖S P‖² / ‖S‖² for a sketch S of the gradient's rows, since the gradient itself, the sum over all
+        micro-batches, is never there. Of sharded weights every process has a sketch of its own rows.
+        """
+        if not self._sketches:
+            return
+        energies = []  # (2,) per weight: in the basis, in all
+        for parameter, sketch in self._sketches.items():
+            inside = sketch @ _basis(self.state[parameter], sketch.dtype)
+            energies.append(torch.stack([inside.square().sum(), sketch.square().sum()]))
+        sums = World.of(next(iter(self._sketches))).sum_(torch.stack(energies).double())
+        shares = (sums[:, 0] / sums[:, 1]).clamp(0, 1)
+        self.refreshes += [
+            (self._refresh_seconds[parameter], share) for parameter, share in zip(self._sketches, shares, strict=True)
+        ]
 
     def step_grads(self) -> dict[Tensor, Tensor]:
         """The gradients that the next step will use, by parameter: (m, r) for projected ones, else of its shape."""
@@ -242,7 +286,8 @@ class OwLoreAdamW(Optimizer):
                     self._step_projected(parameter, self._low_grads[parameter], group)
                 elif parameter.grad is not None:
                     self._step_full_rank(parameter, local(parameter.grad), group)
-        self._low_grads.clear()
+        self._note_refreshes()
+        self._forget_step()
         return loss
 
     def _step_projected(self, parameter: Tensor, low_grad: Tensor, group: dict[str, Any]) -> None:
@@ -250,7 +295,7 @@ class OwLoreAdamW(Optimizer):
         right = self.is_right(parameter)
         state = self._advance(parameter, low_grad, group, by_column=right)
         state["basis_age"] += 1
-        moments = [low_bits.restore(state[key], low_grad.dtype, by_column=right) for key in _MOMENT_KEYS]
+        moments = _restore_moments([state[key] for key in _MOMENT_KEYS], low_grad.dtype, by_column=right)
         direction = torch.zeros_like(low_grad)
         adamw_(direction, low_grad, moments, state["step"], group, lr=-1.0, weight_decay=0.0)
         for key, moment in zip(_MOMENT_KEYS, moments, strict=True):
@@ -258,7 +303,7 @@ class OwLoreAdamW(Optimizer):
         basis = _basis(state, low_grad.dtype)
         rows, columns = (direction, basis.T) if right else (basis, direction)
         decay = 1 - group["lr"] * group["weight_decay"]
-        step = group["lr"] * group["scale"]
+        step = group["lr"] * group["scale"] * (side_factor(parameter.shape) if right else 1.0)
         own = local(parameter)
         if own.dtype == low_grad.dtype:
             own.addmm_(rows, columns, beta=decay, alpha=-step)
@@ -277,7 +322,7 @@ class OwLoreAdamW(Optimizer):
         for start in range(0, len(weights), size):
             stop = min(start + size, len(weights))
             stored = [low_bits.piece(state[key], start, stop) for key in _MOMENT_KEYS]
-            moments = [low_bits.restore(moment, dtype) for moment in stored]
+            moments = _restore_moments(stored, dtype)
             some_grads = grads[start:stop].to(dtype)
             weight = weights[start:stop]
             moved = weight.to(dtype)  # the weights themselves where the dtypes agree
@@ -299,26 +344,29 @@ class OwLoreAdamW(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._low_grads.clear()
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        for gathered in (self._low_grads, self._sketches, self._refresh_seconds):
+            gathered.clear()
 
     def deactivate(self, parameters: Iterable[Tensor], inactive_state: str = "drop") -> None:
         """Forget the gradients of parameters that stop training, and drop, offload or keep their state."""
         for parameter in parameters:
             parameter.grad = None
-            self._low_grads.pop(parameter, None)
+            for gathered in (self._low_grads, self._sketches, self._refresh_seconds):
+                gathered.pop(parameter, None)
             if inactive_state == "drop":
                 self.state.pop(parameter, None)
             elif inactive_state == "offload":
                 self._offload.to_host(self.state.get(parameter, {}))
 
     def activate(self, parameters: Iterable[Tensor]) -> None:
-        """Bring back the state of parameters that train again, their bases due for a refresh."""
+        """Bring back the state of parameters that train again. A basis that was kept is refreshed by its age."""
         for parameter in parameters:
             parameter.grad = None
             if parameter in self.state:
                 self._offload.to_device(self.state[parameter], parameter.device)
-                if "basis_age" in self.state[parameter]:
-                    self.state[parameter]["basis_age"] = self.group_of(parameter)["update_gap"]
 
     def state_bytes(self, *keys: str) -> int:
         """Bytes of the state's tensors, or of those under ``keys``: ``exp_avg``, ``exp_avg_sq``, ``basis``.
@@ -408,6 +456,18 @@ def _carry_moments(state: dict[str, Any], turn: Tensor, moments: str, right: boo
         for key, matrix in zip(_MOMENT_KEYS, (turn, turn.square()), strict=True):
             moment = low_bits.restore(state[key], turn.dtype, by_column=right)
             low_bits.update(state[key], moment @ matrix if right else matrix.T @ moment, by_column=right)
+
+
+def _restore_moments(stored: Sequence[Tensor], dtype: torch.dtype, by_column: bool = False) -> list[Tensor]:
+    """Mean and mean square as they were stored.
+
+    Where 8 bits rounded a mean square to zero and its mean not, the mean's square takes its place: no mean square is
+    smaller. Dividing by zero, or nearly so, would make directions of a hundred and more.
+    """
+    mean, mean_square = (low_bits.restore(moment, dtype, by_column=by_column) for moment in stored)
+    if low_bits.is_rounded(stored[1]):
+        torch.where(mean_square == 0, mean.square(), mean_square, out=mean_square)
+    return [mean, mean_square]
 
 
 def _basis(state: dict[str, Any], dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ D = share of entries with A_ij > τ · mean(A).
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from owlore_tune.world import ALONE, World, local, reshard
 
 InputNorms = list[
     dict[str, Tensor]
-]  # per layer: Linear's name → (in_features,) ‖X_:,j‖₂, float32 or the model's float64
+]  # per layer: Linear's name → (in_features,) ‖X_:,j‖₂, float64
 
 
 def outlier_scores(
@@ -27,7 +28,8 @@ def outlier_scores(
     Args:
         model: a torchtune ``TransformerDecoder``.
         batches: calibration inputs, keyword arguments of the model's forward (``tokens`` (b, s), and as needed
-            ``mask``, ``input_pos``) on its device. Every position counts, padding too: prefer packed batches.
+            ``mask``, ``input_pos``) on its device. Positions that are False under the key ``valid`` (b, s), bool,
+            are padding and do not count; the model is not passed that key.
         threshold: τ, in multiples of the layer's mean; 13 is what the paper's released scores were made with.
         world: processes that have parts of the weights and batches of their own; all get the score of all batches.
 
@@ -36,16 +38,21 @@ def outlier_scores(
 
     Raises:
         TypeError: if ``model`` is not a ``TransformerDecoder``.
-        ValueError: if there are no batches, or ``threshold`` is not positive.
+        ValueError: if there are no batches, ``threshold`` is not positive, or weights or inputs of a layer are not
+            finite.
     """
     if not threshold > 0:
         raise ValueError(f"outlier_threshold={threshold}; it must be above 0")
     layers = find_layers(model)
     norms = input_norms(model, batches, world)
-    return [
-        outlier_share([(linear.weight, norms[i][name]) for name, linear in find_linears(layer)], threshold, world)
-        for i, layer in enumerate(tqdm(layers, desc="Outliers", unit="layer", leave=False))
-    ]
+    scores = []
+    for i, layer in enumerate(tqdm(layers, desc="Outliers", unit="layer", leave=False)):
+        try:
+            linears = [(linear.weight, norms[i][name]) for name, linear in find_linears(layer)]
+            scores.append(outlier_share(linears, threshold, world))
+        except ValueError as error:
+            raise ValueError(f"layer {i}: {error}") from error
+    return scores
 
 
 @torch.no_grad()
@@ -53,17 +60,21 @@ def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world
     """‖X_:,j‖₂ of the inputs of every Linear, from one forward pass of each batch, over all processes together."""
     layers = find_layers(model)
     squares: InputNorms = [{} for _ in layers]
+    counted = _Counted()
     handles = [
         hook
         for layer, layer_squares in zip(layers, squares, strict=True)
-        for hook in _count_squares(layer, layer_squares)
+        for hook in _count_squares(layer, layer_squares, counted)
     ]
     was_training = model.training
     model.eval()
     num_batches = 0
     try:
         for batch in tqdm(batches, desc="Scoring layers", unit="batch", leave=False):
-            model(**batch)
+            inputs = dict(batch)
+            valid = inputs.pop("valid", None)
+            counted.valid = None if valid is None or valid.all() else valid.flatten()
+            model(**inputs)
             num_batches += 1
     finally:
         model.train(was_training)
@@ -75,7 +86,16 @@ def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world
     return [{name: world.sum_(total.clone()).sqrt() for name, total in layer.items()} for layer in squares]
 
 
-def _count_squares(layer: nn.Module, squares: dict[str, Tensor]) -> list[torch.utils.hooks.RemovableHandle]:
+@dataclass
+class _Counted:
+    """Which positions of the batch in the model count: (b · s,) bool, all where None."""
+
+    valid: Tensor | None = None
+
+
+def _count_squares(
+    layer: nn.Module, squares: dict[str, Tensor], counted: _Counted
+) -> list[torch.utils.hooks.RemovableHandle]:
     # The query, key and value projections read one tensor, and so do gate and up: each is measured once.
     last: dict[str, Tensor | None] = {"input": None, "squares": None}
 
@@ -83,9 +103,10 @@ def _count_squares(layer: nn.Module, squares: dict[str, Tensor]) -> list[torch.u
         def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
             if args[0] is not last["input"]:
                 x = args[0].reshape(-1, args[0].shape[-1])
+                x = x if counted.valid is None else x[counted.valid]
                 dtype = torch.promote_types(x.dtype, torch.float32)
                 last["input"] = args[0]
-                last["squares"] = torch.linalg.vector_norm(x, dim=0, dtype=dtype).square()
+                last["squares"] = torch.linalg.vector_norm(x, dim=0, dtype=dtype).double().square()
             assert last["squares"] is not None
             squares[name] = squares[name] + last["squares"] if name in squares else last["squares"]
 
@@ -107,10 +128,19 @@ def outlier_share(
     """Share of entries of A = |W| · norm above ``threshold`` times the mean of A over all ``linears`` together.
 
     Streamed: at most one Linear's A is alive at a time.
+
+    Raises:
+        ValueError: if a weight or a norm is not finite, since no comparison with their mean would be true.
     """
     num_entries = sum(weight.numel() for weight, _ in linears)
     own = [(local(weight), norm.to(weight.device)) for weight, norm in linears]
     sums = [torch.dot(weight.abs().sum(0, dtype=torch.float64), norm.double()) for weight, norm in own]
     limit = threshold * world.sum_(torch.stack(sums).sum()) / num_entries
-    counts = [(weight.abs() * norm > limit).sum() for weight, norm in own]
+    if not limit.isfinite():
+        raise ValueError("its weights, or the activations that reach them, are not finite; are the weights damaged?")
+    counts = [(weight.abs() * norm.to(_product_dtype(weight)) > limit).sum() for weight, norm in own]
     return int(world.sum_(torch.stack(counts).sum())) / num_entries
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

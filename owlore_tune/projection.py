@@ -14,11 +14,17 @@ from owlore_tune.world import ALONE, World, peak
 SIDES = ("right", "shape")
 BASES = ("randomized", "svd")
 OVERSAMPLING = 8
+SKETCH_ROWS = 16  # enough to know the energy that a basis misses within a few percent of it
 
 
 def is_right(shape: torch.Size, side: str) -> bool:
     """Whether a weight of ``shape`` (m, n) is projected on its right. ``shape`` is GaLore's rule: the shorter side."""
     return side == "right" or shape[0] >= shape[1]
+
+
+def side_factor(shape: torch.Size) -> float:
+    """How much further a weight (m, n) moves under GaLore's rule than on its right, for the same learning rate."""
+    return max(1.0, shape[1] / shape[0]) ** 0.5
 
 
 def project(
@@ -51,8 +57,8 @@ def range_finder(
     ``first_row`` the place of the first among all ``num_rows``. Every process gets the same basis, for (q + 1) · n ·
     (r + 8) + (r + 8)² numbers summed over all (q = 1; one n · (r + 8) less with ``start``) and n · r from the first.
 
-    It does not fail on a zero or rank-deficient gradient: the missing columns are arbitrary orthonormal ones. Of a
-    gradient that is not finite there is no basis: the columns are then those of the identity, and the share is NaN.
+    It does not fail on a rank-deficient gradient: the missing columns are arbitrary orthonormal ones. A gradient that is
+    zero or not finite has no basis: the columns are then arbitrary, and the share is NaN.
     """
     m, n = grad.shape
     num_rows = m if num_rows is None else num_rows
@@ -89,6 +95,12 @@ def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tens
     return basis.contiguous(), _share((singular[:rank] / scale).square().sum(), grad, scale)
 
 
+def sketch_rows(grad: Tensor, generator: torch.Generator) -> Tensor:  # (m, n) → (SKETCH_ROWS, n)
+    """Random combinations of the gradient's rows. Sketches of one generator's state add up as their gradients do."""
+    weights = torch.randn(SKETCH_ROWS, grad.shape[0], generator=generator, device=grad.device, dtype=grad.dtype)
+    return weights @ grad
+
+
 def fix_signs(basis: Tensor) -> Tensor:
     """Flip columns so that the entry of largest magnitude in each is positive."""
     peaks = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))  # (1, r)
@@ -96,9 +108,9 @@ def fix_signs(basis: Tensor) -> Tensor:
 
 
 def _share(captured: Tensor, grad: Tensor, scale: Tensor, world: World = ALONE) -> Tensor:
-    """``captured``, in units of scale², as a share of ‖grad‖²; 1 for a zero gradient, of which nothing is lost."""
+    """``captured``, in units of scale², as a share of ‖grad‖²; NaN for a zero gradient."""
     total = world.sum_((torch.linalg.vector_norm(grad, dtype=torch.float64) / scale).square())
-    return torch.where(total > 0, captured / total, 1.0).clamp(0, 1)
+    return (captured / total).clamp(0, 1)
 
 
 def _unit_scale(columns: Tensor, world: World = ALONE) -> Tensor:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -41,7 +42,8 @@ def layer_scores(
 
     Raises:
         TypeError: if ``model`` is not a torchtune ``TransformerDecoder``.
-        ValueError: if ``score`` is unknown, or needs batches and there are none.
+        ValueError: if ``score`` is unknown, or needs batches and there are none, or if weights or activations of a
+            layer are not finite.
     """
     layers = find_layers(model)
     num_layers = len(layers)
@@ -59,7 +61,10 @@ def layer_scores(
     per_layer = {"weight_norm": weight_norm, "heavy_tail": heavy_tail}.get(score)
     if per_layer is None:
         raise ValueError(f"score={score!r}; choose one of {', '.join(SCORES)}")
-    return [per_layer(layer) for layer in tqdm(layers, desc=f"Scoring by {score}", unit="layer", leave=False)]
+    scores = [per_layer(layer) for layer in tqdm(layers, desc=f"Scoring by {score}", unit="layer", leave=False)]
+    if bad := [layer for layer, value in enumerate(scores) if not math.isfinite(value)]:
+        raise ValueError(f"layer {bad[0]}: its weights are not finite; are they damaged?")
+    return scores
 
 
 @torch.no_grad()
@@ -79,6 +84,8 @@ def heavy_tail(layer: nn.Module) -> float:
     estimates = []
     for _, linear in find_linears(layer):
         weight = full(linear.weight).to(torch.promote_types(linear.weight.dtype, torch.float32))
+        if not weight.isfinite().all():  # the decomposition would not converge
+            return math.nan
         logs = 2 * torch.linalg.svdvals(weight).double().clamp_min(1e-30).log()  # descending
         k = len(logs) // 2
         estimates.append((logs[:k] - logs[k]).mean())

@@ -56,7 +56,7 @@ from owlore_tune.config import (
     plain,
     shared_directory,
 )
-from owlore_tune.data import dataset_nodes, is_packed, longest_row
+from owlore_tune.data import collate_with_valid, dataset_nodes, is_packed, longest_row
 from owlore_tune.layers import find_layers, model_parts, plain_name
 from owlore_tune.manifest import MANIFEST, machine, versions, write_json
 from owlore_tune.memory import peak_memory_bytes, return_freed_memory
@@ -481,9 +481,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _score_layers(self, cfg: DictConfig) -> LayerScores:
         started = time.perf_counter()
         kind, threshold = self._owlore.score, self._owlore.outlier_threshold
-        scores = layer_scores(
-            self._model, kind, batches=self._calibration_batches, threshold=threshold, world=self._world
-        )
+        try:
+            scores = layer_scores(
+                self._model, kind, batches=self._calibration_batches, threshold=threshold, world=self._world
+            )
+        except ValueError as error:
+            raise RunError(f"the layers cannot be scored: {error}") from error
         self._run_log.seconds["score"] = time.perf_counter() - started
         needs_data = kind in NEEDS_DATA
         data = {
@@ -501,9 +504,17 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         )
 
     def _calibration_batches(self) -> Iterator[Batch]:
-        """The first batches of the training data, in training order, as the model takes them."""
-        self._dataloader.sampler.set_epoch(0)
-        for batch in islice(self._dataloader, self._owlore.calibration_batches):
+        """The first batches of the training data, in training order, as the model takes them, padding marked."""
+        loader = self._dataloader
+        loader.sampler.set_epoch(0)
+        marked = StatefulDataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            sampler=loader.sampler,
+            collate_fn=partial(collate_with_valid, loader.collate_fn),
+            generator=torch.Generator(),
+        )
+        for batch in islice(marked, self._owlore.calibration_batches):
             del batch["labels"]
             utils.batch_to_device(batch, self._device)
             yield batch

@@ -29,6 +29,7 @@ def weights_and_grads(num_steps: int, dtype=torch.float32, shapes=SHAPES):
 
 
 def run(optimizer, parameters, steps):
+    torch.manual_seed(0)  # of stochastic rounding
     for grads in steps:
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad.clone()
@@ -138,6 +139,84 @@ def test_basis_is_refreshed_every_update_gap_steps():
     assert changed == [False, False, True, False, False, True]
     assert len(optimizer.refreshes) == 3
     assert all(seconds > 0 and 0 < energy <= 1 for seconds, energy in optimizer.refreshes)
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (512, 64), (128, 128)], ids=str)
+def test_a_weight_moves_as_far_on_its_right_as_under_galores_rule(shape):
+    """LLaMA-3's k, v and down projections are wide: on the right their directions have fewer entries."""
+    norms = {}
+    for side in ("right", "shape"):
+        (weight,), ((grad,),) = weights_and_grads(1, shapes=[shape])
+        steps = [[grad + 1e-6 * other] for other in torch.randn(10, *shape, generator=torch.Generator().manual_seed(1))]
+        parameter = torch.nn.Parameter(weight.clone())
+        run(OwLoreAdamW([parameter], lr=1e-2, rank=16, side=side), [parameter], steps)
+        norms[side] = torch.linalg.vector_norm(parameter.detach() - weight).item()
+    assert norms["right"] == pytest.approx(norms["shape"], rel=0.1)
+
+
+def test_the_energy_of_a_refresh_is_that_of_the_whole_step():
+    """Of 16 micro-batches with noise of their own, the first, which makes the basis, lies in it far more than all."""
+    gen = torch.Generator().manual_seed(0)
+    common = torch.randn(96, 3, generator=gen) @ torch.randn(3, 64, generator=gen)
+    grads = [common + 4 * torch.randn(96, 64, generator=gen) for _ in range(16)]
+    parameter = torch.nn.Parameter(torch.zeros(96, 64))
+    optimizer = OwLoreAdamW([parameter], rank=16)
+    for grad in grads:
+        parameter.grad = grad.clone()
+        optimizer.project_grads()
+    optimizer.step()
+    basis = optimizer.state[parameter]["basis"]
+    exact, of_first = ((g @ basis).square().sum() / g.square().sum() for g in (sum(grads), grads[0]))
+    ((_, told),) = optimizer.refreshes
+    assert float(told) == pytest.approx(exact.item(), abs=0.03)
+    assert abs(exact - of_first) > 0.06
+
+
+def test_a_zero_gradient_makes_no_basis():
+    """The first micro-batch of a step has nothing to train on: the second one makes the basis."""
+    weights, steps = weights_and_grads(1)
+    parameter = torch.nn.Parameter(weights[0].clone())
+    optimizer = OwLoreAdamW([parameter], rank=4)
+    parameter.grad = torch.zeros_like(weights[0])
+    optimizer.project_grads()
+    parameter.grad = steps[0][0].clone()
+    optimizer.step()
+    expected, _ = range_finder(steps[0][0], 4, generator=torch.Generator().manual_seed(0))
+    overlap = torch.linalg.svdvals(optimizer.state[parameter]["basis"].T @ expected)
+    torch.testing.assert_close(overlap, torch.ones(4), atol=0.05, rtol=0)
+    assert len(optimizer.refreshes) == 1
+    optimizer.zero_grad()
+    parameter.grad = torch.zeros_like(weights[0])  # a basis that is not due stays
+    optimizer.step()
+    assert optimizer.state[parameter]["basis_age"] == 2
+
+
+def test_directions_of_eight_bit_moments_are_bounded_on_real_gradients(smollm2_dir):
+    """Mean squares that 8 bits round to zero, beside means that they don't, gave directions of more than 100."""
+    from owlore_tune.checkpoints import HFCheckpointer
+    from owlore_tune.data import mmlu_dev_dataset
+    from owlore_tune.smollm2 import smollm2_135m
+    from owlore_tune.tokenizer import HFChatTokenizer
+
+    with torch.device("meta"):
+        model = smollm2_135m()
+    HFCheckpointer(str(smollm2_dir), "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
+    trained = [p for p in model.layers[29].parameters() if p.ndim == 2]
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = OwLoreAdamW(trained, lr=1e-5, rank=None, state_bits=8)
+    dataset = mmlu_dev_dataset(HFChatTokenizer(str(smollm2_dir)))
+    largest = 0.0
+    for number in range(8):
+        tokens, labels = torch.tensor([dataset[number]["tokens"]]), torch.tensor(dataset[number]["labels"])
+        torch.nn.functional.cross_entropy(model(tokens)[0, :-1], labels[1:]).backward()
+        before = [p.detach().clone() for p in trained]
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = [(p.detach() - old).abs().max().item() / 1e-5 for p, old in zip(trained, before, strict=True)]
+        largest = max(largest, *moved)
+    assert largest < 4
 
 
 @pytest.mark.parametrize("side", ["right", "shape"])

@@ -60,3 +60,36 @@ def test_bad_calls_are_refused(tokens):
         outlier_scores(tiny_llama(), [{"tokens": tokens}], 0)
     with pytest.raises(TypeError, match="TransformerDecoder; got Linear"):
         outlier_scores(torch.nn.Linear(2, 2), [{"tokens": tokens}])
+
+
+def padded(rows, batch_size):
+    """Batches of ``rows`` (lists of tokens), padded at the end with a token that rows have too."""
+    for start in range(0, len(rows), batch_size):
+        some = rows[start : start + batch_size]
+        longest = max(map(len, some))
+        tokens = torch.tensor([row + [5] * (longest - len(row)) for row in some])
+        yield {"tokens": tokens, "valid": torch.arange(longest) < torch.tensor([[len(row)] for row in some])}
+
+
+def test_scores_do_not_depend_on_the_batch_size():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(64, (length,), generator=generator).tolist() for length in (3, 40, 7, 21, 12, 30, 5, 9)]
+    model = tiny_llama(dtype=torch.float64)
+    one, *others = (outlier_scores(model, padded(rows, size), 3.0) for size in (1, 2, 4, 8))
+    for scores in others:
+        np.testing.assert_allclose(scores, one, atol=1e-6, rtol=0)
+    counted = ({"tokens": batch["tokens"]} for batch in padded(rows, 8))  # that padding counts can be seen
+    assert np.abs(np.subtract(outlier_scores(model, counted, 3.0), one)).max() > 1e-3
+
+
+def test_what_is_not_finite_is_an_error_that_names_the_layer(tokens):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.layers[2].mlp.w1.weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="layer 2: its weights, or the activations that reach them, are not finite"):
+        outlier_scores(model, [{"tokens": tokens}])
+    model = tiny_llama()
+    with torch.no_grad():
+        model.layers[1].sa_norm.scale[0] = float("inf")  # weights are fine, activations from here on are not
+    with pytest.raises(ValueError, match="layer 1: "):
+        outlier_scores(model, [{"tokens": tokens}])
