@@ -84,8 +84,8 @@ MODELS = {
     ),
     "llama2-7b": Model(
         "llama2/7B_owlore", "torchtune.models.llama2.llama2_7b", "torchtune.models.llama2.lora_llama2_7b", "LLAMA2",
-        {"_component_": "torchtune.models.llama2.llama2_tokenizer",
-         "path": "${checkpointer.checkpoint_dir}/tokenizer.model"},
+        {"_component_": "owlore_tune.tokenizer.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}",
+         "chat_template": "plain"},
         "bf16", 1, 512, True,
     ),
 }  # fmt: skip

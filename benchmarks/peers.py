@@ -1,6 +1,6 @@
 """A plain training loop on the transformers model, with the optimizers that peers publish.
 
-    python benchmarks/peers.py galore|badam|lisa --model DIR --output steps.jsonl
+    python benchmarks/peers.py galore|badam|lisa --model DIR --output steps.jsonl [--data FILE --lr LR --save DIR ...]
 
 galore is `galore-torch`'s AdamW and badam is `badam`'s BlockOptimizer, both from PyPI. lisa is a loop that behaves as
 LISA's published code does: one torch AdamW over all weights, layers frozen and unfrozen by turns, so that state of
@@ -18,10 +18,11 @@ import torch
 from step_logger import StepLogger
 from torch.utils.data import DataLoader
 from torchtune.data import padded_collate_packed
+from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from owlore_tune.data import mmlu_dev_dataset
+from owlore_tune.data import instruction_dataset, mmlu_dev_dataset
 from owlore_tune.tokenizer import HFChatTokenizer
 
 
@@ -40,14 +41,14 @@ def galore_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.
         "scale": 0.25,
         "proj_type": "std",
     }
-    return adamw([{"params": others}, group], lr=1e-4, no_deprecation_warning=True)
+    return adamw([{"params": others}, group], lr=args.lr or 1e-4, no_deprecation_warning=True)
 
 
 def badam_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     from badam import BlockOptimizer
 
     return BlockOptimizer(
-        base_optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True),
+        base_optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr or 1e-5, fused=True),
         named_parameters_list=list(model.named_parameters()),
         switch_block_every=args.resample_every,
         switch_mode="random",
@@ -61,7 +62,7 @@ class LisaAsPublished:
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
         self._layers, self._every, self._steps = model.model.layers, args.resample_every, 0
         self._draw()
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr or 1e-5, fused=True)
         self.state = self._optimizer.state
 
     def _draw(self) -> None:
@@ -104,18 +105,33 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--checkpointing", action="store_true", help="of activations")
+    parser.add_argument("--lr", type=float, help="the method's own where left out")
+    parser.add_argument("--warmup", type=int, help="steps, of a cosine schedule; a constant lr where left out")
+    parser.add_argument("--clip", type=float, help="norm that gradients are clipped to")
+    parser.add_argument("--data", help="file of instruction data, trained on in its order, instead of MMLU dev")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--save", help="directory for the trained model")
     args = parser.parse_args()
-    torch.manual_seed(42)
-    random.seed(42)
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).train()
     if args.checkpointing:
         model.gradient_checkpointing_enable()
-    dataset = mmlu_dev_dataset(HFChatTokenizer(args.model, args.seq_len), packed=True)
-    loader = DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True, collate_fn=padded_collate_packed)
+    tokenizer = HFChatTokenizer(args.model, args.seq_len)
+    if args.data:
+        dataset = instruction_dataset(tokenizer, data_files=args.data, packed=True)
+    else:
+        dataset = mmlu_dev_dataset(tokenizer, packed=True)
+    loader = DataLoader(
+        dataset, args.batch_size, shuffle=not args.data, drop_last=True, collate_fn=padded_collate_packed
+    )
     batches = [batch for _ in range(-(-args.steps // len(loader))) for batch in loader][: args.steps]
     optimizer = OPTIMIZERS[args.method](model, args)
+    scheduler = None
+    if args.warmup is not None:
+        scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup, args.steps)
     logger = StepLogger(args.output)
     for step, batch in enumerate(tqdm(batches, unit="step"), start=1):
         loss = model(
@@ -124,10 +140,16 @@ def main() -> None:
             labels=batch["labels"].to(device),
         ).loss
         loss.backward()
+        if args.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
         optimizer.zero_grad()
         logger.log_dict({"loss": loss.item(), "optimizer_state_gb": state_bytes(optimizer) / 1e9}, step)
     logger.close()
+    if args.save:
+        model.save_pretrained(args.save)
 
 
 if __name__ == "__main__":

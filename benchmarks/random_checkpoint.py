@@ -3,17 +3,17 @@
     python benchmarks/random_checkpoint.py --output /tmp/Llama-2-7b-hf [--config llama2/7B_owlore] [field=value ...]
 
 The model is that of a training config. Weights are made, converted and written one shard at a time, so no more than a
-shard is in memory. A few of them are outliers, or no layer would have a score. The tokenizer is a small SentencePiece
-model, trained on the questions that lm-evaluation-harness carries: its tokens are real text, the model's answers not.
+shard is in memory. A few of them are outliers, or no layer would have a score. The tokenizer is a small one, trained on
+the questions that lm-evaluation-harness carries: its tokens are real text, the model's answers not.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import sentencepiece
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torchtune import config
 from torchtune.models import convert_weights
@@ -84,13 +84,24 @@ def hf_config(model: TransformerDecoder, model_type: str) -> dict:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A SentencePiece ``tokenizer.model`` of 2000 tokens, with bytes to fall back on, as LLaMA-2's has."""
-    sentences = [f"{row['instruction']} {row['output']}" for row in mmlu_dev_rows()]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_prefix=str(directory / "tokenizer"), vocab_size=2000,
-        model_type="bpe", byte_fallback=True, max_sentence_length=2**14, minloglevel=2,
+    """A byte-level BPE tokenizer of 2000 tokens that adds BOS, as LLaMA-2's does, with a small chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )  # fmt: skip
-    (directory / "tokenizer.vocab").unlink()
+    tokenizer.train_from_iterator((f"{row['instruction']} {row['output']}" for row in mmlu_dev_rows()), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    template = (
+        "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(named, indent=2))
 
 
 def main() -> None:

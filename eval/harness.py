@@ -12,8 +12,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from owlore_evals.local_choices import SCORINGS, local_choices_task
+from owlore_evals.local_math import local_math_task
 from owlore_tune.config import ConfigError
 
+LAST_NUMBER = "last_number"  # a scoring of arithmetic problems
 OWN_TASKS = Path(__file__).parent / "tasks"
 
 
@@ -30,19 +32,22 @@ def load_tasks(
         names: the harness's tasks, groups and tags, and ours in eval/tasks.
         data_root: directory of copies of hub datasets, ``DATA_ROOT/cais/mmlu`` of cais/mmlu; a dataset that is not
             there comes from the hub.
-        data_files: name to JSON file, each a task of local_choices.py.
+        data_files: name to JSON file, each a task of local_choices.py, or of local_math.py for ``last_number``.
         scoring: of ``data_files``.
 
     Raises:
         ConfigError: if a name is unknown, or documents cannot be had; it says how to get them.
     """
-    if scoring not in SCORINGS:
-        raise ConfigError(f"scoring={scoring}; choose one of {', '.join(SCORINGS)}")
+    if scoring not in (*SCORINGS, LAST_NUMBER):
+        raise ConfigError(f"scoring={scoring}; choose one of {', '.join((*SCORINGS, LAST_NUMBER))}")
     names = list(names)
     manager = _task_manager(names, data_root)
     loaded = [task for name in names for task in _load(manager, name, data_root)]
     try:
-        loaded += [local_choices_task(name, Path(f).expanduser(), scoring) for name, f in (data_files or {}).items()]
+        for name, file in (data_files or {}).items():
+            path = Path(file).expanduser()
+            is_math = scoring == LAST_NUMBER
+            loaded.append(local_math_task(name, path) if is_math else local_choices_task(name, path, scoring))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return loaded

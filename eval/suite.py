@@ -23,7 +23,7 @@ SUITE: dict[str, Any] = {
     "data_root": None,  # copies of hub datasets
     "num_fewshot": None,  # the tasks' own
     "limit": None,  # documents of each task
-    "apply_chat_template": False,
+    "apply_chat_template": None,  # as in training: the model's own, if it has one
     "fewshot_as_multiturn": True,
     "data_dir": None,  # MT-Bench: FastChat's files
     "max_new_tokens": 1024,  # MT-Bench
@@ -50,6 +50,7 @@ class Suite:
     def __init__(self, cfg: DictConfig) -> None:
         check_suite(cfg)
         self.cfg = cfg
+        self.apply_chat_template = bool(cfg.apply_chat_template)
         names = list(cfg.tasks) if isinstance(cfg.tasks, ListConfig) else str(cfg.tasks).split(",")
         data_files = dict(cfg.data_files or {})
         if not names and not data_files:
@@ -80,10 +81,19 @@ class Suite:
         return cls(DictConfig(OmegaConf.merge(SUITE, *layers)))
 
     def check_model(self, tokenizer: HFChatTokenizer, max_seq_len: int) -> None:
-        """Raise ConfigError for what the tokenizer or the model's length make impossible."""
+        """Take from the tokenizer whether there is a chat template to apply; call this before `run`.
+
+        Raises:
+            ConfigError: for what the tokenizer or the model's length make impossible.
+        """
         length = min(self.cfg.max_length or max_seq_len, max_seq_len)
-        if tokenizer.chat_template is None and (self.cfg.apply_chat_template or self._mt_bench):
-            raise ConfigError("this model has no chat template; set apply_chat_template=false, and leave out mt_bench")
+        if not tokenizer.is_chat and (self.cfg.apply_chat_template or self._mt_bench):
+            raise ConfigError(
+                "this model has no chat template, or tokenizer.chat_template=plain; set apply_chat_template=null, and "
+                "leave out mt_bench"
+            )
+        if self.cfg.apply_chat_template is None:
+            self.apply_chat_template = tokenizer.is_chat
         if self._mt_bench is not None and self.cfg.max_new_tokens >= length:
             raise ConfigError(
                 f"max_new_tokens={self.cfg.max_new_tokens} leaves no room in {length} tokens for a prompt"
@@ -121,7 +131,7 @@ class Suite:
                 self._tasks,
                 num_fewshot=self.cfg.num_fewshot,
                 limit=self.cfg.limit,
-                apply_chat_template=self.cfg.apply_chat_template,
+                apply_chat_template=self.apply_chat_template,
                 fewshot_as_multiturn=self.cfg.fewshot_as_multiturn,
                 use_cache=str(directory / f"requests_{model_id}") if use_cache else None,
                 log_samples=log_samples,
@@ -144,9 +154,9 @@ def check_suite(cfg: DictConfig) -> None:
     check_type("num_fewshot", cfg.num_fewshot, int | None)
     if cfg.num_fewshot is not None and cfg.num_fewshot < 0:
         raise ConfigError(f"num_fewshot={cfg.num_fewshot}; it must be at least 0, or null")
-    for key in ("apply_chat_template", "fewshot_as_multiturn"):
-        check_type(key, cfg[key], bool)
-    check_type("add_bos", cfg.add_bos, bool | None)
+    check_type("fewshot_as_multiturn", cfg.fewshot_as_multiturn, bool)
+    for key in ("apply_chat_template", "add_bos"):
+        check_type(key, cfg[key], bool | None)
     check_type("seed", cfg.seed, int)
     check_type("min_coverage", cfg.min_coverage, float)
     if not 0 <= cfg.min_coverage <= 1:

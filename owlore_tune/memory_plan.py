@@ -8,7 +8,7 @@ sum. So the plan holds for any model, loss and dtype that the step itself runs w
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -148,6 +148,7 @@ def peer_plans(
     device: torch.device,
     rank: int,
     framework: int,
+    train_outside: Mapping[str, bool],
     lora_rank: int = 16,
     sharding: Sharding | None = None,
 ) -> dict[str, MemoryPlan]:
@@ -155,9 +156,12 @@ def peer_plans(
 
     Full fine-tuning and LoRA (on every Linear of the layers) as torchtune's recipes have them: AdamW's state in the
     weights' dtype, and its chunked loss. GaLore (arXiv 2403.03507) projects all layers at once, LISA (arXiv
-    2403.17919) trains two of them at full rank; both train embeddings and head too, with float32 moments.
+    2403.17919) trains two of them at full rank; both have float32 moments.
+
+    Args:
+        train_outside: ``train_embeddings``, ``train_output`` and ``train_norm`` of `parameter_groups`, which hold for
+            GaLore and LISA as for the run they are compared with. Full fine-tuning trains all weights.
     """
-    others = dict(train_embeddings=True, train_output=True, train_norm=True)
     theirs = copy.deepcopy(model)
     vars(theirs).pop("unembed", None)  # back to logits as the model itself makes them
     their_loss = CEWithChunkedOutputLoss()
@@ -167,8 +171,8 @@ def peer_plans(
     plans[f"LoRA, r={lora_rank}"] = _adamw_plan(theirs, their_loss, shape, device, framework, sharding, adapters)
     sides = [min(p.shape) for layer in model_parts(model).layers for p in layer.values() if p.ndim == 2]
     rank = min(rank, max(sides) - 1)
-    galore = OwLoreAdamW(parameter_groups(model, **others), rank=rank, side="shape")
-    lisa = OwLoreAdamW(parameter_groups(model, **others), rank=None)
+    galore = OwLoreAdamW(parameter_groups(model, **train_outside), rank=rank, side="shape")
+    lisa = OwLoreAdamW(parameter_groups(model, **train_outside), rank=None)
     for name, optimizer, num_active in ((f"GaLore, r={rank}", galore, None), ("LISA, γ=2", lisa, 2)):
         plans[name] = plan_memory(
             model, loss_fn, optimizer, shape, device=device, num_active=num_active, framework=framework,

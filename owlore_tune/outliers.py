@@ -15,9 +15,7 @@ from tqdm import tqdm
 from owlore_tune.layers import find_layers, find_linears
 from owlore_tune.world import ALONE, World, local, reshard
 
-InputNorms = list[
-    dict[str, Tensor]
-]  # per layer: Linear's name → (in_features,) ‖X_:,j‖₂, float64
+InputNorms = list[dict[str, Tensor]]  # per layer: Linear's name → (in_features,) ‖X_:,j‖₂, float64
 
 
 def outlier_scores(

@@ -22,6 +22,7 @@ SAVINGS = (
     ("optimizer.rank=128",),
     ("dtype=bf16",),
 )
+OUTSIDE = ("train_embeddings", "train_output", "train_norm")
 OFFLOAD = "fsdp_cpu_offload=true"
 
 
@@ -81,6 +82,7 @@ def plan_with_peers(
         device=device_and_dtype(cfg)[0],
         rank=parts.optimizer.param_groups[0]["rank"] or 128,
         framework=own.framework,
+        train_outside={key: cfg.owlore.get(key, False) for key in OUTSIDE},
         sharding=sharding,
     )
     return {"this config": own} | {name: plan.on_gpu() if gpu else plan for name, plan in peers.items()}

@@ -13,6 +13,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from torchtune.data import Message
 
+CHAT_TEMPLATES = ("model", "plain")
+# Prompt, answer, EOS, as evaluations without a chat template ask: the answer is on a new line, or after a space if the
+# prompt ends in a colon, as in "Answer:". That space belongs to the answer, as it does in the tokens.
+_PLAIN = (
+    "{% for message in messages %}{% set ends = loop.previtem and loop.previtem['content'].endswith(':') %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' if ends }}{{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ message['content'] }}{{ '\\n' if not message['content'].endswith(':') }}{% endif %}{% endfor %}"
+)
+
 
 class HFChatTokenizer:
     """torchtune's ``ModelTokenizer`` over ``tokenizer.json`` and the model's own Jinja chat template.
@@ -24,13 +33,15 @@ class HFChatTokenizer:
         path: a model directory with ``tokenizer.json``, ``tokenizer_config.json`` and a chat template (in the config
             or as ``chat_template.jinja``).
         max_seq_len: cut longer token lists to this length; null for no limit.
+        chat_template: ``model``, the one of the directory, for instruct models; ``plain`` for base models: BOS where
+            the model's tokenizer adds it, the prompt, its answer and EOS.
 
     Raises:
-        ValueError: if the directory lacks ``tokenizer.json``, ``max_seq_len`` is not positive, or a special token that
-            the config names is not in the vocabulary.
+        ValueError: if the directory lacks ``tokenizer.json`` or a file of it cannot be read, ``max_seq_len`` is not
+            positive, ``chat_template`` is unknown, or a special token that the config names is not in the vocabulary.
     """
 
-    def __init__(self, path: str, max_seq_len: int | None = None) -> None:
+    def __init__(self, path: str, max_seq_len: int | None = None, chat_template: str = "model") -> None:
         directory = Path(path).expanduser()
         file = directory / "tokenizer.json"
         if not file.is_file():
@@ -39,6 +50,8 @@ class HFChatTokenizer:
             )
         if max_seq_len is not None and max_seq_len < 1:
             raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be at least 1, or null for no limit")
+        if chat_template not in CHAT_TEMPLATES:
+            raise ValueError(f"tokenizer.chat_template={chat_template}; choose one of {', '.join(CHAT_TEMPLATES)}")
         self.max_seq_len = max_seq_len
         self._tokenizer = Tokenizer.from_file(str(file))
         self._config = _read_json(directory / "tokenizer_config.json")
@@ -49,8 +62,13 @@ class HFChatTokenizer:
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._pad_id()
         self.stop_tokens = self._stop_tokens(_read_json(directory / "generation_config.json"))
-        self.chat_template = _chat_template(directory, self._config)  # Jinja source, None if there is none
+        # Jinja source; None if there is none
+        self.chat_template = _chat_template(directory, self._config) if chat_template == "model" else self._plain()
+        self.is_chat = chat_template == "model" and self.chat_template is not None
         self._template: Any = None
+
+    def _plain(self) -> str:
+        return ("{{ bos_token }}" if self.adds_bos else "") + _PLAIN
 
     @property
     def adds_bos(self) -> bool:
@@ -181,7 +199,7 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
 
 def _compile_template(source: str | None):
     if source is None:
-        raise ValueError("this model has no chat template; use an instruct model, or one of torchtune's tokenizers")
+        raise ValueError("this model has no chat template; set tokenizer.chat_template=plain, or use an instruct model")
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)

@@ -111,7 +111,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             results,
             self._manifest(time.perf_counter() - started),
             model=str(cfg.checkpointer.checkpoint_dir),
-            chat_template=self._lm.chat_template(cfg.apply_chat_template),
+            chat_template=self._lm.chat_template(self._suite.apply_chat_template),
             fewshot_as_multiturn=cfg.fewshot_as_multiturn,
         )
         print_results(results)

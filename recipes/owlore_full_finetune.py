@@ -784,7 +784,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             results,
             manifest,
             model=f"{self._output_dir.name}, step {self.global_step}",
-            chat_template=lm.chat_template(self._suite.cfg.apply_chat_template),
+            chat_template=lm.chat_template(self._suite.apply_chat_template),
             fewshot_as_multiturn=self._suite.cfg.fewshot_as_multiturn,
         )
         metrics = {f"eval/{metric.removesuffix(',none')}": value for metric, value in results["averages"].items()}

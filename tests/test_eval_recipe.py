@@ -82,7 +82,7 @@ def test_mmlu_dev_from_the_installed_harness(make_config, tmp_path, capsys):
 
 
 def test_mmlu_dev_examples_are_other_questions_of_the_subject(make_config, tmp_path):
-    run(make_config("eval/mmlu_dev", num_fewshot=4, limit=12, max_length=256))
+    run(make_config("eval/mmlu_dev", num_fewshot=4, limit=12, max_length=256, apply_chat_template=False))
     (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_*.jsonl")
     for sample in map(json.loads, samples.read_text().splitlines()):
         context = sample["arguments"]["gen_args_0"]["arg_0"]
@@ -102,6 +102,17 @@ def test_mmlu_dev_held_out_is_what_training_leaves(make_config, tmp_path):
     trained = "\n".join(row["instruction"] for row in mmlu_dev_rows("train"))
     assert len(questions) == 45
     assert not any(question in trained for question in questions if len(question) > 40)
+
+
+@pytest.mark.parametrize("template", ["model", "plain"])
+def test_prompts_are_those_of_training(make_config, tmp_path, template):
+    """The model's chat template where training has it, none where it has none."""
+    config = make_config("eval/mmlu_dev", limit=2)
+    config["tokenizer"]["chat_template"] = template
+    run(config)
+    (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_*.jsonl")
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        assert ("<|user|>" in sample["arguments"]["gen_args_0"]["arg_0"]) == (template == "model")
 
 
 @pytest.mark.parametrize("scoring", ["loglikelihood", "generate"])
@@ -195,6 +206,21 @@ def test_bad_values_are_refused_before_weights_load(make_config, choices_file, m
     monkeypatch.setattr(OwLoreEvalRecipe, "_load_weights", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=message):
         OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", **changes))).setup()
+
+
+def test_arithmetic_problems_are_right_by_their_last_number(make_config, tmp_path):
+    from owlore_evals.local_math import is_right, last_number
+
+    assert last_number("16 - 12 = 4 kids. The answer is 1,204.50.") == 1204.5
+    assert last_number("no number") is None and not is_right("no number", 0)
+    assert is_right("It was -3. The answer is -3.", -3) and not is_right("4 of 5", 4)
+    rows = [{"instruction": f"{n} and 1?", "output": f"{n + 1}", "answer": f"{n + 1}.0"} for n in range(3)]
+    (tmp_path / "math.json").write_text(json.dumps(rows))
+    config = make_config("eval/local_math", data_files={"mine": str(tmp_path / "math.json")}, max_length=512)
+    assert run(config)["results"]["mine"]["acc,none"] in (0, 1 / 3, 2 / 3, 1)
+    (tmp_path / "math.json").write_text(json.dumps([rows[0] | {"answer": "two"}]))
+    with pytest.raises(ConfigError, match=r"math.json: row 0: answer='two' is not a number"):
+        OwLoreEvalRecipe(OmegaConf.create(config)).setup()
 
 
 def test_bad_rows_are_refused_with_their_place(make_config, tmp_path):

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import TEMPLATE, save_tokenizer
+from conftest import TEMPLATE, save_tokenizer, tiny_llama
 from torchtune.data import Message
 from transformers import AutoTokenizer
 
@@ -118,3 +118,35 @@ def test_what_cannot_work_is_refused(tmp_path):
     change_config(tmp_path, eos_token="<nope>")
     with pytest.raises(ValueError, match=r"eos_token '<nope>' of tokenizer_config\.json is not in the vocabulary"):
         HFChatTokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize(("prompt", "between"), [("Is it so?", "\n"), ("Is it so?\nAnswer:", " ")])
+def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(adds_bos, prompt, between, tmp_path):
+    """The tokens are those that the evaluation's adapter makes of prompt and answer, then EOS."""
+    from tokenizers import Tokenizer, processors
+
+    from owlore_evals.torchtune_lm import TorchtuneLM
+
+    save_tokenizer(tmp_path)
+    if adds_bos:
+        tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        bos = tokenizer.token_to_id("<|system|>")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|system|> $A", special_tokens=[("<|system|>", bos)]
+        )
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": "<|system|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = HFChatTokenizer(str(tmp_path), chat_template="plain")
+    assert not tokenizer.is_chat and HFChatTokenizer(str(tmp_path)).is_chat
+    tokens, mask = tokenizer.tokenize_messages(messages([("user", prompt), ("assistant", "the fox")]))
+    lm = TorchtuneLM(tiny_llama(vocab_size=300), tokenizer)
+    assert tokens == [*lm.tok_encode(f"{prompt}{between}the fox"), tokenizer.eos_id]
+    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
+    assert tokenizer.decode(trained, skip_special_tokens=False) == f"{between.strip(chr(10))}the fox<|end|>"
+
+
+def test_an_unknown_chat_template_is_refused(tiny_dir):
+    with pytest.raises(ValueError, match="tokenizer.chat_template=llama; choose one of model, plain"):
+        HFChatTokenizer(str(tiny_dir), chat_template="llama")

@@ -1,0 +1,324 @@
+"""Held-out loss and accuracy of OwLore and its alternatives on the real SmolLM2, each with its own learning rate, with seeds.
+
+    python benchmarks/quality.py --data DIR [--only methods scores choices commonsense] [--report]
+
+DIR holds math/ and commonsense/ in LLM-Adapters' form. All methods train on the same packed rows in the same order:
+2 × 512 tokens a step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32. Data is shuffled by
+the seed. Learning rates are tuned on arithmetic problems that are left out of training, in runs of 100 steps, until the
+best of the grid is not at its edge; final runs take 200 steps. Held-out loss is that of the saved weights, measured by
+one function for all methods; accuracy is exact match of the last number in greedy answers to the test problems.
+
+Every finished run is a line of quality.jsonl. A run that has its line is not repeated, and the report is made from the
+lines alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from owlore_evals.jsonl import append_line, read_lines
+from owlore_tune.checkpoints import HFCheckpointer
+from owlore_tune.config import load_config
+from owlore_tune.data import instruction_dataset, read_file
+from owlore_tune.manifest import versions
+from owlore_tune.smollm2 import fetch, smollm2_135m
+from owlore_tune.tokenizer import HFChatTokenizer
+
+ROWS = Path(__file__).with_name("quality.jsonl")
+HELD_OUT = 300  # problems
+SEQ_LEN, BATCH_SIZE = 512, 2
+TUNING_STEPS, STEPS = 100, 200
+SEEDS = (0, 1, 2)
+MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
+COMMONSENSE = ("ARC-Easy", "openbookqa", "boolq")
+STEP_OF_GRID = 10**0.5
+
+FULL = {"optimizer.rank": None}
+# A method: how it is run, what it sets, and the grid of learning rates that tuning begins with.
+METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
+    "torchtune full": ("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
+    "torchtune LoRA, r=16": ("torchtune", {"recipe": "lora_finetune_single_device"}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "galore-torch, r=128": ("peer", {"method": "galore"}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "BAdam": ("peer", {"method": "badam"}, (1e-5, 3e-5, 1e-4, 3e-4)),
+    "LISA, γ=2": ("owlore", {"config": "smollm2/135M_lisa"}, (3e-5, 1e-4, 3e-4, 1e-3)),
+    "OwLore, γ=5, full rank": ("owlore", {"optimizer.rank": None}, (3e-5, 1e-4, 3e-4, 1e-3)),
+    "OwLore, γ=5, r=128": ("owlore", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "OwLore, γ=2, r=128": ("owlore", {"owlore.num_active_layers": 2}, (3e-4, 1e-3, 3e-3, 1e-2)),
+}
+DEFAULT = "OwLore, γ=5, r=128"
+SCORES = ("outlier", "uniform", "reverse", "decrease", "increase", "weight_norm", "heavy_tail")
+CHOICES: dict[str, dict[str, Any]] = {
+    "K=5": {"owlore.resample_every": 5},
+    "K=50": {"owlore.resample_every": 50},
+    "rank 32": {"optimizer.rank": 32},
+    "draw: sequential": {"owlore.draw": "sequential"},
+    "side: shape": {"optimizer.side": "shape"},
+    "inactive_state: keep": {"owlore.inactive_state": "keep"},
+    "embeddings trained": {"owlore.train_embeddings": True, "owlore.train_norm": True},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; all that tells it from others is here."""
+
+    method: str
+    lr: float
+    seed: int
+    data: str = "math"
+    steps: int = STEPS
+    changes: dict[str, Any] = field(default_factory=dict)  # overrides of an OwLore config
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+
+
+class Study:
+    """Makes runs that are not in the rows yet.
+
+    Args:
+        data: directory with math/ and commonsense/.
+        threads: of each run.
+    """
+
+    def __init__(self, data: Path, threads: int) -> None:
+        self._data = data
+        self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        self._environment["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        )
+        torch.set_num_threads(threads)
+        self.rows = {row["key"]: row for row in read_lines(ROWS)}
+
+    def row(self, run: Run) -> dict[str, Any]:
+        """The row of ``run``; the run itself if there is none."""
+        if run.key not in self.rows:
+            print(f"{time.strftime('%H:%M:%S')} {run.key}", flush=True)
+            with tempfile.TemporaryDirectory() as scratch:
+                self.rows[run.key] = self._run(run, Path(scratch))
+            append_line(ROWS, self.rows[run.key])
+        return self.rows[run.key]
+
+    def _run(self, run: Run, scratch: Path) -> dict[str, Any]:
+        started = time.perf_counter()
+        train, held_out = self._split(run, scratch)
+        config, weights = self._train(run, train, scratch)
+        seconds = time.perf_counter() - started
+        row = {"key": run.key, **asdict(run), "config": config, "train_seconds": seconds, "versions": versions()}
+        row["held_out_loss"] = {name: held_out_loss(weights, rows) for name, rows in held_out.items()}
+        if run.data == "math" and run.steps != TUNING_STEPS:
+            row["correct"] = self._accuracy(weights, scratch)
+        return row
+
+    def _split(self, run: Run, scratch: Path) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+        """A file of the rows to train on, shuffled by the seed, and rows left out of all of them, by name."""
+        train: list[dict[str, Any]] = []
+        held_out = {}
+        folders = {"math": [("math", "math")], "commonsense": [(n, f"commonsense/{n}") for n in COMMONSENSE]}
+        for name, folder in folders[run.data]:
+            rows = read_file(self._data / folder / "train.json", "--data")
+            random.Random(0).shuffle(rows)
+            held_out[name], rest = rows[:HELD_OUT], rows[HELD_OUT:]
+            train += rest
+        random.Random(run.seed).shuffle(train)
+        file = scratch / "train.json"
+        file.write_text(json.dumps(train))
+        return file, held_out
+
+    def _train(self, run: Run, train: Path, scratch: Path) -> tuple[Any, Path]:
+        """The config of a finished run, and the directory of its weights."""
+        kind, settings, _ = METHODS[run.method]
+        output = scratch / "run"
+        if kind == "peer":
+            command = [
+                sys.executable, str(Path(__file__).with_name("peers.py")), settings["method"], f"--model={fetch()}",
+                f"--data={train}", f"--lr={run.lr}", f"--steps={run.steps}", f"--seed={run.seed}", f"--save={output}",
+                "--warmup=10", "--clip=1.0", f"--output={scratch / 'steps.jsonl'}",
+            ]  # fmt: skip
+            self._call(command, scratch)
+            return {"command": command[2:3] + [part for part in command[4:] if str(scratch) not in part]}, output
+        make = owlore_config if kind == "owlore" else torchtune_config
+        config = make(run, settings, train, output)
+        OmegaConf.save(OmegaConf.create(config), scratch / "config.yaml")
+        recipe = settings.get("recipe", "owlore_full_finetune")
+        self._call(["tune", "run", recipe, "--config", str(scratch / "config.yaml")], scratch)
+        weights = output / (f"step_{run.steps}" if kind == "owlore" else "epoch_0")
+        return json.loads(json.dumps(config).replace(str(scratch), "SCRATCH")), weights
+
+    def _accuracy(self, weights: Path, scratch: Path) -> dict[str, list[int]]:
+        """(right, all) of each test file."""
+        output = scratch / "eval"
+        command = ["tune", "run", "owlore_eval", "--config", "eval/local_math", f"output_dir={output}", "batch_size=32"]
+        command += [f"checkpointer.checkpoint_dir={weights}"]
+        command += [f"data_files.{name}={self._data / 'math' / name}.json" for name in MATH_TESTS]
+        self._call(command, scratch)
+        (file,) = output.glob("results_*.json")
+        results = json.loads(file.read_text())
+        counts = {}
+        for name in MATH_TESTS:
+            total = results["n-samples"][name]["effective"]
+            counts[name] = [round(results["results"][name]["acc,none"] * total), total]
+        return counts
+
+    def _call(self, command: list[str], scratch: Path) -> None:
+        with (scratch / "log.txt").open("w") as log:
+            done = subprocess.run(command, stdout=log, stderr=log, env=self._environment, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{(scratch / 'log.txt').read_text()[-3000:]}")
+
+    def before(self) -> None:
+        """The row of the model as it is."""
+        key = "before"
+        if key in self.rows:
+            return
+        row: dict[str, Any] = {"key": key, "method": "before", "versions": versions(), "held_out_loss": {}}
+        with tempfile.TemporaryDirectory() as scratch:
+            for data in ("math", "commonsense"):
+                _, held_out = self._split(Run("before", 0, 0, data), Path(scratch))
+                row["held_out_loss"] |= {name: held_out_loss(fetch(), rows) for name, rows in held_out.items()}
+            row["correct"] = self._accuracy(fetch(), Path(scratch))
+        self.rows[key] = row
+        append_line(ROWS, row)
+
+    def tuned(self, method: str) -> float:
+        """The learning rate with the lowest held-out loss, with worse ones on either side."""
+        grid = list(METHODS[method][2])
+        while True:
+            runs = [self.row(Run(method, lr, 0, steps=TUNING_STEPS)) for lr in grid]
+            losses = [mean_loss(row) for row in runs]
+            best = min(range(len(grid)), key=lambda i: losses[i])
+            if best == 0:
+                grid.insert(0, rounded(grid[0] / STEP_OF_GRID))
+            elif best == len(grid) - 1:
+                grid.append(rounded(grid[-1] * STEP_OF_GRID))
+            else:
+                return grid[best]
+
+
+def runs_of(study: Study, part: str) -> Iterator[Run]:
+    """The final runs of a part of the study; learning rates are tuned as they are needed."""
+    if part == "methods":
+        for method in METHODS:
+            yield from (Run(method, study.tuned(method), seed) for seed in SEEDS)
+    elif part == "commonsense":
+        for method in METHODS:
+            yield from (Run(method, study.tuned(method), seed, "commonsense") for seed in SEEDS)
+    else:
+        settings = {score: {"owlore.score": score} for score in SCORES} if part == "scores" else CHOICES
+        for changes in settings.values():
+            if changes != {"owlore.score": "outlier"}:  # which is the default
+                seeds = SEEDS if part == "scores" else SEEDS[:2]
+                yield from (Run(DEFAULT, study.tuned(DEFAULT), seed, changes=changes) for seed in seeds)
+
+
+def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
+    """What our recipe's config and torchtune's have in common."""
+    return {
+        "output_dir": str(output),
+        "tokenizer": {
+            "_component_": "owlore_tune.tokenizer.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}",
+            "max_seq_len": SEQ_LEN,
+        },
+        "dataset": {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(train), "packed": True},
+        "batch_size": BATCH_SIZE, "gradient_accumulation_steps": 1, "shuffle": False, "seed": run.seed, "epochs": 1,
+        "max_steps_per_epoch": run.steps, "clip_grad_norm": 1.0, "device": "cpu", "dtype": "fp32",
+        "lr_scheduler": {
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 10,
+        },
+        "metric_logger": {
+            "_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": str(output / "logs")
+        },
+    }  # fmt: skip
+
+
+def owlore_config(run: Run, settings: dict[str, Any], train: Path, output: Path) -> dict[str, Any]:
+    config = load_config(settings.get("config", "smollm2/135M_owlore"))
+    config = OmegaConf.merge(config, {"dataset_val": None, "eval": None})
+    plain = OmegaConf.to_container(config, resolve=False) | common_config(run, train, output)
+    changed = OmegaConf.create(plain)
+    for key, value in ({k: v for k, v in settings.items() if k != "config"} | run.changes).items():
+        OmegaConf.update(changed, key, value)
+    changed.optimizer.lr = run.lr
+    return OmegaConf.to_container(changed, resolve=False)
+
+
+def torchtune_config(run: Run, settings: dict[str, Any], train: Path, output: Path) -> dict[str, Any]:
+    config = OmegaConf.to_container(load_config("smollm2/135M_lora"), resolve=False)
+    if settings["recipe"].startswith("full"):
+        del config["save_adapter_weights_only"]
+        config["model"] = {"_component_": "owlore_tune.smollm2.smollm2_135m"}
+        config["optimizer_in_bwd"] = False
+    config |= common_config(run, train, output)
+    config["optimizer"]["lr"] = run.lr
+    return config
+
+
+@torch.no_grad()
+def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8) -> float:
+    """Mean loss over the trained tokens of ``rows``, one sample a row, in float32."""
+    tokenizer = HFChatTokenizer(str(fetch()), SEQ_LEN)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(rows, file)
+        file.flush()
+        dataset = instruction_dataset(tokenizer, data_files=file.name)
+    samples = sorted((dataset[i] for i in range(len(dataset))), key=lambda sample: len(sample["tokens"]))
+    with torch.device("meta"):
+        model = smollm2_135m()
+    HFCheckpointer(str(weights), "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
+    model.eval()
+    total = count = 0.0
+    for start in tqdm(range(0, len(samples), batch_size), desc="Held-out loss", leave=False):
+        some = samples[start : start + batch_size]
+        longest = max(len(sample["tokens"]) for sample in some)
+        tokens = torch.tensor([sample["tokens"] + [0] * (longest - len(sample["tokens"])) for sample in some])
+        labels = torch.tensor([sample["labels"] + [-100] * (longest - len(sample["labels"])) for sample in some])
+        logits = model(tokens)[:, :-1].flatten(0, 1)
+        total += F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
+        count += (labels[:, 1:] != -100).sum().item()
+    return total / count
+
+
+def rounded(lr: float) -> float:
+    """To 1 or 3 times a power of ten."""
+    exponent = math.floor(math.log10(lr) + 1e-6)
+    return float(f"{1 if lr / 10**exponent < 2 else 3}e{exponent}")
+
+
+def mean_loss(row: dict[str, Any]) -> float:
+    """Of the sets of held-out rows, each with the same weight."""
+    return statistics.fmean(row["held_out_loss"].values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="directory with math/ and commonsense/")
+    parts = ("methods", "scores", "choices", "commonsense")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
+    args = parser.parse_args()
+    study = Study(args.data.resolve(), args.threads)
+    study.before()
+    for part in args.only:
+        for run in runs_of(study, part):
+            study.row(run)
+
+
+if __name__ == "__main__":
+    main()

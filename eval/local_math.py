@@ -1,0 +1,59 @@
+"""Arithmetic word problems from local JSON files in LLM-Adapters' form (arXiv 2304.01933).
+
+A row's ``answer`` is a number. Greedy text is right if its last number equals it.
+"""
+
+import re
+from pathlib import Path
+
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+
+from owlore_tune.data import read_rows
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+TOLERANCE = 1e-3  # as LLM-Adapters' evaluation has it
+
+
+def local_math_task(name: str, file: Path) -> ConfigurableTask:
+    """A task of the harness over the rows of ``file``, with metric ``acc``.
+
+    Raises:
+        ValueError: if the file cannot be read, or a row's answer is not a number.
+    """
+    docs = []
+    for number, row in enumerate(read_rows(file, "data_files")):
+        try:
+            answer = float(row["answer"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"data_files: {file}: row {number}: answer={row.get('answer')!r} is not a number"
+            ) from None
+        prompt = "\n".join(filter(None, (row["instruction"], row.get("input"))))
+        docs.append({"prompt": prompt, "answer": answer})
+    return ConfigurableTask(
+        config={
+            "task": name,
+            "custom_dataset": lambda **metadata: {"test": Dataset.from_list(docs)},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": [], "max_gen_toks": 256, "do_sample": False},
+            "process_results": lambda doc, results: {"acc": is_right(results[0], doc["answer"])},
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0, "file": str(file)},
+        }
+    )
+
+
+def is_right(text: str, answer: float) -> bool:
+    """Whether the last number in ``text`` is ``answer``."""
+    number = last_number(text)
+    return number is not None and abs(number - answer) <= TOLERANCE
+
+
+def last_number(text: str) -> float | None:
+    """The last number in ``text``, thousands separated by commas or not; None if there is none."""
+    found = _NUMBER.findall(text.replace(",", ""))
+    return float(found[-1]) if found else None
