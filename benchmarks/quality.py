@@ -1,6 +1,6 @@
-"""Held-out loss and accuracy of OwLore and its alternatives on the real SmolLM2, each with its own learning rate, with seeds.
+"""Held-out loss and accuracy of OwLore and its alternatives on the real SmolLM2, learning rates tuned, with seeds.
 
-    python benchmarks/quality.py --data DIR [--only methods scores choices commonsense] [--report]
+    python benchmarks/quality.py --data DIR [--only methods scores choices commonsense]
 
 DIR holds math/ and commonsense/ in LLM-Adapters' form. All methods train on the same packed rows in the same order:
 2 × 512 tokens a step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32. Data is shuffled by

@@ -39,7 +39,7 @@ def local_math_task(name: str, file: Path) -> ConfigurableTask:
             "output_type": "generate_until",
             "doc_to_text": "{{prompt}}",
             "doc_to_target": "{{answer}}",
-            "generation_kwargs": {"until": [], "max_gen_toks": 256, "do_sample": False},
+            "generation_kwargs": {"until": [], "max_gen_toks": 192, "do_sample": False},
             "process_results": lambda doc, results: {"acc": is_right(results[0], doc["answer"])},
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
             "metadata": {"version": 1.0, "file": str(file)},

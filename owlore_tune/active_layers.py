@@ -116,7 +116,7 @@ class ActiveLayers:
         return {"active": self.active, "drawn_at": self.drawn_at, "sampler": self._sampler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the schedule. Load the optimizer's state after this, since a draw drops state of layers that leave."""
+        """Restore the schedule. Load the optimizer's state after this, since a draw drops that of layers that leave."""
         self._sampler.load_state_dict(state_dict["sampler"])
         self._set_active(list(state_dict["active"]))
         self.drawn_at = state_dict["drawn_at"]

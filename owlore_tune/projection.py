@@ -57,8 +57,8 @@ def range_finder(
     ``first_row`` the place of the first among all ``num_rows``. Every process gets the same basis, for (q + 1) · n ·
     (r + 8) + (r + 8)² numbers summed over all (q = 1; one n · (r + 8) less with ``start``) and n · r from the first.
 
-    It does not fail on a rank-deficient gradient: the missing columns are arbitrary orthonormal ones. A gradient that is
-    zero or not finite has no basis: the columns are then arbitrary, and the share is NaN.
+    It does not fail on a rank-deficient gradient: the missing columns are arbitrary orthonormal ones. A gradient that
+    is zero or not finite has no basis: the columns are then arbitrary, and the share is NaN.
     """
     m, n = grad.shape
     num_rows = m if num_rows is None else num_rows
