@@ -297,8 +297,8 @@ def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8
 
 def rounded(lr: float) -> float:
     """To 1 or 3 times a power of ten."""
-    exponent = math.floor(math.log10(lr) + 1e-6)
-    return float(f"{1 if lr / 10**exponent < 2 else 3}e{exponent}")
+    half_decades = round(2 * math.log10(lr))
+    return float(f"{3 if half_decades % 2 else 1}e{half_decades // 2}")
 
 
 def mean_loss(row: dict[str, Any]) -> float:
