@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from owlore_evals.jsonl import append_line, read_lines
 from owlore_tune.checkpoints import HFCheckpointer
 from owlore_tune.config import load_config
 from owlore_tune.data import instruction_dataset, read_file
+from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.manifest import versions
 from owlore_tune.smollm2 import fetch, smollm2_135m
 from owlore_tune.tokenizer import HFChatTokenizer
@@ -283,15 +283,17 @@ def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8
         model = smollm2_135m()
     HFCheckpointer(str(weights), "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
     model.eval()
+    loss_fn = LinearCrossEntropyLoss()  # only trained positions go through the head
+    loss_fn.set_model_output(model)
     total = count = 0.0
     for start in tqdm(range(0, len(samples), batch_size), desc="Held-out loss", leave=False):
         some = samples[start : start + batch_size]
         longest = max(len(sample["tokens"]) for sample in some)
         tokens = torch.tensor([sample["tokens"] + [0] * (longest - len(sample["tokens"])) for sample in some])
         labels = torch.tensor([sample["labels"] + [-100] * (longest - len(sample["labels"])) for sample in some])
-        logits = model(tokens)[:, :-1].flatten(0, 1)
-        total += F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
-        count += (labels[:, 1:] != -100).sum().item()
+        num_trained = (labels[:, 1:] != -100).sum().item()
+        total += loss_fn(model(tokens)[:, :-1], labels[:, 1:]).item() * num_trained
+        count += num_trained
     return total / count
 
 
