@@ -15,7 +15,9 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``path``, none where it is missing. A last line that was cut short is removed from the file.
+    """The rows of ``path``, none if it is missing.
+
+    A last line without an end is a row if it is whole, and gets its end; one that was cut short is removed.
 
     Raises:
         ValueError: if another line is not a JSON object.
@@ -24,8 +26,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
+    if last := content[len(whole) :]:
+        if _is_object(last):
+            with path.open("ab") as file:
+                file.write(b"\n")
+            whole = content + b"\n"
+        else:
+            os.truncate(path, len(whole))
     rows = []
     for number, line in enumerate(whole.decode().split("\n"), start=1):
         if line.strip():
@@ -34,3 +41,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
     return rows
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -10,16 +9,17 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from aiohttp import ClientError, ClientResponseError, ContentTypeError
+from aiohttp import ClientError, ClientResponseError, ClientSession
 from lm_eval.models.api_models import JsonChatStr
 from lm_eval.models.openai_completions import LocalChatCompletion
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tenacity import RetryCallState, retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from owlore_tune.config import ConfigError, check_keys, check_type, plain
+from owlore_tune.config import ConfigError, check_keys, check_type
 
 Chat = list[dict[str, str]]
 _MALFORMED = "empty or malformed answer"
+LARGEST_REPLY = 2**20  # bytes, unpacked; 2048 tokens take a hundredth of that
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,7 @@ class JudgeConfig:
         for key in ("repeats", "num_concurrent", "timeout", "max_retries", "longest_wait"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"judge.{key}={getattr(self, key)}; it must be above 0")
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ConfigError(f"judge.base_url={self.base_url}; it must begin with http:// or https:// and a host")
-        if url.username or url.query:
-            raise ConfigError("judge.base_url holds a name or a query, which would be logged; use judge.api_key_env")
+        check_url(self.base_url)
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
             raise ConfigError(
                 f"judge.api_key_env={self.api_key_env} is not set in the environment; export it, or set "
@@ -61,7 +57,25 @@ class JudgeConfig:
         check_keys(cfg, [field.name for field in fields(cls)], "judge")
         if missing := [key for key in ("base_url", "model") if cfg.get(key) is None]:
             raise ConfigError(f"missing in the config: {', '.join(f'judge.{key}' for key in missing)}")
-        return cls(**plain(cfg))
+        return cls(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+
+
+def check_url(base_url: Any) -> None:
+    """Raise ConfigError if ``judge.base_url`` is no address, or holds what must not be logged; it is not repeated then.
+
+    None passes; a missing field is told by `JudgeConfig.from_config`.
+    """
+    if base_url is None:
+        return
+    try:
+        url = urlsplit(base_url)
+        host, _ = url.hostname, url.port
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"judge.base_url is not an address: {error}") from error
+    if url.username or url.password or url.query or url.fragment:
+        raise ConfigError("judge.base_url holds a name, key or query, which would be logged; use judge.api_key_env")
+    if url.scheme not in ("http", "https") or not host:
+        raise ConfigError(f"judge.base_url={base_url}; it must begin with http:// or https:// and a host")
 
 
 class Judge(LocalChatCompletion):
@@ -103,30 +117,19 @@ class Judge(LocalChatCompletion):
     def ask(self, chats: list[Chat]) -> None:
         """Judge all of ``chats``; what comes of it goes to ``on_judgment`` and ``failures``."""
         requests = [JsonChatStr(json.dumps(chat, ensure_ascii=False)) for chat in chats]
-        loggers = [
-            logging.getLogger(name) for name in ("lm_eval.models.api_models", "lm_eval.models.openai_completions")
-        ]
-        for logger in loggers:  # an endpoint may send the key back in an error, which the harness logs
-            logger.addFilter(self._redact)
-        try:
-            asyncio.run(
-                self.get_batched_requests(requests, cache_keys=list(range(len(chats))), generate=True, gen_kwargs={})
-            )
-        finally:
-            for logger in loggers:
-                logger.removeFilter(self._redact)
+        asyncio.run(
+            self.get_batched_requests(requests, cache_keys=list(range(len(chats))), generate=True, gen_kwargs={})
+        )
 
     def _create_payload(self, messages: Chat, **kwargs: Any) -> dict[str, Any]:
         return {"model": self.model, "messages": messages, "n": 1, "temperature": 0, "max_tokens": 2048}
 
     async def amodel_call(self, session, sem, messages, *, cache_keys, **kwargs) -> list[str]:  # type: ignore[override]
+        payload = self._create_payload(self.create_message(messages))
+
         async def attempt() -> str:
-            try:
-                (text,) = await LocalChatCompletion.amodel_call(self, session, sem, messages, **kwargs)
-            except (AttributeError, TypeError) as error:  # JSON of another form than the harness reads
-                raise ValueError(_MALFORMED) from error
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(_MALFORMED)
+            async with sem, asyncio.timeout(self.timeout):
+                text = await self._post(session, payload)
             return text.replace(self._key, "***") if self._key else text
 
         try:
@@ -137,10 +140,28 @@ class Judge(LocalChatCompletion):
         self._on_judgment(cache_keys[0], text)
         return [text]
 
-    def _redact(self, record: logging.LogRecord) -> bool:
-        if self._key:
-            record.msg, record.args = record.getMessage().replace(self._key, "***"), ()
-        return True
+    async def _post(self, session: ClientSession, payload: dict[str, Any]) -> str:
+        """The judge's text. The harness's own call would read a reply of any size.
+
+        Raises:
+            ValueError: if the reply is too large, is not JSON of the right form, or has no text that can be kept.
+            ClientError: if the endpoint refuses or breaks off.
+        """
+        async with session.post(self.base_url, json=payload, headers=self.header) as response:
+            response.raise_for_status()
+            content = bytearray()
+            async for chunk in response.content.iter_chunked(2**16):
+                content += chunk
+                if len(content) > LARGEST_REPLY:
+                    raise ValueError(f"answer of more than {LARGEST_REPLY:,} bytes")
+        try:
+            (text,) = self.parse_generations(outputs=json.loads(content))
+            text.encode()  # half a surrogate pair could not be kept in a file
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(_MALFORMED) from error
+        if not text.strip():
+            raise ValueError(_MALFORMED)
+        return text
 
 
 def _wait(exponential: Callable[[RetryCallState], float], longest: float, state: RetryCallState) -> float:
@@ -153,13 +174,13 @@ def _wait(exponential: Callable[[RetryCallState], float], longest: float, state:
 
 def _is_passing(error: BaseException) -> bool:
     """Whether a later attempt may succeed: not where the endpoint refuses the request or the key itself."""
-    if isinstance(error, ClientResponseError) and not isinstance(error, ContentTypeError):
+    if isinstance(error, ClientResponseError):
         return error.status in (408, 409, 429) or error.status >= 500
     return isinstance(error, ClientError | TimeoutError | ValueError)
 
 
 def _reason(error: Exception) -> str:
     """In a few words and without addresses, so that failures of one kind count as one."""
-    if isinstance(error, ClientResponseError) and not isinstance(error, ContentTypeError):
+    if isinstance(error, ClientResponseError):
         return f"HTTP {error.status}"
     return {"TimeoutError": "timeout", "ValueError": str(error)}.get(type(error).__name__, type(error).__name__)

@@ -35,7 +35,8 @@ TEMPERATURES = {
 }  # fmt: skip
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge sees gpt-4's answer
 _OF_CATEGORIES = ("score,none", "score_stderr,none", "turn_1,none", "turn_2,none")
-_RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+# As FastChat's, but for the number of digits: without a limit, a long run of them takes quadratic time.
+_RATINGS = (re.compile(r"\[\[(\d{1,9}\.?\d{0,9})\]\]"), re.compile(r"\[(\d{1,9}\.?\d{0,9})\]"))
 _HOW_TO_GET = (
     "FastChat's files are needed: judge_prompts.jsonl, mt_bench/question.jsonl, mt_bench/reference_answer/gpt-4.jsonl. "
     "Get them by `git clone https://github.com/lm-sys/FastChat`, then data_dir=FastChat/fastchat/llm_judge/data; the "
@@ -107,7 +108,7 @@ class MTBench:
         """Both turns' answers by question id; a category at a time, each in ``file`` before the next."""
         answers: dict[int, list[str]] = {}
         asks = {question.question_id: _digest(question.turns) for question in self._questions}
-        for row in _read(file):
+        for row in _read(file, ("question_id", "question", "model_id", "max_new_tokens", "choices")):
             if (row["model_id"], row["max_new_tokens"]) != (model_id, self._max_new_tokens):
                 raise ConfigError(
                     f"{file} has answers of model {row['model_id']} with max_new_tokens={row['max_new_tokens']}; "
@@ -155,7 +156,7 @@ class MTBench:
         config = self._judge_config
         assert config is not None
         # What had no rating is asked again, as what failed is.
-        rated = [row for row in _read(file) if row["score"] is not None]
+        rated = [row for row in _read(file, ("judge", "request", "repeat", "score")) if row["score"] is not None]
         known = {(row["judge"], row["request"], row["repeat"]): row for row in rated}
         judgments, missing = {}, []
         for question in self._questions:
@@ -329,11 +330,23 @@ def _chat(question: Question, answered: list[str]) -> Chat:
     return chat
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path, fields: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows of a file of ours.
+
+    Raises:
+        ConfigError: if it is not JSON lines, or a row lacks one of ``fields``, as those that FastChat writes do.
+    """
     try:
-        return read_lines(file)
-    except ValueError as error:
+        rows = read_lines(file)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{error}; mend it or choose another output_dir") from error
+    for number, row in enumerate(rows):
+        if missing := [name for name in fields if not isinstance(row, dict) or name not in row]:
+            raise ConfigError(
+                f"{file}: row {number} has no {missing[0]!r}, so this program did not write it; choose another "
+                "output_dir"
+            )
+    return rows
 
 
 def _digest(content: Any) -> str:

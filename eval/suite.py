@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune.modules import TransformerDecoder
 
 from owlore_evals.harness import evaluate, load_tasks
-from owlore_evals.judge import JudgeConfig
+from owlore_evals.judge import JudgeConfig, check_url
 from owlore_evals.mt_bench import MT_BENCH, MTBench
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
 from owlore_tune.config import ConfigError, check_counts, check_keys, check_type, load_config
@@ -158,6 +158,10 @@ def check_suite(cfg: DictConfig) -> None:
     for key in ("apply_chat_template", "add_bos"):
         check_type(key, cfg[key], bool | None)
     check_type("seed", cfg.seed, int)
+    if cfg.judge is not None:
+        if not isinstance(cfg.judge, DictConfig):
+            raise ConfigError(f"judge={cfg.judge}; it must be a block of fields, or null")
+        check_url(cfg.judge.get("base_url"))  # before anything is logged
     check_type("min_coverage", cfg.min_coverage, float)
     if not 0 <= cfg.min_coverage <= 1:
         raise ConfigError(f"min_coverage={cfg.min_coverage}; it must be from 0 to 1")

@@ -3,17 +3,18 @@
 import hashlib
 import json
 import math
-import os
+import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchtune.models import convert_weights
@@ -23,14 +24,26 @@ from tqdm import tqdm
 
 from owlore_tune import low_bits
 from owlore_tune.layers import init_rope, plain_name
-from owlore_tune.sealed import SEAL, CheckpointError, discard, sealed_directory, verify
+from owlore_tune.manifest import cache_directory, write_json
+from owlore_tune.sealed import CheckpointError, checksum, sealed_directory
 from owlore_tune.sharded_state import load_sharded, save_sharded
 from owlore_tune.world import ALONE, RankError, World, full, shard_like
 
 StateDict = dict[str, Tensor]
 STATE_FILE = "recipe_state.pt"
 SHARDED = "optimizer"  # directory of the optimizer's state, where several processes saved it
-_NOT_COMPANIONS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json", SEAL)
+# What goes with weights into a checkpoint, if the model directory has it; its config.json is written anew.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
+)  # fmt: skip
+# torchtune's weight layouts of causal decoders, and the ``model_type`` of config.json that they are for.
+ARCHITECTURES = {
+    ModelType.LLAMA2: ("llama",), ModelType.LLAMA3: ("llama",), ModelType.LLAMA3_2: ("llama",),
+    ModelType.MISTRAL: ("mistral",), ModelType.QWEN2: ("qwen2",), ModelType.GEMMA: ("gemma",),
+    ModelType.GEMMA2: ("gemma2",), ModelType.PHI3_MINI: ("phi3",), ModelType.PHI4: ("phi3",),
+}  # fmt: skip
 
 log = get_logger("INFO")
 
@@ -47,7 +60,8 @@ class HFCheckpointer:
         checkpoint_files: names in ``checkpoint_dir``; all its weights where left out.
 
     Raises:
-        ValueError: if the directory, its ``config.json`` or its weights are missing, or ``model_type`` is unknown.
+        ValueError: if the directory, its ``config.json`` or its weights are missing or cannot be read, or
+            ``model_type`` is unknown, no causal decoder's, or not that of ``config.json``.
     """
 
     def __init__(
@@ -56,7 +70,7 @@ class HFCheckpointer:
         model_type: str,
         checkpoint_files: list[str] | None = None,
     ) -> None:
-        self.checkpoint_dir = Path(checkpoint_dir).expanduser()
+        self.checkpoint_dir = Path(str(checkpoint_dir)).expanduser()
         if not self.checkpoint_dir.is_dir():
             raise ValueError(
                 f"checkpointer.checkpoint_dir={checkpoint_dir} is not a directory; "
@@ -64,6 +78,8 @@ class HFCheckpointer:
             )
         try:
             self.config = json.loads((self.checkpoint_dir / "config.json").read_text())
+            if not isinstance(self.config, dict):
+                raise ValueError("it is not a JSON object")
         except (OSError, ValueError) as error:
             raise ValueError(f"no readable config.json in {self.checkpoint_dir}: {error}") from error
         self.files = self._weight_files(checkpoint_files)
@@ -74,16 +90,13 @@ class HFCheckpointer:
         missing = [str(file) for file in files if not file.is_file()]
         if missing or not files:
             raise ValueError(f"weights missing in {self.checkpoint_dir}: {', '.join(missing) or '*.safetensors'}")
+        for file in files:
+            _check_readable(file)
         return files
 
     def fingerprint(self) -> str:
-        """A digest of the weights: of every tensor's name, shape and dtype and a few of its values, not of its all."""
-        digests = {}
-        for name, tensor in _read_tensors(self.files):  # one at a time: what is read of a mapped file counts as memory
-            sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].double().numpy()
-            about = f"{name} {list(tensor.shape)} {tensor.dtype}".encode()
-            digests[name] = about + sample.tobytes()
-        return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()[:16]
+        """A digest of every byte of the weights' files; those read before, and unchanged since, are not read again."""
+        return files_digest(self.files)
 
     def load_checkpoint(
         self,
@@ -140,6 +153,8 @@ class HFCheckpointer:
         recipe_state: dict[str, Any] | None = None,
         *,
         shard_bytes: int = 2 * 10**9,
+        run_id: str | None = None,
+        about: Mapping[str, Any] | None = None,
         world: World = ALONE,
     ) -> None:
         """Write ``model`` in HF format, with the tokenizer and config files it was loaded with, and the recipe's state.
@@ -152,6 +167,8 @@ class HFCheckpointer:
             recipe_state: tensors, numbers, text, and lists and dicts of them; written beside the weights. Of a sharded
                 model, its ``optimizer`` is each process's own.
             shard_bytes: split the weights into files of about this size.
+            run_id: of the run that saves, see `owlore_tune.run_dir`; one of its own where left out.
+            about: more that the checkpoint's seal says of it.
             world: the processes that the model is sharded over.
 
         Raises:
@@ -161,7 +178,7 @@ class HFCheckpointer:
         num_bytes = sum(p.nbytes for p in model.parameters()) + sum(world.gather(_tensor_bytes(recipe_state)))
         try:
             with ExitStack() as stack:
-                writing = sealed_directory(Path(directory), num_bytes)
+                writing = sealed_directory(Path(directory), num_bytes, run_id or uuid4().hex, about)
                 partial_dir = world.share(world.attempt(lambda: stack.enter_context(writing), first_alone=True))
                 assert partial_dir is not None
                 self._save_weights(model, partial_dir, shard_bytes, world)
@@ -210,9 +227,13 @@ class HFCheckpointer:
                 raise OSError(str(error)) from error
 
     def _copy_companions(self, directory: Path, dtype: torch.dtype) -> None:
-        for file in self.checkpoint_dir.iterdir():
-            if file.is_file() and not file.name.endswith(_NOT_COMPANIONS):
-                shutil.copyfile(file, directory / file.name)
+        for file in (self.checkpoint_dir / name for name in COMPANIONS):
+            if not file.is_file():
+                continue
+            if leads_outside(file):
+                log.warning(f"{file} is a link to {file.resolve()}, outside the model directory; it is not copied.")
+                continue
+            shutil.copyfile(file, directory / file.name)
         # transformers loads in the dtype that config.json names, which is now the run's.
         key = "dtype" if "dtype" in self.config else "torch_dtype"
         config = {**self.config, key: str(dtype).removeprefix("torch.")}
@@ -223,35 +244,73 @@ def weight_files(directory: Path) -> list[Path]:
     """The files with a model directory's weights: those its index names, else all there are; safetensors first."""
     for pattern, index in (("*.safetensors", "model.safetensors"), ("pytorch_model*.bin", "pytorch_model.bin")):
         if (index_file := directory / f"{index}.index.json").is_file():
-            return [directory / name for name in sorted(set(json.loads(index_file.read_text())["weight_map"].values()))]
+            try:
+                names = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index_file} has no readable weight_map: {error!r}") from error
+            if outside := [name for name in names if Path(str(name)).name != name]:
+                raise ValueError(f"{index_file} names {outside[0]}, which is not a file beside it")
+            return [directory / name for name in names]
         if files := sorted(directory.glob(pattern)):
             return files
     return []
 
 
-def step_directories(output_dir: Path) -> list[Path]:
-    """The checkpoints ``step_N`` of a run, oldest first."""
-    found = (path for path in output_dir.glob("step_*") if path.is_dir() and path.name[5:].isdigit())
-    return sorted(found, key=lambda path: int(path.name[5:]))
+def files_digest(files: Iterable[Path]) -> str:
+    """A digest of the content of ``files``, and of their names.
 
-
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole and undamaged, or None if the run has saved none yet.
-
-    Raises:
-        CheckpointError: if there are checkpoints, and none of them is good.
+    Each file's is kept in the user's cache with its size and time of change, since reading 7B weights takes seconds.
     """
-    directories = step_directories(output_dir)
-    for directory in reversed(directories):
-        try:
-            verify(directory)
-        except CheckpointError as error:
-            log.warning(f"Passing over {directory.name}: {error}")
-        else:
-            return directory
-    if directories:
-        raise CheckpointError(f"none of the {len(directories)} checkpoints in {output_dir} is undamaged")
-    return None
+    cache = cache_directory() / "digests.json"
+    known = _read_cache(cache)
+    digests, is_new = {}, False
+    for file in files:
+        status = file.stat()
+        key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+        if key not in known:
+            known[key], is_new = checksum(file), True
+        digests[file.name] = known[key]
+    if is_new:
+        _write_cache(cache, known)
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_cache(file: Path) -> dict[str, str]:
+    try:
+        known = json.loads(file.read_text())
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_cache(file: Path, known: dict[str, str]) -> None:
+    newest = dict(list(known.items())[-1000:])
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, newest)
+    except OSError as error:  # it only saves time
+        log.debug(f"{file} cannot be written: {error}")
+
+
+def leads_outside(file: Path) -> bool:
+    """Whether ``file`` is a link out of its directory; a hub cache's links to its own ``blobs`` are not."""
+    directory = file.parent.resolve()
+    homes = [directory]
+    if directory.parent.name == "snapshots":
+        homes.append(directory.parent.parent / "blobs")
+    return not any(file.resolve().is_relative_to(home) for home in homes)
+
+
+def _check_readable(file: Path) -> None:
+    """Raise ValueError if a weights file cannot be opened, or is cut short."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                return
+        with file.open("rb"):
+            return
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}; download it again") from error
 
 
 def load_recipe_state(directory: Path) -> dict[str, Any]:
@@ -263,31 +322,16 @@ def load_recipe_state(directory: Path) -> dict[str, Any]:
     file = directory / STATE_FILE
     if not file.is_file():
         raise CheckpointError(f"{directory} has no {STATE_FILE}, so a run cannot resume from it")
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def saved_optimizer_state(directory: Path, recipe_state: dict[str, Any], world: World = ALONE) -> dict[str, Any]:
     """The optimizer's ``state_dict`` in a checkpoint, however many processes saved it; see `load_sharded`."""
     saved = recipe_state["optimizer"]
     return load_sharded(saved, directory / SHARDED, world) if "num_ranks" in saved else saved
-
-
-def set_aside_after(output_dir: Path, step: int) -> None:
-    """Rename checkpoints later than ``step``, from which the run goes on another way, to ``abandoned_step_N``."""
-    for directory in step_directories(output_dir):
-        if int(directory.name[5:]) > step:
-            abandoned = directory.with_name(f"abandoned_{directory.name}")
-            if abandoned.exists():
-                discard(abandoned)
-            os.rename(directory, abandoned)
-            log.warning(f"{directory.name} is later than the checkpoint to resume from; it is now {abandoned.name}.")
-
-
-def keep_last(output_dir: Path, count: int | None) -> None:
-    """Remove all but the newest ``count`` checkpoints of a run; None keeps all."""
-    if count is not None:
-        for directory in step_directories(output_dir)[:-count]:
-            discard(directory)
 
 
 def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -332,11 +376,16 @@ def _converters(
     model_type: str, config: dict[str, Any]
 ) -> tuple[Callable[[StateDict], StateDict], Callable[[StateDict], StateDict]]:
     """torchtune's conversions from and to HF's layout for one model type."""
-    try:
-        kind = ModelType[model_type]
-    except KeyError:
-        names = ", ".join(ModelType.__members__)
-        raise ValueError(f"checkpointer.model_type={model_type}; choose one of {names}") from None
+    kind = ModelType.__members__.get(str(model_type))
+    if kind not in ARCHITECTURES:
+        names = ", ".join(known.name for known in ARCHITECTURES)
+        raise ValueError(f"checkpointer.model_type={model_type}; choose one of the causal decoders {names}")
+    if (found := config.get("model_type")) not in ARCHITECTURES[kind]:
+        fitting = ", ".join(known.name for known, types in ARCHITECTURES.items() if found in types)
+        raise ValueError(
+            f"checkpointer.model_type={model_type} is for config.json's model_type {ARCHITECTURES[kind][0]}, and the "
+            f"model's is {found}; " + (f"choose {fitting}" if fitting else "torchtune has no such decoder")
+        )
     try:
         heads = {
             "num_heads": config["num_attention_heads"],

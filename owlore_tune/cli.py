@@ -1,6 +1,7 @@
 """The ``owlore`` command. Heavy imports are inside the commands that need them."""
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from owlore_tune.names import RECIPES, find_packaged, packaged_configs, title
+from owlore_tune.signals import obey_signals
+
+TORCHTUNE_BUILDS = (  # the components that torchtune's recipes make
+    "model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "loss", "metric_logger", "profiler",
+)  # fmt: skip
 
 
 def ls(args: argparse.Namespace) -> None:
@@ -21,9 +27,7 @@ def ls(args: argparse.Namespace) -> None:
 
 def cp(args: argparse.Namespace) -> None:
     """copy a packaged config, or recipe, to edit it"""
-    target = Path(args.destination)
-    if target.exists() and not args.force:
-        sys.exit(f"error: {target} exists; use --force to replace it")
+    target = _new_file(args.destination, args.force)
     source = find_packaged(args.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
@@ -43,16 +47,21 @@ def download(args: argparse.Namespace) -> None:
 def validate(args: argparse.Namespace) -> None:
     """check a config against all that it names, without loading weights or data"""
     with _errors_in_one_line():
-        from owlore_eval import OwLoreEvalRecipe
         from owlore_full_finetune import SUPPLIED
-        from owlore_tune.config import check_components, load_config
+        from owlore_tune.config import ConfigError, check_components, load_config
 
         cfg = load_config(args.config, args.overrides)
         if "owlore" in cfg:
             print(_training_recipe(cfg)(cfg).validate())
         elif "tasks" in cfg:
+            from owlore_eval import OwLoreEvalRecipe
+
             print(OwLoreEvalRecipe(cfg).validate())
-        else:  # of one of torchtune's recipes
+        else:  # of one of torchtune's recipes, of which none imports anything else
+            if "model" not in cfg:
+                raise ConfigError(f"{args.config} has no owlore block, no tasks and no model: it is of no known recipe")
+            for key in cfg.keys() - set(TORCHTUNE_BUILDS):
+                del cfg[key]
             check_components(cfg, SUPPLIED)
         print(f"{args.config} is valid")
 
@@ -60,15 +69,20 @@ def validate(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     """score a model's layers, and write the scores file and its chart"""
     with _errors_in_one_line():
-        from owlore_tune.config import load_config
+        from owlore_tune.config import ConfigError, expand_home, load_config
         from owlore_tune.plots import plot_scores
 
-        cfg = load_config(args.config, args.overrides)
+        cfg = expand_home(load_config(args.config, args.overrides))
+        output = Path(args.output).expanduser() if args.output else Path(str(cfg.get("output_dir"))) / "scores.json"
+        if output.suffix != ".json":
+            raise ConfigError(f"--output={output}: a scores file ends in .json, and its picture in .png")
+        picture = output.with_suffix(".png")
+        for file in (output, picture):
+            _new_file(file, args.force)
         scores = _training_recipe(cfg)(cfg).score()
-        output = Path(args.output) if args.output else Path(cfg.output_dir) / "scores.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         scores.save(output)
-        plot_scores(output.with_suffix(".png"), scores.scores, scores.score)
+        plot_scores(picture, scores.scores, scores.score)
     for layer, value in enumerate(scores.scores):
         print(f"layer {layer:3}  {value:.6g}")
     print(f"{output}\n{output.with_suffix('.png')}")
@@ -77,19 +91,29 @@ def score(args: argparse.Namespace) -> None:
 def memory(args: argparse.Namespace) -> None:
     """what a run will take in memory, by category and beside other methods"""
     with _errors_in_one_line():
-        from owlore_tune.config import load_config
+        from owlore_tune.config import ConfigError, load_config
         from owlore_tune.memory_plan import CATEGORIES
         from owlore_tune.plots import plot_memory
 
         cfg = load_config(args.config, args.overrides)
+        picture = _new_file(args.output, args.force) if args.output else None
+        for name, value in (("--seq-len", args.seq_len), ("--world-size", args.world_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}; it must be at least 1")
         found = _training_recipe(cfg)(cfg).memory_plans(args.seq_len, args.world_size, args.gpu)
         plans = {name: vars(plan) for name, plan in found.items()}
-        plot_memory(Path(args.output), plans, cfg.get("device_memory_limit"))
+        if picture is not None:
+            plot_memory(picture, plans, cfg.get("device_memory_limit"))
     print("GB".ljust(14) + "".join(name.rjust(16) for name in plans))
     for category in (c for c in CATEGORIES if any(plan[c] for plan in plans.values())):
         print(category.ljust(14) + "".join(f"{plan[category] / 1e9:16.2f}" for plan in plans.values()))
     print("total".ljust(14) + "".join(f"{sum(plan.values()) / 1e9:16.2f}" for plan in plans.values()))
-    print(args.output)
+    print(
+        "GaLore and LISA train the same weights outside the layers as this config (owlore.train_embeddings, "
+        "train_output and train_norm); full trains all."
+    )
+    if picture is not None:
+        print(picture)
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -129,14 +153,20 @@ def _training_recipe(cfg: Any) -> Any:
 
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    from torchtune.config._errors import InstantiationError
+    from owlore_tune.config import errors_in_one_line
 
-    from owlore_tune.config import ConfigError
-
-    try:
+    with errors_in_one_line():
         yield
-    except (ConfigError, InstantiationError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def _new_file(path: str | Path, force: bool) -> Path:
+    """``path``, if no file of the user's would be lost by writing it."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        sys.exit(f"error: {file} is a directory")
+    if os.path.lexists(file) and not force:
+        sys.exit(f"error: {file} exists; use --force to replace it")
+    return file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -164,10 +194,12 @@ def parser() -> argparse.ArgumentParser:
     downloading.add_argument("--output-dir", help="where to, instead of the user's cache directory")
     config_command(validate)
     scoring = config_command(score)
-    scoring.add_argument("--output", help="scores file to write; OUTPUT_DIR/scores.json where left out")
+    scoring.add_argument("--output", help="scores file to write, with its picture; OUTPUT_DIR/scores.json if left out")
+    scoring.add_argument("--force", action="store_true", help="replace existing files")
     planning = config_command(memory)
     planning.add_argument("--seq-len", type=int, help="tokens of the longest row, instead of reading the data")
-    planning.add_argument("--output", default="memory.png", help="picture to write")
+    planning.add_argument("--output", metavar="FILE.png", help="picture to draw; none if left out")
+    planning.add_argument("--force", action="store_true", help="replace an existing picture")
     planning.add_argument("--world-size", type=int, default=1, help="devices that the model is sharded over")
     planning.add_argument("--gpu", action="store_true", help="as on a GPU, planned on a machine that has none")
     plotting = command(plot)
@@ -185,7 +217,8 @@ def main() -> None:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    args.run(args)
+    with obey_signals():
+        args.run(args)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Configs by name, and checks that refuse a bad one before any weights load."""
 
+import argparse
 import difflib
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,16 +15,22 @@ from typing import Any, get_args
 from uuid import uuid4
 
 import torch
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torchtune import config, training, utils
 from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
+from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 
 from owlore_tune.names import find_config
 from owlore_tune.optim import INACTIVE_STATES
 from owlore_tune.sampling import DRAWS
 from owlore_tune.scores import SCORES
+from owlore_tune.sealed import CheckpointError
+from owlore_tune.signals import obey_signals
 from owlore_tune.world import ALONE, World
+
+LARGEST_COUNT = 10**9
 
 
 class ConfigError(ValueError):
@@ -61,13 +70,15 @@ class OwLoreConfig:
                 raise ConfigError(f"owlore.{key}={getattr(self, key)}; choose one of {', '.join(choices)}")
         for key in ("num_active_layers", "resample_every", "outlier_threshold", "calibration_batches"):
             value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ConfigError(f"owlore.{key}={value}; it must be above 0")
+            if value is not None and not 0 < value <= LARGEST_COUNT:
+                raise ConfigError(f"owlore.{key}={value}; it must be above 0, and at most {LARGEST_COUNT:,}")
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "OwLoreConfig":
+        if not isinstance(cfg, DictConfig):
+            raise ConfigError(f"owlore={cfg}; it must be a block of fields")
         check_keys(cfg, [field.name for field in fields(cls)], "owlore")
-        return cls(**plain(cfg))
+        return cls(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
     def check_model(self, num_layers: int) -> None:
         """Raise ConfigError if the model has too few layers for γ."""
@@ -76,34 +87,88 @@ class OwLoreConfig:
 
 
 def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
-    """torchtune's ``config.parse`` that also takes a packaged name, and reports a ConfigError in one line."""
+    """torchtune's ``config.parse`` that also takes a packaged name, and tells errors and signals in one line."""
 
     @functools.wraps(recipe_main)
     def main() -> None:
-        for i, argument in enumerate(sys.argv[:-1]):
-            if argument == "--config":
-                sys.argv[i + 1] = str(find_config(sys.argv[i + 1]))
-        try:
-            config.parse(recipe_main)()
-        except (ConfigError, RunError, InstantiationError) as error:
-            sys.exit(f"error: {' '.join(str(error).split())}")
+        parser = argparse.ArgumentParser(description=recipe_main.__doc__, allow_abbrev=False)
+        parser.add_argument("--config", required=True, metavar="CONFIG", help="name or file")
+        parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
+        args, rest = parser.parse_known_args()  # overrides may stand on either side of --config
+        if flags := [argument for argument in rest if argument.startswith("-")]:
+            parser.error(f"unrecognized arguments: {' '.join(flags)}; fields are overridden as field=value")
+        with obey_signals(), errors_in_one_line():
+            recipe_main(load_config(args.config, [*args.overrides, *rest]))
 
     return main
 
 
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the program by ``error: ...`` for what is wrong with a config, its files or the run, without a traceback."""
+    try:
+        yield
+    except (ConfigError, RunError, CheckpointError, InstantiationError, OmegaConfBaseException, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
 def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
-    """A packaged config by name, or a file, with ``field=value`` overrides as on the command line."""
-    from argparse import Namespace
+    """A packaged config by name, or a file, with ``field=value`` overrides as on the command line.
 
-    from torchtune.config._utils import _merge_yaml_and_cli_args
+    Raises:
+        ConfigError: if the file is not a YAML mapping, or an override has another form or cannot be applied.
+    """
+    file = find_config(name)
+    try:
+        loaded = OmegaConf.load(file)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file} cannot be read as YAML: {error}") from error
+    if not isinstance(loaded, DictConfig) or not loaded:
+        raise ConfigError(f"{file} is {'not a mapping of fields' if loaded else 'empty'}")
+    if bad := [key for key in loaded if not isinstance(key, str)]:
+        raise ConfigError(f"{file}: the key {bad[0]!r} is not text")
+    overrides = list(overrides)
+    for override in overrides:
+        if not override.startswith("~") and override.count("=") != 1:
+            raise ConfigError(f"override {override!r} is not of the form field=value")
+    try:
+        return _merge_yaml_and_cli_args(argparse.Namespace(**plain(loaded)), overrides)
+    except (ValueError, TypeError, AttributeError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"overrides {' '.join(overrides)}: {error}") from error
 
-    loaded = plain(OmegaConf.load(find_config(name)), resolve=False)
-    return _merge_yaml_and_cli_args(Namespace(**loaded), list(overrides))
+
+def plain(cfg: Any) -> Any:
+    """``cfg`` in dicts, lists, text and numbers; interpolations as they are written, since values may be secret."""
+    return OmegaConf.to_container(cfg, resolve=False)
 
 
-def plain(cfg: Any, resolve: bool = True) -> Any:
-    """``cfg`` in dicts, lists, text and numbers."""
-    return OmegaConf.to_container(cfg, resolve=resolve)
+def printable(cfg: DictConfig) -> DictConfig:
+    """A copy of ``cfg`` in which interpolations stay as they are written, even for who resolves it."""
+
+    def escape(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: escape(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [escape(value) for value in node]
+        return node.replace("${", "\\${") if isinstance(node, str) else node
+
+    return OmegaConf.create(escape(plain(cfg)))
+
+
+def expand_home(cfg: DictConfig) -> DictConfig:
+    """A copy of ``cfg`` with ``~`` at the beginning of any text, as of ``~/runs``, replaced by the home directory.
+
+    Whatever is made of a config's paths, such as the directory of a metric logger, then has the same one.
+    """
+
+    def expand(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: expand(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [expand(value) for value in node]
+        return os.path.expanduser(node) if isinstance(node, str) and node.startswith("~") else node
+
+    return OmegaConf.create(expand(plain(cfg)))
 
 
 def check_config(
@@ -125,13 +190,19 @@ def check_config(
             signature of its component, or one is missing that it needs.
     """
     required = list(required)
+    cfg = expand_home(cfg)
     check_keys(cfg, [*required, *defaults], "")
+    try:
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(str(error)) from error
     for key, node in cfg.items():
         # What `dataset_val=null` on the command line arrives as, since torchtune takes it for the component's name.
         if isinstance(node, DictConfig) and "_component_" in node and node["_component_"] is None:
             cfg[key] = None
     if missing := [key for key in required if cfg.get(key) is None]:
         raise ConfigError(f"missing in the config: {', '.join(missing)}")
+    check_type("output_dir", cfg.output_dir, str)
     check_components(cfg, supplied or {})
     return DictConfig(OmegaConf.merge(dict(defaults), cfg))
 
@@ -139,11 +210,30 @@ def check_config(
 def check_components(cfg: DictConfig, supplied: Mapping[str, tuple[str, ...]]) -> None:
     """Raise ConfigError if a component of ``cfg`` does not fit its signature; see `check_config`."""
     for path, node in _component_nodes(cfg, ""):
-        component = _get_component_from_path(node["_component_"])
-        parameters = inspect.signature(component).parameters
+        component = find_component(f"{path}._component_", node["_component_"])
+        try:
+            parameters = inspect.signature(component).parameters
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{path}._component_={node['_component_']} cannot be called by name: {error}") from error
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             check_keys(node, [*parameters, "_component_"], path)
         _check_arguments(path, component, node, supplied.get(path.split(".")[0], ()))
+
+
+def find_component(path: str, name: Any) -> Any:
+    """The class or function that a config names.
+
+    Raises:
+        ConfigError: if there is none, or it cannot be called.
+    """
+    check_type(path, name, str)
+    try:
+        component = _get_component_from_path(name)
+    except (InstantiationError, ValueError) as error:
+        raise ConfigError(f"{path}={name}: {error}") from error
+    if not callable(component):
+        raise ConfigError(f"{path}={name} is a {type(component).__name__}, and cannot be called")
+    return component
 
 
 def _check_arguments(path: str, component: Any, node: DictConfig, supplied: tuple[str, ...]) -> None:
@@ -168,8 +258,8 @@ def build(path: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     """``config.instantiate`` of the node at ``path``, with what its constructor refuses as a ConfigError."""
     try:
         return config.instantiate(node, *args, **kwargs)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        message = str(error)
+    except (ValueError, TypeError, AttributeError, LookupError, OSError, RuntimeError, ImportError) as error:
+        message = str(error) if not isinstance(error, KeyError) else f"no {error}"
         raise ConfigError(message if message.startswith(path) else f"{path}: {message}") from error
 
 
@@ -186,12 +276,28 @@ def build_ours(path: str, node: DictConfig, wanted: type, *args: Any) -> Any:
     return built
 
 
+def build_with(path: str, node: DictConfig, attributes: Iterable[str], *args: Any, **kwargs: Any) -> Any:
+    """`build`, for a component that must have some attributes.
+
+    Raises:
+        ConfigError: naming the first one that it has not.
+    """
+    built = build(path, node, *args, **kwargs)
+    if missing := [name for name in attributes if not hasattr(built, name)]:
+        raise ConfigError(
+            f"{path}._component_={node._component_}: what it makes has no {missing[0]}, so it is no {path}"
+        )
+    return built
+
+
 def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
     """What ``device`` and ``dtype`` of a config stand for, as torchtune reads them.
 
     Raises:
         ConfigError: if they are unknown or not to be had on this machine.
     """
+    check_type("device", cfg.device, str | None)
+    check_type("dtype", cfg.dtype, str)
     try:
         device = utils.get_device(cfg.device)
         return device, training.get_dtype(cfg.dtype, device=device)
@@ -229,8 +335,10 @@ def check_counts(cfg: DictConfig, required: Iterable[str], optional: Iterable[st
     for keys, wanted in ((required, int), (optional, int | None)):
         for key in keys:
             check_type(key, cfg[key], wanted)
-            if cfg[key] is not None and not cfg[key] >= 1:
-                raise ConfigError(f"{key}={cfg[key]}; it must be at least 1{'' if wanted is int else ', or null'}")
+            if cfg[key] is not None and not 1 <= cfg[key] <= LARGEST_COUNT:
+                raise ConfigError(
+                    f"{key}={cfg[key]}; it must be 1 to {LARGEST_COUNT:,}{'' if wanted is int else ', or null'}"
+                )
 
 
 def check_positive(path: str, value: Any) -> float:
@@ -239,10 +347,8 @@ def check_positive(path: str, value: Any) -> float:
     Raises:
         ConfigError: if it is neither.
     """
-    try:
-        number = float("inf") if value is None else float(value)
-    except (TypeError, ValueError):
-        number = 0.0
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = float("inf") if value is None else float(value) if is_number else 0.0
     if not number > 0:
         raise ConfigError(f"{path}={value}; it must be a number above 0, or null")
     return number
@@ -263,7 +369,7 @@ def writable_directory(path: str) -> Path:
     Raises:
         ConfigError: if it cannot be made or written to.
     """
-    directory = Path(path).expanduser()
+    directory = Path(path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=directory):

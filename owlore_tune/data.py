@@ -1,5 +1,6 @@
 """The paper's training data, from the hub or local files, and questions that lm-evaluation-harness carries."""
 
+import hashlib
 import importlib.resources
 import json
 import math
@@ -16,7 +17,7 @@ from datasets import load_dataset
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 from torchtune.data import Message
-from torchtune.datasets import PackedDataset, SFTDataset
+from torchtune.datasets import ConcatDataset, PackedDataset, SFTDataset
 from torchtune.datasets._sft import SFTTransform
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
@@ -186,8 +187,13 @@ class RowTransform(Transform):
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
         """What is wrong with ``row``, if anything, naming the field."""
-        bad = next((field for field in self.texts if not isinstance(row.get(field), str)), None)
-        return None if bad is None else f"no text in field {bad!r}"
+        for field in self.texts:
+            if not isinstance(row.get(field), str):
+                return f"no text in field {field!r}"
+        for field, value in row.items():
+            if isinstance(value, str) and not is_unicode(value):
+                return f"half a surrogate pair in field {field!r}, which is no valid Unicode"
+        return None
 
     def prompt_and_answer(self, row: Mapping[str, Any]) -> tuple[str, str]:
         raise NotImplementedError
@@ -244,11 +250,40 @@ class ChoicesToMessages(RowTransform):
 
 
 class RowsDataset(SFTDataset):
-    """torchtune's ``SFTDataset`` over rows that are already in memory."""
+    """torchtune's ``SFTDataset`` over rows that are already in memory, and that knows where they come from.
 
-    def __init__(self, rows: list[dict[str, Any]], message_transform: Transform, model_transform: Transform) -> None:
+    Args:
+        places: of each row, such as ``dataset.data_files=train.json: row 7``.
+
+    Raises:
+        ValueError: as it is indexed, naming the row's place, if the tokenizer refuses it or it is longer than
+            ``max_tokens``.
+    """
+
+    def __init__(
+        self,
+        rows: list[dict[str, Any]],
+        message_transform: Transform,
+        model_transform: Transform,
+        places: list[tuple[str, int]] | None = None,
+    ) -> None:
         self._data = rows
         self._prepare_sample = SFTTransform(message_transform=message_transform, model_transform=model_transform)
+        self._places = places or [("dataset", number) for number in range(len(rows))]
+        self.max_tokens: int | None = None  # that the model takes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        where, number = self._places[index]
+        try:
+            sample = super().__getitem__(index)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: row {number}: {error}") from error
+        if self.max_tokens is not None and len(sample["tokens"]) > self.max_tokens:
+            raise ValueError(
+                f"{where}: row {number} has {len(sample['tokens'])} tokens, and the model takes {self.max_tokens}; "
+                "set tokenizer.max_seq_len"
+            )
+        return sample
 
 
 def _dataset(
@@ -262,7 +297,8 @@ def _dataset(
     packed: bool,
 ) -> SFTDataset | PackedDataset:
     """The rows of ``data_files``, else of ``source``, once they are known to be what ``transform`` takes."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    places: list[tuple[str, int]] = []
     if data_files is None:
         assert source is not None
         where = f"dataset.source={source}"
@@ -273,36 +309,92 @@ def _dataset(
                 f"{where} cannot be loaded ({error}); without a hub, set dataset.data_files, or dataset.source to a "
                 "copy of it"
             ) from error
-        rows += _good_rows(found, where, transform)
+        _add_good_rows(found, where, transform, rows, places)
     for file in [data_files] if isinstance(data_files, str) else data_files or ():
         where = f"dataset.data_files={file}"
-        rows += _good_rows(read_file(Path(file).expanduser(), "dataset.data_files"), where, transform)
-    return _finish(rows, transform, tokenizer, packed)
+        found = read_file(Path(str(file)).expanduser(), "dataset.data_files")
+        _add_good_rows(found, where, transform, rows, places)
+    return _finish(rows, transform, tokenizer, packed, places)
 
 
-def _good_rows(rows: list[Any], where: str, transform: RowTransform) -> list[dict[str, Any]]:
-    """``rows`` without those that have blank text."""
-    for number, row in enumerate(rows):
+def _add_good_rows(
+    found: list[Any], where: str, transform: RowTransform, rows: list[dict[str, Any]], places: list[tuple[str, int]]
+) -> None:
+    """Add to ``rows`` and ``places`` those of ``found`` that have no blank text."""
+    num_before = len(rows)
+    for number, row in enumerate(found):
         problem = transform.problem(row if isinstance(row, dict) else {})
         if problem:
             raise ValueError(f"{where}: row {number} has {problem}")
-    good = [row for row in rows if all(row[field].strip() for field in transform.texts)]
-    if not good:
+        if all(row[field].strip() for field in transform.texts):
+            rows.append(row)
+            places.append((where, number))
+    num_good = len(rows) - num_before
+    if not num_good:
         raise ValueError(f"{where} is empty")
-    if blank := len(rows) - len(good):
-        log.warning(f"{where}: {blank} of {len(rows)} rows are left out, for blank {' or '.join(transform.texts)}.")
-    return good
+    if blank := len(found) - num_good:
+        log.warning(f"{where}: {blank} of {len(found)} rows are left out, for blank {' or '.join(transform.texts)}.")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be encoded: JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _finish(
-    rows: list[dict[str, Any]], transform: Transform, tokenizer: ModelTokenizer, packed: bool
+    rows: list[dict[str, Any]],
+    transform: Transform,
+    tokenizer: ModelTokenizer,
+    packed: bool,
+    places: list[tuple[str, int]] | None = None,
 ) -> SFTDataset | PackedDataset:
-    dataset = RowsDataset(rows, transform, tokenizer)
+    dataset = RowsDataset(rows, transform, tokenizer, places)
     if not packed:
         return dataset
     if tokenizer.max_seq_len is None:
         raise ValueError("dataset.packed=true needs tokenizer.max_seq_len, the length of a packed row")
     return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len)
+
+
+def dataset_digest(dataset: Any) -> str:
+    """A digest of a dataset as it was built: of its rows, in their order.
+
+    Packed rows are looked at as tokens and torchtune's other datasets as what they read, so that none is tokenized for
+    it; of a dataset of another kind, up to `LOOKS` samples.
+    """
+    digest = hashlib.sha256(f"{type(dataset).__qualname__} {len(dataset)}".encode())
+    if isinstance(dataset, PackedDataset):
+        for pack in dataset.packs:
+            for key in ("tokens", "labels"):
+                digest.update(torch.as_tensor(pack[key]).numpy().tobytes())
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset._datasets:
+            digest.update(dataset_digest(part).encode())
+    else:
+        rows = getattr(dataset, "_data", None)
+        if rows is None:
+            rows = [dataset[i] for i in range(0, len(dataset), math.ceil(len(dataset) / LOOKS))]
+        for row in rows:
+            digest.update(json.dumps(row, default=str, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_samples(key: str, dataset: Any) -> None:
+    """Raise ValueError if the samples of a dataset are not what the collate functions take."""
+    sample = dataset[0]
+    if not isinstance(sample, dict) or not {"tokens", "labels"} <= sample.keys():
+        raise ValueError(f"{key}: its samples have no tokens and labels; it takes a dataset for fine-tuning")
+
+
+def refuse_longer_than(dataset: Any, max_tokens: int) -> None:
+    """Have rows that are longer than the model takes refused by name as they are read."""
+    for part in getattr(dataset, "_datasets", [dataset]):
+        if isinstance(part, RowsDataset):
+            part.max_tokens = max_tokens
 
 
 def dataset_nodes(node: DictConfig | ListConfig) -> list[DictConfig]:
@@ -349,20 +441,34 @@ def read_file(file: Path, field_name: str) -> list[Any]:
     Raises:
         ValueError: as ``field_name=FILE ...``, if it is missing, empty or not of its format.
     """
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{field_name}={file} does not exist")
+    if not file.is_file():
+        raise ValueError(f"{field_name}={file} is not a file")
     try:
         if file.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(file).to_pylist()
         else:
-            text = file.read_text()
-            is_list = text.lstrip().startswith("[")
-            rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:  # which pyarrow's errors are too
+            text = file.read_text(encoding="utf-8-sig")
+            rows = json.loads(text) if text.lstrip().startswith("[") else _json_lines(text)
+    except OSError as error:
+        raise ValueError(f"{field_name}={file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # pyarrow's errors are ValueErrors too
         kind = "Parquet" if file.suffix == ".parquet" else "JSON"
         raise ValueError(f"{field_name}={file} is not {kind}: {error}") from error
     if not rows:
         raise ValueError(f"{field_name}={file} is empty")
+    return rows
+
+
+def _json_lines(text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error.msg} at column {error.colno}") from error
     return rows
 
 

@@ -108,10 +108,10 @@ def _disk(directory: Path) -> Finding:
 
 
 def _model() -> Finding:
-    from owlore_tune.smollm2 import default_directory
+    from owlore_tune.smollm2 import default_directory, is_complete
 
     directory = default_directory()
-    if (directory / "config.json").is_file():
+    if is_complete(directory):
         return Finding("ok", "SmolLM2", str(directory))
     return Finding("note", "SmolLM2", "not downloaded; the configs smollm2/* need it", "owlore download smollm2")
 

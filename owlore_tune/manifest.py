@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,34 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` so that the file is either the old or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    """Write ``content`` so that the file is either the old or the new one, never half of it.
+
+    Numbers that are not finite become null, since JSON has none.
+    """
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}", delete=False) as partial:
+        try:
+            partial.write(to_json(content, indent=2) + "\n")
+            partial.close()
+            os.chmod(partial.name, 0o644)
+            os.replace(partial.name, path)
+        except BaseException:
+            os.unlink(partial.name)
+            raise
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """``content`` as valid JSON, with null for numbers that are not finite."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def cache_directory() -> Path:
+    """``owlore`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "owlore"

@@ -30,7 +30,8 @@ def find_config(name: str) -> Path:
     Raises:
         SystemExit: if it is neither; the message lists near names.
     """
-    return Path(name) if Path(name).is_file() else _find(name, dict(packaged_configs()), "packaged config")
+    path = Path(name).expanduser()
+    return path if path.is_file() else _find(name, dict(packaged_configs()), "packaged config")
 
 
 def find_packaged(name: str) -> Path:

@@ -497,6 +497,14 @@ def _check_sharded(group: dict[str, Any], right: bool) -> None:
         raise ValueError(f"basis={group['basis']} needs whole gradients, and these are sharded; set basis=randomized")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _check_group(group: dict[str, Any]) -> None:
     choices_of = {
         "side": SIDES, "moments": MOMENTS, "basis": BASES, "state_bits": STATE_BITS, "basis_bits": BASIS_BITS
@@ -504,17 +512,19 @@ def _check_group(group: dict[str, Any]) -> None:
     for key, choices in choices_of.items():
         if group[key] not in choices:
             raise ValueError(f"{key}={group[key]!r}; choose one of {', '.join(map(str, choices))}")
-    for key in ("lr", "eps", "weight_decay"):
-        if not group[key] >= 0:
-            raise ValueError(f"{key}={group[key]}; it must not be negative")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas={group['betas']}; each must be at least 0 and below 1")
-    if not isinstance(group["update_gap"], int) or not group["update_gap"] >= 1:
+    for key in ("lr", "eps", "weight_decay", "scale"):
+        if not _is_number(group[key]) or not 0 <= group[key] < math.inf:
+            raise ValueError(f"{key}={group[key]!r}; it must be a finite number that is not negative")
+    if len(group["betas"]) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas={group['betas']}; there must be two, each at least 0 and below 1")
+    if not _is_count(group["update_gap"]):
         raise ValueError(f"update_gap={group['update_gap']}; it must be a whole number of optimizer steps from 1")
+    if not isinstance(group["stochastic_rounding"], bool):
+        raise ValueError(f"stochastic_rounding={group['stochastic_rounding']!r}; it must be true or false")
     rank = group["rank"]
     if rank is None:
         return
-    if not isinstance(rank, int) or not rank >= 1:
+    if not _is_count(rank):
         raise ValueError(f"rank={rank}; it must be a whole number from 1, or null for full rank")
     matrices = [parameter for parameter in group["params"] if parameter.ndim == 2]
     unprojected = [tuple(p.shape) for p in matrices if not _is_projected(p, rank)]

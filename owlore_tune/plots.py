@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from owlore_tune.manifest import MANIFEST
-from owlore_tune.run_log import DRAWS, STEPS, read_records
+from owlore_tune.run_log import DRAWS, PICTURES, STEPS, read_records
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
 PALETTE = (
@@ -47,7 +47,7 @@ def plot_run(run: Path) -> list[Path]:
     plot_loss(run / "loss.png", steps, held_out_by_step(manifest["held_out_loss"], num_steps), starts)
     plot_memory(run / "memory.png", memory_bars(planned, measured), manifest["config"].get("device_memory_limit"))
     plot_step_times(run / "step_times.png", steps, starts)
-    return [run / f"{name}.png" for name in ("scores", "draws", "loss", "memory", "step_times")]
+    return [run / f"{name}.png" for name in PICTURES]
 
 
 def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: Sequence[float] | None = None) -> None:
@@ -99,8 +99,9 @@ def plot_loss(
     """
     figure, axes = _figure(9, 3.8)
     _mark_draws(axes, draws, label="new layers")
-    axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=BLUE, linewidth=1.2, label="training")
-    if held_out:
+    losses = [math.nan if step["loss"] is None else step["loss"] for step in steps]  # null: it was not finite
+    axes.plot([step["step"] for step in steps], losses, color=BLUE, linewidth=1.2, label="training")
+    if held_out := [(step, loss) for step, loss in held_out if loss is not None]:
         axes.plot(*zip(*held_out, strict=True), color=ORANGE, marker="s", linestyle="--", label="held out")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("mean loss per trained token, nats")

@@ -7,9 +7,12 @@ from typing import Any
 
 from torchtune.utils import get_logger
 
+from owlore_tune.manifest import to_json
+
 log = get_logger("INFO")
 
 STEPS, DRAWS = "steps.jsonl", "draws.jsonl"
+PICTURES = ("scores", "draws", "loss", "memory", "step_times")  # of a run, without their ending
 
 
 class RunLog:
@@ -41,7 +44,7 @@ class RunLog:
         """Write both files with what is known so far: nothing, or what a checkpoint held."""
         for name, records in ((STEPS, self.steps), (DRAWS, [d for d in self.draws if "changed_layers" in d])):
             if self._directory is not None:
-                (self._directory / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+                (self._directory / name).write_text("".join(to_json(record) + "\n" for record in records))
 
     def add_step(self, record: dict[str, float]) -> None:
         self.steps.append(record)
@@ -73,7 +76,7 @@ class RunLog:
             return
         try:
             with (self._directory / name).open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(record) + "\n")
         except OSError as error:  # a full disk need not end the run; the records are in the next checkpoint
             log.warning(f"{self._directory / name} cannot be written: {error}")
 

@@ -19,6 +19,7 @@ from owlore_tune.world import ALONE, World, full
 
 SCORES = ("outlier", "uniform", "increase", "decrease", "reverse", "weight_norm", "heavy_tail")
 NEEDS_DATA = ("outlier", "reverse")
+SCORES_FILE = "scores.json"
 
 
 def layer_scores(

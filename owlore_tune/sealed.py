@@ -3,17 +3,19 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import xxhash
 from safetensors import SafetensorError
 
-SEAL = "checkpoint.json"  # name, size and checksum of every other file; written last
+SEAL = "checkpoint.json"  # who made the directory; name, size and checksum of every other file; written last
 _PARTIAL = ".partial"
-_OLD = ".old"
+_DISCARDED = ".discarded"
 
 
 class CheckpointError(RuntimeError):
@@ -21,34 +23,35 @@ class CheckpointError(RuntimeError):
 
 
 @contextmanager
-def sealed_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
+def sealed_directory(
+    directory: Path, num_bytes: int, run_id: str, about: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
     """Write a directory that appears under its name only when it is complete and on disk.
 
-    Yields a directory beside it to write into. When the block ends, its files are checksummed and synced, and the
-    directory takes the place of any older one of its name. If the block fails, nothing is left of it.
+    Yields a directory beside it to write into. When the block ends, its files are checksummed and synced, and it gets
+    its name. If the block fails, nothing is left of it. Nothing that exists is replaced.
 
     Args:
-        num_bytes: about how much will be written; refused at once where the disk has less.
+        num_bytes: about how much will be written; refused at once if the disk has less.
+        run_id: of the run that makes it. It is in the seal, and in the name of what an interruption leaves.
+        about: more that the seal says of the directory.
 
     Raises:
-        CheckpointError: if the disk is full or refuses; it names the path and the bytes needed.
+        CheckpointError: if ``directory`` exists, or the disk is full or refuses; it names the path and the bytes
+            needed.
     """
-    partial = directory.with_name(directory.name + _PARTIAL)
+    partial = _beside(directory, run_id, _PARTIAL)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        if os.path.lexists(directory):
+            raise FileExistsError("it exists already")
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         if free < num_bytes:
             raise OSError(f"only {free:,} bytes are free")
         yield partial
-        _seal(partial)
-        replaced = directory.with_name(directory.name + _OLD + _PARTIAL)
-        if directory.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(directory, replaced)
+        _seal(partial, {"format": 1, "run_id": run_id, **(about or {})})
         os.rename(partial, directory)
         _sync(directory.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -59,7 +62,12 @@ def sealed_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
         raise
 
 
-def _seal(directory: Path) -> None:
+def _beside(directory: Path, run_id: str, ending: str) -> Path:
+    """A name that nothing has: of ``directory``, its run and chance."""
+    return directory.with_name(f"{directory.name}.{run_id}.{uuid4().hex[:8]}{ending}")
+
+
+def _seal(directory: Path, about: Mapping[str, Any]) -> None:
     files = {}
     with ThreadPoolExecutor(1) as syncing:  # the disk is waited for while checksums are made
         synced = []
@@ -67,64 +75,101 @@ def _seal(directory: Path) -> None:
             synced.append(syncing.submit(_sync, file))
             if file.is_file():
                 name = file.relative_to(directory).as_posix()
-                files[name] = {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
+                files[name] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
         for sync in synced:
             sync.result()
-    (directory / SEAL).write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
+    (directory / SEAL).write_text(json.dumps({**about, "files": files}, indent=2) + "\n")
     _sync(directory / SEAL)
     _sync(directory)
 
 
-def verify(directory: Path) -> None:
-    """Check every file of a sealed directory against its seal.
+def read_seal(directory: Path) -> dict[str, Any]:
+    """The seal of a directory; whether it tells the truth is for `verify`.
 
     Raises:
-        CheckpointError: naming the first file that is missing, of another size, or of other content.
+        CheckpointError: if there is none, or it cannot be read.
     """
     try:
-        files = json.loads((directory / SEAL).read_text())["files"]
-        expected = {name: (int(sealed["bytes"]), str(sealed["xxh3_128"])) for name, sealed in files.items()}
+        seal = json.loads((directory / SEAL).read_text())
+        expected = {name: (int(f["bytes"]), str(f["xxh3_128"])) for name, f in seal["files"].items()}
+        run_id = str(seal["run_id"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory / SEAL} cannot be read: {error!r}") from error
-    for name, (num_bytes, checksum) in expected.items():
+    return {**seal, "files": expected, "run_id": run_id}
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Check every file of a sealed directory against its seal, and that there is no other; returns the seal.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, not in the seal, a link, of another size or content.
+    """
+    seal = read_seal(directory)
+    expected = seal["files"]
+    if not expected:
+        raise CheckpointError(f"{directory / SEAL} names no files")
+    found = set()
+    for folder, folders, names in os.walk(directory):
+        for path in (Path(folder, name) for name in [*folders, *names]):
+            if path.is_symlink():
+                raise CheckpointError(f"{path} is a symbolic link, and checkpoints have none")
+        found |= {Path(folder, name).relative_to(directory).as_posix() for name in names}
+    if outside := sorted(name for name in expected if name not in found):
+        raise CheckpointError(f"{directory / outside[0]} is missing")
+    if extra := sorted(found - expected.keys() - {SEAL}):
+        raise CheckpointError(f"{directory / extra[0]} is not in {SEAL}: it was added later")
+    for name, (num_bytes, digest) in expected.items():
         file = directory / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != num_bytes:
-            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, not {num_bytes:,}")
-        if _checksum(file) != checksum:
-            raise CheckpointError(f"{file} is damaged: its checksum is not the one it was saved with")
+        try:
+            if file.stat().st_size != num_bytes:
+                raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, not {num_bytes:,}")
+            if checksum(file) != digest:
+                raise CheckpointError(f"{file} is damaged: its checksum is not the one it was saved with")
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    return seal
 
 
-def discard(directory: Path) -> None:
-    """Remove a directory; its name is gone at once, so that no half of it is ever found under it."""
-    doomed = directory.with_name(directory.name + _OLD + _PARTIAL)
-    shutil.rmtree(doomed, ignore_errors=True)
-    (directory / SEAL).unlink(missing_ok=True)  # from here on nothing takes it for a checkpoint
+def is_of_run(directory: Path, run_id: str) -> bool:
+    """Whether ``directory`` itself, and not a link to it, was made by the run."""
+    try:
+        return not directory.is_symlink() and read_seal(directory)["run_id"] == run_id
+    except CheckpointError:
+        return False
+
+
+def discard(directory: Path, run_id: str) -> None:
+    """Remove a directory that the run made; its name is gone at once, so that no half of it is found under it."""
+    assert is_of_run(directory, run_id), f"{directory} is not of run {run_id}"
+    doomed = _beside(directory, run_id, _DISCARDED)
     os.rename(directory, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Clear up after interrupted writes and removals in ``parent``.
+def remove_leftovers(parent: Path, run_id: str) -> None:
+    """Clear up after interrupted writes and removals of the run in ``parent``; its id is in their names.
 
-    What a write was stopped from moving to its name, complete as it was, moves there now; the rest is removed.
+    A directory that is complete, and was stopped from moving to its name, moves there now.
     """
-    for leftover in sorted(parent.glob(f"*{_PARTIAL}"), key=lambda path: _OLD in path.suffixes):  # new ones first
-        name = leftover.name.removesuffix(_PARTIAL).removesuffix(_OLD)
-        try:
-            verify(leftover)
-        except CheckpointError:
-            complete = False
-        else:
-            complete = True
-        if complete and not (parent / name).exists():
-            os.rename(leftover, parent / name)
+    for leftover in sorted(parent.glob(f"*.{run_id}.*{_PARTIAL}")) + sorted(parent.glob(f"*.{run_id}.*{_DISCARDED}")):
+        if leftover.is_symlink():
+            continue
+        target = parent / leftover.name.split(f".{run_id}.")[0]
+        if leftover.name.endswith(_PARTIAL) and not os.path.lexists(target) and _is_complete(leftover):
+            os.rename(leftover, target)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _checksum(file: Path) -> str:
+def _is_complete(directory: Path) -> bool:
+    try:
+        verify(directory)
+    except CheckpointError:
+        return False
+    return True
+
+
+def checksum(file: Path) -> str:
     digest = xxhash.xxh3_128()
     buffer = bytearray(2**22)
     with file.open("rb", buffering=0) as opened:

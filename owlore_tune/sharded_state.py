@@ -1,32 +1,32 @@
 """Optimizer state of sharded weights: each process writes its rows, and any number of processes read them.
 
-Through torch.distributed.checkpoint. Every tensor has a name of its own, by weight, kind, rank and part (8-bit state
-has several): a process finds what it wrote bit for bit, and another number of them finds all rows to divide anew.
+One safetensors file a rank, so that reading runs no code. A tensor's name in it is ``index.key.part``: the parameter's
+index in the optimizer, the state's key, and the part of it, since 8-bit state has several.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
 
 from owlore_tune import low_bits
+from owlore_tune.sealed import CheckpointError
 from owlore_tune.world import World
 
 EVERYWHERE = ("basis",)  # the same on all processes, so the first one writes it
 
 
 def save_sharded(state_dict: dict[str, Any], directory: Path, world: World) -> dict[str, Any]:
-    """Write the tensors of an optimizer's ``state_dict``; on all processes together.
+    """Write the tensors of this process's ``state_dict``; every process of ``world`` calls it.
 
     Returns:
         What is not tensors, from which `load_sharded` makes the state again.
 
     Raises:
-        OSError: if a process cannot write.
+        OSError: if the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     rest: dict[int, dict[str, Any]] = {}
@@ -37,54 +37,57 @@ def save_sharded(state_dict: dict[str, Any], directory: Path, world: World) -> d
                 rest[index][key] = value
             elif world.rank == 0 or key not in EVERYWHERE:
                 for part, tensor in low_bits.named_parts(value).items():
-                    tensors[_name(index, key, world.rank, part)] = tensor
+                    tensors[f"{index}.{key}.{part}"] = tensor.contiguous().cpu().clone()  # quantile maps are shared
+    directory.mkdir(exist_ok=True)
     try:
-        dcp.save(tensors, checkpoint_id=directory, process_group=world.group)
-    except CheckpointException as error:
-        reasons = {str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()}
-        raise OSError("; ".join(sorted(reasons))) from error
+        save_file(tensors, _file(directory, world.rank))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     return {"param_groups": state_dict["param_groups"], "state": rest, "num_ranks": world.size}
 
 
 def load_sharded(rest: dict[str, Any], directory: Path, world: World) -> dict[str, Any]:
-    """The ``state_dict`` of this process; reads files alone, so processes need not call it together.
+    """The ``state_dict`` of this process; it reads files only, so processes need not call it together.
 
-    Where as many processes saved it, it is what this one wrote. Else moments have all rows, in float32, and
+    If as many processes saved it, each one reads back its own tensors. Otherwise moments have all rows, in float32, and
     `owlore_tune.optim.OwLoreAdamW.load_state_dict` takes those of the process.
+
+    Raises:
+        CheckpointError: if a file cannot be read.
     """
-    known: dict[str, Any] = FileSystemReader(directory).read_metadata().state_dict_metadata
-    parts: dict[tuple[str, str, int], dict[str, str]] = {}  # (index, key, rank) → part → name
-    for name in known:
-        index, key, rank, part = name.split(".")
-        parts.setdefault((index, key, int(rank)), {})[part] = name
+    num_ranks = rest["num_ranks"]
+    ranks = [world.rank] if num_ranks == world.size else range(num_ranks)
+    saved = [_read(directory, rank) for rank in ranks]
+    first = saved[0] if 0 in ranks else _read(directory, 0)
 
-    same_number = rest["num_ranks"] == world.size
-    wanted = (
-        name
-        for (_, key, rank), names in parts.items()
-        if not same_number or rank == world.rank or key in EVERYWHERE
-        for name in names.values()
-    )
-    tensors = {name: torch.empty(known[name].size, dtype=known[name].properties.dtype) for name in wanted}
-    dcp.load(tensors, checkpoint_id=directory, no_dist=True)  # at once: each call reads what is known of all
-
-    def take(index: str, key: str, rank: int) -> Tensor:
-        found = {part: tensors.pop(name) for part, name in parts[index, key, rank].items()}
-        return low_bits.from_named_parts(found, signed=key != "exp_avg_sq")
-
-    projected = {index for index, key, _ in parts if key == "basis"}  # on the right, as all sharded weights are
+    projected = {index for index, key in first if key == "basis"}  # on the right, as all sharded weights are
     state: dict[int, dict[str, Any]] = {index: dict(values) for index, values in rest["state"].items()}
-    for index, key in sorted({(index, key) for index, key, _ in parts}):
+    for index, key in first:
         if key in EVERYWHERE:
-            state[int(index)][key] = take(index, key, 0)
-        elif same_number:
-            state[int(index)][key] = take(index, key, world.rank)
+            state[index][key] = first[index, key]
+        elif len(saved) == 1:
+            state[index][key] = saved[0][index, key]
         else:
-            pieces = [take(index, key, rank) for rank in range(rest["num_ranks"])]
+            pieces = [tensors[index, key] for tensors in saved]
             rows = [low_bits.restore(piece, torch.float32, by_column=index in projected) for piece in pieces]
-            state[int(index)][key] = torch.cat(rows)
+            state[index][key] = torch.cat(rows)
     return {"param_groups": rest["param_groups"], "state": state}
 
 
-def _name(index: int, key: str, rank: int, part: str) -> str:
-    return f"{index}.{key}.{rank}.{part}"
+def _file(directory: Path, rank: int) -> Path:
+    return directory / f"rank_{rank}.safetensors"
+
+
+def _read(directory: Path, rank: int) -> dict[tuple[int, str], Tensor]:
+    """The state of one rank by (index, key)."""
+    parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+    try:
+        for name, tensor in load_file(_file(directory, rank)).items():
+            index, key, part = name.split(".")
+            parts.setdefault((int(index), key), {})[part] = tensor
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{_file(directory, rank)} cannot be read: {error}") from error
+    return {
+        (index, key): low_bits.from_named_parts(found, signed=key != "exp_avg_sq")
+        for (index, key), found in parts.items()
+    }

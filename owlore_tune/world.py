@@ -140,6 +140,12 @@ def rows_of(tensor: Tensor) -> tuple[int, int]:
     return first, min(first + each, tensor.shape[0])
 
 
+def is_finite(parameter: Tensor) -> bool:
+    """Whether all values that are here are finite; by a norm, which needs no copy of them."""
+    values = local(parameter.detach())
+    return not values.numel() or bool(torch.linalg.vector_norm(values, ord=torch.inf).isfinite())
+
+
 def peak(tensor: Tensor) -> Tensor:
     """The largest magnitude in ``tensor``, (); 0 where it has no values."""
     return tensor.abs().amax() if tensor.numel() else torch.zeros((), dtype=tensor.dtype, device=tensor.device)

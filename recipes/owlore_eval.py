@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
-from torchtune import config, training, utils
+from omegaconf import DictConfig, OmegaConf
+from torchtune import training, utils
 from torchtune.recipe_interfaces import EvalRecipeInterface
 
 from owlore_evals.results import check_output_dir, print_results, save_results
@@ -29,14 +29,16 @@ from owlore_tune.config import (
     plain,
     writable_directory,
 )
-from owlore_tune.manifest import machine, versions
+from owlore_tune.manifest import MANIFEST, machine, versions
 from owlore_tune.memory import peak_memory_bytes
 from owlore_tune.rendezvous import join_process_group
+from owlore_tune.run_dir import RunDirectory
 from owlore_tune.tokenizer import HFChatTokenizer
 
 log = utils.get_logger("INFO")
 
 REQUIRED = ("model", "tokenizer", "checkpointer", "output_dir")
+OUTPUT_FILES = (MANIFEST, "answers.jsonl", "judgments.jsonl", "mt_bench.png")
 DEFAULTS = SUITE | {
     "use_cache": False,
     "log_samples": True,
@@ -64,7 +66,8 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         for key in ("use_cache", "log_samples"):
             check_type(key, cfg[key], bool)
         self._device, self._dtype = device_and_dtype(cfg)
-        self._output_dir = Path(cfg.output_dir).expanduser()
+        self._output_dir = Path(cfg.output_dir).absolute()
+        self._run_dir = RunDirectory(self._output_dir, "evaluation")
         self._is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
 
     def validate(self) -> str:
@@ -75,6 +78,9 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
     def setup(self) -> None:
         cfg = self._cfg
         writable_directory(cfg.output_dir)
+        if self._is_rank_zero:
+            self._run_dir.claim()
+            self._run_dir.check_free(OUTPUT_FILES)
         tokenizer = build_ours("tokenizer", cfg.tokenizer, HFChatTokenizer)
         checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
         self._fingerprint = checkpointer.fingerprint()
@@ -84,6 +90,8 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             self._suite = Suite(cfg)
             self._suite.check_model(tokenizer, model.max_seq_len)
         self._load_weights(model, checkpointer)
+        if self._is_rank_zero:
+            self._run_dir.start()
         self._lm = build_lm(cfg, model, tokenizer)
 
     def _setup_model(self) -> torch.nn.Module:
@@ -117,11 +125,14 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         print_results(results)
         print(f"results         {file}")
 
+    def cleanup(self) -> None:
+        self._run_dir.release()
+
     def _model_id(self) -> str:
         """The weights' fingerprint, and what else an answer depends on."""
         info = self._lm.get_model_info()
         settings = [info[key] for key in ("model_dtype", "add_bos", "max_length", "generation_seed", "tokenizer_sha")]
-        settings += [plain(self._cfg.model), self._cfg.checkpointer.model_type]
+        settings += [OmegaConf.to_container(self._cfg.model, resolve=True), self._cfg.checkpointer.model_type]
         return f"{self._fingerprint}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
     def _manifest(self, seconds: float) -> dict[str, Any]:
@@ -140,12 +151,15 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
 @parse
 def recipe_main(cfg: DictConfig) -> None:
     """Evaluate a model; see `OwLoreEvalRecipe`."""
-    config.log_config(recipe_name="OwLoreEvalRecipe", cfg=cfg)
     if training.is_distributed():
         join_process_group("gloo")  # nothing but Python objects is exchanged
     recipe = OwLoreEvalRecipe(cfg=cfg)
-    recipe.setup()
-    recipe.evaluate()
+    log.info(f"Running OwLoreEvalRecipe with config:\n\n{OmegaConf.to_yaml(cfg)}")
+    try:
+        recipe.setup()
+        recipe.evaluate()
+    finally:
+        recipe.cleanup()
     # Not after an error: a rank that fails ends, and torchrun then ends those that wait for it.
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -5,7 +5,6 @@ tune run owlore_full_finetune --config smollm2/135M_owlore [field=value ...]
 
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -18,45 +17,48 @@ from signal import Signals
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
-from torchtune import config, training, utils
-from torchtune.config._utils import _get_component_from_path
+from torchtune import training, utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
 from torchtune.datasets import ConcatDataset
 from torchtune.modules import TransformerDecoder
 from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
+from torchtune.training.metric_logging import DiskLogger, StdoutLogger, TensorBoardLogger
 from tqdm import tqdm
 
 from owlore_tune.active_layers import ActiveLayers, WeightWatch
-from owlore_tune.checkpoints import (
-    HFCheckpointer,
-    keep_last,
-    load_recipe_state,
-    newest_checkpoint,
-    saved_optimizer_state,
-    set_aside_after,
-    step_directories,
-)
+from owlore_tune.checkpoints import HFCheckpointer, files_digest, load_recipe_state, saved_optimizer_state
 from owlore_tune.config import (
     ConfigError,
     OwLoreConfig,
     RunError,
     build,
     build_ours,
+    build_with,
     changed_fields,
     check_config,
     check_counts,
     check_positive,
     check_type,
     device_and_dtype,
+    find_component,
     parse,
     plain,
+    printable,
     shared_directory,
 )
-from owlore_tune.data import collate_with_valid, dataset_nodes, is_packed, longest_row
+from owlore_tune.data import (
+    check_samples,
+    collate_with_valid,
+    dataset_digest,
+    dataset_nodes,
+    is_packed,
+    longest_row,
+    refuse_longer_than,
+)
 from owlore_tune.layers import find_layers, model_parts, plain_name
 from owlore_tune.manifest import MANIFEST, machine, versions, write_json
 from owlore_tune.memory import peak_memory_bytes, return_freed_memory
@@ -66,17 +68,20 @@ from owlore_tune.optim import OwLoreAdamW
 from owlore_tune.phases import PhaseClock
 from owlore_tune.planning import check_limit, plan_run, plan_with_peers
 from owlore_tune.rng import get_rng_state, set_rng_state
-from owlore_tune.run_log import RunLog
+from owlore_tune.run_dir import RunDirectory, step_of
+from owlore_tune.run_log import DRAWS, PICTURES, STEPS, RunLog
 from owlore_tune.sampling import LayerSampler
-from owlore_tune.scores import NEEDS_DATA, LayerScores, layer_scores
-from owlore_tune.sealed import CheckpointError, remove_leftovers, verify
-from owlore_tune.signals import StopRequest
+from owlore_tune.scores import NEEDS_DATA, SCORES_FILE, LayerScores, layer_scores
+from owlore_tune.sealed import CheckpointError
+from owlore_tune.signals import Stop, stop_request
 from owlore_tune.tokenizer import HFChatTokenizer
-from owlore_tune.world import ALONE, RankError, local
+from owlore_tune.world import ALONE, RankError, is_finite, local
 
 log = utils.get_logger("INFO")
 
 Batch = dict[str, torch.Tensor]
+
+HOW_TO_GO_ON = "go on with the same command and resume_from_checkpoint=true"
 
 REQUIRED = (
     "model",
@@ -112,9 +117,7 @@ DEFAULTS: dict[str, Any] = {
     "profiler": None,
     "save_every_n_steps": None,  # besides the end of each epoch
     "keep_last_n": None,  # all
-    "on_save_error": "stop",
     "resume_from_checkpoint": False,
-    "allow_config_change": False,
     "max_skipped_steps": 10,
 }
 COUNTS = ("batch_size", "epochs", "gradient_accumulation_steps", "max_skipped_steps", "log_every_n_steps")
@@ -126,12 +129,10 @@ SUPPLIED = {
     "dataset": ("*",), "dataset_val": ("*",), "optimizer": ("*",),
     "lr_scheduler": ("*", "num_training_steps", "last_epoch"),
 }  # fmt: skip
-DATA_FIELDS = frozenset(
-    ("dataset", "tokenizer", "collate_fn", "rows per step", "shuffle", "seed", "max_steps_per_epoch")
-)  # fmt: skip
-SCORE_FIELDS = frozenset(
-    ("owlore.score", "owlore.outlier_threshold", "owlore.calibration_batches", "owlore.scores_file")
-)
+# What a run writes into its output_dir besides checkpoints; the config file is what torchtune's loggers write.
+OUTPUT_FILES = (MANIFEST, STEPS, DRAWS, SCORES_FILE, "torchtune_config.yaml", *(f"{name}.png" for name in PICTURES))
+# What an error in the loop is of: data, files, memory. Any other one is a bug, whose traceback is shown.
+EXPECTED_ERRORS = (ValueError, OSError, RunError, CheckpointError, torch.OutOfMemoryError)
 # Fields that a resumed run may change: they say where and how it runs, not what it computes. (Another device or a
 # compiled model rounds differently, so the bits are no longer those of the unbroken run.)
 FREE = frozenset(
@@ -139,8 +140,7 @@ FREE = frozenset(
     ("batch_size", "gradient_accumulation_steps",
      "output_dir", "device", "device_memory_limit", "compile", "enable_activation_checkpointing", "metric_logger",
      "log_every_n_steps", "run_val_every_n_steps", "dataset_val", "batch_size_val", "eval", "profiler",
-     "save_every_n_steps", "keep_last_n", "on_save_error", "resume_from_checkpoint", "allow_config_change",
-     "max_skipped_steps")
+     "save_every_n_steps", "keep_last_n", "resume_from_checkpoint", "max_skipped_steps")
 )  # fmt: skip
 
 
@@ -167,6 +167,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     _loss_fn: Any
     _optimizer: OwLoreAdamW
     _resume_dir: Path | None
+    _digests: dict[str, str]  # of data, tokenizer and weights
     _world = ALONE  # the processes that train together
     defaults = DEFAULTS
 
@@ -185,9 +186,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 "device_memory_limit cannot be kept with owlore.draw=bernoulli, which may draw all layers"
             )
         check_positive("device_memory_limit", cfg.device_memory_limit)
-        if cfg.on_save_error not in ("stop", "continue"):
-            raise ConfigError(f"on_save_error={cfg.on_save_error}; choose stop or continue")
-        self._output_dir = Path(cfg.output_dir).expanduser()
+        for key in ("shuffle", "compile", "enable_activation_checkpointing"):
+            check_type(key, cfg[key], bool)
+        check_type("resume_from_checkpoint", cfg.resume_from_checkpoint, bool | str)
+        self._output_dir = Path(cfg.output_dir).absolute()
+        self._run_dir = RunDirectory(self._output_dir, "training")
         self._is_rank_zero = self._world.rank == 0
         self._run_log = RunLog(self._output_dir if self._is_rank_zero else None)
 
@@ -205,31 +208,32 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._skipped_steps = 0
         self._skipped_in_a_row = 0
         self._clock = PhaseClock(self._device)
+        self._is_whole = True  # weights, optimizer and counters are those after ``global_step`` steps
         self._finished = False
 
     def setup(self) -> None:
         cfg = self._cfg
         shared_directory(cfg.output_dir, self._world)
         self._resume_dir = self._world.share(self._world.attempt(self._find_checkpoint, first_alone=True))
-        saved, changed = self._load_recipe_state()
+        self._run_dir.run_id = self._world.share(self._run_dir.run_id)
+        saved = self._load_recipe_state()
         self._setup_inputs(cfg)
         parts = self._loss_fn, self._model, self._optimizer = build_parts(cfg)
+        for loader in filter(None, (self._dataloader, self._val_dataloader)):
+            refuse_longer_than(loader.dataset, self._model.max_seq_len)
+        self._digests = self._world.share(self._world.attempt(self._make_digests, first_alone=True)) or {}
+        if saved is not None:
+            self._check_digests(saved["digests"])
         if self._suite is not None:
             self._suite.check_model(self._tokenizer, self._model.max_seq_len)
         seq_len, sharding = self._longest_row(), self._sharding_over(self._world.size)
         self._memory_plan = plan_run(cfg, parts, seq_len, sharding)
         check_limit(cfg, self._memory_plan, seq_len, sharding)
-        if saved is not None and not changed & SCORE_FIELDS:
-            known_scores: LayerScores | None = LayerScores(**saved["scores"])
-        else:
-            known_scores = self._load_scores()
-        if self._is_rank_zero:
-            self._metric_logger = build("metric_logger", cfg.metric_logger)
+        known_scores = self._load_scores() if saved is None else LayerScores(**saved["scores"])
         self._prepare_model(cfg)
         self.load_checkpoint()
         self._scores = known_scores or self._score_layers(cfg)
-        if self._is_rank_zero:
-            self._scores.save(self._output_dir / "scores.json")
+        self._world.attempt(self._start_run, first_alone=True)
         self._active_layers = self._setup_active_layers()
         self._weight_watch = WeightWatch(self._model, self._world)
         if cfg.compile:  # after scoring, whose hooks would be compiled too
@@ -244,94 +248,114 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 "lr_scheduler", cfg.lr_scheduler, self._optimizer, num_training_steps=num_steps, last_epoch=-1
             )
         if saved is not None:
-            self._restore(saved, changed)
+            self._restore(saved)
         self._run_log.start()
         self._write_manifest()
-        if self._is_rank_zero:
-            self._metric_logger.log_config(cfg)
         self._profiler = training.DummyProfiler()
         if cfg.profiler is not None and cfg.profiler.get("enabled"):
             self._profiler, _ = build("profiler", cfg.profiler)
 
     def _find_checkpoint(self) -> Path | None:
         """The verified checkpoint to resume from; None to start from the beginning."""
-        remove_leftovers(self._output_dir)
-        wanted = self._cfg.resume_from_checkpoint
-        if not wanted:
-            if step_directories(self._output_dir):
-                raise ConfigError(
-                    f"output_dir={self._output_dir} holds checkpoints of another run; choose another directory, "
-                    "or go on with that run by resume_from_checkpoint=true"
-                )
-            return None
+        run, wanted = self._run_dir, self._cfg.resume_from_checkpoint
+        run.claim()
+        if not wanted and run.is_known:
+            raise ConfigError(
+                f"output_dir={self._output_dir} holds run {run.run_id[:8]}; choose another directory, or go on with "
+                "that run by resume_from_checkpoint=true"
+            )
+        found = None
         try:
-            if wanted is not True:
-                verify(Path(wanted))
-                found: Path | None = Path(wanted)
-            else:
-                found = newest_checkpoint(self._output_dir)
+            if isinstance(wanted, str):
+                found = Path(wanted).absolute()
+                run.resume_from(found)
+            elif wanted:
+                found = run.newest_checkpoint()
         except CheckpointError as error:
             raise ConfigError(f"resume_from_checkpoint={wanted}: {error}") from error
-        if found is None:
+        run.check_free(OUTPUT_FILES)
+        if wanted and found is None:
             log.info(f"No checkpoint in {self._output_dir} yet; starting from the beginning.")
         return found
 
-    def _load_recipe_state(self) -> tuple[dict[str, Any] | None, set[str]]:
-        """The saved state to resume from, if any, and the top-level fields of the config that changed since."""
+    def _start_run(self) -> None:
+        """Write what says that the directory is this run's, before anything else is written to it."""
+        self._run_dir.start()
+        self._scores.save(self._output_dir / SCORES_FILE)
+        self._metric_logger = build_with("metric_logger", self._cfg.metric_logger, ("log_dict", "log_config", "close"))
+        # The others resolve the config before they send it elsewhere.
+        writes_as_it_is = isinstance(self._metric_logger, DiskLogger | StdoutLogger | TensorBoardLogger)
+        self._metric_logger.log_config(self._cfg if writes_as_it_is else printable(self._cfg))
+
+    def _make_digests(self) -> dict[str, str]:
+        """Of what a resumed run must find as it was."""
+        digests = {
+            "dataset": dataset_digest(self._dataloader.dataset),
+            "base weights (checkpointer.checkpoint_dir)": self._checkpointer.fingerprint(),
+        }
+        if isinstance(self._tokenizer, HFChatTokenizer):
+            return digests | self._tokenizer.digests()
+        path = Path(str(self._cfg.tokenizer.get("path")))
+        return digests | ({"tokenizer": files_digest([path])} if path.is_file() else {})
+
+    def _check_digests(self, saved: dict[str, str]) -> None:
+        found = self._digests
+        changed = [name for name in {**saved, **found} if saved.get(name) != found.get(name)]
+        if changed:
+            raise ConfigError(
+                f"{' and '.join(changed)} changed since {self._resume_dir} was saved, so the run cannot go on exactly; "
+                f"put back what it had, or {self._new_run()}"
+            )
+
+    def _new_run(self) -> str:
+        return (
+            f"start a new run from its weights: checkpointer.checkpoint_dir={self._resume_dir}, another output_dir, "
+            "resume_from_checkpoint=false"
+        )
+
+    def _load_recipe_state(self) -> dict[str, Any] | None:
+        """The saved state to resume from, if any.
+
+        Raises:
+            ConfigError: if a field that decides what the run computes has changed since.
+        """
         if self._resume_dir is None:
-            return None, set()
+            return None
         try:
             saved = load_recipe_state(self._resume_dir)
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
-        if "rows_per_step" not in saved:
-            raise ConfigError(
-                f"{self._resume_dir} was saved by an older version, and its run cannot go on; its weights can: set "
-                f"checkpointer.checkpoint_dir={self._resume_dir} and resume_from_checkpoint=false"
-            )
         fixed = {*REQUIRED, *DEFAULTS} - FREE  # what only the recipe for several devices has is as free as they are
         old, new = ({key: config.get(key) for key in fixed} for config in (saved["config"], plain(self._cfg)))
         old["rows per step"], new["rows per step"] = saved["rows_per_step"], self._rows_per_step()
-        changes = changed_fields(old, new)
-        if changes and not self._cfg.allow_config_change:
+        if changes := changed_fields(old, new):
             raise ConfigError(
-                f"the config differs from that of {self._resume_dir}: {'; '.join(changes)}; "
-                "set them back, or set allow_config_change=true"
+                f"the config differs from that of {self._resume_dir}: {'; '.join(changes)}; set them back, or "
+                f"{self._new_run()}"
             )
-        # Top-level fields, and those of the owlore block by their path.
-        return saved, {path for change in changes for path in (change.split("=")[0], change.split(".")[0])}
+        return saved
 
-    def _restore(self, saved: dict[str, Any], changed: set[str]) -> None:
-        """Put everything back as it was saved, but for what depends on ``changed`` fields, which starts anew."""
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Put everything back as it was saved."""
+        assert self._resume_dir is not None
         self.global_step = saved["step"]
         self._run_log.load_state_dict(saved["run_log"])
         self._skipped_steps, self._skipped_in_a_row = saved["skipped_steps"]
-        if "owlore" not in changed:
-            self._active_layers.load_state_dict(saved["active_layers"])
-            if "dtype" not in changed:
-                self._weight_watch.load_state_dict(saved["weight_watch"])
-            if not changed & {"optimizer", "model", "dtype"}:
-                assert self._resume_dir is not None
-                self._optimizer.load_state_dict(saved_optimizer_state(self._resume_dir, saved, self._world))
-                self._optimizer.refreshes = [
-                    (seconds, torch.tensor(energy, dtype=torch.float64)) for seconds, energy in saved["refreshes"]
-                ]
-        else:
-            self._run_log.draws.pop()  # it was still open
-        if self._lr_scheduler is None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._cfg.optimizer.get("lr", group["lr"])  # not what a schedule had made of it
-        else:
-            if changed & {"optimizer", "lr_scheduler", "owlore", "epochs", "max_steps_per_epoch"}:
-                for _ in range(self.global_step):
-                    self._lr_scheduler.step()
-            else:
-                self._lr_scheduler.load_state_dict(saved["lr_scheduler"])
-        if not changed & DATA_FIELDS and (steps := self.global_step % self._steps_per_epoch):
+        self._active_layers.load_state_dict(saved["active_layers"])
+        self._weight_watch.load_state_dict(saved["weight_watch"])
+        self._optimizer.load_state_dict(saved_optimizer_state(self._resume_dir, saved, self._world))
+        self._optimizer.refreshes = [
+            (seconds, torch.tensor(energy, dtype=torch.float64)) for seconds, energy in saved["refreshes"]
+        ]
+        if self._lr_scheduler is not None:
+            self._lr_scheduler.load_state_dict(saved["lr_scheduler"])
+            for group, lr in zip(self._optimizer.param_groups, self._lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+        if steps := self.global_step % self._steps_per_epoch:
             rows = steps * self._gradient_accumulation_steps * self._cfg.batch_size
             self._dataloader.sampler.load_state_dict({StatefulDistributedSampler._YIELDED: rows})
         set_rng_state(saved["rng"][self._world.rank % len(saved["rng"])])
-        self._world.attempt(lambda: set_aside_after(self._output_dir, self.global_step), first_alone=True)
+        self._world.attempt(lambda: self._run_dir.set_aside_after(self.global_step), first_alone=True)
         log.info(f"Resumed from {self._resume_dir}, step {self.global_step}.")
 
     def validate(self) -> str:
@@ -390,7 +414,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         return longest_row(self._dataloader.dataset, self._tokenizer.max_seq_len)
 
     def _setup_inputs(self, cfg: DictConfig) -> None:
-        self._tokenizer = build("tokenizer", cfg.tokenizer)
+        self._tokenizer = build_with("tokenizer", cfg.tokenizer, ("pad_id", "max_seq_len", "tokenize_messages"))
         self._dataloader = self._setup_data(cfg, "dataset", cfg.batch_size, shuffle=cfg.shuffle)
         # Whole steps alone, so that an epoch has the same number of them on any number of devices.
         self._steps_per_epoch = len(self._dataloader.dataset) // self._rows_per_step()
@@ -418,16 +442,17 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _setup_data(self, cfg: DictConfig, key: str, batch_size: int, shuffle: bool) -> StatefulDataLoader:
         """The data loader of ``dataset`` or ``dataset_val``; a list of datasets is chained."""
         nodes = dataset_nodes(cfg[key])
-        datasets = [build(key, node, self._tokenizer) for node in nodes]
+        datasets = [build_with(key, node, ("__len__", "__getitem__"), self._tokenizer) for node in nodes]
         if len({node.get("packed", False) for node in nodes}) > 1:
             raise ConfigError(f"{key}: packed must be the same for all datasets of the list")
         dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
         if len(dataset) == 0:
             raise ConfigError(f"{key} has no samples")
-        if "left_pad_sequence" in cfg.collate_fn:
+        check_samples(key, dataset)
+        if "left_pad_sequence" in str(cfg.collate_fn):
             raise ConfigError(f"collate_fn={cfg.collate_fn} pads on the left, which is for generation")
         collate = partial(
-            _get_component_from_path(cfg.collate_fn),
+            find_component("collate_fn", cfg.collate_fn),
             padding_idx=self._tokenizer.pad_id,
             ignore_idx=CROSS_ENTROPY_IGNORE_IDX,
         )
@@ -548,19 +573,25 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         progress = tqdm(
             total=num_steps, initial=self.global_step, unit="step", dynamic_ncols=True, disable=not self._is_rank_zero
         )
-        with StopRequest() as stop, self._profiler, progress:
-            signalled = None
-            while self.global_step < num_steps and signalled is None:
-                signalled = self._train_epoch(num_steps, progress, stop)
+        with stop_request().deferred(), self._profiler, progress:
+            try:
+                while self.global_step < num_steps:
+                    self._train_epoch(num_steps, progress)
+            except Exception as error:
+                note = self._rescue(error)
+                if isinstance(error, EXPECTED_ERRORS):
+                    raise RunError(f"{error}. {note}") from error
+                print(note, file=sys.stderr)
+                raise
         self._run_log.add_seconds("train", time.perf_counter() - started)
-        if signalled is not None:
-            how = f"{signalled.name} at step {self.global_step}: saved and stopped"
-            print(f"{how}. Go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
-            sys.exit(128 + signalled)
         self._finish()
 
-    def _train_epoch(self, num_steps: int, progress: tqdm, stop: StopRequest) -> Signals | None:
-        """Train to the end of the epoch that ``global_step`` is in, or to a signal that asks to stop, and return it."""
+    def _train_epoch(self, num_steps: int, progress: tqdm) -> None:
+        """Train to the end of the epoch that ``global_step`` is in.
+
+        Raises:
+            Stop: after the step in which a signal came, once that step is saved.
+        """
         epoch, steps_done = divmod(self.global_step, self._steps_per_epoch)
         self._dataloader.sampler.set_epoch(epoch)
         batches = iter(self._dataloader)
@@ -568,35 +599,63 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             if (active := self._active_layers.maybe_redraw(self.global_step)) is not None:
                 self._on_draw(active)
             with self._clock("data"):
-                micro_batches = list(islice(batches, self._gradient_accumulation_steps))
-            if len(micro_batches) < self._gradient_accumulation_steps:
-                raise RunError(f"the data ended in epoch {epoch}, before step {self.global_step + 1}")
+                micro_batches = self._next_batches(batches)
             metrics = self._train_step(micro_batches)
             self.global_step += 1
             self._run_log.add_step({"step": self.global_step, **metrics})
+            self._is_whole = True
             self._report(metrics, progress)
             self._profiler.step()
             if self._is_due(self._run_val_every_n_steps) and self.global_step < num_steps:
                 self._validate(f"step {self.global_step}")
-            signalled = self._signalled(stop)
+            signalled = self._signalled()
             given_up = self._skipped_in_a_row >= self._cfg.max_skipped_steps
             leaving = given_up or signalled is not None or self.global_step == num_steps
             if leaving or self._is_due(self._save_every_n_steps) or self._is_due(self._steps_per_epoch):
-                self.save_checkpoint(required=leaving)
+                self.save_checkpoint()
+                signalled = signalled or self._signalled()  # one that came during the save
             if given_up:
                 raise RunError(
-                    f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at "
-                    f"step {self.global_step}, saved in {self._step_dir()}. Lower optimizer.lr, or set clip_grad_norm"
+                    f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite; lower "
+                    "optimizer.lr, or set clip_grad_norm"
                 )
             if signalled is not None:
-                return signalled
-        return None
+                raise Stop(
+                    signalled,
+                    f"stopped after step {self.global_step}, saved in {self._step_dir()}. Go on with the same command "
+                    "and resume_from_checkpoint=true",
+                )
 
-    def _signalled(self, stop: StopRequest) -> Signals | None:
+    def _next_batches(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of a step. A row that cannot be read on one process is an error on all of them."""
+        found = self._world.attempt(lambda: list(islice(batches, self._gradient_accumulation_steps)))
+        if found is None or len(found) < self._gradient_accumulation_steps:
+            raise RunError(f"the data ended before step {self.global_step + 1}")
+        return found
+
+    def _rescue(self, error: Exception) -> str:
+        """After an error, save the state after the last complete step if possible; says where the state is."""
+        newest = max(self._run_dir.checkpoints(), key=step_of, default=None)
+        if newest is not None and step_of(newest) == self.global_step:
+            return f"The state after step {self.global_step} is in {newest}: {HOW_TO_GO_ON}"
+        alone = self._world.size > 1 and not isinstance(error, RankError | ValueError)  # the others may never come
+        if self.global_step and self._is_whole and not alone:
+            try:
+                self.save_checkpoint()
+            except (RunError, CheckpointError, OSError, RankError) as again:
+                log.warning(str(again))
+            else:
+                return f"The state after step {self.global_step} is saved in {self._step_dir()}: {HOW_TO_GO_ON}"
+        if newest is None:
+            return "No checkpoint was saved before."
+        return f"The newest checkpoint is {newest}: {HOW_TO_GO_ON}"
+
+    def _signalled(self) -> Signals | None:
         """The signal that this process, or another one, was sent: all of them stop after the same step."""
+        received = stop_request().signal
         if self._world.size == 1:
-            return stop.signal
-        number = self._world.max_(torch.tensor(stop.signal or 0, device=self._device))
+            return received
+        number = self._world.max_(torch.tensor(received or 0, device=self._device))
         return Signals(int(number)) if number else None
 
     def _is_due(self, every: int | None) -> bool:
@@ -631,6 +690,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         elif math.isfinite(loss_value) and math.isfinite(grad_norm):
             if self._active_layers.drawn_at == self.global_step:
                 return_freed_memory(self._device)  # or so does new optimizer state
+            self._is_whole = False  # until the step is counted
             with self._clock("optimizer"):
                 self._optimizer.step()
             self._skipped_in_a_row = 0
@@ -758,6 +818,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             raise ConfigError("dataset_val has no tokens to predict; is tokenizer.max_seq_len too short?")
         loss = self._world.sum_(total).item() / num_trained
         self._run_log.losses[when] = loss
+        if not math.isfinite(loss):
+            self._write_manifest()
+            raise RunError(f"the held-out loss, {when}, is {loss}: the run has diverged; lower optimizer.lr")
         log.info(f"Held-out loss, {when}: {loss:.4f} over {num_trained} tokens")
         self._log_metrics({"val_loss": loss})
 
@@ -771,7 +834,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         rng = get_rng_state()  # the harness seeds the global generators; training goes on as if it had not run
         lm = self._suite.build_lm(self._model, self._tokenizer)
         directory = self._output_dir / "eval" / self._step_dir().name
-        shutil.rmtree(directory, ignore_errors=True)  # of an attempt that this run does not go on from
+        number = 1
+        while directory.exists():  # of an attempt that this run does not go on from
+            number += 1
+            directory = directory.with_name(f"{self._step_dir().name}_{number}")
         directory.mkdir(parents=True)
         results = self._suite.run(lm, directory.name, directory)
         self._model.train()
@@ -791,36 +857,49 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         log.info(f"Evaluation, {when}: {metrics}")
         self._log_metrics(metrics)
 
-    def save_checkpoint(self, required: bool = True) -> None:
+    def save_checkpoint(self) -> None:
         """Save step_N: weights in HF format, and beside them all that an exact resume needs.
 
-        Args:
-            required: stop if it cannot be saved, whatever ``on_save_error`` says.
-
         Raises:
-            RunError: if it cannot be saved.
+            RunError: if it cannot be saved, or the weights are not finite, so that every checkpoint has finite ones.
         """
         started = time.perf_counter()
+        self._check_finite_weights()
         try:
-            self._checkpointer.save_checkpoint(self._model, self._step_dir(), self._recipe_state(), world=self._world)
-            self._world.attempt(lambda: keep_last(self._output_dir, self._cfg.keep_last_n), first_alone=True)
+            self._checkpointer.save_checkpoint(
+                self._model,
+                self._step_dir(),
+                self._recipe_state(),
+                run_id=self._run_dir.run_id,
+                about={"is_healthy": not self._skipped_in_a_row},
+                world=self._world,
+            )
+            self._world.attempt(lambda: self._run_dir.keep_last(self._cfg.keep_last_n), first_alone=True)
         except (CheckpointError, OSError, RankError) as error:  # the last two, of removing old ones
-            if required or self._cfg.on_save_error == "stop":
-                raise RunError(str(error)) from error
-            log.warning(f"{error}; going on, as on_save_error=continue says")
+            raise RunError(str(error)) from error
         self._run_log.add_seconds("save", time.perf_counter() - started)
         self._write_manifest()
+
+    def _check_finite_weights(self) -> None:
+        bad = {plain_name(name) for name, parameter in self._model.named_parameters() if not is_finite(parameter)}
+        bad = bad.union(*self._world.gather(bad))
+        if bad:
+            raise RunError(
+                f"weights are not finite after step {self.global_step}: {', '.join(sorted(bad)[:3])}"
+                f"{', …' if len(bad) > 3 else ''}; lower optimizer.lr"
+            )
 
     def _rows_per_step(self) -> int:
         return self._cfg.batch_size * self._gradient_accumulation_steps * self._world.size
 
     def _step_dir(self) -> Path:
-        return self._output_dir / f"step_{self.global_step}"
+        return self._run_dir.step_dir(self.global_step)
 
     def _recipe_state(self) -> dict[str, Any]:
         return {
             "step": self.global_step,
             "config": plain(self._cfg),
+            "digests": self._digests,
             "versions": versions(),
             "scores": asdict(self._scores),
             "active_layers": self._active_layers.state_dict(),
@@ -903,8 +982,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         )
 
     def cleanup(self) -> None:
-        if self._is_rank_zero:
+        if hasattr(self, "_metric_logger"):
             self._metric_logger.close()
+        self._run_dir.release()
 
 
 @parse
@@ -915,10 +995,10 @@ def recipe_main(cfg: DictConfig) -> None:
             f"{num_ranks} processes, and this recipe is for one device: for several run "
             "owlore_full_finetune_distributed, with one of the configs *_distributed"
         )
-    config.log_config(recipe_name="OwLoreFullFinetuneRecipe", cfg=cfg)
     recipe = OwLoreFullFinetuneRecipe(cfg=cfg)
-    recipe.setup()
+    log.info(f"Running OwLoreFullFinetuneRecipe with config:\n\n{OmegaConf.to_yaml(cfg)}")
     try:
+        recipe.setup()
         recipe.train()
     finally:
         recipe.cleanup()

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torchtune import config, training, utils
+from torchtune import training, utils
 
-from owlore_full_finetune import DEFAULTS, OwLoreFullFinetuneRecipe
+from owlore_full_finetune import DEFAULTS, OwLoreFullFinetuneRecipe, log
 from owlore_tune.config import ConfigError, RunError, check_positive, check_type, parse
 from owlore_tune.memory_plan import Sharding
 from owlore_tune.meta import build_optimizer
@@ -166,11 +166,10 @@ def is_lost_process(error: RuntimeError) -> bool:
 def recipe_main(cfg: DictConfig) -> None:
     """Fine-tune with OwLore on several devices; see `OwLoreFullFinetuneDistributedRecipe`."""
     with process_group(cfg):
-        if dist.get_rank() == 0:
-            config.log_config(recipe_name="OwLoreFullFinetuneDistributedRecipe", cfg=cfg)
         recipe = OwLoreFullFinetuneDistributedRecipe(cfg=cfg)
-        recipe.setup()
+        log.info(f"Running OwLoreFullFinetuneDistributedRecipe with config:\n\n{OmegaConf.to_yaml(cfg)}")
         try:
+            recipe.setup()
             recipe.train()
         finally:
             recipe.cleanup()

@@ -40,6 +40,13 @@ def tiny_llama(num_layers: int = 4, dtype: torch.dtype = torch.float32, seed: in
     return model.to(dtype)
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Runs draw no pictures, which takes them seconds, but for tests marked ``pictures``."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("owlore_tune.plots.plot_run", lambda run: [])
+
+
 @pytest.fixture
 def tokens() -> torch.Tensor:
     """(4, 12) token ids for `tiny_llama`."""

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -116,17 +117,82 @@ def test_bin_files_are_read_where_there_are_no_safetensors(tmp_path, ids):
     assert torch.equal(model(ids), expected(ids))
 
 
-def test_fingerprint_tells_weights_apart(tmp_path):
+def test_fingerprint_reads_every_byte_once(tmp_path, monkeypatch):
+    from owlore_tune import checkpoints
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = hf_directory("LLAMA2", tmp_path / "source")
+    shutil.copytree(source, tmp_path / "same")
+    read = []
+    checksum = checkpoints.checksum
+    monkeypatch.setattr(checkpoints, "checksum", lambda file: read.append(file) or checksum(file))
+    first, again, same = (
+        HFCheckpointer(str(directory), "LLAMA2").fingerprint() for directory in (source, source, tmp_path / "same")
+    )
+    assert first == again == same and len(read) == 2
+    file = tmp_path / "same" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    for place in (-1, -100, -5000):  # one byte of a weight, wherever it is
+        content[place] ^= 1
+        file.write_bytes(content)
+        assert HFCheckpointer(str(tmp_path / "same"), "LLAMA2").fingerprint() != first
+        content[place] ^= 1
+
+
+def test_only_known_companions_of_the_directory_itself_are_copied(tmp_path, caplog):
+    source = hf_directory("LLAMA2", tmp_path / "source")
+    for name in ("tokenizer.json", "secrets.env", "modeling_evil.py"):
+        (source / name).write_text("{}")
+    (tmp_path / "outside").write_text("private")
+    (source / "tokenizer_config.json").symlink_to(tmp_path / "outside")
+    (source / "vocab.json").symlink_to(source / "tokenizer.json")
     model, checkpointer = load(source, "LLAMA2", FAMILIES["LLAMA2"][2])
-    checkpointer.save_checkpoint(model, tmp_path / "same", shard_bytes=10_000)
-    with torch.no_grad():
-        model.layers[1].mlp.w1.weight.add_(1e-3)
-    checkpointer.save_checkpoint(model, tmp_path / "other")
-    fingerprints = [
-        HFCheckpointer(str(tmp_path / name), "LLAMA2").fingerprint() for name in ("source", "same", "other")
-    ]
-    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    checkpointer.save_checkpoint(model, tmp_path / "out")
+    found = {file.name for file in (tmp_path / "out").iterdir()}
+    assert found - {"generation_config.json"} == {
+        "checkpoint.json", "config.json", "model.safetensors", "tokenizer.json", "vocab.json"
+    }  # fmt: skip
+
+
+def test_links_into_a_hub_cache_are_followed(tmp_path):
+    from owlore_tune.checkpoints import leads_outside
+
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    (blobs / "1").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/1")
+    (snapshot / "merges.txt").symlink_to("/etc/hostname")
+    assert not leads_outside(snapshot / "tokenizer.json")
+    assert leads_outside(snapshot / "merges.txt")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        (
+            "QWEN2",
+            "is for config.json's model_type qwen2, and the model's is llama; choose LLAMA2, LLAMA3, LLAMA3_2",
+        ),
+        ("T5_ENCODER", "model_type=T5_ENCODER; choose one of the causal decoders"),
+        ("CLIP_TEXT", "model_type=CLIP_TEXT; choose one of the causal decoders"),
+    ],
+)
+def test_a_layout_that_is_not_the_models_is_refused(tmp_path, model_type, message):
+    """SmolLM2 as QWEN2 loaded without an error, and trained."""
+    with pytest.raises(ValueError, match=message):
+        HFCheckpointer(str(hf_directory("LLAMA2", tmp_path / "source")), model_type)
+
+
+def test_damaged_weights_are_named_before_they_load(tmp_path):
+    source = hf_directory("LLAMA2", tmp_path / "source")
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read: .*download it again"):
+        HFCheckpointer(str(source), "LLAMA2")
+    for index in ("[]", "{}", '{"weight_map": {"a": "../other.safetensors"}}'):
+        (source / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(ValueError, match=r"index.json (has no readable weight_map|names \.\./other)"):
+            HFCheckpointer(str(source), "LLAMA2")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +217,7 @@ def test_incomplete_directories_are_refused(tmp_path):
     source = hf_directory("LLAMA2", tmp_path / "source")
     with pytest.raises(ValueError, match=r"weights missing in .*: .*no\.safetensors"):
         HFCheckpointer(str(source), "LLAMA2", checkpoint_files=["no.safetensors"])
-    with pytest.raises(ValueError, match="model_type=LAMA; choose one of GEMMA"):
+    with pytest.raises(ValueError, match="model_type=LAMA; choose one of the causal decoders"):
         HFCheckpointer(str(source), "LAMA")
     (source / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"weights missing in .*: \*\.safetensors"):

@@ -50,6 +50,7 @@ def test_cp_copies_recipes_too_and_names_near_ones(monkeypatch, tmp_path):
         owlore(monkeypatch, "cp", "owlore_ful", str(tmp_path / "other.py"))
 
 
+@pytest.mark.pictures
 def test_plot_draws_a_run_from_its_files(monkeypatch, tmp_path, tiny_config, capsys):
     """A run that is still going on, too: killed after some steps, in the middle of writing a line."""
     recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"run_val_every_n_steps": 2}))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.checkpoints import step_directories
+from owlore_tune.run_dir import RunDirectory
 from owlore_tune.scores import LayerScores
 
 
@@ -25,8 +25,16 @@ def finetune(config: dict) -> OwLoreFullFinetuneRecipe:
     return recipe
 
 
+def checkpoints(config: dict) -> list[Path]:
+    """Those of the run in the config's output_dir, oldest first."""
+    run = RunDirectory(Path(config["output_dir"]).absolute(), "training")
+    run.claim()
+    run.release()
+    return run.checkpoints()
+
+
 def weights(config: dict) -> dict[str, torch.Tensor]:
-    loaded = load_file(step_directories(Path(config["output_dir"]))[-1] / "model.safetensors")
+    loaded = load_file(checkpoints(config)[-1] / "model.safetensors")
     return {name: weight.clone() for name, weight in loaded.items()}  # no longer tied to the file
 
 

@@ -1,0 +1,217 @@
+"""A run's output directory: who writes to it now, whose it is, and its checkpoints."""
+
+import fcntl
+import json
+import os
+import re
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from uuid import uuid4
+
+from torchtune.utils import get_logger
+
+from owlore_tune.config import ConfigError
+from owlore_tune.sealed import CheckpointError, discard, is_of_run, read_seal, remove_leftovers, verify
+
+log = get_logger("INFO")
+
+RUN_FILE = "run.json"  # whose the directory is: id of the run, and what kind it is of
+LOCK_FILE = ".owlore.lock"
+_STEP = re.compile(r"step_[0-9]+")
+_HOLDER = re.compile(r"process \d+ on .*\n?")
+_held: dict[Path, int] = {}  # locks of this process: directory → file descriptor
+
+
+class RunDirectory:
+    """An output directory that one process writes to at a time, with files of one run.
+
+    What the run has not made is neither removed nor written over. A run is known by the id in `RUN_FILE`; every
+    checkpoint has it too.
+
+    Args:
+        path: exists.
+        kind: ``training`` or ``evaluation``.
+
+    Attributes:
+        run_id: of the run that the directory belongs to; of the run to come if it belongs to none.
+        parent: of the run that this one went on from in another directory, if it did.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path = path
+        self._kind = kind
+        self.run_id = uuid4().hex
+        self.parent: str | None = None
+        self._is_known = False
+
+    def claim(self) -> None:
+        """Lock the directory for this process, and read whose it is.
+
+        Raises:
+            ConfigError: if another process has it, or it is of another kind of run.
+        """
+        self._lock()
+        file = self.path / RUN_FILE
+        if not os.path.lexists(file):
+            return
+        try:
+            known = json.loads(file.read_text())
+            kind, self.run_id, self.parent = known["kind"], str(known["run_id"]), known["parent"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"output_dir={self.path}: {RUN_FILE} cannot be read ({error!r}); choose another"
+            ) from error
+        if kind != self._kind:
+            raise ConfigError(f"output_dir={self.path} holds the {kind} of {self.run_id[:8]}; choose another directory")
+        self._is_known = True
+
+    def _lock(self) -> None:
+        """The kernel frees the lock when the process ends, however it ends."""
+        path = self.path.resolve()
+        if path in _held:
+            return
+        try:
+            descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise ConfigError(f"output_dir={self.path}: {LOCK_FILE} cannot be opened: {error.strerror}") from error
+        content = os.read(descriptor, 1000).decode(errors="replace")
+        try:
+            if content and not _HOLDER.fullmatch(content):
+                raise ConfigError(f"output_dir={self.path}: {LOCK_FILE} is no lock of this program; move it away")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigError(
+                f"output_dir={self.path} is in use by {content.strip() or 'another process'}; wait for it to end, or "
+                "choose another directory"
+            ) from error
+        except ConfigError:
+            os.close(descriptor)
+            raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        _held[path] = descriptor
+
+    def release(self) -> None:
+        """Let other processes have the directory."""
+        if (descriptor := _held.pop(self.path.resolve(), None)) is not None:
+            os.close(descriptor)
+
+    def check_free(self, names: Iterable[str]) -> None:
+        """Refuse a directory that has a file which the run would write, or checkpoints.
+
+        Args:
+            names: of files; those of a run that the directory is known to belong to are its own.
+
+        Raises:
+            ConfigError: naming the first of them.
+        """
+        steps = [directory.name for directory in self._all_steps()]
+        taken = [name for name in names if os.path.lexists(self.path / name)]
+        if self._is_known:
+            taken = []
+            steps = [name for name in steps if not self._is_ours(self.path / name)]
+        if found := [*steps, *taken]:
+            raise ConfigError(
+                f"output_dir={self.path} has {found[0]}, which this run did not make; choose another directory"
+            )
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the directory belonged to a run when it was claimed."""
+        return self._is_known
+
+    def start(self) -> None:
+        """Make the directory this run's own, and clear up what an interruption of it left."""
+        if not self._is_known:
+            content = {"kind": self._kind, "run_id": self.run_id, "parent": self.parent}
+            (self.path / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n")
+            self._is_known = True
+        remove_leftovers(self.path, self.run_id)
+
+    def step_dir(self, step: int) -> Path:
+        """The checkpoint of ``step``."""
+        return self.path / f"step_{step}"
+
+    def _all_steps(self) -> list[Path]:
+        return sorted(
+            (path for path in self.path.glob("step_*") if _STEP.fullmatch(path.name)), key=lambda path: step_of(path)
+        )
+
+    def _is_ours(self, directory: Path) -> bool:
+        """Whether the run made the checkpoint; it may have been moved, and be a link now."""
+        try:
+            return read_seal(directory)["run_id"] == self.run_id
+        except CheckpointError:
+            return False
+
+    def checkpoints(self) -> list[Path]:
+        """The run's own checkpoints, oldest first; unverified."""
+        return [directory for directory in self._all_steps() if self._is_ours(directory)]
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint of the run that is whole and undamaged; None if it has saved none yet.
+
+        Raises:
+            CheckpointError: if there are checkpoints, and none of them is good.
+        """
+        directories = self._all_steps()
+        for directory in reversed(directories):
+            try:
+                if verify(directory)["run_id"] != self.run_id:
+                    raise CheckpointError(f"{directory} is of another run")
+            except CheckpointError as error:
+                log.warning(f"Passing over {directory.name}: {error}")
+            else:
+                return directory
+        if directories:
+            raise CheckpointError(f"none of the {len(directories)} checkpoints in {self.path} is undamaged and its own")
+        return None
+
+    def resume_from(self, directory: Path) -> None:
+        """Note that the run goes on from a verified checkpoint, which may be another run's.
+
+        Raises:
+            ConfigError: if that one is another run's, and this directory already belongs to a third.
+        """
+        seal = verify(directory)
+        if seal["run_id"] == self.run_id:
+            return
+        if self._is_known and self.parent != seal["run_id"]:
+            raise ConfigError(
+                f"resume_from_checkpoint={directory} is of run {seal['run_id'][:8]}, and output_dir={self.path} "
+                f"belongs to run {self.run_id[:8]}; choose another output_dir"
+            )
+        self.parent = seal["run_id"]
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints later than ``step``, from which the run goes on another way, to ``abandoned_step_N``."""
+        for directory in self.checkpoints():
+            if step_of(directory) > step:
+                name, number = f"abandoned_{directory.name}", 1
+                while os.path.lexists(directory.with_name(name)):
+                    number += 1
+                    name = f"abandoned_{directory.name}_{number}"
+                os.rename(directory, directory.with_name(name))
+                log.warning(f"{directory.name} is later than the checkpoint to resume from; it is now {name}.")
+
+    def keep_last(self, count: int | None) -> None:
+        """Remove the run's checkpoints but for the newest ``count``, and the newest one whose last step had an update.
+
+        Args:
+            count: None keeps all.
+        """
+        if count is None:
+            return
+        ours = [directory for directory in self._all_steps() if is_of_run(directory, self.run_id)]
+        healthy = [directory for directory in ours if read_seal(directory).get("is_healthy", True)]
+        kept = {*ours[-count:], *healthy[-1:]}
+        for directory in ours:
+            if directory not in kept:
+                discard(directory, self.run_id)
+
+
+def step_of(directory: Path) -> int:
+    """The step of a directory ``step_N``."""
+    return int(directory.name[5:])
