@@ -21,7 +21,7 @@ from faults import config_for, weights
 from omegaconf import OmegaConf
 from report import machine, parser, publish
 
-from owlore_tune.checkpoints import newest_checkpoint, step_directories
+from owlore_tune.run_dir import RunDirectory
 
 TIMEOUT = 30  # seconds, of dist_timeout_s
 
@@ -41,8 +41,8 @@ def start(config: Path, num_ranks: int) -> list[subprocess.Popen]:
 
 def kill_somewhere(ranks: list[subprocess.Popen], output_dir: Path, seconds: float, rng: random.Random) -> bool:
     """Kill a rank at a random moment once there is a checkpoint, or inside the next save. Returns whether in a save."""
-    before = set(step_directories(output_dir))
-    while set(step_directories(output_dir)) == before and all(rank.poll() is None for rank in ranks):
+    before = set(RunDirectory.existing(output_dir).checkpoints())
+    while set(RunDirectory.existing(output_dir).checkpoints()) == before and all(rank.poll() is None for rank in ranks):
         time.sleep(0.002)
     if rng.random() < 0.5:
         time.sleep(rng.uniform(0, seconds))
@@ -103,7 +103,7 @@ def main() -> None:
                             rank.kill()
                     slowest = max(slowest, time.monotonic() - killed)
                     try:
-                        newest_checkpoint(output_dir)
+                        RunDirectory.existing(output_dir).newest_checkpoint()
                     except Exception as error:
                         print(error)
                         counts["unreadable newest checkpoints"] += 1

@@ -129,7 +129,7 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
         raise ConfigError(f"{file}: the key {bad[0]!r} is not text")
     overrides = list(overrides)
     for override in overrides:
-        if not override.startswith("~") and override.count("=") != 1:
+        if not override.startswith("~") and (override.count("=") != 1 or override.endswith("=???")):
             raise ConfigError(f"override {override!r} is not of the form field=value")
     try:
         return _merge_yaml_and_cli_args(argparse.Namespace(**plain(loaded)), overrides)
@@ -260,6 +260,9 @@ def build(path: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
         return config.instantiate(node, *args, **kwargs)
     except (ValueError, TypeError, AttributeError, LookupError, OSError, RuntimeError, ImportError) as error:
         message = str(error) if not isinstance(error, KeyError) else f"no {error}"
+        if isinstance(error, TypeError | AttributeError):  # Python's own words name no field
+            fields_given = (f"{key}={value!r}" for key, value in plain(node).items() if key != "_component_")
+            message += f" (with {', '.join(fields_given) or 'no fields'})"
         raise ConfigError(message if message.startswith(path) else f"{path}: {message}") from error
 
 
@@ -284,10 +287,15 @@ def build_with(path: str, node: DictConfig, attributes: Iterable[str], *args: An
     """
     built = build(path, node, *args, **kwargs)
     if missing := [name for name in attributes if not hasattr(built, name)]:
-        raise ConfigError(
-            f"{path}._component_={node._component_}: what it makes has no {missing[0]}, so it is no {path}"
-        )
+        raise ConfigError(f"{path}._component_={node._component_} makes no {path}: it has no {missing[0]}")
     return built
+
+
+def check_attributes(path: str, node: DictConfig, attributes: Iterable[str]) -> None:
+    """`build_with`'s check, for a class that is not made yet, since making it writes files."""
+    component = find_component(f"{path}._component_", node._component_)
+    if isinstance(component, type) and (missing := [name for name in attributes if not hasattr(component, name)]):
+        raise ConfigError(f"{path}._component_={node._component_} makes no {path}: it has no {missing[0]}")
 
 
 def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:

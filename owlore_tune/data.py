@@ -299,8 +299,11 @@ def _dataset(
     """The rows of ``data_files``, else of ``source``, once they are known to be what ``transform`` takes."""
     rows: list[dict[str, Any]] = []
     places: list[tuple[str, int]] = []
+    if data_files is None and source is None:
+        raise ValueError("dataset.data_files is not set; it names the files to train on")
+    if isinstance(data_files, int | float | dict):
+        raise ValueError(f"dataset.data_files={data_files}; it must be a file, or a list of files")
     if data_files is None:
-        assert source is not None
         where = f"dataset.source={source}"
         try:
             found = load_dataset(source, name, split=split).to_list()
@@ -383,11 +386,17 @@ def dataset_digest(dataset: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_samples(key: str, dataset: Any) -> None:
-    """Raise ValueError if the samples of a dataset are not what the collate functions take."""
+def check_samples(key: str, dataset: Any, collate: Callable[[list[Any]], Any], collate_name: str) -> None:
+    """Raise ValueError if the first sample, or the batch that is made of it, is not what training takes."""
     sample = dataset[0]
     if not isinstance(sample, dict) or not {"tokens", "labels"} <= sample.keys():
         raise ValueError(f"{key}: its samples have no tokens and labels; it takes a dataset for fine-tuning")
+    try:
+        batch = collate([sample])
+    except Exception as error:
+        raise ValueError(f"collate_fn={collate_name} cannot make a batch of {key}'s samples: {error!r}") from error
+    if not isinstance(batch, dict) or not {"tokens", "labels"} <= batch.keys():
+        raise ValueError(f"collate_fn={collate_name} makes no batches of tokens and labels")
 
 
 def refuse_longer_than(dataset: Any, max_tokens: int) -> None:

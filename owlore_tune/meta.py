@@ -1,5 +1,6 @@
 """Loss, model and optimizer of a config, without weights: what is checked and planned before any load."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torchtune import training
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 
-from owlore_tune.config import ConfigError, OwLoreConfig, build, build_ours, device_and_dtype
+from owlore_tune.config import ConfigError, OwLoreConfig, build, build_ours, build_with, device_and_dtype
 from owlore_tune.layers import find_layers
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
 
@@ -27,7 +28,9 @@ def build_parts(cfg: DictConfig) -> Parts:
     Raises:
         ConfigError: if one cannot be made, or they do not go together.
     """
-    loss_fn = build("loss", cfg.loss)
+    loss_fn = build_with("loss", cfg.loss, ("ignore_index",))
+    check_loss(cfg, loss_fn)
+    check_lr_scheduler(cfg)
     if loss_fn.ignore_index != CROSS_ENTROPY_IGNORE_IDX:
         raise ConfigError(
             f"loss.ignore_index={loss_fn.ignore_index}; torchtune's datasets mark what is not trained on "
@@ -45,6 +48,22 @@ def build_parts(cfg: DictConfig) -> Parts:
     elif hasattr(loss_fn, "num_output_chunks"):
         model.set_num_output_chunks(loss_fn.num_output_chunks)
     return Parts(loss_fn, model, build_optimizer(cfg, model))
+
+
+def check_loss(cfg: DictConfig, loss_fn: Any) -> None:
+    """Raise ConfigError if the loss is not one of outputs and labels."""
+    try:
+        inspect.signature(loss_fn.forward).bind(None, None)
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(f"loss._component_={cfg.loss._component_} takes no outputs and labels: {error}") from error
+
+
+def check_lr_scheduler(cfg: DictConfig) -> None:
+    """Raise ConfigError if the schedule cannot be made; tried on an optimizer of one number."""
+    if cfg.lr_scheduler is not None:
+        scratch = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        attributes = ("step", "get_last_lr", "state_dict", "load_state_dict")
+        build_with("lr_scheduler", cfg.lr_scheduler, attributes, scratch, num_training_steps=10, last_epoch=-1)
 
 
 def build_optimizer(cfg: DictConfig, model: TransformerDecoder) -> OwLoreAdamW:

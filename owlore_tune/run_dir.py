@@ -52,6 +52,16 @@ class RunDirectory:
             ConfigError: if another process has it, or it is of another kind of run.
         """
         self._lock()
+        self._read()
+
+    @classmethod
+    def existing(cls, path: Path, kind: str = "training") -> "RunDirectory":
+        """The directory of a run to look at, without a lock."""
+        run = cls(path, kind)
+        run._read()
+        return run
+
+    def _read(self) -> None:
         file = self.path / RUN_FILE
         if not os.path.lexists(file):
             return

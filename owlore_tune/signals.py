@@ -67,13 +67,14 @@ _stop = StopRequest()
 @contextmanager
 def obey_signals() -> Iterator[None]:
     """End the program by one line and status 128 + signal, whichever part of the block a signal meets."""
-    _stop.signal = None
     try:
         with _stop:
             yield
     except Stop as stop:
         print(f"{stop.signal.name}: {stop}", file=sys.stderr)
         sys.exit(128 + stop.signal)
+    finally:
+        _stop.signal = None
 
 
 def stop_request() -> StopRequest:

@@ -42,13 +42,13 @@ class HFChatTokenizer:
     """
 
     def __init__(self, path: str, max_seq_len: int | None = None, chat_template: str = "model") -> None:
-        directory = Path(path).expanduser()
+        directory = Path(str(path)).expanduser()
         file = directory / "tokenizer.json"
         if not file.is_file():
             raise ValueError(
                 f"tokenizer.path={path} has no tokenizer.json; download the model first, the top of the config says how"
             )
-        if max_seq_len is not None and (isinstance(max_seq_len, bool) or max_seq_len != int(max_seq_len)):
+        if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int)):
             raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be a whole number, or null for no limit")
         if max_seq_len is not None and max_seq_len < 1:
             raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be at least 1, or null for no limit")

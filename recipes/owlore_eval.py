@@ -29,6 +29,7 @@ from owlore_tune.config import (
     plain,
     writable_directory,
 )
+from owlore_tune.layers import find_layers
 from owlore_tune.manifest import MANIFEST, machine, versions
 from owlore_tune.memory import peak_memory_bytes
 from owlore_tune.rendezvous import join_process_group
@@ -96,7 +97,12 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
 
     def _setup_model(self) -> torch.nn.Module:
         with training.set_default_dtype(self._dtype), torch.device("meta"):
-            return build("model", self._cfg.model)
+            model = build("model", self._cfg.model)
+        try:
+            find_layers(model)
+        except TypeError as error:
+            raise ConfigError(str(error)) from error
+        return model
 
     def _load_weights(self, model: torch.nn.Module, checkpointer: HFCheckpointer) -> None:
         try:

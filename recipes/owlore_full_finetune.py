@@ -39,6 +39,7 @@ from owlore_tune.config import (
     build_ours,
     build_with,
     changed_fields,
+    check_attributes,
     check_config,
     check_counts,
     check_positive,
@@ -81,6 +82,7 @@ log = utils.get_logger("INFO")
 
 Batch = dict[str, torch.Tensor]
 
+LOGGER_METHODS = ("log_dict", "log_config", "close")
 HOW_TO_GO_ON = "go on with the same command and resume_from_checkpoint=true"
 
 REQUIRED = (
@@ -221,7 +223,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         parts = self._loss_fn, self._model, self._optimizer = build_parts(cfg)
         for loader in filter(None, (self._dataloader, self._val_dataloader)):
             refuse_longer_than(loader.dataset, self._model.max_seq_len)
-        self._digests = self._world.share(self._world.attempt(self._make_digests, first_alone=True)) or {}
+        self._digests = self._world.share(self._world.attempt(self._make_digests, first_alone=True) or {})
         if saved is not None:
             self._check_digests(saved["digests"])
         if self._suite is not None:
@@ -229,6 +231,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         seq_len, sharding = self._longest_row(), self._sharding_over(self._world.size)
         self._memory_plan = plan_run(cfg, parts, seq_len, sharding)
         check_limit(cfg, self._memory_plan, seq_len, sharding)
+        check_attributes("metric_logger", cfg.metric_logger, LOGGER_METHODS)
         known_scores = self._load_scores() if saved is None else LayerScores(**saved["scores"])
         self._prepare_model(cfg)
         self.load_checkpoint()
@@ -282,7 +285,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Write what says that the directory is this run's, before anything else is written to it."""
         self._run_dir.start()
         self._scores.save(self._output_dir / SCORES_FILE)
-        self._metric_logger = build_with("metric_logger", self._cfg.metric_logger, ("log_dict", "log_config", "close"))
+        self._metric_logger = build_with("metric_logger", self._cfg.metric_logger, LOGGER_METHODS)
         # The others resolve the config before they send it elsewhere.
         writes_as_it_is = isinstance(self._metric_logger, DiskLogger | StdoutLogger | TensorBoardLogger)
         self._metric_logger.log_config(self._cfg if writes_as_it_is else printable(self._cfg))
@@ -411,9 +414,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Tokens of the longest row of the training data; a bound where there are too many rows to look at all."""
         if is_packed(self._cfg.dataset):
             return self._tokenizer.max_seq_len
-        return longest_row(self._dataloader.dataset, self._tokenizer.max_seq_len)
+        try:
+            return longest_row(self._dataloader.dataset, self._tokenizer.max_seq_len)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def _setup_inputs(self, cfg: DictConfig) -> None:
+        self._checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
         self._tokenizer = build_with("tokenizer", cfg.tokenizer, ("pad_id", "max_seq_len", "tokenize_messages"))
         self._dataloader = self._setup_data(cfg, "dataset", cfg.batch_size, shuffle=cfg.shuffle)
         # Whole steps alone, so that an epoch has the same number of them on any number of devices.
@@ -437,18 +444,18 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             if not isinstance(self._tokenizer, HFChatTokenizer):
                 raise ConfigError(f"eval: needs owlore_tune.tokenizer.HFChatTokenizer, not {cfg.tokenizer._component_}")
             self._suite = Suite.from_training_config(cfg.eval)
-        self._checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
 
     def _setup_data(self, cfg: DictConfig, key: str, batch_size: int, shuffle: bool) -> StatefulDataLoader:
         """The data loader of ``dataset`` or ``dataset_val``; a list of datasets is chained."""
         nodes = dataset_nodes(cfg[key])
+        for node in nodes:
+            check_type(f"{key}.packed", node.get("packed", False), bool)
         datasets = [build_with(key, node, ("__len__", "__getitem__"), self._tokenizer) for node in nodes]
         if len({node.get("packed", False) for node in nodes}) > 1:
             raise ConfigError(f"{key}: packed must be the same for all datasets of the list")
         dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
         if len(dataset) == 0:
             raise ConfigError(f"{key} has no samples")
-        check_samples(key, dataset)
         if "left_pad_sequence" in str(cfg.collate_fn):
             raise ConfigError(f"collate_fn={cfg.collate_fn} pads on the left, which is for generation")
         collate = partial(
@@ -456,13 +463,18 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             padding_idx=self._tokenizer.pad_id,
             ignore_idx=CROSS_ENTROPY_IGNORE_IDX,
         )
+        collate_fn = padded_collate_packed if is_packed(cfg[key]) else collate
+        try:
+            check_samples(key, dataset, collate_fn, cfg.collate_fn)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         return StatefulDataLoader(
             dataset=dataset,
             batch_size=batch_size,
             sampler=StatefulDistributedSampler(
                 dataset, num_replicas=self._world.size, rank=self._world.rank, shuffle=shuffle, seed=self.seed
             ),
-            collate_fn=padded_collate_packed if is_packed(cfg[key]) else collate,
+            collate_fn=collate_fn,
             drop_last=shuffle,
             generator=torch.Generator(),  # else each pass over the data would move the global one
         )

@@ -9,6 +9,7 @@ a status such as `429`, `retry_after` (429, to be tried again after 2 s), `slow`
 request in NUMBER without one; `leak` and `echo` always send the Authorization header back, in an error or a judgment.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -59,7 +60,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, json.dumps({"choices": [{"delta": "?"}]}))
         if early and FAULT == "truncated":
             return self.reply(200, '{"choices": [{"mess')
-        if early and FAULT == "empty":
+        if early and FAULT == "large":
+            return self.reply(200, " " * 3_000_000)
+        if early and FAULT == "zipped":
+            return self.reply(200, gzip.compress(b" " * 50_000_000), encoding="gzip")
+        if early and FAULT == "deep":
+            return self.reply(200, "[" * 200_000)
+        if early and FAULT == "drip":
+            return self.drip()
+        if early and FAULT == "surrogate":
+            text = "Rating: [[5]] \ud800"
+        elif early and FAULT == "empty":
             text = ""
         elif isinstance(text, str):
             with lock, LOG.open("a") as file:
@@ -67,11 +78,29 @@ class Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": text}
         return self.reply(200, json.dumps({"choices": [{"index": 0, "message": message}]}))
 
-    def reply(self, status: int, body: str, content_type: str = "application/json", retry_after: int = 0) -> None:
-        content = body.encode()
+    def drip(self) -> None:
+        """A byte now and then, so that no single read takes long."""
+        try:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            for _ in range(50):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+        except OSError:
+            pass  # the client waited no longer
+
+    def reply(
+        self, status: int, body: str | bytes, content_type: str = "application/json", retry_after: int = 0,
+        encoding: str = "",
+    ) -> None:  # fmt: skip
+        content = body.encode() if isinstance(body, str) else body
         try:
             self.send_response(status)
             self.send_header("Content-Type", content_type)
+            if encoding:
+                self.send_header("Content-Encoding", encoding)
             if retry_after:
                 self.send_header("Retry-After", str(retry_after))
             self.send_header("Content-Length", str(len(content)))

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_full_finetune_distributed import DISTRIBUTED_DEFAULTS, OwLoreFullFinetuneDistributedRecipe
-from owlore_tune.checkpoints import newest_checkpoint, step_directories
 from owlore_tune.config import ConfigError
 from owlore_tune.projection import OVERSAMPLING
+from owlore_tune.run_dir import RunDirectory
 
 PROGRAMS = Path(__file__).parent / "distributed_programs.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -213,7 +213,7 @@ def test_eight_bit_state_resumes_bit_for_bit(config, tmp_path):
     alone = on_ranks(1, config, "alone", resume_from_checkpoint=f"{unbroken['output_dir']}/step_4")
     train_together(2, unbroken, again)
     names = {file.name for file in (Path(unbroken["output_dir"]) / "step_4" / "optimizer").iterdir()}
-    assert {"__0_0.distcp", "__1_0.distcp"} <= names
+    assert names == {"rank_0.safetensors", "rank_1.safetensors"}
     assert furthest(unbroken, again) == 0
     finetune(alone)
     assert furthest(unbroken, alone) < 1e-3
@@ -222,16 +222,16 @@ def test_eight_bit_state_resumes_bit_for_bit(config, tmp_path):
 def test_a_checkpoint_of_ranks_is_a_model_directory(config):
     run = on_ranks(2, config, "run")
     train_together(2, run)
-    (checkpoint,) = step_directories(Path(run["output_dir"]))[-1:]
-    assert newest_checkpoint(Path(run["output_dir"])) == checkpoint
+    (checkpoint,) = RunDirectory.existing(Path(run["output_dir"])).checkpoints()[-1:]
+    assert RunDirectory.existing(Path(run["output_dir"])).newest_checkpoint() == checkpoint
     exported = dict(AutoModelForCausalLM.from_pretrained(checkpoint).named_parameters())
     for name, weight in load_file(checkpoint / "model.safetensors").items():
         assert torch.equal(exported[name], weight)
-    with next((checkpoint / "optimizer").glob("*.distcp")).open("r+b") as file:
+    with next((checkpoint / "optimizer").glob("rank_1.*")).open("r+b") as file:
         file.write(b"damaged")
     with pytest.raises(Exception, match="none of the 2 checkpoints"):
-        shutil.rmtree(step_directories(Path(run["output_dir"]))[0] / "optimizer")
-        newest_checkpoint(Path(run["output_dir"]))
+        shutil.rmtree(RunDirectory.existing(Path(run["output_dir"])).checkpoints()[0] / "optimizer")
+        RunDirectory.existing(Path(run["output_dir"])).newest_checkpoint()
 
 
 def count(num_ranks: int, config: dict, tmp_path: Path) -> list[list[dict]]:
@@ -335,7 +335,7 @@ def wait_for(path: Path, pattern: str, seconds: float = 120) -> None:
 @pytest.mark.parametrize("how", ["killed between saves", "killed in a save", "hung"])
 def test_when_a_rank_is_lost_the_others_end_and_the_run_goes_on(how, config):
     """Rank 1 dies, or stands still: rank 0 says so within the time allowed, and the newest checkpoint is good."""
-    config = on_ranks(2, config, "lost", save_every_n_steps=2, dist_timeout_s=15, epochs=40)
+    config = on_ranks(2, config, "lost", save_every_n_steps=2, dist_timeout_s=15, epochs=12)
     output_dir = Path(config["output_dir"])
     ranks = start_ranks(config, config)
     wait_for(output_dir, "step_4")
@@ -350,11 +350,9 @@ def test_when_a_rank_is_lost_the_others_end_and_the_run_goes_on(how, config):
     assert last.startswith("error: ") and "resume_from_checkpoint=true" in last, errors[-2000:]
     ranks[1].kill()
     ranks[1].communicate()
-    newest = newest_checkpoint(output_dir)
+    newest = RunDirectory.existing(output_dir).newest_checkpoint()
     assert newest is not None
-    steps = int(newest.name[5:]) // 6 + 2
-    again = config | {"resume_from_checkpoint": True, "epochs": steps, "allow_config_change": True}
-    train_together(2, again)
+    train_together(2, config | {"resume_from_checkpoint": True})
     assert json.loads((output_dir / "manifest.json").read_text())["finished"]
 
 
@@ -380,8 +378,8 @@ def test_sigterm_to_one_rank_saves_and_stops_all(config):
     for rank in ranks:
         _, errors = rank.communicate(timeout=60)
         assert rank.returncode == 128 + signal.SIGTERM, errors[-2000:]
-    saved = newest_checkpoint(Path(config["output_dir"]))
-    assert saved is not None and f"at step {saved.name[5:]}: saved and stopped" in errors
+    saved = RunDirectory.existing(Path(config["output_dir"])).newest_checkpoint()
+    assert saved is not None and f"SIGTERM: stopped after step {saved.name[5:]}, saved in {saved}" in errors
 
 
 def test_two_nodes_train_as_two_ranks_of_one(config):
@@ -411,8 +409,8 @@ def test_a_signal_to_torchrun_and_its_ranks_alike_is_one_request(number, config)
         os.kill(pid, number)
     _, errors = agent.communicate(timeout=60)
     assert agent.returncode != 0
-    saved = newest_checkpoint(Path(config["output_dir"]))
-    assert saved is not None and f"{number.name} at step {saved.name[5:]}: saved and stopped" in errors
+    saved = RunDirectory.existing(Path(config["output_dir"])).newest_checkpoint()
+    assert saved is not None and f"{number.name}: stopped after step {saved.name[5:]}, saved in {saved}" in errors
 
 
 REFUSED = {

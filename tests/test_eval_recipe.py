@@ -181,9 +181,9 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
         ({"taks": ["mmlu"]}, "unknown key taks; did you mean tasks?"),
         ({"tasks": ["mmlu_dve"]}, "tasks: no task, group or tag named mmlu_dve; there is .*mmlu_dev"),
         ({"tasks": []}, "nothing to evaluate; set tasks or data_files"),
-        ({"limit": 0}, "limit=0; it must be at least 1, or null"),
+        ({"limit": 0}, "limit=0; it must be 1 to"),
         ({"num_fewshot": -1}, "num_fewshot=-1; it must be at least 0, or null"),
-        ({"batch_size": 0}, "batch_size=0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0; it must be 1 to"),
         ({"add_bos": "no"}, "add_bos='no'; it must be"),
         ({"scoring": "vibes"}, "scoring=vibes; choose one of loglikelihood, generate"),
         ({"data_root": "/nowhere", "tasks": ["piqa"]}, "data_root=/nowhere is not a directory"),
@@ -236,6 +236,7 @@ def test_bad_rows_are_refused_with_their_place(make_config, tmp_path):
 
 def test_results_of_another_model_are_not_mixed(make_config, tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"kind": "evaluation", "run_id": "abc", "parent": null}')
     (tmp_path / "run" / "manifest.json").write_text('{"fingerprint": "other"}')
     with pytest.raises(ConfigError, match=r"holds results of another model \(other\); choose another directory"):
         run(make_config("eval/mmlu_dev"))
@@ -288,7 +289,18 @@ def test_results_that_cannot_be_written_whole_are_not_there(make_config, tmp_pat
     monkeypatch.setattr(tracker, "sanitize_list", full_disk)
     with pytest.raises(RunError, match="the results cannot be written to .*samples were written, not 10"):
         run(make_config("eval/mmlu_dev", limit=10))
-    assert list((tmp_path / "run").iterdir()) == []
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.json", ".owlore.lock"}
+
+
+def test_the_manifest_of_a_training_run_is_not_written_over(tiny_config, make_config, tmp_path):
+    from test_recipe import finetune
+
+    config = tiny_config | {"output_dir": str(tmp_path / "run"), "max_steps_per_epoch": 1}
+    finetune(config)
+    before = (tmp_path / "run" / "manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"output_dir=.*run holds the training of \w{8}; choose another directory"):
+        run(make_config("eval/mmlu_dev", limit=2))
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before
 
 
 def test_training_evaluates_before_and_after_and_trains_the_same(

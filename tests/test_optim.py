@@ -344,7 +344,7 @@ def test_closure_is_called_with_gradients():
         ({"basis": "qr"}, "basis='qr'; choose one of randomized, svd"),
         ({"update_gap": 0}, "update_gap=0"),
         ({"lr": -1.0}, "lr=-1.0"),
-        ({"betas": (0.9, 1.0)}, "each must be at least 0 and below 1"),
+        ({"betas": (0.9, 1.0)}, "there must be two, each at least 0 and below 1"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
     ],
 )

