@@ -12,18 +12,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed
 
+# An earlier run is never removed: for another one, `make demo RUN=runs/demo_2`.
+RUN ?= runs/demo
+
 demo: install  # the main job on a real model: score, train, held-out loss and accuracy before and after
 	owlore download smollm2
-	rm -rf runs/demo
-	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=runs/demo
+	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN)
 
+pictures: RUN = runs/pictures
 pictures: install  # of 60 steps on SmolLM2, for docs/runs.md
 	owlore download smollm2
-	rm -rf runs/pictures
-	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=runs/pictures eval=null epochs=2 \
+	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN) eval=null epochs=2 \
 		max_steps_per_epoch=30 run_val_every_n_steps=15
 	mkdir -p docs/pictures
-	cp runs/pictures/*.png docs/pictures
+	cp $(RUN)/*.png docs/pictures
 
 test: install
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
@@ -52,6 +54,6 @@ ifdef DATA
 endif
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) build *.egg-info
 
 .PHONY: install demo pictures test lint bench clean

@@ -34,6 +34,7 @@ from owlore_tune.manifest import MANIFEST, machine, versions
 from owlore_tune.memory import peak_memory_bytes
 from owlore_tune.rendezvous import join_process_group
 from owlore_tune.run_dir import RunDirectory
+from owlore_tune.signals import stop_request
 from owlore_tune.tokenizer import HFChatTokenizer
 
 log = utils.get_logger("INFO")
@@ -120,14 +121,16 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             self._lm, self._model_id(), self._output_dir, use_cache=cfg.use_cache, log_samples=cfg.log_samples
         )
         self._lm.dismiss()
-        file = save_results(
-            self._output_dir,
-            results,
-            self._manifest(time.perf_counter() - started),
-            model=str(cfg.checkpointer.checkpoint_dir),
-            chat_template=self._lm.chat_template(self._suite.apply_chat_template),
-            fewshot_as_multiturn=cfg.fewshot_as_multiturn,
-        )
+        manifest = self._manifest(time.perf_counter() - started)
+        with stop_request().deferred():
+            file = save_results(
+                self._output_dir,
+                results,
+                manifest,
+                model=str(cfg.checkpointer.checkpoint_dir),
+                chat_template=self._lm.chat_template(self._suite.apply_chat_template),
+                fewshot_as_multiturn=cfg.fewshot_as_multiturn,
+            )
         print_results(results)
         print(f"results         {file}")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +273,27 @@ def test_compare_averages_no_mixture_and_takes_no_two_evaluations_for_one(tmp_pa
     (tmp_path / "results_bad.json").write_text("[1]")
     with pytest.raises(ConfigError, match="is not a results file"):
         read_scores(tmp_path / "results_bad.json")
+
+
+@pytest.mark.parametrize("method", ["_load_weights", "_manifest"])
+def test_a_signal_stops_an_evaluation_in_one_line(method, make_config, tmp_path, monkeypatch, capsys):
+    """While weights load, and when all answers are there; what is written is whole or not there."""
+    import owlore_eval
+
+    original = getattr(OwLoreEvalRecipe, method)
+
+    def interrupted(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(OwLoreEvalRecipe, method, interrupted)
+    OmegaConf.save(OmegaConf.create(make_config("eval/mmlu_dev", limit=2)), tmp_path / "eval.yaml")
+    monkeypatch.setattr(sys, "argv", ["tune", "--config", str(tmp_path / "eval.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        owlore_eval.recipe_main()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "SIGTERM: stopped"
+    assert not list((tmp_path / "run").glob("results_*"))
 
 
 def test_results_that_cannot_be_written_whole_are_not_there(make_config, tmp_path, monkeypatch):
