@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         if early and FAULT == "large":
             return self.reply(200, " " * 3_000_000)
         if early and FAULT == "zipped":
-            return self.reply(200, gzip.compress(b" " * 50_000_000), encoding="gzip")
+            return self.reply(200, gzip.compress(b" " * 5_000_000), encoding="gzip")
         if early and FAULT == "deep":
             return self.reply(200, "[" * 200_000)
         if early and FAULT == "drip":
