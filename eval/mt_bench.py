@@ -284,7 +284,7 @@ def read_files(data_dir: str | None) -> tuple[list[Question], dict[str, dict[str
         by_name = {row["name"]: row for row in prompts}
         for name in ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"):
             by_name[name]["system_prompt"], by_name[name]["prompt_template"]
-        return [
+        found = [
             Question(
                 row["question_id"],
                 row["category"],
@@ -292,8 +292,15 @@ def read_files(data_dir: str | None) -> tuple[list[Question], dict[str, dict[str
                 reference[row["question_id"]] if row["category"] in WITH_REFERENCE else None,
             )
             for row in questions
-        ], by_name
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        ]
+        for question in found:
+            for texts in filter(None, (question.turns, question.reference)):
+                if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+                    raise ValueError(f"question {question.question_id} has not two turns of text")
+            for turn in (1, 2):  # that the prompts' places for text are those that there is text for
+                judge_chat(by_name, question, ["", ""], turn)
+        return found, by_name
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
         raise ConfigError(f"data_dir={data_dir} is not as FastChat's: {error!r}") from error
 
 

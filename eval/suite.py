@@ -52,6 +52,8 @@ class Suite:
         self.cfg = cfg
         self.apply_chat_template = bool(cfg.apply_chat_template)
         names = list(cfg.tasks) if isinstance(cfg.tasks, ListConfig) else str(cfg.tasks).split(",")
+        for name in names:
+            check_type("tasks", name, str)
         data_files = dict(cfg.data_files or {})
         if not names and not data_files:
             raise ConfigError("nothing to evaluate; set tasks or data_files")
@@ -165,5 +167,10 @@ def check_suite(cfg: DictConfig) -> None:
     check_type("min_coverage", cfg.min_coverage, float)
     if not 0 <= cfg.min_coverage <= 1:
         raise ConfigError(f"min_coverage={cfg.min_coverage}; it must be from 0 to 1")
+    for key in ("data_dir", "data_root"):
+        check_type(key, cfg[key], str | None)
+    if isinstance(cfg.data_files, DictConfig):
+        for name in cfg.data_files:
+            check_type(f"data_files.{name!s}", cfg.data_files[name], str)
     if cfg.data_files is not None and not isinstance(cfg.data_files, DictConfig):
         raise ConfigError(f"data_files={cfg.data_files}; it must map names to files, as data_files.NAME=FILE")

@@ -1,11 +1,10 @@
 """HF-format weights in and out of a torchtune model, one tensor at a time."""
 
-import hashlib
 import json
 import math
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,9 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from owlore_tune import low_bits
+from owlore_tune.digests import files_digest
 from owlore_tune.layers import init_rope, plain_name
-from owlore_tune.manifest import cache_directory, write_json
-from owlore_tune.sealed import CheckpointError, checksum, sealed_directory
+from owlore_tune.sealed import CheckpointError, sealed_directory
 from owlore_tune.sharded_state import load_sharded, save_sharded
 from owlore_tune.world import ALONE, RankError, World, full, shard_like
 
@@ -126,7 +125,7 @@ class HFCheckpointer:
             total=total, desc="Loading weights", unit="B", unit_scale=True, leave=False, disable=hide
         ) as progress:
             for name, tensor in _read_tensors(files):
-                for key, value in self._to_tune({name: tensor}).items():
+                for key, value in _converted(self._to_tune, name, tensor, directory).items():
                     if key == "output.weight" and key not in wanted:
                         continue  # a copy of tied embeddings
                     if key not in wanted or wanted[key].shape != value.shape:
@@ -154,7 +153,6 @@ class HFCheckpointer:
         *,
         shard_bytes: int = 2 * 10**9,
         run_id: str | None = None,
-        about: Mapping[str, Any] | None = None,
         world: World = ALONE,
     ) -> None:
         """Write ``model`` in HF format, with the tokenizer and config files it was loaded with, and the recipe's state.
@@ -168,7 +166,6 @@ class HFCheckpointer:
                 model, its ``optimizer`` is each process's own.
             shard_bytes: split the weights into files of about this size.
             run_id: of the run that saves, see `owlore_tune.run_dir`; one of its own where left out.
-            about: more that the checkpoint's seal says of it.
             world: the processes that the model is sharded over.
 
         Raises:
@@ -178,7 +175,7 @@ class HFCheckpointer:
         num_bytes = sum(p.nbytes for p in model.parameters()) + sum(world.gather(_tensor_bytes(recipe_state)))
         try:
             with ExitStack() as stack:
-                writing = sealed_directory(Path(directory), num_bytes, run_id or uuid4().hex, about)
+                writing = sealed_directory(Path(directory), num_bytes, run_id or uuid4().hex)
                 partial_dir = world.share(world.attempt(lambda: stack.enter_context(writing), first_alone=True))
                 assert partial_dir is not None
                 self._save_weights(model, partial_dir, shard_bytes, world)
@@ -256,42 +253,6 @@ def weight_files(directory: Path) -> list[Path]:
     return []
 
 
-def files_digest(files: Iterable[Path]) -> str:
-    """A digest of the content of ``files``, and of their names.
-
-    Each file's is kept in the user's cache with its size and time of change, since reading 7B weights takes seconds.
-    """
-    cache = cache_directory() / "digests.json"
-    known = _read_cache(cache)
-    digests, is_new = {}, False
-    for file in files:
-        status = file.stat()
-        key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-        if key not in known:
-            known[key], is_new = checksum(file), True
-        digests[file.name] = known[key]
-    if is_new:
-        _write_cache(cache, known)
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_cache(file: Path) -> dict[str, str]:
-    try:
-        known = json.loads(file.read_text())
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def _write_cache(file: Path, known: dict[str, str]) -> None:
-    newest = dict(list(known.items())[-1000:])
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, newest)
-    except OSError as error:  # it only saves time
-        log.debug(f"{file} cannot be written: {error}")
-
-
 def leads_outside(file: Path) -> bool:
     """Whether ``file`` is a link out of its directory; a hub cache's links to its own ``blobs`` are not."""
     directory = file.parent.resolve()
@@ -345,7 +306,25 @@ def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 with safe_open(file, framework="pt") as opened:
                     yield name, opened.get_tensor(name)
         else:
-            yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
+            try:
+                yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
+            except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+                raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}; download it again") from error
+
+
+def _converted(to_tune: Callable[[StateDict], StateDict], name: str, tensor: Tensor, directory: Path) -> StateDict:
+    """A tensor of the file in torchtune's layout.
+
+    Raises:
+        ValueError: if the layout has no such tensor, or not of this shape.
+    """
+    try:
+        return to_tune({name: tensor})
+    except Exception as error:  # torchtune raises nothing narrower
+        raise ValueError(
+            f"{name} in {directory}, of shape {tuple(tensor.shape)}, does not fit checkpointer.model_type and "
+            f"config.json: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _tensor_bytes(state: Any) -> int:
@@ -395,6 +374,11 @@ def _converters(
         }
     except KeyError as error:
         raise ValueError(f"config.json lacks {error}; is it a model of type {model_type}?") from error
+    for name in ("num_heads", "num_kv_heads", "dim", "head_dim"):
+        if not (heads[name] is None and name == "head_dim") and not (type(heads[name]) is int and heads[name] > 0):
+            raise ValueError(f"config.json: {heads[name]!r} for {name} is not a whole number above 0")
+    if heads["num_heads"] % heads["num_kv_heads"] or (heads["head_dim"] is None and heads["dim"] % heads["num_heads"]):
+        raise ValueError(f"config.json: its numbers of heads do not divide: {heads}")
     if kind in (ModelType.PHI3_MINI, ModelType.PHI4):
         from torchtune.models.phi3._convert_weights import phi3_hf_to_tune, phi3_tune_to_hf
 

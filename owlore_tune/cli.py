@@ -27,10 +27,13 @@ def ls(args: argparse.Namespace) -> None:
 
 def cp(args: argparse.Namespace) -> None:
     """copy a packaged config, or recipe, to edit it"""
-    target = _new_file(args.destination, args.force)
-    source = find_packaged(args.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    try:
+        target = _new_file(args.destination, args.force)
+        source = find_packaged(args.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    except OSError as error:
+        sys.exit(f"error: {args.destination}: {error.strerror}")
     print(target)
 
 
@@ -69,11 +72,11 @@ def validate(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     """score a model's layers, and write the scores file and its chart"""
     with _errors_in_one_line():
-        from owlore_tune.config import ConfigError, expand_home, load_config
+        from owlore_tune.config import ConfigError, load_config
         from owlore_tune.plots import plot_scores
 
-        cfg = expand_home(load_config(args.config, args.overrides))
-        output = Path(args.output).expanduser() if args.output else Path(str(cfg.get("output_dir"))) / "scores.json"
+        cfg = load_config(args.config, args.overrides)
+        output = Path(args.output).expanduser()
         if output.suffix != ".json":
             raise ConfigError(f"--output={output}: a scores file ends in .json, and its picture in .png")
         picture = output.with_suffix(".png")
@@ -96,6 +99,8 @@ def memory(args: argparse.Namespace) -> None:
         from owlore_tune.plots import plot_memory
 
         cfg = load_config(args.config, args.overrides)
+        if args.output and Path(args.output).suffix != ".png":
+            raise ConfigError(f"--output={args.output}: a picture ends in .png")
         picture = _new_file(args.output, args.force) if args.output else None
         for name, value in (("--seq-len", args.seq_len), ("--world-size", args.world_size)):
             if value is not None and value < 1:
@@ -194,7 +199,9 @@ def parser() -> argparse.ArgumentParser:
     downloading.add_argument("--output-dir", help="where to, instead of the user's cache directory")
     config_command(validate)
     scoring = config_command(score)
-    scoring.add_argument("--output", help="scores file to write, with its picture; OUTPUT_DIR/scores.json if left out")
+    scoring.add_argument(
+        "--output", default="scores.json", metavar="FILE.json", help="the scores; a picture is beside it"
+    )
     scoring.add_argument("--force", action="store_true", help="replace existing files")
     planning = config_command(memory)
     planning.add_argument("--seq-len", type=int, help="tokens of the longest row, instead of reading the data")

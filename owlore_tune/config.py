@@ -4,6 +4,7 @@ import argparse
 import difflib
 import functools
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,10 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had to stop; the message says where it stands and the way on, in one line."""
+
+
+class DivergedError(RunError):
+    """A run whose loss or weights are not finite; its state is not worth a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +198,12 @@ def check_config(
     cfg = expand_home(cfg)
     check_keys(cfg, [*required, *defaults], "")
     try:
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(str(error)) from error
+    check_no_nan(resolved, "")
+    if isinstance(cfg.get("output_dir"), str) and cfg.output_dir.startswith("~"):  # by way of an interpolation
+        cfg.output_dir = os.path.expanduser(cfg.output_dir)
     for key, node in cfg.items():
         # What `dataset_val=null` on the command line arrives as, since torchtune takes it for the component's name.
         if isinstance(node, DictConfig) and "_component_" in node and node["_component_"] is None:
@@ -205,6 +213,16 @@ def check_config(
     check_type("output_dir", cfg.output_dir, str)
     check_components(cfg, supplied or {})
     return DictConfig(OmegaConf.merge(dict(defaults), cfg))
+
+
+def check_no_nan(node: Any, path: str) -> None:
+    """Raise ConfigError for a field that is NaN, with which every comparison is false."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        where = f"{path}.{key}" if path else str(key)
+        if isinstance(value, float) and math.isnan(value):
+            raise ConfigError(f"{where}=nan; it must be a number")
+        check_no_nan(value, where)
 
 
 def check_components(cfg: DictConfig, supplied: Mapping[str, tuple[str, ...]]) -> None:
@@ -258,7 +276,10 @@ def build(path: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     """``config.instantiate`` of the node at ``path``, with what its constructor refuses as a ConfigError."""
     try:
         return config.instantiate(node, *args, **kwargs)
-    except (ValueError, TypeError, AttributeError, LookupError, OSError, RuntimeError, ImportError) as error:
+    except (
+        ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError, RuntimeError, ImportError,
+        AssertionError,
+    ) as error:  # fmt: skip
         message = str(error) if not isinstance(error, KeyError) else f"no {error}"
         if isinstance(error, TypeError | AttributeError):  # Python's own words name no field
             fields_given = (f"{key}={value!r}" for key, value in plain(node).items() if key != "_component_")
@@ -308,6 +329,8 @@ def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
     check_type("dtype", cfg.dtype, str)
     try:
         device = utils.get_device(cfg.device)
+        if device.type == "meta":
+            raise ValueError("it has no memory")
         return device, training.get_dtype(cfg.dtype, device=device)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error

@@ -22,7 +22,7 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def __init__(self, chunk_size: int = 256) -> None:
         super().__init__()
-        if not chunk_size >= 1:
+        if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
             raise ValueError(f"loss.chunk_size={chunk_size}; it must be at least 1 position")
         self.chunk_size = chunk_size
         self.ignore_index = CROSS_ENTROPY_IGNORE_IDX

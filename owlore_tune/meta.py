@@ -1,6 +1,7 @@
 """Loss, model and optimizer of a config, without weights: what is checked and planned before any load."""
 
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +10,11 @@ from torchtune import training
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 
-from owlore_tune.config import ConfigError, OwLoreConfig, build, build_ours, build_with, device_and_dtype
+from owlore_tune.config import ConfigError, OwLoreConfig, build, build_ours, build_with, device_and_dtype, plain
 from owlore_tune.layers import find_layers
 from owlore_tune.optim import OwLoreAdamW, parameter_groups
+
+TRIED_STEPS = 10_000  # of a schedule; more than any warm-up, or it would not be seen past that
 
 
 class Parts(NamedTuple):
@@ -63,7 +66,19 @@ def check_lr_scheduler(cfg: DictConfig) -> None:
     if cfg.lr_scheduler is not None:
         scratch = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         attributes = ("step", "get_last_lr", "state_dict", "load_state_dict")
-        build_with("lr_scheduler", cfg.lr_scheduler, attributes, scratch, num_training_steps=10, last_epoch=-1)
+        num_steps = TRIED_STEPS
+        schedule = build_with(
+            "lr_scheduler", cfg.lr_scheduler, attributes, scratch, num_training_steps=num_steps, last_epoch=-1
+        )
+        try:
+            for step in (0, 1, num_steps // 2, num_steps - 1):
+                schedule.last_epoch = step - 1
+                scratch.step()
+                schedule.step()
+                if not all(math.isfinite(lr) and lr >= 0 for lr in schedule.get_last_lr()):
+                    raise ValueError(f"the learning rate of step {step} is {schedule.get_last_lr()[0]} × lr")
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise ConfigError(f"lr_scheduler={plain(cfg.lr_scheduler)}: {error}") from error
 
 
 def build_optimizer(cfg: DictConfig, model: TransformerDecoder) -> OwLoreAdamW:

@@ -114,6 +114,8 @@ class OwLoreAdamW(Optimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed={seed!r}; it must be a whole number")
         self._seed = seed
         self._slots: dict[Tensor, tuple[int, int]] = {}  # parameter → (its group, its index over all groups)
         self._low_grads: dict[Tensor, Tensor] = {}  # what micro-batches have added up to since the last step
@@ -237,8 +239,8 @@ class OwLoreAdamW(Optimizer):
         energies = []  # (2,) per weight: in the basis, in all
         for parameter, sketch in self._sketches.items():
             inside = sketch @ _basis(self.state[parameter], sketch.dtype)
-            energies.append(torch.stack([inside.square().sum(), sketch.square().sum()]))
-        sums = World.of(next(iter(self._sketches))).sum_(torch.stack(energies).double())
+            energies.append(torch.stack([inside.double().square().sum(), sketch.double().square().sum()]))
+        sums = World.of(next(iter(self._sketches))).sum_(torch.stack(energies))
         shares = (sums[:, 0] / sums[:, 1]).clamp(0, 1)
         self.refreshes += [
             (self._refresh_seconds[parameter], share) for parameter, share in zip(self._sketches, shares, strict=True)
@@ -461,8 +463,8 @@ def _carry_moments(state: dict[str, Any], turn: Tensor, moments: str, right: boo
 def _restore_moments(stored: Sequence[Tensor], dtype: torch.dtype, by_column: bool = False) -> list[Tensor]:
     """Mean and mean square as they were stored.
 
-    Where 8 bits rounded a mean square to zero and its mean not, the mean's square takes its place: no mean square is
-    smaller. Dividing by zero, or nearly so, would make directions of a hundred and more.
+    If 8 bits rounded a mean square to zero and its mean not, the mean's square takes its place, which bounds the
+    direction. Division by zero, or nearly so, made directions of several hundred.
     """
     mean, mean_square = (low_bits.restore(moment, dtype, by_column=by_column) for moment in stored)
     if low_bits.is_rounded(stored[1]):
@@ -510,7 +512,7 @@ def _check_group(group: dict[str, Any]) -> None:
         "side": SIDES, "moments": MOMENTS, "basis": BASES, "state_bits": STATE_BITS, "basis_bits": BASIS_BITS
     }  # fmt: skip
     for key, choices in choices_of.items():
-        if group[key] not in choices:
+        if group[key] not in choices or isinstance(group[key], float | bool):
             raise ValueError(f"{key}={group[key]!r}; choose one of {', '.join(map(str, choices))}")
     for key in ("lr", "eps", "weight_decay", "scale"):
         if not _is_number(group[key]) or not 0 <= group[key] < math.inf:

@@ -12,13 +12,24 @@ from uuid import uuid4
 from torchtune.utils import get_logger
 
 from owlore_tune.config import ConfigError
-from owlore_tune.sealed import CheckpointError, discard, is_of_run, read_seal, remove_leftovers, verify
+from owlore_tune.manifest import write_json
+from owlore_tune.sealed import (
+    SEAL,
+    CheckpointError,
+    discard,
+    files_outside_seal,
+    is_of_run,
+    read_seal,
+    remove_leftovers,
+    verify,
+)
 
 log = get_logger("INFO")
 
 RUN_FILE = "run.json"  # whose the directory is: id of the run, and what kind it is of
 LOCK_FILE = ".owlore.lock"
 _STEP = re.compile(r"step_[0-9]+")
+_ID = re.compile(r"[0-9a-f]{32}")
 _HOLDER = re.compile(r"process \d+ on .*\n?")
 _held: dict[Path, int] = {}  # locks of this process: directory → file descriptor
 
@@ -36,6 +47,7 @@ class RunDirectory:
     Attributes:
         run_id: of the run that the directory belongs to; of the run to come if it belongs to none.
         parent: of the run that this one went on from in another directory, if it did.
+        resumed_from: that run's checkpoint.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -43,6 +55,7 @@ class RunDirectory:
         self._kind = kind
         self.run_id = uuid4().hex
         self.parent: str | None = None
+        self.resumed_from: str | None = None
         self._is_known = False
 
     def claim(self) -> None:
@@ -67,7 +80,10 @@ class RunDirectory:
             return
         try:
             known = json.loads(file.read_text())
-            kind, self.run_id, self.parent = known["kind"], str(known["run_id"]), known["parent"]
+            kind, self.run_id, self.parent = known["kind"], known["run_id"], known["parent"]
+            self.resumed_from = known.get("resumed_from")
+            if not _ID.fullmatch(self.run_id):
+                raise ValueError(f"run_id {self.run_id!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"output_dir={self.path}: {RUN_FILE} cannot be read ({error!r}); choose another"
@@ -90,12 +106,15 @@ class RunDirectory:
             if content and not _HOLDER.fullmatch(content):
                 raise ConfigError(f"output_dir={self.path}: {LOCK_FILE} is no lock of this program; move it away")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(descriptor)
             raise ConfigError(
                 f"output_dir={self.path} is in use by {content.strip() or 'another process'}; wait for it to end, or "
                 "choose another directory"
             ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigError(f"output_dir={self.path} cannot be locked ({error}); choose another disk") from error
         except ConfigError:
             os.close(descriptor)
             raise
@@ -121,7 +140,7 @@ class RunDirectory:
         taken = [name for name in names if os.path.lexists(self.path / name)]
         if self._is_known:
             taken = []
-            steps = [name for name in steps if not self._is_ours(self.path / name)]
+            steps = [name for name in steps if not self._may_set_aside(self.path / name)]
         if found := [*steps, *taken]:
             raise ConfigError(
                 f"output_dir={self.path} has {found[0]}, which this run did not make; choose another directory"
@@ -135,8 +154,10 @@ class RunDirectory:
     def start(self) -> None:
         """Make the directory this run's own, and clear up what an interruption of it left."""
         if not self._is_known:
-            content = {"kind": self._kind, "run_id": self.run_id, "parent": self.parent}
-            (self.path / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n")
+            content = {
+                "kind": self._kind, "run_id": self.run_id, "parent": self.parent, "resumed_from": self.resumed_from
+            }  # fmt: skip
+            write_json(self.path / RUN_FILE, content)
             self._is_known = True
         remove_leftovers(self.path, self.run_id)
 
@@ -155,6 +176,13 @@ class RunDirectory:
             return read_seal(directory)["run_id"] == self.run_id
         except CheckpointError:
             return False
+
+    def _may_set_aside(self, directory: Path) -> bool:
+        """Whether the checkpoint is the run's, or one whose seal is damaged; a new name loses nothing of it."""
+        try:
+            return read_seal(directory)["run_id"] == self.run_id
+        except CheckpointError:
+            return (directory / SEAL).is_file()
 
     def checkpoints(self) -> list[Path]:
         """The run's own checkpoints, oldest first; unverified."""
@@ -193,11 +221,11 @@ class RunDirectory:
                 f"resume_from_checkpoint={directory} is of run {seal['run_id'][:8]}, and output_dir={self.path} "
                 f"belongs to run {self.run_id[:8]}; choose another output_dir"
             )
-        self.parent = seal["run_id"]
+        self.parent, self.resumed_from = seal["run_id"], str(directory)
 
     def set_aside_after(self, step: int) -> None:
         """Rename checkpoints later than ``step``, from which the run goes on another way, to ``abandoned_step_N``."""
-        for directory in self.checkpoints():
+        for directory in filter(self._may_set_aside, self._all_steps()):
             if step_of(directory) > step:
                 name, number = f"abandoned_{directory.name}", 1
                 while os.path.lexists(directory.with_name(name)):
@@ -207,18 +235,16 @@ class RunDirectory:
                 log.warning(f"{directory.name} is later than the checkpoint to resume from; it is now {name}.")
 
     def keep_last(self, count: int | None) -> None:
-        """Remove the run's checkpoints but for the newest ``count``, and the newest one whose last step had an update.
+        """Remove the run's checkpoints but for the newest ``count``; None keeps all.
 
-        Args:
-            count: None keeps all.
+        One with a file that the run has not made stays.
         """
         if count is None:
             return
-        ours = [directory for directory in self._all_steps() if is_of_run(directory, self.run_id)]
-        healthy = [directory for directory in ours if read_seal(directory).get("is_healthy", True)]
-        kept = {*ours[-count:], *healthy[-1:]}
-        for directory in ours:
-            if directory not in kept:
+        for directory in [d for d in self._all_steps() if is_of_run(d, self.run_id)][:-count]:
+            if extra := files_outside_seal(directory):
+                log.warning(f"{directory} is kept, since {extra[0]} in it is not of the run.")
+            else:
                 discard(directory, self.run_id)
 
 

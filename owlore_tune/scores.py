@@ -132,6 +132,8 @@ class LayerScores:
             loaded = cls(**json.loads(Path(path).read_text()))
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"scores_file={path} cannot be read ({error}); make one with `owlore score`") from error
+        if not isinstance(loaded.scores, list):
+            raise ValueError(f"scores_file={path} has no list of scores; make one with `owlore score`")
         for layer, value in enumerate(loaded.scores):
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"scores_file={path}: score of layer {layer} is {value}; make it again")

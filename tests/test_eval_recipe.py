@@ -237,7 +237,9 @@ def test_bad_rows_are_refused_with_their_place(make_config, tmp_path):
 
 def test_results_of_another_model_are_not_mixed(make_config, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text('{"kind": "evaluation", "run_id": "abc", "parent": null}')
+    (tmp_path / "run" / "run.json").write_text(
+        '{"kind": "evaluation", "run_id": "0123456789abcdef0123456789abcdef", "parent": null}'
+    )
     (tmp_path / "run" / "manifest.json").write_text('{"fingerprint": "other"}')
     with pytest.raises(ConfigError, match=r"holds results of another model \(other\); choose another directory"):
         run(make_config("eval/mmlu_dev"))

@@ -118,6 +118,34 @@ def test_a_run_that_diverges_fails(tiny_config, tmp_path):
         json.loads(line, parse_constant=pytest.fail)
 
 
+def test_the_last_good_checkpoint_outlives_divergence(tiny_config):
+    """keep_last_n=1: the checkpoint before goes when a finite loss has shown that the newest one's weights are good."""
+    config = variant(tiny_config, "kept", save_every_n_steps=1, run_val_every_n_steps=1, keep_last_n=1)
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+    recipe.setup()
+    loss_step = recipe._loss_step
+    recipe._loss_step = lambda *args: loss_step(*args) * (math.nan if recipe.global_step >= 5 else 1.0)
+    with pytest.raises(RunError, match="step 5, is nan: the run has diverged; .* Checkpoints in .*: step_4; a new"):
+        recipe.train()
+    recipe.cleanup()
+    assert [d.name for d in checkpoints(config)] == ["step_4"]
+
+
+def test_a_run_without_held_out_data_that_diverges_fails(tiny_config):
+    config = variant(tiny_config, "blind", dataset_val=None, optimizer__lr=1e30)
+    with pytest.raises(RunError, match="the run ended with . steps whose loss or gradient is not finite"):
+        finetune(config)
+
+
+def test_a_bad_row_of_held_out_data_is_told_in_one_line(tiny_config, tmp_path):
+    rows = [{"instruction": f"what is {i}?", "output": "x " * (400 if i == 3 else 1)} for i in range(8)]
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    config = variant(tiny_config, "val")
+    config["dataset_val"]["data_files"] = str(tmp_path / "val.json")
+    with pytest.raises(RunError, match=r"val.json: row 3 has \d+ tokens, and the model takes 256"):
+        finetune(config)
+
+
 def test_weights_that_are_not_finite_are_never_saved(tiny_config):
     config = variant(tiny_config, "inf", dataset_val=None, save_every_n_steps=2, keep_last_n=1, max_skipped_steps=1)
     recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
@@ -132,7 +160,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_config):
 
     recipe._report = spoil
     message = (
-        r"weights are not finite after step \d: layers.1.mlp.w1.weight; lower optimizer.lr. The newest checkpoint is"
+        r"weights are not finite after step \d: layers.1.mlp.w1.weight; lower optimizer.lr. Checkpoints in .*: step_4;"
     )
     with pytest.raises(RunError, match=message):
         recipe.train()
@@ -256,6 +284,9 @@ CHANGES = {
     "tokenizer": lambda config, place: change_text(
         place / "model" / "tokenizer.json", lambda text: text.replace('"<|user|>"', '"<|person|>"')
     ),
+    "tokenizer, a special token": lambda config, place: change_json(
+        place / "model" / "tokenizer_config.json", "eos_token", lambda token: "<|system|>"
+    ),
     "base weights": lambda config, place: flip_last_byte(place / "model" / "model.safetensors"),
 }
 
@@ -298,6 +329,22 @@ def test_a_run_goes_on_with_what_it_began_with(change, packed, tiny_config, tiny
         finetune(config | {"resume_from_checkpoint": True})
 
 
+def test_a_template_with_the_date_keeps_that_of_the_runs_beginning(tiny_config, tiny_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    change_json(
+        tmp_path / "model" / "tokenizer_config.json",
+        "chat_template",
+        lambda text: "{{ strftime_now('%H:%M:%S.%f') }}" + text,
+    )
+    config = variant(tiny_config, "date", dataset_val=None, save_every_n_steps=1, max_steps_per_epoch=1, batch_size=1)
+    config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "model")
+    config["dataset"]["packed"], config["tokenizer"]["max_seq_len"] = True, 64
+    finetune(config)
+    finetune(config | {"resume_from_checkpoint": True})
+
+
 def test_the_first_step_after_a_resume_has_the_schedules_lr(tiny_config):
     schedule = {
         "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 3
@@ -334,16 +381,17 @@ def test_a_foreign_checkpoint_runs_no_code(tiny_config, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_secrets_of_the_environment_stay_there(tiny_config, tmp_path, monkeypatch, capfd):
+def test_secrets_of_the_environment_stay_there(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_SECRET", "hunter2hunter2")
     monkeypatch.setenv("MY_MODEL", tiny_config["checkpointer"]["checkpoint_dir"])
     config = variant(tiny_config, "secret", dataset_val=None, max_steps_per_epoch=2)
     config["checkpointer"]["checkpoint_dir"] = "${oc.env:MY_MODEL}"
     config["profiler"]["output_dir"] = "${oc.env:MY_SECRET}"  # of a profiler that is off
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    monkeypatch.setattr(sys, "argv", ["tune", "--config", str(tmp_path / "config.yaml")])
-    owlore_full_finetune.recipe_main()
-    printed = "".join(capfd.readouterr())
+    command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    printed = result.stdout + result.stderr
     assert "oc.env:MY_SECRET" in printed
     written = b"".join(file.read_bytes() for file in Path(config["output_dir"]).rglob("*") if file.is_file())
     assert "hunter2" not in printed and b"hunter2" not in written

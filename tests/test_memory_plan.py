@@ -221,7 +221,7 @@ def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
 
 def test_rows_longer_than_the_model_takes_are_refused(tiny_config):
     config = tiny_config | {"model": tiny_config["model"] | {"max_seq_len": 8}}
-    with pytest.raises(ConfigError, match="rows can have .* tokens, and the model takes 8; set tokenizer.max_seq_len"):
+    with pytest.raises(ConfigError, match="row 0 has .* tokens, and the model takes 8; set tokenizer.max_seq_len"):
         OwLoreFullFinetuneRecipe(OmegaConf.create(config)).setup()
 
 

@@ -110,12 +110,21 @@ OVERRIDES = {
     "collate_fn=torchtune.data.left_pad_sequence": "pads on the left",
     "collate_fn=json.dumps": "collate_fn=json.dumps",
     "loss.chunk_size=0": "loss.chunk_size=0",
-    "loss.chunk_size=abc": "chunk_size='abc'",
+    "loss.chunk_size=abc": "loss.chunk_size=abc",
+    "loss.chunk_size=1.5": "loss.chunk_size=1.5",
+    "lr_scheduler.num_warmup_steps=.nan": "lr_scheduler.num_warmup_steps=nan",
+    "lr_scheduler.num_cycles=abc": "num_cycles",
+    "optimizer.seed=abc": "optimizer: seed='abc'",
+    "optimizer.state_bits=32.0": "optimizer: state_bits=32.0",
+    "profiler.enabled=maybe": "profiler.enabled='maybe'; it must be bool",
+    "model.num_heads=0": "model: ",
+    "eval=5": "eval=5; it must be a block of fields",
+    "device=meta": "device=meta",
     # Numbers of the optimizer
     "optimizer.lr=true": "optimizer: lr=True; it must be a finite number",
     "optimizer.lr=abc": "optimizer: lr='abc'",
     "optimizer.lr=-1": "optimizer: lr=-1",
-    "optimizer.lr=.nan": "optimizer: lr=nan",
+    "optimizer.lr=.nan": "optimizer.lr=nan; it must be a number",
     "optimizer.lr=.inf": "optimizer: lr=inf",
     "optimizer.lr=null": "optimizer: lr=None",
     "optimizer.rank=true": "optimizer: rank=True",
@@ -123,7 +132,7 @@ OVERRIDES = {
     "optimizer.rank=1.5": "optimizer: rank=1.5",
     "optimizer.rank=abc": "optimizer: rank=abc",
     "optimizer.rank=4096": "rank=4096; no weight's shorter side is above it",
-    "optimizer.scale=.nan": "optimizer: scale=nan",
+    "optimizer.scale=.nan": "optimizer.scale=nan",
     "optimizer.scale=abc": "optimizer: scale='abc'",
     "optimizer.eps=abc": "optimizer: eps='abc'",
     "optimizer.weight_decay=-0.1": "optimizer: weight_decay=-0.1",
@@ -271,6 +280,19 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     "config.json is a list": (lambda: Path("model/config.json").write_text("[]"), "no readable config.json"),
     "config.json lacks heads": (lambda: with_json("model/config.json", num_attention_heads=None), "config.json lacks"),
     "config.json is of another kind": (lambda: with_json("model/config.json", model_type="t5"), "the model's is t5"),
+    "config.json has no heads": (lambda: with_json("model/config.json", num_attention_heads=0), "0 for num_heads"),
+    "config.json has text for heads": (
+        lambda: with_json("model/config.json", num_attention_heads="4"), "'4' for num_heads is not a whole number"
+    ),
+    "config.json has heads that do not divide": (
+        lambda: with_json("model/config.json", num_key_value_heads=3), "its numbers of heads do not divide"
+    ),
+    "chat template divides by zero": (
+        lambda: with_json("model/tokenizer_config.json", chat_template="{{ 1/0 }}"), "row 0: the chat template refuses"
+    ),
+    "generation_config.json names no token": (
+        lambda: with_json("model/generation_config.json", eos_token_id="x"), "eos_token_id 'x' is not a token's number"
+    ),
     "config.json has no kind": (lambda: with_json("model/config.json", model_type=None), "the model's is None"),
     "tokenizer.json is broken": (
         lambda: Path("model/tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"
@@ -330,9 +352,9 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     "output_dir has an evaluation": (
         lambda: (
             Path("run").mkdir(),
-            Path("run/run.json").write_text('{"kind": "evaluation", "run_id": "abc", "parent": null}'),
+            Path("run/run.json").write_text(json.dumps({"kind": "evaluation", "run_id": 4 * "01234567", "parent": 0})),
         ),
-        "holds the evaluation of abc",
+        "holds the evaluation of 01234567",
     ),
 }  # fmt: skip
 
@@ -350,6 +372,10 @@ def test_a_wrong_file(case, place, capsys, monkeypatch):
 EVALUATIONS = {
     "tasks=[nope]": "no task, group or tag named nope",
     "tasks=null": "error: ",
+    "tasks=[5]": "tasks=5; it must be str",
+    "data_files.a=5": "data_files.a=5; it must be str",
+    "data_root=5": "data_root=5; it must be str",
+    "data_dir=5": "data_dir=5; it must be str",
     "tasks=[]": "nothing to evaluate",
     "data_files.a=/nope.json": "data_files=/nope.json does not exist",
     "data_files.a=model": "data_files=model is not a file",
@@ -419,6 +445,11 @@ COMMANDS: dict[str, tuple[Callable[[], object], list[str], str]] = {
         lambda: Path("memory.png").write_text("mine"),
         ["memory", "--config", "train.yaml", "--output", "memory.png"], "memory.png exists; use --force",
     ),
+    "memory to no picture": (
+        lambda: None, ["memory", "--config", "train.yaml", "--output", "plan"], "--output=plan: a picture ends in .png"
+    ),
+    "cp below a file": (lambda: None, ["cp", "smollm2/135M_owlore", "train.json/x.yaml"], "train.json/x.yaml: "),
+    "cp to a long name": (lambda: None, ["cp", "smollm2/135M_owlore", 300 * "x"], "File name too long"),
     "memory of no tokens": (lambda: None, ["memory", "--config", "train.yaml", "--seq-len", "0"], "--seq-len=0"),
     "memory on no device": (
         lambda: None, ["memory", "--config", "train.yaml", "--world-size", "0"], "--world-size=0; it must be"

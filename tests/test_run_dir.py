@@ -130,18 +130,38 @@ def test_a_run_goes_on_in_a_directory_of_its_own(tiny_config):
     finetune(branch)  # the same command again, as after a crash
 
 
-def test_the_newest_checkpoint_before_the_trouble_is_kept(tmp_path):
-    """keep_last_n counts checkpoints whatever they hold; one of a step that had an update stays in any case."""
-    from owlore_tune.sealed import sealed_directory
+def test_a_checkpoint_with_a_file_of_the_users_is_kept(tiny_config):
+    config = variant(tiny_config, "notes", save_every_n_steps=5)
+    finetune(config)
+    output_dir = Path(config["output_dir"])
+    (output_dir / "step_5" / "notes.txt").write_text("mine")
+    run = RunDirectory.existing(output_dir)
+    run.keep_last(1)
+    assert (output_dir / "step_5" / "notes.txt").read_text() == "mine"
+    (output_dir / "step_5" / "notes.txt").unlink()
+    run.keep_last(1)
+    assert [d.name for d in checkpoints(config)] == ["step_10"]
 
-    run = RunDirectory(tmp_path, "training")
-    run.claim()
-    for step in range(1, 6):
-        with sealed_directory(run.step_dir(step), 1, run.run_id, {"is_healthy": step < 3}) as partial:
-            (partial / "weights").write_text("x")
-    run.keep_last(2)
-    run.release()
-    assert [d.name for d in run.checkpoints()] == ["step_2", "step_4", "step_5"]
+
+def test_a_branch_without_a_checkpoint_does_not_begin_anew(tiny_config):
+    a = variant(tiny_config, "a", save_every_n_steps=5)
+    finetune(a)
+    branch = variant(a, "branch", resume_from_checkpoint=f"{a['output_dir']}/step_5")
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(branch))
+    recipe.setup()  # and killed
+    recipe.cleanup()
+    with pytest.raises(ConfigError, match=r"has no checkpoint of its own yet; .* resume_from_checkpoint=.*a/step_5"):
+        finetune(branch | {"resume_from_checkpoint": True})
+
+
+def test_a_damaged_seal_is_passed_over_and_set_aside(tiny_config):
+    config = variant(tiny_config, "seal", save_every_n_steps=5)
+    finetune(config)
+    output_dir = Path(config["output_dir"])
+    (output_dir / "step_10" / "checkpoint.json").write_text("{")
+    finetune(config | {"resume_from_checkpoint": True})
+    assert [d.name for d in checkpoints(config)] == ["step_5", "step_10"]
+    assert (output_dir / "abandoned_step_10" / "checkpoint.json").read_text() == "{"
 
 
 def test_a_checkpoint_knows_its_run(tiny_config):

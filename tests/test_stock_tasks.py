@@ -122,7 +122,7 @@ def test_the_commonsense_suite_runs_on_local_copies(make_config, data_root, tmp_
     assert "average acc" in capsys.readouterr().out
     (samples,) = (tmp_path / "run").glob("samples_arc_easy_*")
     context = json.loads(samples.read_text().splitlines()[0])["arguments"]["gen_args_0"]["arg_0"]
-    assert context.count("Question: What melts ice") == 6  # five examples and the question
+    assert context.count("Question: What melts ice") == 1  # no examples
 
 
 def test_the_mmlu_suite_has_57_subjects_and_5_examples(make_config, data_root, tmp_path):  # noqa: F811
