@@ -325,9 +325,7 @@ def test_too_many_skipped_steps_stop_the_run_with_a_checkpoint(tiny_config):
     recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
     recipe.setup()
     poison(recipe, set(range(4, 100)))
-    message = (
-        "3 steps in a row had a loss or gradient that is not finite; .* Checkpoints in .*: .*step_7; a new run"
-    )
+    message = "3 steps in a row had a loss or gradient that is not finite; .* Checkpoints in .*: .*step_7; a new run"
     with pytest.raises(RunError, match=message):
         recipe.train()
     assert checkpoints(config)[-1].name == "step_7"
