@@ -81,7 +81,11 @@ def fetch(directory: Path | None = None) -> Path:
         converted = Path(scratch) / "model"
         _convert(gguf, converted)
         # Renamed when complete, so that a directory under its final name is never half-written. An empty one gives way.
-        os.rename(converted, directory)
+        try:
+            os.rename(converted, directory)
+        except OSError:
+            if not is_complete(directory):  # or another process made it meanwhile
+                raise
     return directory
 
 

