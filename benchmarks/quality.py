@@ -49,7 +49,6 @@ MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
 COMMONSENSE = ("ARC-Easy", "openbookqa", "boolq")
 STEP_OF_GRID = 10**0.5
 
-FULL = {"optimizer.rank": None}
 # A method: how it is run, what it sets, and the grid of learning rates that tuning begins with.
 METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "torchtune full": ("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),

@@ -178,11 +178,11 @@ class RunDirectory:
             return False
 
     def _may_set_aside(self, directory: Path) -> bool:
-        """Whether the checkpoint is the run's, or one whose seal is damaged; a new name loses nothing of it."""
+        """Whether the checkpoint is the run's by its seal, or by the id in a seal that is cut short."""
         try:
-            return read_seal(directory)["run_id"] == self.run_id
-        except CheckpointError:
-            return (directory / SEAL).is_file()
+            return self._is_ours(directory) or self.run_id in (directory / SEAL).read_text(errors="replace")
+        except OSError:
+            return False
 
     def checkpoints(self) -> list[Path]:
         """The run's own checkpoints, oldest first; unverified."""

@@ -158,10 +158,16 @@ def test_a_damaged_seal_is_passed_over_and_set_aside(tiny_config):
     config = variant(tiny_config, "seal", save_every_n_steps=5)
     finetune(config)
     output_dir = Path(config["output_dir"])
-    (output_dir / "step_10" / "checkpoint.json").write_text("{")
+    seal = output_dir / "step_10" / "checkpoint.json"
+    (output_dir / "step_12").mkdir()
+    (output_dir / "step_12" / "checkpoint.json").write_text("of another program")
+    with pytest.raises(ConfigError, match="step_12, which this run did not make"):
+        finetune(config | {"resume_from_checkpoint": True})
+    shutil.rmtree(output_dir / "step_12")
+    seal.write_text(half := seal.read_text()[:100])
     finetune(config | {"resume_from_checkpoint": True})
     assert [d.name for d in checkpoints(config)] == ["step_5", "step_10"]
-    assert (output_dir / "abandoned_step_10" / "checkpoint.json").read_text() == "{"
+    assert (output_dir / "abandoned_step_10" / "checkpoint.json").read_text() == half
 
 
 def test_a_checkpoint_knows_its_run(tiny_config):
