@@ -22,7 +22,7 @@ demo: install  # the main job on a real model: score, train, held-out loss and a
 pictures: RUN = runs/pictures
 pictures: install  # of 60 steps on SmolLM2, for docs/runs.md
 	owlore download smollm2
-	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN) eval=null epochs=2 \
+	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN) epochs=2 \
 		max_steps_per_epoch=30 run_val_every_n_steps=15
 	mkdir -p docs/pictures
 	cp $(RUN)/*.png docs/pictures

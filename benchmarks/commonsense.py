@@ -22,7 +22,7 @@ from steps import recipe_config
 
 from owlore_evals.results import format_score, read_scores
 from owlore_tune.config import load_config
-from owlore_tune.smollm2 import fetch
+from owlore_tune.models.smollm2 import fetch
 
 TASKS = ("ARC-Easy", "openbookqa", "boolq")
 LEARNING_RATES = {"OwLore": (3e-4, 1e-3, 3e-3), "torchtune full": (1e-5, 3e-5, 1e-4)}
@@ -58,7 +58,7 @@ def training_config(method: str, lr: float, runs: Path, output: Path, steps: int
     }  # fmt: skip
     if method == "OwLore":
         config = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
-        return config | shared | {"dataset_val": None, "eval": None, "optimizer": config["optimizer"] | {"lr": lr}}
+        return config | shared | {"dataset_val": None, "optimizer": config["optimizer"] | {"lr": lr}}
     config = recipe_config(RECIPES[method], fetch(), runs, steps)
     return config | shared | {"optimizer": config["optimizer"] | {"lr": lr}}
 

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from tune_run import run_process
 
-from owlore_tune.smollm2 import fetch
+from owlore_tune.models.smollm2 import fetch
 
 SETTINGS = (
-    "dataset.packed=true", "dataset_val=null", "eval=null", "tokenizer.max_seq_len=128", "lr_scheduler=null",
+    "dataset.packed=true", "dataset_val=null", "tokenizer.max_seq_len=128", "lr_scheduler=null",
     "owlore.num_active_layers=2", "optimizer.update_gap=5", "optimizer.eps=1e-3",
 )  # fmt: skip
 ROWS_PER_FORWARD = 6  # over all ranks
@@ -71,7 +71,7 @@ def train(case: Case, num_ranks: int | None, scratch: Path, device: str, threads
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for one process too: sums of another order are other sums
     recipe = ["owlore_full_finetune", "--config", "smollm2/135M_owlore"]
     if num_ranks is not None:
-        recipe = [f"--nproc_per_node={num_ranks}", "owlore_full_finetune_distributed", "--config"]
+        recipe = [f"--nproc_per_node={num_ranks}", "owlore_full_finetune", "--config"]
         recipe += ["smollm2/135M_owlore_distributed"]
     overrides = (
         *SETTINGS, *case.overrides, f"output_dir={scratch}/run", f"device={device}",

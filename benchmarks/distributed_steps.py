@@ -22,8 +22,8 @@ from tqdm import tqdm
 from tune_run import run_process
 
 RECIPES = {
-    "OwLore, γ=2": ["owlore_full_finetune_distributed"],
-    "OwLore, γ=5": ["owlore_full_finetune_distributed"],
+    "OwLore, γ=2": ["owlore_full_finetune"],
+    "OwLore, γ=5": ["owlore_full_finetune"],
     "torchtune full": ["torchtune_on_gloo", "full_finetune_distributed"],
     "torchtune LoRA, r=16": ["torchtune_on_gloo", "lora_finetune_distributed"],
 }

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from owlore_evals.generation import Prompts, generate
 from owlore_evals.harness import load_tasks
 from owlore_evals.torchtune_lm import TorchtuneLM
-from owlore_tune.checkpoints import HFCheckpointer
-from owlore_tune.smollm2 import fetch, smollm2_135m
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.models.smollm2 import fetch, smollm2_135m
 
 BATCH_SIZES = (1, 4, 8, 16, 32)
 NEW_TOKENS, BATCH = 64, 8

@@ -28,10 +28,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.checkpoints.sealed import verify
 from owlore_tune.config import load_config
-from owlore_tune.run_dir import RunDirectory
-from owlore_tune.sealed import verify
-from owlore_tune.smollm2 import fetch
+from owlore_tune.models.smollm2 import fetch
+from owlore_tune.run.directory import RunDirectory
 
 
 def small_model(directory: Path) -> None:
@@ -120,7 +120,7 @@ def exited(child: int) -> bool:
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(RunDirectory.existing(output_dir).checkpoints()[-1] / "model.safetensors")
+    return load_file(RunDirectory.existing(output_dir).steps.own()[-1] / "model.safetensors")
 
 
 def main() -> None:
@@ -159,7 +159,7 @@ def main() -> None:
                 # After SIGKILL an interrupted save leaves its directory; SIGTERM lets it end.
                 partial = any(output_dir.glob("step_*.partial"))
                 counts["kills in a save"] += partial or (number != signal.SIGKILL and moment == "in a save")
-                for directory in RunDirectory.existing(output_dir).checkpoints()[-1:]:
+                for directory in RunDirectory.existing(output_dir).steps.own()[-1:]:
                     try:
                         verify(directory)
                     except Exception as error:

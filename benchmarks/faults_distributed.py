@@ -21,7 +21,7 @@ from faults import config_for, weights
 from omegaconf import OmegaConf
 from report import machine, parser, publish
 
-from owlore_tune.run_dir import RunDirectory
+from owlore_tune.run.directory import RunDirectory
 
 TIMEOUT = 30  # seconds, of dist_timeout_s
 
@@ -34,15 +34,15 @@ def start(config: Path, num_ranks: int) -> list[subprocess.Popen]:
     for rank in range(num_ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_PORT": port}
         environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "owlore_full_finetune_distributed", "--config", str(config)]
+        command = [sys.executable, "-m", "owlore_full_finetune", "--config", str(config)]
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     return ranks
 
 
 def kill_somewhere(ranks: list[subprocess.Popen], output_dir: Path, seconds: float, rng: random.Random) -> bool:
     """Kill a rank at a random moment once there is a checkpoint, or inside the next save. Returns whether in a save."""
-    before = set(RunDirectory.existing(output_dir).checkpoints())
-    while set(RunDirectory.existing(output_dir).checkpoints()) == before and all(rank.poll() is None for rank in ranks):
+    before = set(RunDirectory.existing(output_dir).steps.own())
+    while set(RunDirectory.existing(output_dir).steps.own()) == before and all(rank.poll() is None for rank in ranks):
         time.sleep(0.002)
     if rng.random() < 0.5:
         time.sleep(rng.uniform(0, seconds))
@@ -73,7 +73,7 @@ def main() -> None:
     slowest = 0.0
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        config = config_for("small", scratch) | {"eval": None, "dist_timeout_s": TIMEOUT, "keep_last_n": 3}
+        config = config_for("small", scratch) | {"dist_timeout_s": TIMEOUT, "keep_last_n": 3}
 
         def written(output_dir: Path) -> Path:
             file = output_dir.with_suffix(".yaml")
@@ -103,7 +103,7 @@ def main() -> None:
                             rank.kill()
                     slowest = max(slowest, time.monotonic() - killed)
                     try:
-                        RunDirectory.existing(output_dir).newest_checkpoint()
+                        RunDirectory.existing(output_dir).steps.newest()
                     except Exception as error:
                         print(error)
                         counts["unreadable newest checkpoints"] += 1

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from report import machine, parser, publish
 from tune_run import tune_run
 
-from owlore_tune.plots import BLUE, ORANGE
-from owlore_tune.smollm2 import fetch
+from owlore_tune.models.smollm2 import fetch
+from owlore_tune.run.plots import BLUE, ORANGE
 
 RUNS = {
     "float32 moments and bases": [],
@@ -31,7 +31,7 @@ def train(overrides: list[str], steps: int, scratch: Path) -> tuple[list[float],
     """The loss of each step, and the manifest."""
     scratch.mkdir()
     tune_run(
-        "owlore_full_finetune", "smollm2/135M_owlore", f"output_dir={scratch / 'run'}", "eval=null",
+        "owlore_full_finetune", "smollm2/135M_owlore", f"output_dir={scratch / 'run'}",
         f"max_steps_per_epoch={steps}", "batch_size=1",
         "metric_logger._component_=step_logger.StepLogger", f"metric_logger.path={scratch / 'steps.jsonl'}",
         "~metric_logger.log_dir", *overrides, log=scratch / "log.txt",

@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 
 from owlore_full_finetune import Batch, OwLoreFullFinetuneRecipe
-from owlore_tune.config import parse
+from owlore_tune.program import parse
 
 
 class FloorRecipe(OwLoreFullFinetuneRecipe):
@@ -14,7 +14,7 @@ class FloorRecipe(OwLoreFullFinetuneRecipe):
 
     def _train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         (batch,) = map(dict, micro_batches)  # the step takes labels out of its own
-        before = self.global_step % 2 == 0
+        before = self._progress.step % 2 == 0
         seconds = self._floor(batch) if before else 0.0
         metrics = super()._train_step(micro_batches)
         return metrics | {"floor_seconds": seconds if before else self._floor(batch)}

@@ -30,8 +30,8 @@ from report import machine, parser, publish
 from torchtune import config, training
 from tune_run import run_process, tune_run
 
-from owlore_tune.plots import BLUE, ORANGE
-from owlore_tune.smollm2 import fetch
+from owlore_tune.models.smollm2 import fetch
+from owlore_tune.run.plots import BLUE, ORANGE
 
 ALL = {"owlore.num_active_layers": None, "owlore.train_embeddings": True, "owlore.train_output": True,
        "owlore.train_norm": True}  # fmt: skip
@@ -78,13 +78,13 @@ class Model:
 
 MODELS = {
     "smollm2": Model(
-        "smollm2/135M_owlore", "owlore_tune.smollm2.smollm2_135m", "owlore_tune.smollm2.lora_smollm2_135m", "LLAMA3_2",
-        {"_component_": "owlore_tune.tokenizer.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}"},
+        "smollm2/135M_owlore", "owlore_tune.models.smollm2_135m", "owlore_tune.models.lora_smollm2_135m", "LLAMA3_2",
+        {"_component_": "owlore_tune.data.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}"},
         "fp32", 2, 512, False,
     ),
     "llama2-7b": Model(
         "llama2/7B_owlore", "torchtune.models.llama2.llama2_7b", "torchtune.models.llama2.lora_llama2_7b", "LLAMA2",
-        {"_component_": "owlore_tune.tokenizer.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}",
+        {"_component_": "owlore_tune.data.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}",
          "chat_template": "plain"},
         "bf16", 1, 512, True,
     ),

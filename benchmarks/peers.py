@@ -22,8 +22,8 @@ from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from owlore_tune.data import instruction_dataset, mmlu_dev_dataset
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.data.builders import instruction_dataset, mmlu_dev_dataset
+from owlore_tune.data.tokenizer import HFChatTokenizer
 
 
 def galore_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

@@ -32,13 +32,13 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from owlore_evals.jsonl import append_line, read_lines
-from owlore_tune.checkpoints import HFCheckpointer
+from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.config import load_config
-from owlore_tune.data import instruction_dataset, read_file
+from owlore_tune.data.builders import instruction_dataset, read_file
+from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.loss import LinearCrossEntropyLoss
-from owlore_tune.manifest import versions
-from owlore_tune.smollm2 import fetch, smollm2_135m
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.models.smollm2 import fetch, smollm2_135m
+from owlore_tune.run.manifest import versions
 
 ROWS = Path(__file__).with_name("quality.jsonl")
 HELD_OUT = 300  # problems
@@ -232,7 +232,7 @@ def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
     return {
         "output_dir": str(output),
         "tokenizer": {
-            "_component_": "owlore_tune.tokenizer.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}",
+            "_component_": "owlore_tune.data.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}",
             "max_seq_len": SEQ_LEN,
         },
         "dataset": {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(train), "packed": True},
@@ -249,7 +249,7 @@ def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
 
 def owlore_config(run: Run, settings: dict[str, Any], train: Path, output: Path) -> dict[str, Any]:
     config = load_config(settings.get("config", "smollm2/135M_owlore"))
-    config = OmegaConf.merge(config, {"dataset_val": None, "eval": None})
+    config = OmegaConf.merge(config, {"dataset_val": None})
     plain = OmegaConf.to_container(config, resolve=False) | common_config(run, train, output)
     changed = OmegaConf.create(plain)
     for key, value in ({k: v for k, v in settings.items() if k != "config"} | run.changes).items():
@@ -262,7 +262,7 @@ def torchtune_config(run: Run, settings: dict[str, Any], train: Path, output: Pa
     config = OmegaConf.to_container(load_config("smollm2/135M_lora"), resolve=False)
     if settings["recipe"].startswith("full"):
         del config["save_adapter_weights_only"]
-        config["model"] = {"_component_": "owlore_tune.smollm2.smollm2_135m"}
+        config["model"] = {"_component_": "owlore_tune.models.smollm2_135m"}
         config["optimizer_in_bwd"] = False
     config |= common_config(run, train, output)
     config["optimizer"]["lr"] = run.lr

@@ -20,10 +20,10 @@ from torchtune.models import convert_weights
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from owlore_tune.checkpoints import shards
+from owlore_tune.checkpoints.hf import shards
 from owlore_tune.config import load_config
-from owlore_tune.data import mmlu_dev_rows
-from owlore_tune.layers import find_layers
+from owlore_tune.data.builders import mmlu_dev_rows
+from owlore_tune.models.decoder import find_layers
 
 ARCHITECTURES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "MISTRAL": "mistral"}
 

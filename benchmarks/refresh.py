@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from report import machine, parser, publish
 
-from owlore_tune.projection import range_finder, svd_basis
+from owlore_tune.optim.projection import range_finder, svd_basis
 
 SIZE, RANK, ROUNDS = 2048, 128, 7
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.config import load_config
-from owlore_tune.smollm2 import fetch
+from owlore_tune.models.smollm2 import fetch
 
 NUM_SAVES = 9
 
@@ -39,7 +39,7 @@ def train(steps: int, every: int | None, output_dir: str) -> OwLoreFullFinetuneR
 
     def report_until_done(metrics, progress):
         report(metrics, progress)
-        if recipe.global_step == steps:
+        if recipe._progress.step == steps:
             raise StopIteration
 
     recipe._report = report_until_done
@@ -74,12 +74,12 @@ def main() -> None:
         for number in range(args.rounds):
             without = train(args.steps, None, f"{scratch}/without_{number}")
             with_saves = train(args.steps, 10, f"{scratch}/with_{number}")
-            pairs = zip(with_saves._run_log.steps[2:], without._run_log.steps[2:], strict=True)
+            pairs = zip(with_saves._report.records.steps[2:], without._report.records.steps[2:], strict=True)
             ratios += [saving["step_seconds"] / not_saving["step_seconds"] for saving, not_saving in pairs]
             print(f"round {number + 1}: {statistics.median(ratios):.3f}", flush=True)
         with_saves._cfg.keep_last_n = None  # both only write; what was written goes once it is timed
         for _ in range(NUM_SAVES):
-            with_saves.global_step += 1
+            with_saves._progress.step += 1
             started = time.perf_counter()
             with_saves.save_checkpoint()
             saves.append(time.perf_counter() - started)

@@ -12,11 +12,11 @@ import torch
 from report import machine, parser, publish
 from torchtune.data import padded_collate_packed
 
-from owlore_tune.checkpoints import HFCheckpointer
-from owlore_tune.data import mmlu_dev_dataset
-from owlore_tune.outliers import outlier_scores
-from owlore_tune.smollm2 import fetch, smollm2_135m
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.data.builders import mmlu_dev_dataset
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.layers.outliers import outlier_scores
+from owlore_tune.models.smollm2 import fetch, smollm2_135m
 
 ROUNDS, NUM_BATCHES = 5, 8
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import local_kv_cache
 
-from owlore_tune.layers import hidden_states
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.models.decoder import hidden_states
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from owlore_evals.local_choices import SCORINGS, local_choices_task
 from owlore_evals.local_math import local_math_task
-from owlore_tune.config import ConfigError
+from owlore_tune.errors import ConfigError
 
 LAST_NUMBER = "last_number"  # a scoring of arithmetic problems
 OWN_TASKS = Path(__file__).parent / "tasks"

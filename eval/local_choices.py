@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-from owlore_tune.data import read_rows
+from owlore_tune.data.rows import read_rows
 
 Doc = dict[str, Any]
 SCORINGS = ("loglikelihood", "generate")

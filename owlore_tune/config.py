@@ -2,18 +2,11 @@
 
 import argparse
 import difflib
-import functools
 import inspect
 import math
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
-from tempfile import TemporaryFile
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
-from uuid import uuid4
 
 import torch
 import yaml
@@ -23,98 +16,10 @@ from torchtune import config, training, utils
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 
-from owlore_tune.names import find_config
-from owlore_tune.optim import INACTIVE_STATES
-from owlore_tune.sampling import DRAWS
-from owlore_tune.scores import SCORES
-from owlore_tune.sealed import CheckpointError
-from owlore_tune.signals import obey_signals
-from owlore_tune.world import ALONE, World
+from owlore_tune.catalog import find_config
+from owlore_tune.errors import ConfigError
 
 LARGEST_COUNT = 10**9
-
-
-class ConfigError(ValueError):
-    """A config that cannot run; the message names the value and the way out, in one line."""
-
-
-class RunError(RuntimeError):
-    """A run that had to stop; the message says where it stands and the way on, in one line."""
-
-
-class DivergedError(RunError):
-    """A run whose loss or weights are not finite; its state is not worth a checkpoint."""
-
-
-@dataclass(frozen=True)
-class OwLoreConfig:
-    """The ``owlore:`` block of a training config, checked on construction.
-
-    Raises:
-        ConfigError: if a value has the wrong type or is out of its range.
-    """
-
-    num_active_layers: int | None = 5  # γ; null for all layers
-    resample_every: int = 50  # K, optimizer steps
-    score: str = "outlier"
-    outlier_threshold: float = 13.0  # τ
-    calibration_batches: int = 8
-    scores_file: str | None = None
-    draw: str = "systematic"
-    inactive_state: str = "drop"
-    train_embeddings: bool = False
-    train_output: bool = False
-    train_norm: bool = False
-    project_in_backward: bool = True
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            check_type(f"owlore.{field.name}", getattr(self, field.name), field.type)
-        for key, choices in (("score", SCORES), ("draw", DRAWS), ("inactive_state", INACTIVE_STATES)):
-            if getattr(self, key) not in choices:
-                raise ConfigError(f"owlore.{key}={getattr(self, key)}; choose one of {', '.join(choices)}")
-        for key in ("num_active_layers", "resample_every", "outlier_threshold", "calibration_batches"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value <= LARGEST_COUNT:
-                raise ConfigError(f"owlore.{key}={value}; it must be above 0, and at most {LARGEST_COUNT:,}")
-
-    @classmethod
-    def from_config(cls, cfg: DictConfig) -> "OwLoreConfig":
-        if not isinstance(cfg, DictConfig):
-            raise ConfigError(f"owlore={cfg}; it must be a block of fields")
-        check_keys(cfg, [field.name for field in fields(cls)], "owlore")
-        return cls(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-
-    def check_model(self, num_layers: int) -> None:
-        """Raise ConfigError if the model has too few layers for γ."""
-        if self.num_active_layers is not None and self.num_active_layers > num_layers:
-            raise ConfigError(f"owlore.num_active_layers={self.num_active_layers}; the model has {num_layers} layers")
-
-
-def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
-    """torchtune's ``config.parse`` that also takes a packaged name, and tells errors and signals in one line."""
-
-    @functools.wraps(recipe_main)
-    def main() -> None:
-        parser = argparse.ArgumentParser(description=recipe_main.__doc__, allow_abbrev=False)
-        parser.add_argument("--config", required=True, metavar="CONFIG", help="name or file")
-        parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
-        args, rest = parser.parse_known_args()  # overrides may stand on either side of --config
-        if flags := [argument for argument in rest if argument.startswith("-")]:
-            parser.error(f"unrecognized arguments: {' '.join(flags)}; fields are overridden as field=value")
-        with obey_signals(), errors_in_one_line():
-            recipe_main(load_config(args.config, [*args.overrides, *rest]))
-
-    return main
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """End the program by ``error: ...`` for what is wrong with a config, its files or the run, without a traceback."""
-    try:
-        yield
-    except (ConfigError, RunError, CheckpointError, InstantiationError, OmegaConfBaseException, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
@@ -197,6 +102,7 @@ def check_config(
     required = list(required)
     cfg = expand_home(cfg)
     check_keys(cfg, [*required, *defaults], "")
+    _fill_in(cfg, defaults)
     try:
         resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError) as error:
@@ -212,7 +118,17 @@ def check_config(
         raise ConfigError(f"missing in the config: {', '.join(missing)}")
     check_type("output_dir", cfg.output_dir, str)
     check_components(cfg, supplied or {})
-    return DictConfig(OmegaConf.merge(dict(defaults), cfg))
+    return cfg
+
+
+def _fill_in(cfg: DictConfig, defaults: Mapping[str, Any]) -> None:
+    """Give ``cfg`` the defaults that it lacks. A block without ``_component_`` changes fields of the default one."""
+    for key, default in defaults.items():
+        node = cfg._get_node(key)
+        if key not in cfg:
+            cfg[key] = default
+        elif isinstance(default, Mapping) and isinstance(node, DictConfig) and "_component_" not in node:
+            cfg[key] = OmegaConf.merge(default, node)
 
 
 def check_no_nan(node: Any, path: str) -> None:
@@ -295,7 +211,7 @@ def build_ours(path: str, node: DictConfig, wanted: type, *args: Any) -> Any:
     """
     built = build(path, node, *args)
     if not isinstance(built, wanted):
-        needed = f"{wanted.__module__}.{wanted.__qualname__}"
+        needed = f"{wanted.__module__.rpartition('.')[0]}.{wanted.__qualname__}"  # the name that its folder exports
         raise ConfigError(f"{path}._component_={node._component_}; this recipe needs {needed}")
     return built
 
@@ -392,45 +308,3 @@ def check_type(path: str, value: Any, wanted: Any) -> None:
     if not isinstance(value, allowed) or (isinstance(value, bool) and not takes_bool):
         name = getattr(wanted, "__name__", str(wanted)).replace("None", "null")
         raise ConfigError(f"{path}={value!r}; it must be {name}")
-
-
-def writable_directory(path: str) -> Path:
-    """``path`` as an existing directory that files can be made in; made if need be.
-
-    Raises:
-        ConfigError: if it cannot be made or written to.
-    """
-    directory = Path(path)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output_dir={path} is not writable: {error.strerror}") from error
-    return directory
-
-
-def shared_directory(path: str, world: World = ALONE) -> Path:
-    """`writable_directory`, once it is known to be the same one on all processes of ``world``.
-
-    Raises:
-        ConfigError: if it cannot be made or written to, or this process does not see what the first one writes.
-        RankError: if it is so on another process.
-    """
-    directory = world.attempt(lambda: writable_directory(path))
-    assert directory is not None
-    if world.size == 1:
-        return directory
-    probe = directory / world.share(f".shared_{uuid4().hex}")  # a new name, or a network disk may remember the old one
-
-    def look() -> None:
-        if not probe.exists():
-            raise ConfigError(f"output_dir={path} is not the directory that rank 0 has; choose one on a shared disk")
-
-    world.attempt(probe.touch, first_alone=True)
-    try:
-        world.attempt(look)
-    finally:
-        if world.rank == 0:
-            probe.unlink()
-    return directory

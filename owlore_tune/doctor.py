@@ -108,7 +108,7 @@ def _disk(directory: Path) -> Finding:
 
 
 def _model() -> Finding:
-    from owlore_tune.smollm2 import default_directory, is_complete
+    from owlore_tune.models.smollm2 import default_directory, is_complete
 
     directory = default_directory()
     if is_complete(directory):

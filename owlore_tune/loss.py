@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TiedLinear, TransformerDecoder
 
@@ -99,3 +100,24 @@ def _head_parameters(head: nn.Module | TiedLinear) -> list[nn.Parameter]:
     if isinstance(head, TiedLinear):
         return [head.tied_module.weight]
     return list(head.parameters())
+
+
+def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    """(b, s) labels moved one to the left, so that position i predicts token i + 1 and logits need no slicing."""
+    ignored = torch.full_like(labels[:, :1], ignore_index)
+    return torch.cat([labels[:, 1:], ignored], dim=1)
+
+
+def mean_loss(model: nn.Module, loss_fn: Any, batch: dict[str, Tensor], labels: Tensor, device: torch.device) -> Tensor:
+    """The mean loss over the trained tokens of a micro-batch, ().
+
+    Args:
+        batch: keyword arguments of the model's forward.
+        labels: (b, s), already shifted.
+    """
+    utils.batch_to_device(batch, device)
+    labels = labels.to(device)
+    outputs = model(**batch)  # hidden states, chunks of logits or all logits, as the loss asked for
+    if torch.is_tensor(outputs) and not hasattr(loss_fn, "set_model_output"):
+        outputs, labels = outputs.flatten(0, 1), labels.flatten()
+    return loss_fn(outputs, labels)

@@ -17,25 +17,17 @@ from torchtune.recipe_interfaces import EvalRecipeInterface
 
 from owlore_evals.results import check_output_dir, print_results, save_results
 from owlore_evals.suite import SUITE, Suite, build_lm, check_suite
-from owlore_tune.checkpoints import HFCheckpointer
-from owlore_tune.config import (
-    ConfigError,
-    build,
-    build_ours,
-    check_config,
-    check_type,
-    device_and_dtype,
-    parse,
-    plain,
-    writable_directory,
-)
-from owlore_tune.layers import find_layers
-from owlore_tune.manifest import MANIFEST, machine, versions
-from owlore_tune.memory import peak_memory_bytes
-from owlore_tune.rendezvous import join_process_group
-from owlore_tune.run_dir import RunDirectory
-from owlore_tune.signals import stop_request
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.config import build, build_ours, check_config, check_type, device_and_dtype, plain
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.distributed.launch import join_process_group
+from owlore_tune.errors import ConfigError
+from owlore_tune.memory.measure import peak_memory_bytes
+from owlore_tune.models.decoder import find_layers
+from owlore_tune.program import parse
+from owlore_tune.run.directory import RunDirectory, writable_directory
+from owlore_tune.run.manifest import MANIFEST, machine, versions
+from owlore_tune.run.signals import stop_request
 
 log = utils.get_logger("INFO")
 
@@ -106,10 +98,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         return model
 
     def _load_weights(self, model: torch.nn.Module, checkpointer: HFCheckpointer) -> None:
-        try:
-            checkpointer.load_checkpoint(model, dtype=self._dtype, device=self._device)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        checkpointer.load_checkpoint(model, dtype=self._dtype, device=self._device)
 
     def evaluate(self) -> None:
         if not self._is_rank_zero:

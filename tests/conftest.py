@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtune.models.llama2 import llama2
 
-from owlore_tune import smollm2
+from owlore_tune.models import smollm2
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -44,7 +44,7 @@ def tiny_llama(num_layers: int = 4, dtype: torch.dtype = torch.float32, seed: in
 def no_pictures(request, monkeypatch):
     """Runs draw no pictures, which takes them seconds, but for tests marked ``pictures``."""
     if request.node.get_closest_marker("pictures") is None:
-        monkeypatch.setattr("owlore_tune.plots.plot_run", lambda run: [])
+        monkeypatch.setattr("owlore_tune.run.plots.plot_run", lambda run: [])
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def tiny_config(tiny_dir, tiny_data, tmp_path) -> dict:
     """The SmolLM2 OwLore config, with the tiny model and data in its place."""
     from omegaconf import OmegaConf
 
-    from owlore_tune.names import find_config
+    from owlore_tune.catalog import find_config
 
     config = OmegaConf.to_container(OmegaConf.load(find_config("smollm2/135M_owlore")), resolve=False)
     data = {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(tiny_data)}
@@ -122,5 +122,5 @@ def tiny_config(tiny_dir, tiny_data, tmp_path) -> dict:
         "checkpointer": config["checkpointer"] | {"checkpoint_dir": str(tiny_dir), "model_type": "LLAMA2"},
         "dataset": dict(data), "dataset_val": dict(data), "batch_size": 4, "epochs": 1, "device": "cpu",
         "owlore": config["owlore"] | {"num_active_layers": 2, "resample_every": 3, "outlier_threshold": 3.0},
-        "optimizer": config["optimizer"] | {"rank": 8}, "lr_scheduler": None, "eval": None,
+        "optimizer": config["optimizer"] | {"rank": 8}, "lr_scheduler": None,
     }  # fmt: skip

@@ -16,17 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from owlore_full_finetune_distributed import OwLoreFullFinetuneDistributedRecipe, process_group
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.distributed.launch import process_group
 
 
 def train(files: list[str]) -> None:
     configs = [DictConfig(OmegaConf.load(file)) for file in files]
-    with process_group(configs[0]):
+    with process_group(torch.device(configs[0].device), configs[0].get("dist_timeout_s", 600)):
         for cfg in configs:
             finetune(cfg)
 
 
-def finetune(cfg: DictConfig, recipe_class=OwLoreFullFinetuneDistributedRecipe) -> None:
+def finetune(cfg: DictConfig, recipe_class=OwLoreFullFinetuneRecipe) -> None:
     recipe = recipe_class(cfg)
     recipe.setup()
     recipe.train()
@@ -52,16 +53,15 @@ def count(output: str, file: str) -> None:
     """Write the bytes that each step gives to each collective, and the optimizer's state on this rank after it."""
     records = []
 
-    class Counting(OwLoreFullFinetuneDistributedRecipe):
+    class Counting(OwLoreFullFinetuneRecipe):
         def _train_step(self, micro_batches):
             with SentBytes() as sent:
-                metrics = super()._train_step(micro_batches)
-            record = {"sent": sent.counts, "refreshes": len(self._optimizer.refreshes)}
-            records.append(record | {"state_bytes": self._optimizer.state_bytes()})
-            return metrics
+                outcome = super()._train_step(micro_batches)
+            records.append({"sent": sent.counts, "state_bytes": self._optimizer.state_bytes()})
+            return outcome
 
     cfg = DictConfig(OmegaConf.load(file))
-    with process_group(cfg):
+    with process_group(torch.device(cfg.device), 600):
         finetune(cfg, Counting)
         Path(output).with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(records))
 
@@ -69,13 +69,13 @@ def count(output: str, file: str) -> None:
 def poison(file: str) -> None:
     """Train with gradients that are not finite at step 4, in the last rank's rows alone."""
     cfg = DictConfig(OmegaConf.load(file))
-    with process_group(cfg):
-        recipe = OwLoreFullFinetuneDistributedRecipe(cfg)
+    with process_group(torch.device(cfg.device), 600):
+        recipe = OwLoreFullFinetuneRecipe(cfg)
         recipe.setup()
         optimizer, clip = recipe._optimizer, recipe._optimizer.clip_grad_norm_
 
         def poisoned(max_norm: float) -> torch.Tensor:
-            if recipe.global_step == 4 and dist.get_rank() == dist.get_world_size() - 1:
+            if recipe._progress.step == 4 and dist.get_rank() == dist.get_world_size() - 1:
                 for grad in optimizer.step_grads().values():
                     grad.fill_(float("nan"))
             return clip(max_norm)

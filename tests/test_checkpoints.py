@@ -18,8 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from owlore_tune.checkpoints import HFCheckpointer
-from owlore_tune.smollm2 import smollm2_135m
+from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.models.smollm2 import smollm2_135m
 
 HF = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -118,7 +118,7 @@ def test_bin_files_are_read_where_there_are_no_safetensors(tmp_path, ids):
 
 
 def test_fingerprint_reads_every_byte_once(tmp_path, monkeypatch):
-    from owlore_tune import digests
+    from owlore_tune import files as digests
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = hf_directory("LLAMA2", tmp_path / "source")
@@ -155,7 +155,7 @@ def test_only_known_companions_of_the_directory_itself_are_copied(tmp_path, capl
 
 
 def test_links_into_a_hub_cache_are_followed(tmp_path):
-    from owlore_tune.checkpoints import leads_outside
+    from owlore_tune.checkpoints.hf import leads_outside
 
     snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
     snapshot.mkdir(parents=True), blobs.mkdir()

@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune import cli, smollm2
-from owlore_tune.names import find_config
+from owlore_tune import cli
+from owlore_tune.catalog import find_config
+from owlore_tune.models import smollm2
 
 
 def owlore(monkeypatch, *arguments: str) -> None:

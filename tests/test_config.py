@@ -1,21 +1,25 @@
 """Every shipped config against what it instantiates, and every bad value against the one line that refuses it."""
 
+import dataclasses
+import inspect
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 
-from owlore_full_finetune import DEFAULTS, REQUIRED, SUPPLIED, OwLoreFullFinetuneRecipe
-from owlore_full_finetune_distributed import DISTRIBUTED_DEFAULTS, OwLoreFullFinetuneDistributedRecipe
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune import cli
-from owlore_tune.checkpoints import HFCheckpointer
-from owlore_tune.config import ConfigError, changed_fields, check_config, load_config
-from owlore_tune.meta import build_parts
-from owlore_tune.names import find_config, packaged_configs
-from owlore_tune.planning import plan_run
+from owlore_tune.catalog import find_config, packaged_configs
+from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.config import changed_fields, check_config, load_config
+from owlore_tune.errors import ConfigError
+from owlore_tune.optim import OwLoreAdamW
+from owlore_tune.run.limit import plan_run
+from owlore_tune.run.settings import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig, TrainingSettings
 
 CONFIGS = [name for name, _ in packaged_configs()]
 EVALS = [name for name in CONFIGS if name.startswith("eval/")]
@@ -23,18 +27,54 @@ EVALS = [name for name in CONFIGS if name.startswith("eval/")]
 OURS = [name for name in CONFIGS if not name.endswith(("_lora", "_generate")) and name not in EVALS]
 
 
-PLANNED = re.compile(r"Planned memory on (?:a GPU|each of (\d+) GPUs) \((\d+) × (\d+) tokens\): ([\d.]+) GB")
+MEMORY = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+# config, GPUs, rows × tokens, GB
+PLANNED = re.findall(r"^\| `(\S+)` \| (\d+) \| (\d+) × (\d+) \| ([\d.]+) \|$", MEMORY, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_shipped_config_tells_its_planned_memory(name):
-    ((num_gpus, batch_size, seq_len, told),) = PLANNED.findall(find_config(name).read_text())
-    cfg = load_config(name, ["device=cpu"])
-    assert (int(batch_size), int(seq_len)) == (cfg.batch_size, cfg.tokenizer.max_seq_len)
-    recipe = OwLoreFullFinetuneDistributedRecipe if num_gpus else OwLoreFullFinetuneRecipe
-    made = recipe(cfg)
-    plan = plan_run(made._cfg, build_parts(made._cfg), int(seq_len), made._sharding_over(int(num_gpus or 1)))
+def test_every_config_is_in_the_table_of_planned_memory():
+    assert {name for name, *_ in PLANNED} == set(OURS)
+
+
+@pytest.mark.parametrize("row", PLANNED, ids=lambda row: f"{row[0]}-{row[1]}")
+def test_the_table_of_planned_memory(row):
+    name, num_gpus, batch_size, seq_len, told = row
+    settings = TrainingSettings.from_config(load_config(name, ["device=cpu"]))
+    assert (int(batch_size), int(seq_len)) == (settings.cfg.batch_size, settings.cfg.tokenizer.max_seq_len)
+    sharding = settings.sharding(int(num_gpus)) if int(num_gpus) > 1 else None
+    plan = plan_run(settings, int(seq_len), sharding, framework=0)
     assert plan.on_gpu().total / 1e9 == pytest.approx(float(told), abs=0.06)
+
+
+REFERENCES = ("smollm2/135M_owlore", "llama2/7B_owlore")
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_reference_config_lists_every_field_with_its_default(name):
+    """A value that is not the default is followed by the default, in a comment."""
+    file = find_config(name)
+    cfg = OmegaConf.load(file)
+    assert cfg.keys() == {*REQUIRED, *DEFAULTS}
+    lines = file.read_text().splitlines()
+
+    def check(key: str, value, default, indent: str = "") -> None:
+        (line,) = [line for line in lines if line.startswith(f"{indent}{key}:")]
+        told = re.search(r"\(default (.+)\)", line)
+        if value == default:
+            assert told is None, line
+        else:
+            assert told is not None and OmegaConf.create(f"x: {told[1]}").x == default, line
+
+    owlore = {field.name: field.default for field in dataclasses.fields(OwLoreConfig)}
+    parameters = inspect.signature(OwLoreAdamW).parameters
+    optimizer = {key: parameter.default for key, parameter in parameters.items() if key != "params"}
+    for block, defaults in (("owlore", owlore), ("optimizer", optimizer)):
+        assert cfg[block].keys() - {"_component_"} == defaults.keys()
+        for key, default in defaults.items():
+            check(key, cfg[block][key], list(default) if isinstance(default, tuple) else default, "  ")
+    for key, default in DEFAULTS.items():
+        value = OmegaConf.to_container(cfg, resolve=False)[key]
+        check(key, value, default)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -86,7 +126,7 @@ def test_shipped_config_opens_with_its_download_and_launch(name):
     assert name in head
 
 
-# What a method changes in a model's OwLore config; all else is the same, or a comparison compares more than methods.
+# Fields in which a method's config may differ from the model's OwLore config, so that a comparison compares methods.
 METHODS = {
     "owlore": set(),
     "owlore_full_rank": {"optimizer.rank", "optimizer.lr"},
@@ -97,24 +137,30 @@ METHODS = {
     "full": {"owlore.num_active_layers", "owlore.score", "owlore.train_embeddings", "owlore.train_output",
              "owlore.train_norm", "optimizer.rank", "optimizer.lr"},
 }  # fmt: skip
-# What a model changes in the OwLore config of LLaMA-2-7B.
-MODEL_FIELDS = {"model", "tokenizer", "checkpointer", "batch_size", "batch_size_val", "gradient_accumulation_steps"}
+# Fields in which a model's OwLore config may differ from that of LLaMA-2-7B.
+MODEL_FIELDS = {"model", "tokenizer", "checkpointer", "batch_size", "gradient_accumulation_steps", "dist_timeout_s"}
+
+
+def filled_in(name: str) -> dict:
+    """A config with all its defaults."""
+    parameters = inspect.signature(OwLoreAdamW).parameters
+    cfg = OmegaConf.to_container(check_config(load_config(name), REQUIRED, DEFAULTS, SUPPLIED), resolve=False)
+    cfg["owlore"] = dataclasses.asdict(OwLoreConfig(**cfg["owlore"]))
+    defaults = {key: parameter.default for key, parameter in parameters.items() if key != "params"}
+    cfg["optimizer"] = defaults | {"betas": [0.9, 0.999]} | cfg["optimizer"]
+    for block in ("dataset", "profiler"):  # null is their default
+        cfg[block] = {key: value for key, value in (cfg[block] or {}).items() if value not in (None, False)}
+    return cfg
 
 
 def changed(one: str, other: str, depth: int) -> set[str]:
     """The fields in which two configs differ, by the first ``depth`` parts of their paths."""
-    configs = (OmegaConf.to_container(load_config(name), resolve=False) for name in (one, other))
-    paths = {change.split("=")[0] for change in changed_fields(*configs)} - {"output_dir"}
-    return {".".join(path.split(".")[:depth]) for path in paths}
+    paths = {change.split("=")[0] for change in changed_fields(filled_in(one), filled_in(other))}
+    return {".".join(path.split(".")[:depth]) for path in paths if path.split(".")[0] not in ("output_dir", "profiler")}
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_config_differs_in_its_model_or_method_alone(name):
-    single = name.removesuffix("_distributed")
-    if name != single:
-        single = single if single in OURS else "llama3_1/8B_owlore"  # 70 B are for several devices alone
-        assert changed(single, name, 1) <= MODEL_FIELDS | DISTRIBUTED_DEFAULTS.keys() | {"eval"}
-        return
     (method,) = [known for known in METHODS if name.endswith(f"_{known}")]
     own = f"{name.removesuffix(f'_{method}')}_owlore"
     assert changed(own, name, 2) <= METHODS[method]

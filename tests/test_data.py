@@ -5,17 +5,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from owlore_tune.data import (
-    LOOKS,
-    alpaca_gpt4_dataset,
-    commonsense_dataset,
-    gsm8k_dataset,
-    instruction_dataset,
-    longest_row,
-    mmlu_dev_dataset,
-    mmlu_train_dataset,
-)
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.data import gsm8k_dataset, instruction_dataset, mmlu_dev_dataset, mmlu_train_dataset
+from owlore_tune.data.samples import MOST_ROWS, longest_row
+from owlore_tune.data.tokenizer import HFChatTokenizer
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "commonsense"
 
@@ -105,12 +97,11 @@ CHOICE = {"question": " Which? ", "subject": "logic", "choices": ["this", "that"
 PROBLEM = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
 # The paper's trainings: builder, a row, where the hub has such rows, and the text of the prompt and of the answer.
 TRAININGS = {
-    "Commonsense170K": (commonsense_dataset, INSTRUCTION, "data/train", "Add.\n1 and 2", "3"),
-    "Alpaca-GPT4": (alpaca_gpt4_dataset, INSTRUCTION, "data/train", "Add.\n1 and 2", "3"),
+    "Commonsense170K and Alpaca-GPT4": (instruction_dataset, INSTRUCTION, "data/train", "Add.\n1 and 2", "3"),
     "MMLU": (
         mmlu_train_dataset, CHOICE, "all/auxiliary_train", "Which?\nA. this\nB. that\nC. both\nD. none\nAnswer:", "C"
     ),
-    "GSM8K": (gsm8k_dataset, PROBLEM, "main/train", "How many?", PROBLEM["answer"]),
+    "GSM8K": (gsm8k_dataset, PROBLEM, "main/train", "Question: How many?\nAnswer:", PROBLEM["answer"]),
 }  # fmt: skip
 
 
@@ -155,12 +146,12 @@ def test_the_papers_trainings(training, packed, tokenizer, tmp_path):
         (mmlu_train_dataset, {"answer": 4}, "row 1 has 4 in field 'answer', which is no index of its 4 choices"),
         (mmlu_train_dataset, {"question": None}, "row 1 has no text in field 'question'"),
         (gsm8k_dataset, {"answer": 4}, "row 1 has no text in field 'answer'"),
-        (alpaca_gpt4_dataset, {"output": None}, "row 1 has no text in field 'output'"),
-        (alpaca_gpt4_dataset, {"input": 5}, "row 1 has 5 in field 'input', which is no text"),
+        (instruction_dataset, {"output": None}, "row 1 has no text in field 'output'"),
+        (instruction_dataset, {"input": 5}, "row 1 has 5 in field 'input', which is no text"),
     ],
 )
 def test_rows_of_another_schema_are_refused(builder, change, message, tokenizer, tmp_path):
-    row = {mmlu_train_dataset: CHOICE, gsm8k_dataset: PROBLEM, alpaca_gpt4_dataset: INSTRUCTION}[builder]
+    row = {mmlu_train_dataset: CHOICE, gsm8k_dataset: PROBLEM, instruction_dataset: INSTRUCTION}[builder]
     (tmp_path / "rows.json").write_text(json.dumps([row, row | change]))
     with pytest.raises(ValueError, match=f"data_files=.*rows.json: {message}"):
         builder(tokenizer, data_files=str(tmp_path / "rows.json"))
@@ -168,7 +159,7 @@ def test_rows_of_another_schema_are_refused(builder, change, message, tokenizer,
 
 def test_without_a_hub_the_way_out_is_named(tokenizer):
     with pytest.raises(ValueError, match="source=zwhe99/commonsense_170k cannot be loaded .*set dataset.data_files"):
-        commonsense_dataset(tokenizer)
+        instruction_dataset(tokenizer, source="zwhe99/commonsense_170k")
 
 
 def test_a_file_that_is_no_parquet_is_refused(tokenizer, tmp_path):
@@ -187,7 +178,7 @@ def test_bad_options_are_refused(tiny_dir, tokenizer):
 
 
 def test_the_longest_row_is_looked_for_where_looking_is_cheap():
-    rows = [{"tokens": [0] * (1 + i % 7)} for i in range(LOOKS)]
+    rows = [{"tokens": [0] * (1 + i % 7)} for i in range(MOST_ROWS)]
     assert longest_row(rows, max_seq_len=512) == 7
     assert longest_row([*rows, {"tokens": [0]}], max_seq_len=512) == 512
     assert longest_row([*rows, {"tokens": [0]}], max_seq_len=None) == 7

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from owlore_full_finetune_distributed import DISTRIBUTED_DEFAULTS, OwLoreFullFinetuneDistributedRecipe
+from runs import finetune, variant, weights
 from safetensors.torch import load_file
-from test_recipe import finetune, variant, weights
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_full_finetune_distributed import DISTRIBUTED_DEFAULTS, OwLoreFullFinetuneDistributedRecipe
-from owlore_tune.config import ConfigError
-from owlore_tune.projection import OVERSAMPLING
-from owlore_tune.run_dir import RunDirectory
+from owlore_tune.errors import ConfigError
+from owlore_tune.optim.projection import OVERSAMPLING
+from owlore_tune.run.directory import RunDirectory
 
 PROGRAMS = Path(__file__).parent / "distributed_programs.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -105,13 +105,13 @@ def test_ranks_together_train_as_one_process(num_ranks, config):
         recipe = finetune(one)
         assert furthest(one, several) < 1e-6, several["output_dir"]
         manifest = json.loads((Path(several["output_dir"]) / "manifest.json").read_text())
-        assert [d["active"] for d in manifest["draws"]] == [d["active"] for d in recipe._run_log.draws]
+        assert [d["active"] for d in manifest["draws"]] == [d["active"] for d in recipe._report.records.draws]
         assert len(manifest["draws"]) == 4
         assert all(draw["changed_layers"] == draw["active"] for draw in manifest["draws"])
-        for when, loss in recipe._run_log.losses.items():
+        for when, loss in recipe._report.records.losses.items():
             assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-5)
         ours = [json.loads(line) for line in (Path(several["output_dir"]) / "steps.jsonl").read_text().splitlines()]
-        for step, other in zip(ours, recipe._run_log.steps, strict=True):
+        for step, other in zip(ours, recipe._report.records.steps, strict=True):
             assert step["loss"] == pytest.approx(other["loss"], abs=1e-5)
             assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
@@ -172,7 +172,7 @@ def test_one_rank_under_torchrun_is_the_single_device_recipe_bit_for_bit(config)
 def test_on_cuda_one_rank_trains_as_the_recipe_for_one_device(offload, config):
     """Through NCCL, in bf16: losses within its noise, with parameters in host memory too."""
     config |= {"device": "cuda", "dtype": "bf16"}
-    steps = finetune(config)._run_log.steps
+    steps = finetune(config)._report.records.steps
     rank = variant(config, "rank", fsdp_cpu_offload=offload)
     train_together(1, rank)
     lines = (Path(rank["output_dir"]) / "steps.jsonl").read_text().splitlines()
@@ -222,16 +222,16 @@ def test_eight_bit_state_resumes_bit_for_bit(config, tmp_path):
 def test_a_checkpoint_of_ranks_is_a_model_directory(config):
     run = on_ranks(2, config, "run")
     train_together(2, run)
-    (checkpoint,) = RunDirectory.existing(Path(run["output_dir"])).checkpoints()[-1:]
-    assert RunDirectory.existing(Path(run["output_dir"])).newest_checkpoint() == checkpoint
+    (checkpoint,) = RunDirectory.existing(Path(run["output_dir"])).steps.own()[-1:]
+    assert RunDirectory.existing(Path(run["output_dir"])).steps.newest() == checkpoint
     exported = dict(AutoModelForCausalLM.from_pretrained(checkpoint).named_parameters())
     for name, weight in load_file(checkpoint / "model.safetensors").items():
         assert torch.equal(exported[name], weight)
     with next((checkpoint / "optimizer").glob("rank_1.*")).open("r+b") as file:
         file.write(b"damaged")
     with pytest.raises(Exception, match="none of the 2 checkpoints"):
-        shutil.rmtree(RunDirectory.existing(Path(run["output_dir"])).checkpoints()[0] / "optimizer")
-        RunDirectory.existing(Path(run["output_dir"])).newest_checkpoint()
+        shutil.rmtree(RunDirectory.existing(Path(run["output_dir"])).steps.own()[0] / "optimizer")
+        RunDirectory.existing(Path(run["output_dir"])).steps.newest()
 
 
 def count(num_ranks: int, config: dict, tmp_path: Path) -> list[list[dict]]:
@@ -305,7 +305,7 @@ def start_ranks(*configs: dict) -> list[subprocess.Popen]:
     processes = []
     for rank, file in enumerate(map(write, configs)):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(configs)), "MASTER_PORT": port}
-        command = [sys.executable, "-m", "owlore_full_finetune_distributed", "--config", str(file)]
+        command = [sys.executable, "-m", "owlore_full_finetune", "--config", str(file)]
         environment = ENVIRONMENT | place | {"MASTER_ADDR": "127.0.0.1"}
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     return processes
@@ -316,7 +316,7 @@ def start_torchrun(
 ) -> subprocess.Popen:
     """torchrun with two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", *nodes, *options]
-    command += ["-m", "owlore_full_finetune_distributed", "--config", str(write(config))]
+    command += ["-m", "owlore_full_finetune", "--config", str(write(config))]
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
@@ -350,7 +350,7 @@ def test_when_a_rank_is_lost_the_others_end_and_the_run_goes_on(how, config):
     assert last.startswith("error: ") and "resume_from_checkpoint=true" in last, errors[-2000:]
     ranks[1].kill()
     ranks[1].communicate()
-    newest = RunDirectory.existing(output_dir).newest_checkpoint()
+    newest = RunDirectory.existing(output_dir).steps.newest()
     assert newest is not None
     train_together(2, config | {"resume_from_checkpoint": True})
     assert json.loads((output_dir / "manifest.json").read_text())["finished"]
@@ -378,7 +378,7 @@ def test_sigterm_to_one_rank_saves_and_stops_all(config):
     for rank in ranks:
         _, errors = rank.communicate(timeout=60)
         assert rank.returncode == 128 + signal.SIGTERM, errors[-2000:]
-    saved = RunDirectory.existing(Path(config["output_dir"])).newest_checkpoint()
+    saved = RunDirectory.existing(Path(config["output_dir"])).steps.newest()
     assert saved is not None and f"SIGTERM: stopped after step {saved.name[5:]}, saved in {saved}" in errors
 
 
@@ -409,7 +409,7 @@ def test_a_signal_to_torchrun_and_its_ranks_alike_is_one_request(number, config)
         os.kill(pid, number)
     _, errors = agent.communicate(timeout=60)
     assert agent.returncode != 0
-    saved = RunDirectory.existing(Path(config["output_dir"])).newest_checkpoint()
+    saved = RunDirectory.existing(Path(config["output_dir"])).steps.newest()
     assert saved is not None and f"{number.name}: stopped after step {saved.name[5:]}, saved in {saved}" in errors
 
 
@@ -443,13 +443,13 @@ def test_what_it_cannot_do_is_refused_by_name(case, config):
 )
 def test_what_two_ranks_cannot_serve_is_refused(changes, message, config):
     file = write(on_ranks(2, config, "refused", **changes))
-    result = torchrun(2, "-m", "owlore_full_finetune_distributed", "--config", file)
+    result = torchrun(2, "-m", "owlore_full_finetune", "--config", file)
     assert result.returncode != 0
     assert re.search(f"error: {message}", result.stderr), result.stderr[-2000:]
 
 
 def test_without_torchrun_the_command_is_named(config):
-    command = [sys.executable, "-m", "owlore_full_finetune_distributed", "--config", str(write(config))]
+    command = [sys.executable, "-m", "owlore_full_finetune", "--config", str(write(config))]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: this recipe runs under torchrun: tune run --nproc")
@@ -484,12 +484,12 @@ def test_another_number_of_rows_per_step_is_another_run(config):
 def test_smollm2_on_two_ranks_trains_as_in_one_process(smollm2_dir, tmp_path):
     """`tune run` by name, 12 steps over 4 draws at rank 16: weights within 5e-6 (more in benchmarks/distributed.py)."""
     overrides = [
-        f"checkpointer.checkpoint_dir={smollm2_dir}", "dataset_val=null", "eval=null", "tokenizer.max_seq_len=128",
+        f"checkpointer.checkpoint_dir={smollm2_dir}", "dataset_val=null", "tokenizer.max_seq_len=128",
         "max_steps_per_epoch=12", "owlore.resample_every=3", "owlore.num_active_layers=2", "optimizer.rank=16",
         "optimizer.eps=1e-3", "optimizer.update_gap=5", "owlore.score=uniform", "device=cpu", "lr_scheduler=null",
     ]  # fmt: skip
     one = ["tune", "run", "owlore_full_finetune", "--config", "smollm2/135M_owlore", "batch_size=2"]
-    two = ["tune", "run", "--nproc_per_node", "2", "owlore_full_finetune_distributed", "--config"]
+    two = ["tune", "run", "--nproc_per_node", "2", "owlore_full_finetune", "--config"]
     two += ["smollm2/135M_owlore_distributed", "batch_size=1"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for name, command in (("one", one), ("two", two)):

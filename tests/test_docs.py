@@ -29,7 +29,7 @@ NOT_RUN = {
     "tensorboard": "runs until it is stopped",
 }
 # Overrides by what a command begins with; docs/settings.md says that they make any run short.
-SHORT_RUN = ["max_steps_per_epoch=1", "owlore.calibration_batches=1", "eval=null", "dataset_val=null"]
+SHORT_RUN = ["max_steps_per_epoch=1", "owlore.calibration_batches=1", "dataset_val=null"]
 SHORT_EVAL = ["limit=2", "tasks=[mmlu_dev]", "num_fewshot=0"]
 SHORT = {
     "tune run owlore_full_finetune --config smollm2": SHORT_RUN,

@@ -17,9 +17,9 @@ from owlore_eval import DEFAULTS, REQUIRED, OwLoreEvalRecipe
 from owlore_evals import torchtune_lm
 from owlore_evals.local_choices import first_option
 from owlore_evals.results import compare, read_scores
-from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.config import ConfigError, RunError, check_config, load_config
-from owlore_tune.names import packaged_configs
+from owlore_tune.catalog import packaged_configs
+from owlore_tune.config import check_config, load_config
+from owlore_tune.errors import ConfigError, RunError
 
 EVALS = [name for name, _ in packaged_configs() if name.startswith("eval/")]
 CHOICES = [
@@ -95,7 +95,7 @@ def test_mmlu_dev_examples_are_other_questions_of_the_subject(make_config, tmp_p
 
 
 def test_mmlu_dev_held_out_is_what_training_leaves(make_config, tmp_path):
-    from owlore_tune.data import mmlu_dev_rows
+    from owlore_tune.data.builders import mmlu_dev_rows
 
     run(make_config("eval/mmlu_dev", tasks=["mmlu_dev_held_out"]))
     (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_held_out_*.jsonl")
@@ -317,7 +317,7 @@ def test_results_that_cannot_be_written_whole_are_not_there(make_config, tmp_pat
 
 
 def test_the_manifest_of_a_training_run_is_not_written_over(tiny_config, make_config, tmp_path):
-    from test_recipe import finetune
+    from runs import finetune
 
     config = tiny_config | {"output_dir": str(tmp_path / "run"), "max_steps_per_epoch": 1}
     finetune(config)
@@ -325,48 +325,6 @@ def test_the_manifest_of_a_training_run_is_not_written_over(tiny_config, make_co
     with pytest.raises(ConfigError, match=r"output_dir=.*run holds the training of \w{8}; choose another directory"):
         run(make_config("eval/mmlu_dev", limit=2))
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
-
-
-def test_training_evaluates_before_and_after_and_trains_the_same(
-    tiny_config, make_config, tmp_path, choices_file, capsys
-):
-    ends = []
-    block = {"config": "eval/local_choices", "data_files": {"mine": str(choices_file)}}
-    for name, suite in (("plain", None), ("evaluated", block)):
-        config = tiny_config | {"output_dir": str(tmp_path / name), "max_steps_per_epoch": 4, "eval": suite}
-        recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-        recipe.setup()
-        recipe.train()
-        recipe.cleanup()
-        ends.append([parameter.detach().clone() for parameter in recipe._model.parameters()])
-    assert all(map(torch.equal, *ends))
-    capsys.readouterr()
-    manifest = json.loads((tmp_path / "evaluated" / "manifest.json").read_text())
-    assert set(manifest["evaluations"]) == {"before", "after"}
-    for when, step in (("before", 0), ("after", 4)):
-        directory = tmp_path / "evaluated" / "eval" / f"step_{step}"
-        assert manifest["evaluations"][when]["acc,none"] == read_scores(directory)["mine", "acc"][0]
-        assert json.loads(next(directory.glob("results_*")).read_text())["chat_template"]
-    # What training says of its last step is what the evaluation recipe says of the checkpoint.
-    config = make_config("eval/local_choices", data_files=block["data_files"])
-    config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "evaluated" / "step_4")
-    run(config)
-    alone, within = (
-        [json.loads(line)["filtered_resps"] for line in next(directory.glob("samples_mine_*")).read_text().splitlines()]
-        for directory in (tmp_path / "run", directory)
-    )
-    assert alone == within
-
-
-def test_training_refuses_a_bad_suite_before_weights_load(tiny_config, monkeypatch):
-    monkeypatch.setattr(OwLoreFullFinetuneRecipe, "load_checkpoint", lambda *_: pytest.fail("weights were loaded"))
-    for suite, message in (
-        ({"config": "eval/mmlu_dev", "tsaks": []}, r"unknown key eval\.tsaks; did you mean tasks\?"),
-        ({"limit": 3}, r"missing in the config: eval\.config"),
-        ({"config": "eval/mmlu_dev", "tasks": ["nothing_like_it"]}, "no task, group or tag named nothing_like_it"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"eval": suite})).setup()
 
 
 def tune(*arguments: str, cwd: Path) -> str:
@@ -406,7 +364,7 @@ import sys, torch, torch.distributed as dist
 from torchtune.models.llama2 import llama2
 from lm_eval.api.instance import Instance
 from owlore_evals.torchtune_lm import TorchtuneLM
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.data.tokenizer import HFChatTokenizer
 
 dist.init_process_group("gloo")
 lm = TorchtuneLM(llama2(300, 4, 4, 2, 32, max_seq_len=256, intermediate_dim=48), HFChatTokenizer(sys.argv[1]))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import save_tokenizer
 from omegaconf import OmegaConf
-from test_recipe import finetune
+from runs import finetune
 from torchtune import config as tune_config
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
+from owlore_tune.catalog import packaged_configs
 from owlore_tune.config import load_config
-from owlore_tune.layers import find_linears
-from owlore_tune.names import packaged_configs
+from owlore_tune.models.decoder import find_linears
 
 SIZES = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -53,7 +53,7 @@ FAMILIES = {
         ),
     ),
     "gemma2": (
-        "gemma2/2B_owlore", "owlore_tune.gemma2.gemma2",
+        "gemma2/2B_owlore", "owlore_tune.models.gemma2.gemma2",
         {"norm_eps": 1e-5, "head_dim": 8, "sliding_window_size": 64, "query_pre_attn_scalar": 8},
         Gemma2Config(**SIZES, head_dim=8, sliding_window=64, query_pre_attn_scalar=8),
     ),
@@ -86,7 +86,7 @@ def test_a_family_is_scored_trained_exported_and_loaded_by_transformers(family, 
     cfg = OmegaConf.to_container(load_config(shipped), resolve=False)
     cfg |= {
         "output_dir": str(tmp_path / "run"), "model": {"_component_": builder, **BUILDER, **differences},
-        "tokenizer": {"_component_": "owlore_tune.tokenizer.HFChatTokenizer", "path": str(source), "max_seq_len": 64},
+        "tokenizer": {"_component_": "owlore_tune.data.HFChatTokenizer", "path": str(source), "max_seq_len": 64},
         "dataset": cfg["dataset"] | {"data_files": str(tiny_data)}, "batch_size": 4, "gradient_accumulation_steps": 1,
         "max_steps_per_epoch": 4, "save_every_n_steps": None, "lr_scheduler": None, "device": "cpu", "dtype": "fp32",
     }  # fmt: skip
@@ -96,7 +96,7 @@ def test_a_family_is_scored_trained_exported_and_loaded_by_transformers(family, 
     recipe = finetune(cfg)
 
     assert len(recipe._scores.scores) == 4 and min(recipe._scores.scores) > 0
-    draws = recipe._run_log.draws
+    draws = recipe._report.records.draws
     assert len(draws) == 2 and all(draw["changed_layers"] == draw["active"] for draw in draws)
     tokens = torch.arange(2, 42)[None]
     with torch.no_grad():

@@ -11,42 +11,53 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from runs import after_step, checkpoints, finetune, prepare, scale_loss, variant, weights
 from safetensors.torch import load_file
-from test_recipe import checkpoints, finetune, variant, weights
 
 import owlore_full_finetune
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune import data
-from owlore_tune.config import ConfigError, RunError
-from owlore_tune.signals import Stop, obey_signals
+from owlore_tune import cli
+from owlore_tune.data import samples
+from owlore_tune.data.loader import TrainingData
+from owlore_tune.errors import CheckpointError, ConfigError, RunError
+from owlore_tune.loss import LinearCrossEntropyLoss
+from owlore_tune.run import build, limit
+from owlore_tune.run.report import Report
+from owlore_tune.run.signals import Stop, obey_signals
 
 
-def broken_at(config: dict, step: int, method: str, error: BaseException) -> OwLoreFullFinetuneRecipe:
-    """A recipe whose ``method`` raises once ``step`` steps are done."""
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
-    original = getattr(recipe, method)
+def broken_at(config: dict, step: int, place: str, error: BaseException) -> OwLoreFullFinetuneRecipe:
+    """A recipe in which one of PLACES raises once ``step`` steps are done."""
+    recipe = prepare(config)
+    owner, method = PLACES[place](recipe)
+    original = getattr(owner, method)
 
     def raising(*args, **kwargs):
-        if recipe.global_step == step:
+        if recipe._progress.step == step:
             raise error
         return original(*args, **kwargs)
 
-    setattr(recipe, method, raising)
+    setattr(owner, method, raising)
     return recipe
 
 
-@pytest.mark.parametrize("method", ["_next_batches", "_loss_step", "_report", "_on_draw"])
+PLACES = {
+    "reading data": lambda recipe: (recipe._data, "micro_batches"),
+    "forward": lambda recipe: (recipe._loss_fn, "forward"),
+    "reporting": lambda recipe: (recipe._report, "step"),
+    "a draw": lambda recipe: (recipe._report, "draw"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     "changes", [{}, {"gradient_accumulation_steps": 2, "batch_size": 2}], ids=["1", "2 micro-batches"]
 )
-def test_an_error_loses_no_step(tiny_config, method, changes):
-    """Between steps, in the middle of one, and at a draw: the run goes on and ends with the bits of an unbroken one."""
+def test_an_error_loses_no_step(tiny_config, place, changes):
+    """Between steps, in the middle of one, and at a draw: the run resumes and ends with the bits of an unbroken one."""
     config = variant(tiny_config, "broken", dataset_val=None, **changes)
-    recipe = broken_at(config, 6, method, OSError("No space left on device"))
-    message = (
-        r"No space left on device. The state after step 6 is saved in .*step_6: go on with the same command and res"
-    )
+    recipe = broken_at(config, 6, place, OSError("No space left on device"))
+    message = r"No space left on device. The state after step 6 is saved in .*step_6: resume with the same command and"
     with pytest.raises(RunError, match=message):
         recipe.train()
     recipe.cleanup()
@@ -58,17 +69,16 @@ def test_an_error_loses_no_step(tiny_config, method, changes):
 
 def test_an_error_in_the_update_itself_saves_no_half_step(tiny_config):
     config = variant(tiny_config, "broken", dataset_val=None, save_every_n_steps=4)
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
+    recipe = prepare(config)
     step = recipe._optimizer.step
 
     def half_a_step():
-        if recipe.global_step == 6:
+        if recipe._progress.step == 6:
             raise OSError("in the middle of the update")
         step()
 
     recipe._optimizer.step = half_a_step
-    with pytest.raises(RunError, match="in the middle of the update. The newest checkpoint is .*step_4: go on with"):
+    with pytest.raises(RunError, match="in the middle of the update. The newest checkpoint is .*step_4: resume with"):
         recipe.train()
     recipe.cleanup()
     assert [d.name for d in checkpoints(config)] == ["step_4"]
@@ -76,7 +86,7 @@ def test_an_error_in_the_update_itself_saves_no_half_step(tiny_config):
 
 def test_a_bug_keeps_its_traceback_and_loses_no_step(tiny_config, capsys):
     config = variant(tiny_config, "bug", dataset_val=None)
-    recipe = broken_at(config, 3, "_report", AssertionError("a bug"))
+    recipe = broken_at(config, 3, "reporting", AssertionError("a bug"))
     with pytest.raises(AssertionError, match="a bug"):
         recipe.train()
     recipe.cleanup()
@@ -87,20 +97,19 @@ def test_a_row_that_is_too_long_is_named(tiny_config, tmp_path, monkeypatch):
     """More rows than are looked at before the run: the long one is met in the middle of it."""
     rows = [{"instruction": f"what is {i}?", "output": "x " * (400 if i == 31 else 1)} for i in range(40)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(data, "LOOKS", 2)
-    monkeypatch.setattr(owlore_full_finetune, "longest_row", lambda dataset, max_seq_len: 100)
+    monkeypatch.setattr(samples, "MOST_ROWS", 2)
+    monkeypatch.setattr(build, "longest_row", lambda dataset, max_seq_len: 100)
     config = variant(tiny_config, "long", dataset_val=None)
     config["dataset"]["data_files"] = str(tmp_path / "rows.json")
     config["owlore"]["score"] = "uniform"
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
+    recipe = prepare(config)
     message = (
         r"rows.json: row 31 has \d+ tokens, and the model takes 256; set tokenizer.max_seq_len. The state after step"
     )
     with pytest.raises(RunError, match=message):
         recipe.train()
     recipe.cleanup()
-    assert [d.name for d in checkpoints(config)] == [f"step_{recipe.global_step}"]
+    assert [d.name for d in checkpoints(config)] == [f"step_{recipe._progress.step}"]
 
 
 def test_a_run_that_diverges_fails(tiny_config, tmp_path):
@@ -121,10 +130,8 @@ def test_a_run_that_diverges_fails(tiny_config, tmp_path):
 def test_the_last_good_checkpoint_outlives_divergence(tiny_config):
     """keep_last_n=1: the checkpoint before goes when a finite loss has shown that the newest one's weights are good."""
     config = variant(tiny_config, "kept", save_every_n_steps=1, run_val_every_n_steps=1, keep_last_n=1)
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
-    loss_step = recipe._loss_step
-    recipe._loss_step = lambda *args: loss_step(*args) * (math.nan if recipe.global_step >= 5 else 1.0)
+    recipe = prepare(config)
+    scale_loss(recipe, lambda: math.nan if recipe._progress.step >= 5 else 1.0)
     with pytest.raises(RunError, match="step 5, is nan: the run has diverged; .* Checkpoints in .*: step_4; a new"):
         recipe.train()
     recipe.cleanup()
@@ -148,17 +155,13 @@ def test_a_bad_row_of_held_out_data_is_told_in_one_line(tiny_config, tmp_path):
 
 def test_weights_that_are_not_finite_are_never_saved(tiny_config):
     config = variant(tiny_config, "inf", dataset_val=None, save_every_n_steps=2, keep_last_n=1, max_skipped_steps=1)
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
-    report = recipe._report
+    recipe = prepare(config)
 
-    def spoil(metrics, progress):
-        report(metrics, progress)
-        if recipe.global_step == 5:
-            with torch.no_grad():
-                recipe._model.layers[1].mlp.w1.weight[0, 0] = math.inf
+    @torch.no_grad()
+    def spoil():
+        recipe._model.layers[1].mlp.w1.weight[0, 0] = math.inf
 
-    recipe._report = spoil
+    after_step(recipe, 5, spoil)
     message = (
         r"weights are not finite after step \d: layers.1.mlp.w1.weight; lower optimizer.lr. Checkpoints in .*: step_4;"
     )
@@ -172,10 +175,8 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_config):
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run(tiny_config):
     config = variant(tiny_config, "nan")
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
-    loss_step = recipe._loss_step
-    recipe._loss_step = lambda *args: loss_step(*args) * (1.0 if torch.is_grad_enabled() else math.nan)
+    recipe = prepare(config)
+    scale_loss(recipe, lambda: 1.0 if torch.is_grad_enabled() else math.nan)
     with pytest.raises(RunError, match="the held-out loss, before, is nan: the run has diverged; lower optimizer.lr"):
         recipe.train()
     recipe.cleanup()
@@ -184,21 +185,21 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(tiny_config):
 
 
 PHASES = {  # phase: what is interrupted, and the newest checkpoint after it
-    "loading": ("load_checkpoint", None),
-    "scoring": ("_calibration_batches", None),
-    "validating": ("_validate", None),
-    "a step": ("_loss_step", 1),
-    "saving": ("save_checkpoint", 5),
-    "finishing": ("_finish", 10),
-    "printing": ("_print_summary", 10),
+    "loading": (OwLoreFullFinetuneRecipe, "load_checkpoint", None),
+    "scoring": (TrainingData, "calibration_batches", None),
+    "validating": (OwLoreFullFinetuneRecipe, "_validate", None),
+    "a step": (LinearCrossEntropyLoss, "forward", 1),
+    "saving": (OwLoreFullFinetuneRecipe, "save_checkpoint", 5),
+    "finishing": (OwLoreFullFinetuneRecipe, "_finish", 10),
+    "printing": (Report, "print_summary", 10),
 }
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_is_obeyed_in_every_phase(phase, number, tiny_config, monkeypatch, capsys, tmp_path):
-    method, step = PHASES[phase]
-    original = getattr(OwLoreFullFinetuneRecipe, method)
+    owner, method, step = PHASES[phase]
+    original = getattr(owner, method)
 
     sent = []
 
@@ -208,7 +209,7 @@ def test_a_signal_is_obeyed_in_every_phase(phase, number, tiny_config, monkeypat
             os.kill(os.getpid(), number)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(OwLoreFullFinetuneRecipe, method, interrupted)
+    monkeypatch.setattr(owner, method, interrupted)
     config = variant(tiny_config, "signal", save_every_n_steps=5)
     config["dataset_val"] = config["dataset_val"] if phase == "validating" else None
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config))
@@ -221,7 +222,7 @@ def test_a_signal_is_obeyed_in_every_phase(phase, number, tiny_config, monkeypat
     assert errors.strip().splitlines()[-1].startswith(f"{number.name}: stopped")
     expected = [] if step is None else [*(s for s in (5, 10) if s < step), step]
     assert [d.name for d in checkpoints(config)] == [f"step_{s}" for s in expected]
-    monkeypatch.setattr(OwLoreFullFinetuneRecipe, method, original)
+    monkeypatch.setattr(owner, method, original)
     if step is not None:
         finetune(config | {"resume_from_checkpoint": True})
         unbroken = variant(tiny_config, "unbroken", dataset_val=None)
@@ -248,13 +249,10 @@ def test_a_signal_in_the_last_save_is_obeyed(tiny_config, monkeypatch, capsys):
 
 
 def test_a_command_is_stopped_in_one_line(monkeypatch, capsys, tiny_config, tmp_path):
-    from owlore_tune import cli, planning
-
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(owlore_full_finetune, "plan_with_peers", interrupted)
-    assert planning.plan_with_peers is not interrupted
+    monkeypatch.setattr(limit, "plan_with_peers", interrupted)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
     monkeypatch.setattr(sys, "argv", ["owlore", "memory", "--config", str(tmp_path / "config.yaml")])
     with pytest.raises(SystemExit) as stop:
@@ -351,16 +349,16 @@ def test_the_first_step_after_a_resume_has_the_schedules_lr(tiny_config):
     }  # fmt: skip
     config = variant(tiny_config, "lr", dataset_val=None, lr_scheduler=schedule, save_every_n_steps=4)
     recipe = finetune(config)
-    rates = [step["lr"] for step in recipe._run_log.steps]
+    rates = [step["lr"] for step in recipe._report.records.steps]
     again = finetune(config | {"resume_from_checkpoint": f"{config['output_dir']}/step_4"})
-    assert [step["lr"] for step in again._run_log.steps] == rates and len(set(rates)) > 5
+    assert [step["lr"] for step in again._report.records.steps] == rates and len(set(rates)) > 5
 
 
 def test_a_foreign_checkpoint_runs_no_code(tiny_config, tmp_path):
     """Metadata of torch.distributed.checkpoint was a pickle; now a seal that vouches for one helps nobody."""
     import pickle
 
-    from owlore_tune.sealed import checksum
+    from owlore_tune.files import checksum
 
     finetune(tiny_config)
     (checkpoint,) = checkpoints(tiny_config)
@@ -376,7 +374,7 @@ def test_a_foreign_checkpoint_runs_no_code(tiny_config, tmp_path):
         seal = json.loads((checkpoint / "checkpoint.json").read_text())
         seal["files"][name] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
         (checkpoint / "checkpoint.json").write_text(json.dumps(seal))
-        with pytest.raises(ConfigError, match="recipe_state.pt cannot be read"):
+        with pytest.raises(CheckpointError, match="recipe_state.pt cannot be read"):
             finetune(tiny_config | {"resume_from_checkpoint": True})
     assert not (tmp_path / "ran").exists()
 
@@ -392,7 +390,7 @@ def test_secrets_of_the_environment_stay_there(tiny_config, tmp_path, monkeypatc
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     printed = result.stdout + result.stderr
-    assert "oc.env:MY_SECRET" in printed
+    assert "oc.env:MY_SECRET" in (Path(config["output_dir"]) / "manifest.json").read_text()
     written = b"".join(file.read_bytes() for file in Path(config["output_dir"]).rglob("*") if file.is_file())
     assert "hunter2" not in printed and b"hunter2" not in written
     finetune(config | {"resume_from_checkpoint": True})

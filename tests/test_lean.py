@@ -8,8 +8,8 @@ import pytest
 
 PROGRAM = """
 import json, sys, torch
-from owlore_tune.checkpoints import HFCheckpointer
-from owlore_tune.smollm2 import smollm2_135m
+from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.models.smollm2 import smollm2_135m
 
 def status(key):
     with open("/proc/self/status") as file:

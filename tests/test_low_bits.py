@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from owlore_tune import low_bits
-from owlore_tune.optim import OwLoreAdamW
+from owlore_tune.optim import low_bits
+from owlore_tune.optim.adamw import OwLoreAdamW
 
 SHAPES = [(512, 256), (192, 384)]
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_full_finetune_distributed import OwLoreFullFinetuneDistributedRecipe
-from owlore_tune import memory_plan
-from owlore_tune.config import ConfigError
+from owlore_tune.distributed.fsdp import Sharding
+from owlore_tune.errors import ConfigError
 from owlore_tune.loss import LinearCrossEntropyLoss
-from owlore_tune.memory_plan import MemoryPlan, Sharding, StepShape, peer_plans, plan_memory
-from owlore_tune.optim import OwLoreAdamW, parameter_groups
-from owlore_tune.planning import savings
+from owlore_tune.memory import plan as memory_plan
+from owlore_tune.memory.plan import MemoryPlan, StepShape, peer_plans, plan_memory
+from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+from owlore_tune.run.limit import plans_of_config, savings
+from owlore_tune.run.settings import TrainingSettings
 
 CPU = torch.device("cpu")
 SHAPE = StepShape(batch_size=4, seq_len=32)
@@ -136,7 +138,7 @@ def test_peers_cost_what_sets_them_apart():
 def test_the_plan_is_what_smollm2_takes(method, smollm2_dir, tmp_path):
     command = [
         "tune", "run", "owlore_full_finetune", "--config", f"smollm2/135M_{method}", f"output_dir={tmp_path}",
-        f"checkpointer.checkpoint_dir={smollm2_dir}", "eval=null", "dataset_val=null", "dataset.packed=true",
+        f"checkpointer.checkpoint_dir={smollm2_dir}", "dataset_val=null", "dataset.packed=true",
         "batch_size=2", "tokenizer.max_seq_len=512", "max_steps_per_epoch=2", "owlore.calibration_batches=1",
         "owlore.score=decrease", "owlore.resample_every=1", "device=cpu", "seed=5",
     ]  # fmt: skip
@@ -160,7 +162,7 @@ def test_a_plan_over_the_limit_is_refused_before_weights_load(tiny_config, tmp_p
     monkeypatch.setattr(OwLoreFullFinetuneRecipe, "load_checkpoint", lambda self: pytest.fail("weights were loaded"))
     monkeypatch.setattr(memory_plan, "framework_bytes", lambda device: 10**8)  # the process of the tests grows
     config = OmegaConf.create(tiny_config | {"batch_size": 40, "output_dir": str(tmp_path / "planned")})
-    planned = OwLoreFullFinetuneRecipe(config).memory_plans()["this config"]
+    planned = plans_of_config(TrainingSettings.from_config(config))["this config"]
     message = limited(tiny_config, tmp_path, (planned.total - planned.activations / 4) / 1e9)
     assert "device_memory_limit=" in message and "it fits with batch_size=1 gradient_accumulation_steps=40" in message
     assert "or with enable_activation_checkpointing=true" in message and "state_bits" not in message
@@ -171,7 +173,7 @@ def test_a_plan_within_the_limit_runs(tiny_config):
     recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"device_memory_limit": 1000}))
     recipe.setup()
     recipe.train()
-    manifest = json.loads((recipe._output_dir / "manifest.json").read_text())
+    manifest = json.loads((recipe._settings.output_dir / "manifest.json").read_text())
     planned, measured = manifest["memory_bytes"].values()
     assert planned.pop("total") == sum(planned.values())
     for category in ("weights", "moments", "bases"):
@@ -227,18 +229,18 @@ def test_rows_longer_than_the_model_takes_are_refused(tiny_config):
 
 def test_a_plan_for_gpus_counts_what_they_offload_wherever_it_is_made(tiny_config):
     config = tiny_config | {"device": "cpu", "owlore": tiny_config["owlore"] | {"inactive_state": "offload"}}
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    here, there = (recipe.memory_plans(64, gpu=gpu)["this config"] for gpu in (False, True))
+    settings = TrainingSettings.from_config(OmegaConf.create(config))
+    here, there = (plans_of_config(settings, 64, gpu=gpu)["this config"] for gpu in (False, True))
     assert here.moments == 2 * there.moments  # of 4 layers, and of 2
     assert there.framework == there.allocator == 0
-    config["fsdp_cpu_offload"] = True
-    recipe = OwLoreFullFinetuneDistributedRecipe(OmegaConf.create(config))
-    here, there = (recipe.memory_plans(64, world_size=2, gpu=gpu)["this config"] for gpu in (False, True))
+    settings = TrainingSettings.from_config(OmegaConf.create(config | {"fsdp_cpu_offload": True}))
+    here, there = (plans_of_config(settings, 64, world_size=2, gpu=gpu)["this config"] for gpu in (False, True))
     assert here.weights > there.weights and here.moments > there.moments == 0
 
 
-def test_offloading_is_tried_where_there_is_something_to_win_by_it(tiny_config):
-    cfg = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config))._cfg
+def test_offloading_is_tried_if_it_can_save_memory(tiny_config):
+    settings = TrainingSettings.from_config(OmegaConf.create(tiny_config | {"device": "cpu"}))
     offload = ("fsdp_cpu_offload=true",)
-    assert offload in savings(cfg, Sharding(2), torch.device("cuda"))
-    assert offload not in savings(cfg, None, torch.device("cuda")) + savings(cfg, Sharding(2), CPU)
+    on_cuda = replace(settings, device=torch.device("cuda"))
+    assert offload in savings(on_cuda, Sharding(2))
+    assert offload not in savings(on_cuda, None) + savings(settings, Sharding(2))

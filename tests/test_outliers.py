@@ -3,8 +3,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from owlore_tune.layers import find_linears
-from owlore_tune.outliers import outlier_scores
+from owlore_tune.layers.outliers import outlier_scores
+from owlore_tune.models.decoder import find_linears
 
 
 def oracle(model, batches, threshold):

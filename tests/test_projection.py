@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from owlore_tune.data import mmlu_dev_dataset
-from owlore_tune.projection import fix_signs, is_right, project, range_finder, svd_basis
-from owlore_tune.smollm2 import smollm2_135m
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.data.builders import mmlu_dev_dataset
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.models.smollm2 import smollm2_135m
+from owlore_tune.optim.projection import fix_signs, is_right, project, range_finder, svd_basis
 
 
 def generator() -> torch.Generator:
@@ -72,7 +72,7 @@ def test_the_shape_rule_projects_the_shorter_side():
 
 def test_energy_on_real_gradients_of_smollm2(smollm2_dir):
     """Every Linear of three layers: at least 0.99 of what the exact rank-128 basis captures."""
-    from owlore_tune.checkpoints import HFCheckpointer
+    from owlore_tune.checkpoints.hf import HFCheckpointer
 
     with torch.device("meta"):
         model = smollm2_135m()

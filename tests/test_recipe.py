@@ -9,47 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from runs import changed_by_draw, finetune, variant, weights
 from transformers import AutoModelForCausalLM
 
-from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.run_dir import RunDirectory
-from owlore_tune.scores import LayerScores
-
-
-def finetune(config: dict) -> OwLoreFullFinetuneRecipe:
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
-    recipe.train()
-    recipe.cleanup()
-    return recipe
-
-
-def checkpoints(config: dict) -> list[Path]:
-    """Those of the run in the config's output_dir, oldest first."""
-    return RunDirectory.existing(Path(config["output_dir"])).checkpoints()
-
-
-def weights(config: dict) -> dict[str, torch.Tensor]:
-    loaded = load_file(checkpoints(config)[-1] / "model.safetensors")
-    return {name: weight.clone() for name, weight in loaded.items()}  # no longer tied to the file
-
-
-def variant(config: dict, path: str, **changes) -> dict:
-    """A copy of ``config`` with its own output directory and changed top-level or ``block__key`` values."""
-    other = json.loads(json.dumps(config))
-    other["output_dir"] = f"{config['output_dir']}_{path}"
-    for key, value in changes.items():
-        block, _, leaf = key.partition("__")
-        if leaf:
-            other[block][leaf] = value
-        else:
-            other[block] = value
-    return other
+from owlore_tune.layers.scores import LayerScores
+from owlore_tune.run.scoring import score_model
+from owlore_tune.run.settings import TrainingSettings
 
 
 def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
     """`tune run` in a subprocess, as a user starts it; everything a run leaves is there and says the same."""
+    tiny_config["save_every_n_steps"] = 3
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
     command = ["tune", "run", "owlore_full_finetune", "--config", "config.yaml", "optimizer.lr=1e-2"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -64,10 +34,9 @@ def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
     assert {"torchtune", "torch", "torchao", "owlore-tune"} <= manifest["versions"].keys()
     assert manifest["memory_bytes"]["measured"]["total"] > 10**8
     assert [draw["step"] for draw in manifest["draws"]] == [0, 3, 6, 9]
+    assert changed_by_draw(tiny_config) == [(draw["active"], []) for draw in manifest["draws"]]
     for draw in manifest["draws"]:
         assert len(draw["active"]) == 2
-        assert draw["changed_layers"] == draw["active"]
-        assert draw["changed_outside_layers"] == []
         assert 0 < draw["captured_energy"] <= 1
         assert draw["refresh_seconds"] > 0
     assert [json.loads(line) for line in (run / "draws.jsonl").read_text().splitlines()] == manifest["draws"]
@@ -114,7 +83,7 @@ def test_how_it_is_computed_changes_nothing(tiny_config, changes):
 def test_accumulated_micro_batches_train_like_one_batch(tiny_config):
     full = variant(tiny_config, "full", optimizer__rank=None, batch_size=8)
     split = variant(full, "split", batch_size=2, gradient_accumulation_steps=4)
-    assert finetune(full).global_step == finetune(split).global_step == 5
+    assert finetune(full)._progress.step == finetune(split)._progress.step == 5
     for name, weight in weights(full).items():
         torch.testing.assert_close(weight, weights(split)[name], atol=2e-5, rtol=0, msg=name)
 
@@ -139,26 +108,24 @@ def test_the_same_seed_gives_the_same_bits(tiny_config):
     ids=["full", "galore", "lisa"],
 )
 def test_other_methods_are_settings(tiny_config, changes, num_changed):
-    config = variant(tiny_config, "method", **changes)
+    config = variant(tiny_config, "method", save_every_n_steps=3, **changes)
     recipe = finetune(config)
-    assert all(len(draw["changed_layers"]) == num_changed for draw in recipe._run_log.draws)
+    assert changed_by_draw(config) == [(draw["active"], []) for draw in recipe._report.records.draws]
+    assert all(len(draw["active"]) == num_changed for draw in recipe._report.records.draws)
 
 
 def test_bf16_packed_with_everything_trained(tiny_config):
     config = variant(
         tiny_config, "bf16", dtype="bf16", batch_size=2, owlore__train_embeddings=True, owlore__train_output=True,
         owlore__train_norm=True, owlore__draw="bernoulli", optimizer__stochastic_rounding=True,
-        owlore__inactive_state="offload", optimizer__moments="project", optimizer__update_gap=2,
+        owlore__inactive_state="offload", optimizer__moments="project", optimizer__update_gap=2, save_every_n_steps=3,
     )  # fmt: skip
     config["tokenizer"]["max_seq_len"] = 64
     for key in ("dataset", "dataset_val"):
         config[key]["packed"] = True
-    recipe = finetune(config)
-    assert recipe._run_log.draws[-1]["changed_outside_layers"] == [
-        "norm.scale",
-        "output.weight",
-        "tok_embeddings.weight",
-    ]
+    finetune(config)
+    _, outside = changed_by_draw(config)[-1]
+    assert outside == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
     assert weights(config)["lm_head.weight"].dtype == torch.bfloat16
 
 
@@ -172,7 +139,7 @@ def test_compiled_layers_train_alike(tiny_config):
 
 def test_several_datasets_are_chained(tiny_config):
     config = variant(tiny_config, "two", dataset=[tiny_config["dataset"]] * 2)
-    assert finetune(config).global_step == 20
+    assert finetune(config)._progress.step == 20
 
 
 def test_validation_schedule_profiler_and_tensorboard(tiny_config):
@@ -192,7 +159,7 @@ def test_validation_schedule_profiler_and_tensorboard(tiny_config):
         },
     )  # fmt: skip
     recipe = finetune(config)
-    assert list(recipe._run_log.losses) == ["before", "step 4", "step 8", "after"]
+    assert list(recipe._report.records.losses) == ["before", "step 4", "step 8", "after"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -201,7 +168,7 @@ def test_validation_schedule_profiler_and_tensorboard(tiny_config):
     shown.Reload()
     for name in ("loss", "lr", "grad_norm", "backward_seconds", "tokens_per_second", "peak_memory_gb"):
         values = [make_ndarray(event.tensor_proto).item() for event in shown.Tensors(name)]
-        assert values == pytest.approx([step[name] for step in recipe._run_log.steps], rel=1e-6)
+        assert values == pytest.approx([step[name] for step in recipe._report.records.steps], rel=1e-6)
     assert [event.step for event in shown.Tensors("val_loss")] == [0, 4, 8, 10]
     assert list(Path(f"{output}/traces").rglob("*.json*"))
 
@@ -214,7 +181,7 @@ def test_a_score_file_of_this_model_is_used(tiny_config):
     file.write_text(json.dumps(scores))
     other = variant(tiny_config, "reused", owlore__scores_file=str(file))
     recipe = finetune(other)
-    assert all(draw["active"] == [1, 3] for draw in recipe._run_log.draws)
+    assert all(draw["active"] == [1, 3] for draw in recipe._report.records.draws)
 
 
 def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):
@@ -232,8 +199,7 @@ def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):
 
 
 def test_scoring_alone(tiny_config):
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config))
-    scores = recipe.score()
+    scores = score_model(TrainingSettings.from_config(OmegaConf.create(tiny_config)))
     assert isinstance(scores, LayerScores)
     assert len(scores.scores) == 4
     assert scores.data["batches"] == 8

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 import owlore_eval
 import owlore_full_finetune
 from owlore_tune import cli
-from owlore_tune.checkpoints import HFCheckpointer
-from owlore_tune.names import find_config
+from owlore_tune.catalog import find_config
+from owlore_tune.checkpoints.hf import HFCheckpointer
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def place(tmp_path, tiny_dir, tiny_data, monkeypatch) -> Path:
     config = OmegaConf.to_container(OmegaConf.load(find_config("smollm2/135M_owlore")), resolve=False)
     data = {"_component_": "owlore_tune.data.instruction_dataset", "data_files": "train.json"}
     config |= {
-        "output_dir": "run", "model": dict(TINY_MODEL), "dataset": data, "dataset_val": None, "eval": None,
+        "output_dir": "run", "model": dict(TINY_MODEL), "dataset": data, "dataset_val": None,
         "checkpointer": config["checkpointer"] | {"checkpoint_dir": "model", "model_type": "LLAMA2"},
         "batch_size": 4, "device": "cpu",
     }  # fmt: skip
@@ -540,7 +540,7 @@ def test_home_is_meant_by_its_sign(place, monkeypatch):
     rewrite("train.yaml", lambda text: text.replace("output_dir: run", "output_dir: ~/x"))
     recipe = owlore_full_finetune.OwLoreFullFinetuneRecipe(OmegaConf.load("train.yaml"))
     assert recipe._cfg.metric_logger.log_dir == str(place / "home" / "x" / "logs")
-    assert recipe._output_dir == place / "home" / "x"
+    assert recipe._settings.output_dir == place / "home" / "x"
 
 
 def test_validate_imports_what_the_recipe_would_and_no_more(place, monkeypatch, capsys):
@@ -550,7 +550,7 @@ def test_validate_imports_what_the_recipe_would_and_no_more(place, monkeypatch, 
     rewrite("train.yaml", lambda text: text + "\nextra: {_component_: evil.run}\n")
     assert "unknown key extra" in refused(cli.main, ["validate", "--config", "train.yaml"], capsys, monkeypatch)
     Path("other.yaml").write_text(
-        "model: {_component_: owlore_tune.smollm2.smollm2_135m}\nmine: {_component_: evil.run}\n"
+        "model: {_component_: owlore_tune.models.smollm2.smollm2_135m}\nmine: {_component_: evil.run}\n"
     )
     monkeypatch.setattr(sys, "argv", ["owlore", "validate", "--config", "other.yaml"])
     cli.main()

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from owlore_tune.rendezvous import fresh_store
+from owlore_tune.distributed.launch import fresh_store
 
 TIMEOUT = timedelta(seconds=20)
 

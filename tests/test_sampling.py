@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from owlore_tune.sampling import DRAWS, LayerSampler, inclusion_probabilities
+from owlore_tune.layers.sampler import DRAWS, LayerSampler, inclusion_probabilities
 
 SCORES = [0.2, 0.05, 0.1, 0.0, 0.3, 0.15, 0.64, 0.07]
 

@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from owlore_tune.sealed import SEAL, CheckpointError, discard, is_of_run, remove_leftovers, sealed_directory, verify
+from owlore_tune.checkpoints.sealed import SEAL, discard, is_of_run, remove_leftovers, sealed_directory, verify
+from owlore_tune.errors import CheckpointError
 
 RUN = "0123abcd"
 

@@ -38,7 +38,7 @@ def test_parts_import_no_recipe_and_evaluation_no_training():
         recipes = {module for module in imported if "." not in module and module not in PACKAGES}
         if name.startswith("owlore_evals"):
             assert not recipes
-            assert not imported & {"owlore_tune.optim", "owlore_tune.sampling", "owlore_tune.active_layers"}
+            assert not imported & {"owlore_tune.optim.adamw", "owlore_tune.layers.sampler", "owlore_tune.layers.active"}
         elif name.startswith("owlore_tune") and name != "owlore_tune.cli":  # which is a program
             assert not recipes
             assert not any(module.startswith("owlore_evals") for module in imported)

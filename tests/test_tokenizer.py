@@ -5,7 +5,7 @@ from conftest import TEMPLATE, save_tokenizer, tiny_llama
 from torchtune.data import Message
 from transformers import AutoTokenizer
 
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.data.tokenizer import HFChatTokenizer
 
 CONVERSATIONS = [
     [("user", "What is the capital of France?"), ("assistant", "Paris.")],

@@ -15,9 +15,9 @@ from owlore_evals.generation import _has_stopped
 from owlore_evals.harness import load_tasks
 from owlore_evals.shared_prefix import make_rows
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
-from owlore_tune.checkpoints import HFCheckpointer
-from owlore_tune.smollm2 import smollm2_135m
-from owlore_tune.tokenizer import HFChatTokenizer
+from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.models.smollm2 import smollm2_135m
 
 QUESTIONS = [
     ("What melts ice?", [" heat", " cold", " darkness and more darkness", " salt"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from owlore_tune.names import RECIPES, packaged_configs
+from owlore_tune.catalog import RECIPES, packaged_configs
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +45,6 @@ def test_the_wheel_has_every_recipe_and_config(installed, tmp_path):
 
 def test_training_by_name_from_the_wheel(installed, tmp_path, smollm2_dir):
     command = ["tune", "run", "owlore_full_finetune", "--config", "smollm2/135M_owlore", "max_steps_per_epoch=3"]
-    overrides = ["eval=null", "dataset_val=null", "owlore.calibration_batches=1", "batch_size=1", "output_dir=run"]
+    overrides = ["dataset_val=null", "owlore.calibration_batches=1", "batch_size=1", "output_dir=run"]
     run([*command, *overrides, f"checkpointer.checkpoint_dir={smollm2_dir}"], installed, tmp_path)
     assert (tmp_path / "run" / "step_3" / "model.safetensors").is_file()

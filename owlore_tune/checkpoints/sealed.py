@@ -1,0 +1,182 @@
+"""Directories that are whole or not there: written beside, checksummed, synced, and renamed into place."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from safetensors import SafetensorError
+
+from owlore_tune.errors import CheckpointError
+from owlore_tune.files import checksum
+
+SEAL = "checkpoint.json"  # who made the directory; name, size and checksum of every other file; written last
+_PARTIAL = ".partial"
+_DISCARDED = ".discarded"
+
+
+@contextmanager
+def sealed_directory(directory: Path, num_bytes: int, run_id: str) -> Iterator[Path]:
+    """Write a directory that appears under its name only when it is complete and on disk.
+
+    Yields a directory beside it to write into. When the block ends, its files are checksummed and synced, and it gets
+    its name. If the block fails, nothing is left of it. Nothing that exists is replaced.
+
+    Args:
+        num_bytes: about how much will be written; refused at once if the disk has less.
+        run_id: of the run that makes it. It is in the seal, and in the name of what an interruption leaves.
+
+    Raises:
+        CheckpointError: if ``directory`` exists, or the disk is full or refuses; it names the path and the bytes
+            needed.
+    """
+    partial = _beside(directory, run_id, _PARTIAL)
+    try:
+        if os.path.lexists(directory):
+            raise FileExistsError("it exists already")
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < num_bytes:
+            raise OSError(f"only {free:,} bytes are free")
+        yield partial
+        _seal(partial, run_id)
+        os.rename(partial, directory)
+        _sync(directory.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot save {directory}, which needs {num_bytes:,} bytes: {error}; earlier checkpoints are intact"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _beside(directory: Path, run_id: str, ending: str) -> Path:
+    """A name that nothing has: of ``directory``, its run and chance."""
+    return directory.with_name(f"{directory.name}.{run_id}.{uuid4().hex[:8]}{ending}")
+
+
+def _seal(directory: Path, run_id: str) -> None:
+    files = {}
+    with ThreadPoolExecutor(1) as syncing:  # the disk is waited for while checksums are made
+        synced = []
+        for file in sorted(directory.rglob("*")):
+            synced.append(syncing.submit(_sync, file))
+            if file.is_file():
+                name = file.relative_to(directory).as_posix()
+                files[name] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
+        for sync in synced:
+            sync.result()
+    (directory / SEAL).write_text(json.dumps({"format": 1, "run_id": run_id, "files": files}, indent=2) + "\n")
+    _sync(directory / SEAL)
+    _sync(directory)
+
+
+def read_seal(directory: Path) -> dict[str, Any]:
+    """The seal of a directory; whether it tells the truth is for `verify`.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be read.
+    """
+    try:
+        seal = json.loads((directory / SEAL).read_text())
+        expected = {name: (int(f["bytes"]), str(f["xxh3_128"])) for name, f in seal["files"].items()}
+        run_id = str(seal["run_id"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory / SEAL} cannot be read: {error!r}") from error
+    return {**seal, "files": expected, "run_id": run_id}
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Check every file of a sealed directory against its seal, and that there is no other; returns the seal.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, not in the seal, a link, of another size or content.
+    """
+    seal = read_seal(directory)
+    expected = seal["files"]
+    if not expected:
+        raise CheckpointError(f"{directory / SEAL} names no files")
+    if links := [path for path in _walk(directory) if path.is_symlink()]:
+        raise CheckpointError(f"{links[0]} is a symbolic link, and checkpoints have none")
+    found = {path.relative_to(directory).as_posix() for path in _walk(directory)}
+    if missing := sorted(name for name in expected if name not in found):
+        raise CheckpointError(f"{directory / missing[0]} is missing")
+    if extra := files_outside_seal(directory):
+        raise CheckpointError(f"{directory / extra[0]} is not in {SEAL}: it was added later")
+    for name, (num_bytes, digest) in expected.items():
+        file = directory / name
+        try:
+            if file.stat().st_size != num_bytes:
+                raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, not {num_bytes:,}")
+            if checksum(file) != digest:
+                raise CheckpointError(f"{file} is damaged: its checksum is not the one it was saved with")
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    return seal
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    """All that is in a directory, without following links."""
+    for folder, folders, names in os.walk(directory):
+        yield from (Path(folder, name) for name in [*folders, *names])
+
+
+def files_outside_seal(directory: Path) -> list[str]:
+    """Files and links in a sealed directory that its seal does not name."""
+    known = {*read_seal(directory)["files"], SEAL}
+    found = {p.relative_to(directory).as_posix() for p in _walk(directory) if p.is_symlink() or not p.is_dir()}
+    return sorted(found - known)
+
+
+def is_of_run(directory: Path, run_id: str) -> bool:
+    """Whether ``directory`` itself, and not a link to it, was made by the run."""
+    try:
+        return not directory.is_symlink() and read_seal(directory)["run_id"] == run_id
+    except CheckpointError:
+        return False
+
+
+def discard(directory: Path, run_id: str) -> None:
+    """Remove a directory that the run made; its name is gone at once, so that no half of it is found under it."""
+    assert is_of_run(directory, run_id), f"{directory} is not of run {run_id}"
+    doomed = _beside(directory, run_id, _DISCARDED)
+    os.rename(directory, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, run_id: str) -> None:
+    """Clear up after interrupted writes and removals of the run in ``parent``; its id is in their names.
+
+    A directory that is complete, and was stopped from moving to its name, moves there now.
+    """
+    for leftover in sorted(parent.glob(f"*.{run_id}.*{_PARTIAL}")) + sorted(parent.glob(f"*.{run_id}.*{_DISCARDED}")):
+        if leftover.is_symlink():
+            continue
+        target = parent / leftover.name.split(f".{run_id}.")[0]
+        if leftover.name.endswith(_PARTIAL) and not os.path.lexists(target) and _is_complete(leftover):
+            os.rename(leftover, target)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_complete(directory: Path) -> bool:
+    try:
+        verify(directory)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

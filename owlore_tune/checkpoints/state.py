@@ -1,0 +1,89 @@
+"""A checkpoint of a run: weights in Hugging Face's layout and, beside them, all that an exact resume needs."""
+
+import pickle
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.checkpoints.sealed import sealed_directory
+from owlore_tune.checkpoints.sharded import load_sharded, save_sharded
+from owlore_tune.distributed.world import ALONE, RankError, World
+from owlore_tune.errors import CheckpointError
+from owlore_tune.optim import low_bits
+
+STATE_FILE = "recipe_state.pt"
+SHARDED = "optimizer"  # directory of the optimizer's state, if several processes saved it
+
+
+def save_checkpoint(
+    directory: Path,
+    run_id: str,
+    checkpointer: HFCheckpointer,
+    model: nn.Module,
+    state: dict[str, Any],
+    world: World = ALONE,
+) -> None:
+    """Write the weights of ``model`` and ``state`` into ``directory``.
+
+    The directory appears under its name when it is complete, checksummed and on disk. If the model is sharded, all
+    processes call this together: weights are gathered one by one and written by the first process, and each process
+    writes its rows of the optimizer's state. An error on one is an error on all.
+
+    Args:
+        directory: must not exist.
+        state: tensors, numbers, text, and lists and dicts of them. ``state["optimizer"]`` is each process's own.
+
+    Raises:
+        CheckpointError: if ``directory`` exists, or the disk is full or refuses.
+    """
+    num_bytes = sum(p.nbytes for p in model.parameters()) + sum(world.gather(_tensor_bytes(state)))
+    try:
+        with ExitStack() as stack:
+            writing = sealed_directory(directory, num_bytes, run_id)
+            partial_dir = world.share(world.attempt(lambda: stack.enter_context(writing), first_alone=True))
+            assert partial_dir is not None
+            checkpointer.write(model, partial_dir, world=world)
+            if world.size > 1:
+                sharded = world.attempt(lambda: save_sharded(state["optimizer"], partial_dir / SHARDED, world))
+                state = {**state, "optimizer": sharded}
+            world.attempt(lambda: _write_state(state, partial_dir), first_alone=True)
+            world.attempt(stack.close, first_alone=True)
+    except (OSError, RankError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def load_state(directory: Path, world: World = ALONE) -> dict[str, Any]:
+    """The ``state`` of `save_checkpoint`, with the optimizer's as this process needs it.
+
+    Raises:
+        CheckpointError: if the checkpoint has none, or it cannot be read.
+    """
+    file = directory / STATE_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{directory} has no {STATE_FILE}, so a run cannot resume from it")
+    try:
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if "num_ranks" in state["optimizer"]:
+        state["optimizer"] = load_sharded(state["optimizer"], directory / SHARDED, world)
+    return state
+
+
+def _write_state(state: dict[str, Any], directory: Path) -> None:
+    try:
+        torch.save(state, directory / STATE_FILE)
+    except RuntimeError as error:  # torch's way to report a full disk
+        raise OSError(str(error)) from error
+
+
+def _tensor_bytes(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return low_bits.num_bytes(state)
+    if isinstance(state, dict):
+        return sum(map(_tensor_bytes, state.values()))
+    return sum(map(_tensor_bytes, state)) if isinstance(state, list | tuple) else 0

@@ -1,0 +1,6 @@
+"""Datasets, the tokenizer, and the order in which a run reads its rows."""
+
+from owlore_tune.data.builders import gsm8k_dataset, instruction_dataset, mmlu_dev_dataset, mmlu_train_dataset
+from owlore_tune.data.tokenizer import HFChatTokenizer
+
+__all__ = ["HFChatTokenizer", "gsm8k_dataset", "instruction_dataset", "mmlu_dev_dataset", "mmlu_train_dataset"]

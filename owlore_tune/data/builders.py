@@ -1,0 +1,238 @@
+"""The paper's training data, from the hub or local files, and questions that lm-evaluation-harness carries."""
+
+import importlib.resources
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import load_dataset
+from torchtune.datasets import PackedDataset, SFTDataset
+from torchtune.datasets._sft import SFTTransform
+from torchtune.modules.transforms import Transform
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
+from torchtune.utils import get_logger
+
+from owlore_tune.data.rows import read_file
+from owlore_tune.data.transforms import ChoicesToMessages, InstructionToMessages, ProblemToMessages, RowTransform
+
+log = get_logger("INFO")
+
+
+def mmlu_dev_dataset(
+    tokenizer: ModelTokenizer,
+    *,
+    split: str = "train",
+    num_held_out: int = 45,
+    seed: int = 0,
+    packed: bool = False,
+) -> SFTDataset | PackedDataset:
+    """The 282 MMLU dev questions with worked answers that the installed lm_eval package carries (up to 5 of each of 57
+    subjects, its ``flan_cot_fewshot`` prompts), divided at random into what is trained on and what is held out.
+
+    Args:
+        split: ``train`` or ``held_out``.
+        num_held_out: questions held out.
+        seed: of the division.
+        packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
+
+    Raises:
+        ValueError: if ``split`` is unknown or ``num_held_out`` leaves one of the splits empty.
+    """
+    if split not in ("train", "held_out"):
+        raise ValueError(f"dataset.split={split!r}; choose train or held_out")
+    rows = mmlu_dev_rows(split, num_held_out=num_held_out, seed=seed)
+    return _finish(rows, InstructionToMessages(), tokenizer, packed)
+
+
+def mmlu_dev_rows(split: str | None = None, *, num_held_out: int = 45, seed: int = 0) -> list[dict[str, Any]]:
+    """The rows of `mmlu_dev_dataset`: ``instruction``, ``output`` and ``subject``; of both splits where None.
+
+    Raises:
+        ValueError: if ``num_held_out`` leaves one of the splits empty.
+    """
+    folder = importlib.resources.files("lm_eval") / "tasks" / "mmlu" / "flan_cot_fewshot"
+    rows = []
+    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if file.name.startswith("mmlu_") and file.name.endswith(".yaml"):
+            samples = yaml.safe_load(file.read_text())["fewshot_config"]["samples"]
+            subject = file.name.removeprefix("mmlu_").removesuffix(".yaml").replace("_", " ")
+            rows += [{"instruction": s["question"], "output": s["target"], "subject": subject} for s in samples]
+    if split is None:
+        return rows
+    if not 0 < num_held_out < len(rows):
+        raise ValueError(f"dataset.num_held_out={num_held_out}; choose 1 to {len(rows) - 1} of {len(rows)}")
+    random.Random(seed).shuffle(rows)
+    return rows[num_held_out:] if split == "train" else rows[:num_held_out]
+
+
+def instruction_dataset(
+    tokenizer: ModelTokenizer,
+    *,
+    source: str | None = None,
+    data_files: str | list[str] | None = None,
+    packed: bool = False,
+) -> SFTDataset | PackedDataset:
+    """Rows of ``instruction``, optional ``input``, and ``output``: the form of Commonsense170K and Alpaca.
+
+    The paper trains on ``zwhe99/commonsense_170k`` (LLM-Adapters, arXiv 2304.01933) for its 8 commonsense tasks, and on
+    ``vicgalle/alpaca-gpt4`` (arXiv 2304.03277) for MT-Bench. The user's turn is the instruction, with the input below
+    it if there is one. The assistant's turn is the output; the loss covers only this turn.
+
+    Args:
+        source: dataset on the hub, or a directory in the hub's layout; its ``train`` split.
+        data_files: local files instead: one path or several, each a JSON list, JSON lines or Parquet.
+        packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
+
+    Raises:
+        ValueError: if a file is missing, empty or not of its format, or if a row lacks a field; it names file, row and
+            field. Rows with blank text are left out, with a warning.
+    """
+    return _dataset(tokenizer, InstructionToMessages(), source=source, data_files=data_files, packed=packed)
+
+
+def mmlu_train_dataset(
+    tokenizer: ModelTokenizer,
+    *,
+    source: str = "cais/mmlu",
+    data_files: str | list[str] | None = None,
+    packed: bool = False,
+) -> SFTDataset | PackedDataset:
+    """MMLU's auxiliary training questions (arXiv 2009.03300), on which the paper trains for MMLU.
+
+    The user's turn is the question, the choices as ``A.`` to ``D.``, and ``Answer:``, the harness's prompt; the
+    assistant's, which alone is trained on, is the letter. Errors as for `instruction_dataset`.
+
+    Args:
+        source: of the hub, or a directory in the hub's layout; its ``auxiliary_train`` split.
+        data_files: local files instead, of ``question``, ``choices`` (a list) and ``answer`` (an index from 0).
+        packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
+    """
+    hub = dict(source=source, name="all", split="auxiliary_train")
+    return _dataset(tokenizer, ChoicesToMessages(), **hub, data_files=data_files, packed=packed)
+
+
+def gsm8k_dataset(
+    tokenizer: ModelTokenizer,
+    *,
+    source: str = "openai/gsm8k",
+    data_files: str | list[str] | None = None,
+    packed: bool = False,
+) -> SFTDataset | PackedDataset:
+    """GSM8K's training problems (arXiv 2110.14168).
+
+    The user's turn is the harness's prompt, ``Question: ...`` and ``Answer:`` on a new line. The assistant's turn is
+    the worked answer as it stands, with its calculator annotations and the final number after ``####``; the loss covers
+    only this turn. Errors as for `instruction_dataset`.
+
+    Args:
+        source: of the hub, or a directory in the hub's layout; its ``main`` configuration.
+        data_files: local files instead, of ``question`` and ``answer``.
+        packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
+    """
+    return _dataset(tokenizer, ProblemToMessages(), source=source, name="main", data_files=data_files, packed=packed)
+
+
+class RowsDataset(SFTDataset):
+    """torchtune's ``SFTDataset`` over rows that are already in memory, and that knows where they come from.
+
+    Args:
+        places: of each row, such as ``dataset.data_files=train.json: row 7``.
+
+    Raises:
+        ValueError: as it is indexed, naming the row's place, if the tokenizer refuses it or it is longer than
+            ``max_tokens``.
+    """
+
+    def __init__(
+        self,
+        rows: list[dict[str, Any]],
+        message_transform: Transform,
+        model_transform: Transform,
+        places: list[tuple[str, int]] | None = None,
+    ) -> None:
+        self._data = rows
+        self._prepare_sample = SFTTransform(message_transform=message_transform, model_transform=model_transform)
+        self._places = places or [("dataset", number) for number in range(len(rows))]
+        self.max_tokens: int | None = None  # that the model takes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        where, number = self._places[index]
+        try:
+            sample = super().__getitem__(index)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: row {number}: {error}") from error
+        if self.max_tokens is not None and len(sample["tokens"]) > self.max_tokens:
+            raise ValueError(
+                f"{where}: row {number} has {len(sample['tokens'])} tokens, and the model takes {self.max_tokens}; "
+                "set tokenizer.max_seq_len"
+            )
+        return sample
+
+
+def _dataset(
+    tokenizer: ModelTokenizer,
+    transform: RowTransform,
+    *,
+    source: str | None = None,
+    name: str | None = None,
+    split: str = "train",
+    data_files: str | list[str] | None = None,
+    packed: bool,
+) -> SFTDataset | PackedDataset:
+    """The rows of ``data_files``, else of ``source``, once they are known to be what ``transform`` takes."""
+    rows: list[dict[str, Any]] = []
+    places: list[tuple[str, int]] = []
+    if data_files is None and source is None:
+        raise ValueError("dataset.data_files is not set; it names the files to train on")
+    if isinstance(data_files, int | float | dict):
+        raise ValueError(f"dataset.data_files={data_files}; it must be a file, or a list of files")
+    if data_files is None:
+        where = f"dataset.source={source}"
+        try:
+            found = load_dataset(source, name, split=split).to_list()
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{where} cannot be loaded ({error}); without a hub, set dataset.data_files, or dataset.source to a "
+                "copy of it"
+            ) from error
+        _add_good_rows(found, where, transform, rows, places)
+    for file in [data_files] if isinstance(data_files, str) else data_files or ():
+        where = f"dataset.data_files={file}"
+        found = read_file(Path(str(file)).expanduser(), "dataset.data_files")
+        _add_good_rows(found, where, transform, rows, places)
+    return _finish(rows, transform, tokenizer, packed, places)
+
+
+def _add_good_rows(
+    found: list[Any], where: str, transform: RowTransform, rows: list[dict[str, Any]], places: list[tuple[str, int]]
+) -> None:
+    """Add to ``rows`` and ``places`` those of ``found`` that have no blank text."""
+    num_before = len(rows)
+    for number, row in enumerate(found):
+        problem = transform.problem(row if isinstance(row, dict) else {})
+        if problem:
+            raise ValueError(f"{where}: row {number} has {problem}")
+        if all(row[field].strip() for field in transform.texts):
+            rows.append(row)
+            places.append((where, number))
+    num_good = len(rows) - num_before
+    if not num_good:
+        raise ValueError(f"{where} is empty")
+    if blank := len(found) - num_good:
+        log.warning(f"{where}: {blank} of {len(found)} rows are left out, for blank {' or '.join(transform.texts)}.")
+
+
+def _finish(
+    rows: list[dict[str, Any]],
+    transform: Transform,
+    tokenizer: ModelTokenizer,
+    packed: bool,
+    places: list[tuple[str, int]] | None = None,
+) -> SFTDataset | PackedDataset:
+    dataset = RowsDataset(rows, transform, tokenizer, places)
+    if not packed:
+        return dataset
+    if tokenizer.max_seq_len is None:
+        raise ValueError("dataset.packed=true needs tokenizer.max_seq_len, the length of a packed row")
+    return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len)

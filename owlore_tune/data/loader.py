@@ -1,0 +1,149 @@
+"""The order in which a run reads its rows: training micro-batches, calibration batches and held-out batches."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+from owlore_tune.data.samples import collate_with_valid
+from owlore_tune.distributed.world import ALONE, World
+
+Batch = dict[str, Tensor]
+Collate = Callable[[list[Any]], Batch]
+
+
+class TrainingData:
+    """The training rows in the order of the run, one optimizer step at a time.
+
+    Args:
+        dataset: of samples with ``tokens`` and ``labels``.
+        collate: makes a batch of a list of samples.
+        batch_size: rows of a micro-batch on each process.
+        gradient_accumulation_steps: micro-batches of an optimizer step.
+        shuffle: whether each epoch has an order of its own.
+        seed: of those orders.
+        epochs: passes over the data. Rows that do not fill an optimizer step at the end of one are left out, so that an
+            epoch has the same number of steps on any number of processes.
+        max_steps_per_epoch: an upper limit; None for no limit.
+        world: processes that share the rows of each step.
+
+    Raises:
+        ValueError: if the dataset does not fill one optimizer step.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Collate,
+        *,
+        batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        epochs: int = 1,
+        max_steps_per_epoch: int | None = None,
+        world: World = ALONE,
+    ) -> None:
+        self.dataset = dataset
+        self.rows_per_step = batch_size * gradient_accumulation_steps * world.size
+        self.steps_per_epoch = len(dataset) // self.rows_per_step
+        if self.steps_per_epoch == 0:
+            processes = f" × {world.size} processes" if world.size > 1 else ""
+            raise ValueError(
+                f"dataset has {len(dataset)} samples, less than one optimizer step of batch_size={batch_size} × "
+                f"gradient_accumulation_steps={gradient_accumulation_steps}{processes}"
+            )
+        if max_steps_per_epoch is not None:
+            self.steps_per_epoch = min(self.steps_per_epoch, max_steps_per_epoch)
+        self.num_steps = epochs * self.steps_per_epoch
+        self._accumulation = gradient_accumulation_steps
+        self._world = world
+        self._loader = _loader(dataset, collate, batch_size, world, shuffle=shuffle, seed=seed)
+        self._step = 0  # the next one
+        self._batches: Iterator[Batch] | None = None  # of the epoch that it is in
+
+    def seek(self, step: int) -> None:
+        """Continue after ``step`` optimizer steps."""
+        self._step, self._batches = step, None
+
+    def micro_batches(self) -> list[Batch]:
+        """The micro-batches of the next optimizer step.
+
+        Raises:
+            ValueError: if a row cannot be used; on all processes, if it is so on one.
+        """
+        if self._batches is None:
+            epoch, steps_done = divmod(self._step, self.steps_per_epoch)
+            self._loader.sampler.set_epoch(epoch)
+            if steps_done:
+                rows = steps_done * self._accumulation * self._loader.batch_size
+                self._loader.sampler.load_state_dict({StatefulDistributedSampler._YIELDED: rows})
+            self._batches = iter(self._loader)
+        batches = self._batches
+        found = self._world.attempt(lambda: list(islice(batches, self._accumulation)))
+        assert found is not None and len(found) == self._accumulation
+        self._step += 1
+        if self._step % self.steps_per_epoch == 0:
+            self._batches = None
+        return found
+
+    def calibration_batches(self, count: int) -> Iterator[Batch]:
+        """The first ``count`` batches in training order, without labels and with ``valid``: False for padding."""
+        loader = self._loader
+        loader.sampler.set_epoch(0)
+        marked = StatefulDataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            sampler=loader.sampler,
+            collate_fn=partial(collate_with_valid, loader.collate_fn),
+            generator=torch.Generator(),
+        )
+        for batch in islice(marked, count):
+            del batch["labels"]
+            yield batch
+
+
+class HeldOutData:
+    """The held-out rows, divided over the processes of ``world``; arguments as for `TrainingData`."""
+
+    def __init__(self, dataset: Any, collate: Collate, *, batch_size: int, seed: int = 0, world: World = ALONE) -> None:
+        self.dataset = dataset
+        self._world = world
+        self._loader = _loader(dataset, collate, batch_size, world, shuffle=False, seed=seed)
+
+    def __len__(self) -> int:
+        """Batches on each process."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Batch, int]]:
+        """Each batch with the number of its rows that count.
+
+        All processes have equally many rows. Those at the end that make up the number are other processes' rows again.
+        """
+        rows_left = len(range(self._world.rank, len(self.dataset), self._world.size))
+        batches = iter(self._loader)
+        for _ in range(len(self)):
+            batch = self._world.attempt(lambda: next(batches))
+            assert batch is not None
+            num_rows = len(batch["labels"])
+            yield batch, min(max(rows_left, 0), num_rows)
+            rows_left -= num_rows
+
+
+def _loader(
+    dataset: Any, collate: Collate, batch_size: int, world: World, *, shuffle: bool, seed: int
+) -> StatefulDataLoader:
+    sampler = StatefulDistributedSampler(dataset, num_replicas=world.size, rank=world.rank, shuffle=shuffle, seed=seed)
+    return StatefulDataLoader(
+        dataset=dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        drop_last=shuffle,
+        generator=torch.Generator(),  # else each pass over the data would move the global generator
+    )

@@ -1,0 +1,105 @@
+"""How the processes that torchrun starts find each other, also after a restart, and how they report a lost one."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store
+from torch.distributed.distributed_c10d import default_pg_timeout
+from torchtune import training
+from torchtune.utils import get_logger
+
+from owlore_tune.distributed.world import RankError
+from owlore_tune.errors import RunError
+
+# What torch.distributed says if a process went away, or is silent.
+LOST_PROCESS = (
+    "connection closed by peer", "connection reset", "timed out", "timeout", "broken pipe", "connection refused",
+    "communicator was aborted", "remote process exited",
+)  # fmt: skip
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = False) -> Iterator[None]:
+    """torch.distributed for the block, if torchrun launched this process; else nothing.
+
+    Args:
+        device: of this process; it decides the backend.
+        timeout_s: seconds that a process waits for another one.
+        cpu_offload: host memory is exchanged too.
+
+    Raises:
+        RunError: if another process died, or did not answer within ``timeout_s``.
+    """
+    if not training.is_distributed():
+        yield
+        return
+    backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=cpu_offload)
+    rank = os.environ["RANK"]
+    try:
+        join_process_group(backend, timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise RunError(f"rank {rank} cannot join the others: {error}") from error
+    try:
+        if dist.get_rank() > 0:
+            get_logger("INFO").setLevel(logging.ERROR)  # messages of all ranks come from the first one
+        yield
+    except RankError as error:
+        raise RunError(str(error)) from error
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in LOST_PROCESS):
+            raise
+        raise RunError(
+            f"rank {rank}: another process of the run died or did not answer for dist_timeout_s={timeout_s} s "
+            f"({str(error).splitlines()[0]}). Checkpoints are intact: resume from the newest with "
+            "resume_from_checkpoint=true"
+        ) from error
+    # Not after an error: the others may never reach this call.
+    dist.destroy_process_group()
+
+
+def join_process_group(backend: str, timeout: timedelta = default_pg_timeout) -> None:
+    """``init_process_group`` as torchrun's variables say.
+
+    torchrun keeps its store when it starts processes again, and what an earlier attempt has left there would send them
+    to addresses where nobody listens any more (pytorch/pytorch#135712).
+
+    Raises:
+        RuntimeError: if the other processes do not come within ``timeout``.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    store = fresh_store(store, rank, world_size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def fresh_store(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
+    """A part of ``store`` that belongs to the processes that call this together, and that nobody has written to.
+
+    The first process names it, in answer to a word that each of the others has made up: one that is of an earlier
+    attempt gets an answer that nobody reads.
+    """
+    if rank > 0:
+        word = uuid4().hex
+        store.set(f"word_of_{rank}", word)
+        name = store.get(word).decode()  # waits for it
+        store.set(f"{name}_{rank}", "")
+        return PrefixStore(name, store)
+    name = uuid4().hex
+    end = time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, world_size))
+    while missing:
+        for other in missing:
+            if store.check([f"word_of_{other}"]):
+                store.set(store.get(f"word_of_{other}").decode(), name)
+        missing = {other for other in missing if not store.check([f"{name}_{other}"])}
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"timed out waiting for ranks {sorted(missing)} to start")
+        time.sleep(0.01)
+    return PrefixStore(name, store)

@@ -1,0 +1,95 @@
+"""Files that are never half-written, and digests of files, each read once."""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torchtune.utils import get_logger
+
+log = get_logger("INFO")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as JSON, atomically: the file is either the old or the new one.
+
+    Numbers that are not finite become null, because JSON has none.
+    """
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}", delete=False) as partial:
+        try:
+            partial.write(to_json(content, indent=2) + "\n")
+            partial.close()
+            os.chmod(partial.name, 0o644)
+            os.replace(partial.name, path)
+        except BaseException:
+            os.unlink(partial.name)
+            raise
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """``content`` as valid JSON, with null for numbers that are not finite."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def checksum(file: Path) -> str:
+    """The xxh3_128 digest of a file, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(2**22)
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def files_digest(files: Iterable[Path], *, use_cache: bool = True) -> str:
+    """A digest of the names and contents of ``files``.
+
+    Each file's checksum is cached under its size and modification time, because reading 7B weights takes seconds.
+    """
+    cache = cache_directory() / "digests.json"
+    known = _read_cache(cache) if use_cache else {}
+    digests, is_new = {}, False
+    for file in files:
+        status = file.stat()
+        key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+        if key not in known:
+            known[key], is_new = checksum(file), True
+        digests[file.name] = known[key]
+    if is_new and use_cache:
+        _write_cache(cache, known)
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cache_directory() -> Path:
+    """``owlore`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "owlore"
+
+
+def _read_cache(file: Path) -> dict[str, str]:
+    try:
+        known = json.loads(file.read_text())
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_cache(file: Path, known: dict[str, str]) -> None:
+    newest = dict(list(known.items())[-1000:])
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, newest)
+    except OSError as error:  # the cache only saves time
+        log.debug(f"{file} cannot be written: {error}")

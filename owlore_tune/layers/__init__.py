@@ -1,0 +1,8 @@
+"""Which layers train: their scores, the sampler that draws by them, and the switch from one set to the next."""
+
+from owlore_tune.layers.active import ActiveLayers
+from owlore_tune.layers.outliers import outlier_scores
+from owlore_tune.layers.sampler import LayerSampler
+from owlore_tune.layers.scores import LayerScores, layer_scores
+
+__all__ = ["ActiveLayers", "LayerSampler", "LayerScores", "layer_scores", "outlier_scores"]

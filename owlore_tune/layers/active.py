@@ -1,0 +1,122 @@
+"""The set of layers that train now, and what changes when it does."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.layers.sampler import LayerSampler
+from owlore_tune.models.decoder import model_parts
+from owlore_tune.optim.adamw import INACTIVE_STATES, OwLoreAdamW
+
+
+class ActiveLayers:
+    """Draws the active layers every ``resample_every`` steps and freezes all others (OwLore, arXiv 2405.18380, alg. 1).
+
+    A layer that becomes active gets ``requires_grad`` and a hook on each projected weight that reduces its gradient
+    during backward. A layer that leaves loses its gradients, and its optimizer state as ``inactive_state`` says.
+    Parameters outside the layers that are not in the optimizer are frozen once, here.
+
+    Create it once weights are loaded, since loading may replace parameters.
+
+    Args:
+        model: a torchtune ``TransformerDecoder``.
+        optimizer: holds all layers' parameters, see `owlore_tune.optim.adamw.parameter_groups`.
+        sampler: decides which layers.
+        resample_every: K, in optimizer steps.
+        inactive_state: ``drop``: a layer that returns has new bases and moments. ``keep``: it has those it left with,
+            and its bases are refreshed by the steps that it trained on them, as in the authors' code. ``offload``:
+            ``keep`` in host memory.
+        project_in_backward: reduce gradients in hooks, so that at most one projected weight's full gradient is alive.
+            Without it, call ``optimizer.project_grads()`` after each backward; the result is the same.
+        world: processes that train together; all take the first one's draw.
+
+    Raises:
+        ValueError: if ``resample_every`` or ``inactive_state`` is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OwLoreAdamW,
+        sampler: LayerSampler,
+        *,
+        resample_every: int,
+        inactive_state: str = "drop",
+        project_in_backward: bool = True,
+        world: World = ALONE,
+    ) -> None:
+        if not resample_every >= 1:
+            raise ValueError(f"resample_every={resample_every}; it must be at least 1 optimizer step")
+        if inactive_state not in INACTIVE_STATES:
+            raise ValueError(f"inactive_state={inactive_state!r}; choose one of {', '.join(INACTIVE_STATES)}")
+        self._model = model
+        self._optimizer = optimizer
+        self._sampler = sampler
+        self._resample_every = resample_every
+        self._inactive_state = inactive_state
+        self._project_in_backward = project_in_backward
+        self._world = world
+        self._hooks: dict[int, list[torch.utils.hooks.RemovableHandle]] = {}
+        self.active: list[int] = []
+        self.drawn_at: int | None = None
+
+        self._layers = [list(layer.values()) for layer in model_parts(model).layers]
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
+        for layer in self._layers:
+            self._freeze(layer)
+
+    def maybe_redraw(self, step: int) -> list[int] | None:
+        """Draw new layers if ``resample_every`` steps have gone by since the last draw.
+
+        Args:
+            step: optimizer steps done so far.
+
+        Returns:
+            The active layers if there was a draw, else None.
+        """
+        if self.drawn_at is not None and step - self.drawn_at < self._resample_every:
+            return None
+        self._set_active(self._world.share(self._sampler.draw()))
+        self.drawn_at = step
+        return self.active
+
+    def num_trainable(self) -> int:
+        """Trainable parameters, the active layers' and those outside the layers."""
+        return sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+
+    def _set_active(self, layers: list[int]) -> None:
+        for index in set(self.active) - set(layers):
+            for hook in self._hooks.pop(index, []):
+                hook.remove()
+            self._freeze(self._layers[index])
+            self._optimizer.deactivate(self._layers[index], self._inactive_state)
+        for index in set(layers) - set(self.active):
+            self._optimizer.activate(self._layers[index])
+            for parameter in self._layers[index]:
+                parameter.requires_grad_(True)
+            if self._project_in_backward:
+                self._hooks[index] = [
+                    parameter.register_post_accumulate_grad_hook(self._optimizer.project_grad)
+                    for parameter in self._layers[index]
+                    if self._optimizer.is_projected(parameter)
+                ]
+        self.active = layers
+
+    @staticmethod
+    def _freeze(layer: list[nn.Parameter]) -> None:
+        for parameter in layer:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"active": self.active, "drawn_at": self.drawn_at, "sampler": self._sampler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the schedule. Load the optimizer's state after this, since a draw drops that of layers that leave."""
+        self._sampler.load_state_dict(state_dict["sampler"])
+        self._set_active(list(state_dict["active"]))
+        self.drawn_at = state_dict["drawn_at"]

@@ -1,0 +1,145 @@
+"""The outlier score of each layer: the share of its weights that stand out once inputs are taken into account.
+
+OWL (arXiv 2310.05175), as OwLore (arXiv 2405.18380, section 3.1) uses it: for each Linear with weight W (out, in) and
+calibration inputs X (tokens, in), A_ij = |W_ij| · ‖X_:,j‖₂; then over all Linears of the layer together,
+D = share of entries with A_ij > τ · mean(A).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from owlore_tune.distributed.fsdp import reshard
+from owlore_tune.distributed.world import ALONE, World, local
+from owlore_tune.models.decoder import find_layers, find_linears
+
+InputNorms = list[dict[str, Tensor]]  # per layer: Linear's name → (in_features,) ‖X_:,j‖₂, float64
+
+
+def outlier_scores(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], threshold: float = 13.0, world: World = ALONE
+) -> list[float]:
+    """The share of outlier weights of each layer of ``model``.
+
+    Args:
+        model: a torchtune ``TransformerDecoder``.
+        batches: calibration inputs, keyword arguments of the model's forward (``tokens`` (b, s), and as needed
+            ``mask``, ``input_pos``) on its device. Positions that are False under the key ``valid`` (b, s), bool,
+            are padding and do not count; the model is not passed that key.
+        threshold: τ, in multiples of the layer's mean; 13 is what the paper's released scores were made with.
+        world: processes that have parts of the weights and batches of their own; all get the score of all batches.
+
+    Returns:
+        D_l of each layer, bottom first, between 0 and 1.
+
+    Raises:
+        TypeError: if ``model`` is not a ``TransformerDecoder``.
+        ValueError: if there are no batches, ``threshold`` is not positive, or weights or inputs of a layer are not
+            finite.
+    """
+    if not threshold > 0:
+        raise ValueError(f"outlier_threshold={threshold}; it must be above 0")
+    layers = find_layers(model)
+    norms = input_norms(model, batches, world)
+    scores = []
+    for i, layer in enumerate(tqdm(layers, desc="Outliers", unit="layer", leave=False)):
+        try:
+            linears = [(linear.weight, norms[i][name]) for name, linear in find_linears(layer)]
+            scores.append(outlier_share(linears, threshold, world))
+        except ValueError as error:
+            raise ValueError(f"layer {i}: {error}") from error
+    return scores
+
+
+@torch.no_grad()
+def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world: World = ALONE) -> InputNorms:
+    """‖X_:,j‖₂ of the inputs of every Linear, from one forward pass of each batch, over all processes together."""
+    layers = find_layers(model)
+    squares: InputNorms = [{} for _ in layers]
+    counted = _Counted()
+    handles = [
+        hook
+        for layer, layer_squares in zip(layers, squares, strict=True)
+        for hook in _count_squares(layer, layer_squares, counted)
+    ]
+    was_training = model.training
+    model.eval()
+    num_batches = 0
+    try:
+        for batch in tqdm(batches, desc="Scoring layers", unit="batch", leave=False):
+            inputs = dict(batch)
+            valid = inputs.pop("valid", None)
+            counted.valid = None if valid is None or valid.all() else valid.flatten()
+            model(**inputs)
+            num_batches += 1
+    finally:
+        model.train(was_training)
+        reshard(model)
+        for handle in handles:
+            handle.remove()
+    if num_batches == 0:
+        raise ValueError("no calibration batches; outlier scores need at least one")
+    return [{name: world.sum_(total.clone()).sqrt() for name, total in layer.items()} for layer in squares]
+
+
+@dataclass
+class _Counted:
+    """Which positions of the batch in the model count: (b · s,) bool, all where None."""
+
+    valid: Tensor | None = None
+
+
+def _count_squares(
+    layer: nn.Module, squares: dict[str, Tensor], counted: _Counted
+) -> list[torch.utils.hooks.RemovableHandle]:
+    # The query, key and value projections read one tensor, and so do gate and up: each is measured once.
+    last: dict[str, Tensor | None] = {"input": None, "squares": None}
+
+    def measure(name: str):
+        def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0] is not last["input"]:
+                x = args[0].reshape(-1, args[0].shape[-1])
+                x = x if counted.valid is None else x[counted.valid]
+                dtype = torch.promote_types(x.dtype, torch.float32)
+                last["input"] = args[0]
+                last["squares"] = torch.linalg.vector_norm(x, dim=0, dtype=dtype).double().square()
+            assert last["squares"] is not None
+            squares[name] = squares[name] + last["squares"] if name in squares else last["squares"]
+
+        return hook
+
+    def forget(*_: object) -> None:
+        last.update(input=None, squares=None)
+
+    handles = [linear.register_forward_pre_hook(measure(name)) for name, linear in find_linears(layer)]
+    return [*handles, layer.register_forward_hook(forget)]
+
+
+@torch.no_grad()
+def outlier_share(
+    linears: list[tuple[Tensor, Tensor]],  # weight (out, in), input norms (in,)
+    threshold: float,
+    world: World = ALONE,
+) -> float:
+    """Share of entries of A = |W| · norm above ``threshold`` times the mean of A over all ``linears`` together.
+
+    Streamed: at most one Linear's A is alive at a time.
+
+    Raises:
+        ValueError: if a weight or a norm is not finite, since no comparison with their mean would be true.
+    """
+    num_entries = sum(weight.numel() for weight, _ in linears)
+    own = [(local(weight), norm.to(weight.device)) for weight, norm in linears]
+    sums = [torch.dot(weight.abs().sum(0, dtype=torch.float64), norm.double()) for weight, norm in own]
+    limit = threshold * world.sum_(torch.stack(sums).sum()) / num_entries
+    if not limit.isfinite():
+        raise ValueError("its weights, or the activations that reach them, are not finite; are the weights damaged?")
+    counts = [(weight.abs() * norm.to(_product_dtype(weight)) > limit).sum() for weight, norm in own]
+    return int(world.sum_(torch.stack(counts).sum())) / num_entries
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

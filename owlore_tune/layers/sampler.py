@@ -1,0 +1,134 @@
+"""Which layers train next: inclusion probabilities from scores, and three ways to draw by them.
+
+OwLore (arXiv 2405.18380, section 3.2): layers with more outlier weights are sampled more often.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+DRAWS = ("systematic", "bernoulli", "sequential")
+
+
+def inclusion_probabilities(scores: Sequence[float], num_active: int) -> list[float]:
+    """The probability p_l that layer l is active: γ · score_l / Σ score, capped at 1.
+
+    What a cap cuts off is spread over the other layers in proportion to their scores, so that Σ p = γ.
+    A layer with score 0 gets probability 0.
+
+    Args:
+        scores: one finite number ≥ 0 per layer.
+        num_active: γ, the expected number of active layers.
+
+    Raises:
+        ValueError: if a score is negative or not finite, or if fewer than γ layers have a score above 0.
+    """
+    for layer, score in enumerate(scores):
+        if not math.isfinite(score) or score < 0:
+            raise ValueError(f"score of layer {layer} is {score}; scores must be finite and not negative")
+    if not 0 < num_active <= len(scores):
+        raise ValueError(
+            f"num_active_layers={num_active}; the model has {len(scores)} layers, choose 1 to {len(scores)}"
+        )
+    drawable = sum(score > 0 for score in scores)
+    if drawable < num_active:
+        raise ValueError(f"num_active_layers={num_active}, but only {drawable} layers have a score above 0")
+
+    certain: set[int] = set()
+    while True:
+        free = [layer for layer in range(len(scores)) if layer not in certain]
+        total = math.fsum(scores[layer] for layer in free)
+        left = num_active - len(certain)
+        over = {layer for layer in free if left > 0 and left * scores[layer] >= total}
+        if not over:
+            break
+        certain |= over
+    return [1.0 if layer in certain else (left * score / total if left else 0.0) for layer, score in enumerate(scores)]
+
+
+class LayerSampler:
+    """Draws sets of layers from a generator of its own, so that nothing else that is random moves the schedule.
+
+    Args:
+        scores: of each layer, see `inclusion_probabilities`.
+        num_active: γ.
+        draw: ``systematic``: exactly γ layers, each with exactly its inclusion probability.
+            ``bernoulli``: every layer on its own, as in the paper's algorithm; the number of layers varies,
+            an empty set is never drawn, and the inclusion probabilities still hold.
+            ``sequential``: γ draws without replacement weighted by score, as in the authors' code; the
+            inclusion probabilities are then not exactly p_l.
+        seed: of the private generator.
+
+    Attributes:
+        probabilities: (layers,) float64, the inclusion probabilities.
+
+    Raises:
+        ValueError: if ``draw`` is unknown, or the scores allow no draw of γ layers.
+    """
+
+    def __init__(self, scores: Sequence[float], num_active: int, draw: str = "systematic", seed: int = 0) -> None:
+        if draw not in DRAWS:
+            raise ValueError(f"draw={draw!r}; choose one of {', '.join(DRAWS)}")
+        self.num_active = num_active
+        self._draw = getattr(self, f"_{draw}")
+        self._generator = torch.Generator().manual_seed(seed)
+        self._scores = torch.tensor(scores, dtype=torch.float64)
+        self.probabilities = torch.tensor(inclusion_probabilities(scores, num_active), dtype=torch.float64)
+        self._given_nonempty = self._nonempty_share()
+
+    def draw(self) -> list[int]:
+        """The indices of the next active layers, ascending."""
+        return sorted(self._draw().tolist())
+
+    def _rand(self, size: int) -> torch.Tensor:
+        return torch.rand(size, generator=self._generator, dtype=torch.float64)
+
+    def _systematic(self) -> torch.Tensor:
+        # Layers of probability 1 are set aside: with them, rounding could step over one or count it twice.
+        certain = (self.probabilities > 1 - 1e-12).nonzero().flatten()
+        uncertain = (self.probabilities <= 1 - 1e-12).nonzero().flatten()
+        num_left = self.num_active - len(certain)
+        if num_left == 0:
+            return certain
+        # A fresh order at each draw: in a fixed one, neighbours would never be active together.
+        order = uncertain[torch.randperm(len(uncertain), generator=self._generator)]
+        marks = self.probabilities[order].cumsum(0)
+        marks[-1] = num_left  # exactly, whatever the sum's rounding
+        crossed = torch.floor(marks + self._rand(1))
+        picked = torch.diff(crossed, prepend=torch.zeros(1, dtype=torch.float64)) > 0
+        return torch.cat([certain, order[picked]])
+
+    def _bernoulli(self) -> torch.Tensor:
+        if self._given_nonempty == 0:  # γ = 1: independent draws given one layer or more tend to a single one
+            return torch.multinomial(self.probabilities, 1, generator=self._generator)
+        while True:
+            on = self._rand(len(self.probabilities)) < self._given_nonempty * self.probabilities
+            if on.any():
+                return on.nonzero().flatten()
+
+    def _nonempty_share(self) -> float:
+        """The c with c = P(a set drawn with c · p_l is not empty).
+
+        Empty sets are drawn again, which raises every inclusion probability by 1/P(not empty); drawing with
+        c · p_l undoes it exactly.
+        """
+        if self.num_active == 1:
+            return 0.0
+        share = 1.0
+        for _ in range(10_000):
+            following = 1 - torch.prod(1 - share * self.probabilities).item()
+            if abs(following - share) < 1e-15:
+                break
+            share = following
+        return share
+
+    def _sequential(self) -> torch.Tensor:
+        return torch.multinomial(self._scores, self.num_active, generator=self._generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._generator.set_state(state_dict["generator"].clone())

@@ -1,0 +1,377 @@
+"""What a run will take in memory, found by running one training step on tensors that have no data.
+
+The model's own forward and backward run under torch's ``FakeTensorMode``: every operation yields a tensor with a shape,
+a dtype and a device, and nothing behind it. A dispatch mode counts the bytes that would be alive and keeps the largest
+sum. So the plan holds for any model, loss and dtype that the step itself runs with, and takes seconds for 7B weights.
+"""
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.modules.peft import LoRALinear
+
+from owlore_tune.distributed.fsdp import Sharding
+from owlore_tune.memory.measure import resident_bytes
+from owlore_tune.models.decoder import find_layers, init_rope, model_parts
+from owlore_tune.optim import low_bits
+from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+from owlore_tune.optim.projection import OVERSAMPLING, project
+
+# What becomes of a full gradient in backward: a smaller one, or None where it stays.
+Reduce = Callable[[Tensor, Tensor], Tensor | None]  # (the model's parameter, its gradient without data)
+
+
+# By how much resident memory outgrows what is in use, where glibc's heap serves: an experience, not a calculation.
+# Measured against plans without it: 1.05 to 1.10 on SmolLM2, 1.04 to 1.05 on 7B weights.
+HEAP_LOSS = 0.05
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes alive at the moment of a training step that takes the most, by what they are for."""
+
+    weights: int  # and buffers
+    moments: int  # of AdamW
+    bases: int  # of projections
+    gradients: int  # kept for the optimizer: low-rank ones, and those of weights that are not projected
+    activations: int  # kept by forward for backward
+    logits: int  # of the output head, with their gradients
+    temporary: int  # in backward: activations computed again, gradients on their way
+    gathered: int  # of sharded weights those that are whole for a while, with their gradients
+    framework: int  # on a CPU the process itself, before any weights load
+    allocator: int  # on a CPU what its heap loses between blocks, `HEAP_LOSS` of all else
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def on_gpu(self) -> "MemoryPlan":
+        """The same step on a GPU, where only what torch allocates counts."""
+        return replace(self, framework=0, allocator=0)
+
+
+CATEGORIES = tuple(field.name for field in fields(MemoryPlan))
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What of a training step's memory is not in the model."""
+
+    batch_size: int
+    seq_len: int  # tokens of the longest row
+    packed: bool = False  # rows come with masks and positions
+    accumulates: bool = False  # several micro-batches a step: gradients are there when the next forward begins
+    checkpointing: bool = False  # of activations
+
+
+def plan_memory(
+    model: TransformerDecoder,
+    loss_fn: Any,
+    optimizer: OwLoreAdamW,
+    shape: StepShape,
+    *,
+    device: torch.device,
+    num_active: int | None,
+    holds_all_state: bool = False,
+    projects_in_backward: bool = True,
+    framework: int | None = None,
+    sharding: Sharding | None = None,
+) -> MemoryPlan:
+    """The plan of an OwLore run, for the draw that takes the most: the lowest layer and the highest others.
+
+    With the lowest layer active, backward goes through the whole model; those at the top hold their gradients longest.
+    The optimizer's own step works in small pieces, after backward has freed more than those take.
+
+    Args:
+        model: a torchtune ``TransformerDecoder`` on the meta device, in the dtype of the run.
+        optimizer: over its parameters; those that it holds outside the layers train always.
+        num_active: layers that train at once; None for all.
+        holds_all_state: optimizer state stays on ``device`` when its layer leaves.
+        projects_in_backward: gradients are reduced in backward, and not after it.
+        framework: bytes; `framework_bytes` as it is now where left out.
+        sharding: plan for one of several devices.
+    """
+    layers = [set(layer.values()) for layer in model_parts(model).layers]
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    highest = len(layers) - (num_active or len(layers)) + 1
+    trained = held.difference(*layers).union(layers[0], *layers[highest:])
+    states = [optimizer.meta_state(parameter) for parameter in (held if holds_all_state else trained)]
+
+    def reduce(parameter: Tensor, grad: Tensor) -> Tensor | None:
+        if not projects_in_backward or not optimizer.is_projected(parameter):
+            return None
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        right, rank = optimizer.is_right(parameter), optimizer.group_of(parameter)["rank"]
+        # What a refresh holds; `range_finder` itself looks at values, and here are none.
+        rows = grad if right else grad.T
+        sketch = rows.new_empty(rows.shape[1], rank + OVERSAMPLING)
+        basis = torch.linalg.qr(rows.T @ (rows @ sketch)).Q[:, :rank].contiguous()
+        return project(grad, basis, right)
+
+    return _plan(
+        model,
+        device,
+        framework,
+        sharding,
+        trained,
+        moments=sum(low_bits.num_bytes(state[key]) for state in states for key in ("exp_avg", "exp_avg_sq")),
+        bases=sum(low_bits.num_bytes(state["basis"]) for state in states if "basis" in state),
+        **step_bytes(model, loss_fn, shape, device, trained, reduce),
+    )
+
+
+def peer_plans(
+    model: TransformerDecoder,
+    loss_fn: Any,
+    shape: StepShape,
+    *,
+    device: torch.device,
+    rank: int,
+    framework: int,
+    train_outside: Mapping[str, bool],
+    lora_rank: int = 16,
+    sharding: Sharding | None = None,
+) -> dict[str, MemoryPlan]:
+    """Plans of other methods on the same model, loss and data.
+
+    Full fine-tuning and LoRA (on every Linear of the layers) as torchtune's recipes have them: AdamW's state in the
+    weights' dtype, and its chunked loss. GaLore (arXiv 2403.03507) projects all layers at once, LISA (arXiv
+    2403.17919) trains two of them at full rank; both have float32 moments.
+
+    Args:
+        train_outside: ``train_embeddings``, ``train_output`` and ``train_norm`` of `parameter_groups`, which hold for
+            GaLore and LISA as for the run they are compared with. Full fine-tuning trains all weights.
+    """
+    theirs = copy.deepcopy(model)
+    vars(theirs).pop("unembed", None)  # back to logits as the model itself makes them
+    their_loss = CEWithChunkedOutputLoss()
+    theirs.set_num_output_chunks(their_loss.num_output_chunks)
+    plans = {"full": _adamw_plan(theirs, their_loss, shape, device, framework, sharding, set(theirs.parameters()))}
+    adapters = _add_lora(theirs, lora_rank)
+    plans[f"LoRA, r={lora_rank}"] = _adamw_plan(theirs, their_loss, shape, device, framework, sharding, adapters)
+    sides = [min(p.shape) for layer in model_parts(model).layers for p in layer.values() if p.ndim == 2]
+    rank = min(rank, max(sides) - 1)
+    galore = OwLoreAdamW(parameter_groups(model, **train_outside), rank=rank, side="shape")
+    lisa = OwLoreAdamW(parameter_groups(model, **train_outside), rank=None)
+    for name, optimizer, num_active in ((f"GaLore, r={rank}", galore, None), ("LISA, γ=2", lisa, 2)):
+        plans[name] = plan_memory(
+            model, loss_fn, optimizer, shape, device=device, num_active=num_active, framework=framework,
+            sharding=sharding,
+        )  # fmt: skip
+    return plans
+
+
+def framework_bytes(device: torch.device) -> int:
+    """What is there before any weights: on a CPU, where the whole process is measured, the process as it is now."""
+    return resident_bytes() if device.type == "cpu" else 0
+
+
+def step_bytes(
+    model: TransformerDecoder,
+    loss_fn: Any,
+    shape: StepShape,
+    device: torch.device,
+    trained: Iterable[Tensor],
+    reduce: Reduce = lambda parameter, grad: None,
+) -> dict[str, int]:
+    """Bytes by label at the largest moment of a forward and backward, without optimizer state.
+
+    Args:
+        model: on the meta device; it is left as it is.
+        trained: those of its parameters that get gradients.
+        reduce: what becomes of each gradient in backward.
+    """
+    trained = set(trained)
+    fake = copy.deepcopy(model)
+    with torch.device("cpu"):
+        init_rope(fake)  # it reads its own values, so it has to run where there are some
+    tracker = _Tracker()
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+        originals = _materialize(fake, model, device)
+        if shape.checkpointing:
+            training.set_activation_checkpointing(fake, auto_wrap_policy={type(layer) for layer in find_layers(fake)})
+        gradients: dict[Tensor, Tensor] = {}
+
+        def hook(parameter: Tensor) -> None:
+            grad = parameter.grad
+            assert grad is not None
+            reduced = reduce(originals[parameter], grad)
+            if reduced is None:
+                tracker.relabel(grad, "gradients")
+                return
+            parameter.grad = None
+            kept = gradients.setdefault(parameter, reduced)
+            if kept is not reduced:
+                kept.add_(reduced)
+            tracker.relabel(kept, "gradients")
+
+        for parameter, original in originals.items():
+            parameter.requires_grad_(original in trained)
+            if original in trained:
+                parameter.register_post_accumulate_grad_hook(hook)
+                if shape.accumulates:  # of a first micro-batch
+                    parameter.grad = torch.empty_like(parameter)
+                    hook(parameter)
+        _forward_backward(fake, copy.copy(loss_fn), shape, device, tracker)
+    return {label: tracker.largest[label] for label in _LABELS}
+
+
+def _forward_backward(
+    model: TransformerDecoder, loss_fn: Any, shape: StepShape, device: torch.device, tracker: "_Tracker"
+) -> None:
+    size = (shape.batch_size, shape.seq_len)
+    tracker.label = "activations"
+    tokens = torch.zeros(size, dtype=torch.long, device=device)
+    extra: dict[str, Tensor] = {}
+    if shape.packed:
+        extra["mask"] = torch.ones(*size, shape.seq_len, dtype=torch.bool, device=device)
+        extra["input_pos"] = torch.zeros_like(tokens)
+    if hasattr(loss_fn, "set_model_output"):
+        loss_fn.set_model_output(model)
+        hidden = model(tokens, **extra)
+        tracker.label = "logits"
+        loss = loss_fn.of_rows(hidden.flatten(0, 1), tokens.flatten())
+        del hidden
+    else:
+        outputs = model(tokens, **extra)  # the last of them logits, but they are not told apart
+        tracker.label = "logits"
+        chunked = isinstance(outputs, list)
+        loss = loss_fn(outputs, tokens) if chunked else loss_fn(outputs.flatten(0, 1), tokens.flatten())
+        del outputs
+    tracker.label = "temporary"
+    loss.backward()
+
+
+def _materialize(fake: nn.Module, model: nn.Module, device: torch.device) -> dict[Tensor, Tensor]:
+    """Give ``fake`` parameters and buffers on ``device``, without data; returns them with those of ``model``."""
+    originals: dict[Tensor, Tensor] = {}
+    for module, source in zip(fake.modules(), model.modules(), strict=True):
+        for name, parameter in source._parameters.items():
+            if parameter is not None:
+                made = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
+                module._parameters[name] = made
+                originals[made] = parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    return originals
+
+
+def _adamw_plan(
+    model: TransformerDecoder,
+    loss_fn: Any,
+    shape: StepShape,
+    device: torch.device,
+    framework: int,
+    sharding: Sharding | None,
+    trained: set[Tensor],
+) -> MemoryPlan:
+    moments = 2 * sum(parameter.nbytes for parameter in trained)
+    step = step_bytes(model, loss_fn, shape, device, trained)
+    return _plan(model, device, framework, sharding, trained, moments=moments, bases=0, **step)
+
+
+def _sharded(
+    parts: dict[str, int], model: TransformerDecoder, sharding: Sharding, trained: set[Tensor]
+) -> dict[str, int]:
+    """``parts`` on one of several devices: rows of what is sharded, and what FSDP2 puts together for a while.
+
+    That is all outside the layers, from forward to backward; a layer and the next one, which is fetched ahead, or all
+    layers without resharding; and in backward a layer's gradients twice, as they are made and as they are sent.
+    Gradients outside the layers are whole until backward ends. Bases are whole everywhere.
+    """
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    layers = [sum(parameter.nbytes for parameter in layer.values()) for layer in model_parts(model).layers]
+    buffers = parts["weights"] - num_bytes
+    outside = trained.difference(*(layer.values() for layer in model_parts(model).layers))
+    whole_gradients = min(parts["gradients"], sum(parameter.nbytes for parameter in outside))
+    divided = {"weights": num_bytes, "moments": parts["moments"], "gradients": parts["gradients"] - whole_gradients}
+    own = {key: -(-value // sharding.world_size) for key, value in divided.items()} | {"bases": parts["bases"]}
+    if sharding.cpu_offload:
+        own = dict.fromkeys(own, 0)
+    own["weights"] += buffers
+    own["gradients"] += whole_gradients
+    gathered_layers = 2 * max(layers) if sharding.reshard_after_forward else sum(layers)
+    return parts | own | {"gathered": num_bytes - sum(layers) + gathered_layers + 2 * max(layers)}
+
+
+def _plan(
+    model: TransformerDecoder,
+    device: torch.device,
+    framework: int | None,
+    sharding: Sharding | None,
+    trained: set[Tensor],
+    **parts: int,
+) -> MemoryPlan:
+    """``parts``, with what sharding changes and what the device's way of counting adds."""
+    parts = {"gathered": 0} | parts if sharding is None else _sharded(parts, model, sharding, trained)
+    framework = framework_bytes(device) if framework is None else framework
+    loss = HEAP_LOSS if device.type == "cpu" else 0.0
+    return MemoryPlan(**parts, framework=framework, allocator=int(loss * (framework + sum(parts.values()))))
+
+
+def _add_lora(model: nn.Module, rank: int) -> set[Tensor]:
+    """Put an adapter on each Linear of the layers, on the meta device; returns the adapters' parameters."""
+    adapters = set()
+    for layer in find_layers(model):
+        for path, linear in [(path, m) for path, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+            parent, _, name = path.rpartition(".")
+            with training.set_default_dtype(linear.weight.dtype), torch.device("meta"):
+                adapter = LoRALinear(
+                    linear.in_features, linear.out_features, rank, alpha=16, use_bias=linear.bias is not None
+                )
+            setattr(layer.get_submodule(parent), name, adapter)
+            adapters |= {adapter.lora_a.weight, adapter.lora_b.weight}
+    return adapters
+
+
+_LABELS = ("weights", "gradients", "activations", "logits", "temporary")
+
+
+class _Tracker(TorchDispatchMode):
+    """Counts bytes of tensors that are alive, by the label at their birth; ``largest`` holds them at their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = "weights"
+        self.largest: Counter[str] = Counter()
+        self._now: Counter[str] = Counter()
+        self._labels: dict[int, str] = {}  # by storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # asked for more often than all else
+        outputs = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._add, outputs)
+        return outputs
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._labels:
+            return
+        self._labels[storage._cdata] = self.label
+        self._now[self.label] += storage.nbytes()
+        weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+        if self._now.total() > self.largest.total():
+            self.largest = self._now.copy()
+
+    def _remove(self, key: int, nbytes: int) -> None:
+        self._now[self._labels.pop(key)] -= nbytes
+
+    def relabel(self, tensor: Tensor, label: str) -> None:
+        storage = tensor.untyped_storage()
+        self._now[self._labels[storage._cdata]] -= storage.nbytes()
+        self._now[label] += storage.nbytes()
+        self._labels[storage._cdata] = label

@@ -1,0 +1,560 @@
+"""AdamW on low-rank gradients."""
+
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+from torchao.optim.quant_utils import _fp32_to_bf16_sr
+
+from owlore_tune.distributed.world import World, local, rows_of
+from owlore_tune.models.decoder import model_parts
+from owlore_tune.optim import low_bits
+from owlore_tune.optim.offload import Offload
+from owlore_tune.optim.projection import (
+    BASES,
+    SIDES,
+    is_right,
+    project,
+    range_finder,
+    side_factor,
+    sketch_rows,
+    svd_basis,
+)
+
+MOMENTS = ("keep", "project", "reset")
+INACTIVE_STATES = ("drop", "offload", "keep")
+STATE_BITS = (32, 8)
+BASIS_BITS = (32, 16, 8)
+# Values of a weight that are updated at once, so that float32 temporaries stay small whatever the weight's size: few
+# enough to be cached on a processor, and enough to be worth a launch on a GPU.
+_PIECE = {"cpu": 2**20}
+_LARGE_PIECE = 2**22
+_MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    train_embeddings: bool = False,
+    train_output: bool = False,
+    train_norm: bool = False,
+) -> list[dict[str, Any]]:
+    """The parameter groups of `OwLoreAdamW` for a torchtune ``TransformerDecoder``.
+
+    All layers form one group, projected to the optimizer's rank where active. What is trained besides them forms a
+    second one at full rank. The rest of the model is not in the optimizer: freeze it (`ActiveLayers` does).
+    """
+    parts = model_parts(model)
+    layers = [parameter for layer in parts.layers for parameter in layer.values()]
+    wanted = ((train_embeddings, parts.embeddings), (train_output, parts.output), (train_norm, parts.norm))
+    others = [parameter for train, part in wanted if train for parameter in part.values()]
+    return [{"params": layers}] + ([{"params": others, "rank": None}] if others else [])
+
+
+class Refresh(NamedTuple):
+    """A basis that a step made."""
+
+    seconds: float
+    energy: Tensor  # () float64, share of the step's gradient in the basis; an estimate from a sketch
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Properties of a parameter that stay fixed once it is in the optimizer."""
+
+    index: int  # over all groups
+    group: int
+    projected: bool
+    right: bool  # whether it is projected on its right
+
+
+class OwLoreAdamW(Optimizer):
+    """AdamW whose moments live in a low-rank projection of each weight's gradient (OwLore, arXiv 2405.18380, §3.3).
+
+    For a weight (m, n) with gradient G the optimizer keeps a basis P (n, r), takes AdamW's direction D from the low
+    gradient G P (m, r), and moves the weight by −lr · scale · D Pᵀ. Weight decay is decoupled and acts on the full
+    weight. Arithmetic is float32 (float64 for float64 weights) whatever the weight's dtype, and so are moments and
+    bases unless fewer bits are asked for, with one write-back per step. Weights that a projection would not make
+    smaller (1-D ones, and those whose shorter side is not above ``rank``) are trained by plain AdamW, as is everything
+    where ``rank`` is None.
+
+    A projected weight's gradient is reduced to (m, r) by `project_grad`, called by a hook in backward
+    (`ActiveLayers`), after each backward (`project_grads`), or by `step` itself. Reduced gradients add up over
+    micro-batches until `step`. On a step that refreshes the basis, the first micro-batch with a gradient makes it.
+
+    On the ``right`` side the direction D of a wide weight (m < n) has m · r entries of about 1, where GaLore's rule has
+    r · n. It is therefore multiplied by √(n/m), so that ``lr`` and ``scale`` move a weight as far on either side.
+
+    Args:
+        params: parameters or groups, see `parameter_groups`. Every option below can differ by group.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+        rank: r; None for full rank.
+        update_gap: optimizer steps between refreshes of a basis.
+        scale: factor on the projected direction.
+        side: ``right``, or ``shape`` for GaLore's rule (the shorter side).
+        moments: at a refresh, ``keep`` them (GaLore's behaviour), ``project`` them onto the new basis, or ``reset``.
+        basis: ``randomized`` (see `range_finder`) or ``svd``, exact and slow.
+        state_bits: of the moments, 32 or 8. A step's direction is taken from its moments before they are rounded.
+        basis_bits: of the bases, 32, 16 or 8.
+        stochastic_rounding: write bfloat16 weights back with stochastic rounding; without it, updates smaller than half
+            the distance between two bfloat16 values are lost.
+        seed: of the Gaussian sketches.
+
+    Raises:
+        ValueError: if a value is out of its range, if ``rank`` is too large for every weight of a group, or if a
+            parameter is not contiguous in memory.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = 128,
+        update_gap: int = 100,
+        scale: float = 1.0,
+        side: str = "right",
+        moments: str = "keep",
+        basis: str = "randomized",
+        state_bits: int = 32,
+        basis_bits: int = 32,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed={seed!r}; it must be a whole number")
+        self._seed = seed
+        self._slots: dict[Tensor, _Slot] = {}
+        self._low_grads: dict[Tensor, Tensor] = {}  # what micro-batches have added up to since the last step
+        self._sketches: dict[Tensor, Tensor] = {}  # of the whole gradient, where this step made the basis
+        self._refresh_seconds: dict[Tensor, float] = {}  # of this step
+        self._offload = Offload()
+        self.last_refreshes: list[Refresh] = []  # of the last call of `step`
+        defaults = dict(
+            lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, rank=rank, update_gap=update_gap,
+            scale=scale, side=side, moments=moments, basis=basis, state_bits=state_bits, basis_bits=basis_bits,
+            stochastic_rounding=stochastic_rounding,
+        )  # fmt: skip
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_group(group)
+        for parameter in group["params"]:
+            if not parameter.is_contiguous():
+                raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not contiguous")
+            projected = _is_projected(parameter, group["rank"])
+            right = projected and is_right(parameter.shape, group["side"])
+            slot = _Slot(len(self._slots), len(self.param_groups) - 1, projected, right)
+            self._slots[parameter] = slot
+            if World.of(parameter).size > 1 and slot.projected:
+                _check_sharded(group, slot.right)
+
+    def group_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The parameter group that holds ``parameter``."""
+        return self.param_groups[self._slots[parameter].group]
+
+    def is_projected(self, parameter: Tensor) -> bool:
+        """Whether gradients of ``parameter`` are reduced to low rank."""
+        return self._slots[parameter].projected
+
+    def is_right(self, parameter: Tensor) -> bool:
+        """Whether ``parameter``, if it is projected, is projected on its right."""
+        return self._slots[parameter].right
+
+    def meta_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The tensors of the state that ``parameter`` has once it trains, on the meta device: sizes alone."""
+        group = self.group_of(parameter)
+        meta = parameter.to("meta")
+        if not self.is_projected(parameter):
+            return _zero_moments(meta, meta.shape, group, by_column=False)
+        m, n = parameter.shape
+        right, rank = self.is_right(parameter), group["rank"]
+        basis = torch.empty(n if right else m, rank, dtype=_compute_dtype(parameter), device="meta")
+        moments = _zero_moments(meta, (m, rank) if right else (rank, n), group, by_column=right)
+        return moments | {"basis": low_bits.store(basis, group["basis_bits"], by_column=True)}
+
+    @torch.no_grad()
+    def project_grad(self, parameter: Tensor) -> None:
+        """Reduce ``parameter.grad`` (m, n) to low rank, add it to what the step has gathered, and free it.
+
+        Does nothing for a weight that is not projected or has no gradient. Fits
+        ``Tensor.register_post_accumulate_grad_hook``.
+        """
+        if parameter.grad is None or not self.is_projected(parameter):
+            return
+        group = self.group_of(parameter)
+        state = self.state[parameter]
+        right = self.is_right(parameter)
+        grad = parameter.grad.to(_compute_dtype(parameter))
+        parameter.grad = None
+        if state.get("basis_age", math.inf) >= group["update_gap"]:
+            self._refresh(parameter, grad, group)
+        grad = local(grad)
+        low = project(grad, _basis(state, grad.dtype), right)
+        gathered = self._low_grads.get(parameter)
+        self._low_grads[parameter] = low if gathered is None else gathered.add_(low)
+        if parameter in self._refresh_seconds:
+            sketch = sketch_rows(grad if right else grad.T, self._generator(parameter, grad.device, "sketch"))
+            self._sketches[parameter] = self._sketches.get(parameter, 0) + sketch
+
+    def project_grads(self) -> None:
+        """`project_grad` for every parameter: after each backward, where no hook does it."""
+        for parameter in self._slots:
+            self.project_grad(parameter)
+
+    def _refresh(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """Make a new basis from ``grad`` (m, n) and carry the moments over to it.
+
+        A gradient that is zero or not finite makes none: the next one that arrives does, in this step or a later one.
+        """
+        if grad.is_cuda:
+            torch.cuda.synchronize(grad.device)  # else the clock has the wait for all that was queued before
+        started = time.perf_counter()
+        state = self.state[parameter]
+        right = self.is_right(parameter)
+        old = _basis(state, grad.dtype) if state.get("basis_age", math.inf) < math.inf else None
+        if group["basis"] == "svd":
+            new, energy = svd_basis(local(grad), group["rank"], right)
+        else:
+            generator = self._generator(parameter, grad.device)
+            new, energy = range_finder(grad if right else grad.T, group["rank"], generator=generator, start=old)
+        if energy.isnan():
+            if "basis" not in state:  # so that the zero gradient has a projection; `inf` marks it as no real basis
+                state["basis"] = low_bits.store(new, group["basis_bits"], by_column=True)
+                state["basis_age"] = math.inf
+            return
+        if old is not None and "step" in state:
+            _carry_moments(state, old.T @ new, group["moments"], right)
+        state["basis"], state["basis_age"] = low_bits.store(new, group["basis_bits"], by_column=True), 0
+        self._refresh_seconds[parameter] = time.perf_counter() - started
+
+    def _generator(self, parameter: Tensor, device: torch.device, purpose: str = "basis") -> torch.Generator:
+        """A generator for this weight and step: not the global one, and nothing that a resumed run has to replay."""
+        text = f"{self._seed} {self._slots[parameter].index} {self.state[parameter].get('step', 0)} {purpose}"
+        return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
+
+    def _refreshes_of_step(self) -> list[Refresh]:
+        """The bases that this step made, with their shares of the step's whole gradient.
+
+        A share is ‖S P‖² / ‖S‖² for a sketch S of the gradient's rows, since the gradient itself, the sum over all
+        micro-batches, is never there. Of sharded weights every process has a sketch of its own rows.
+        """
+        if not self._sketches:
+            return []
+        energies = []  # (2,) per weight: in the basis, in all
+        for parameter, sketch in self._sketches.items():
+            inside = sketch @ _basis(self.state[parameter], sketch.dtype)
+            energies.append(torch.stack([inside.double().square().sum(), sketch.double().square().sum()]))
+        sums = World.of(next(iter(self._sketches))).sum_(torch.stack(energies))
+        shares = (sums[:, 0] / sums[:, 1]).clamp(0, 1)
+        return [
+            Refresh(self._refresh_seconds[parameter], share)
+            for parameter, share in zip(self._sketches, shares, strict=True)
+        ]
+
+    def step_grads(self) -> dict[Tensor, Tensor]:
+        """The gradients that the next step will use, by parameter: (m, r) for projected ones, else of its shape."""
+        self.project_grads()
+        # In the optimizer's order, not in backward's: a norm over them is then the same bits in every mode.
+        grads = {parameter: self._low_grads.get(parameter, parameter.grad) for parameter in self._slots}
+        return {parameter: local(grad) for parameter, grad in grads.items() if grad is not None}
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients that the next step will use to a total norm of at most ``max_norm``.
+
+        A projected weight counts with the norm of its low gradient, which is the part of the gradient that moves it.
+        That part alone is known in every mode: with several micro-batches the rest is never added up.
+
+        Returns:
+            Their total 2-norm before clipping, (). ``max_norm=inf`` only measures.
+        """
+        grads = list(self.step_grads().values())
+        if not grads:
+            return torch.zeros(())
+        norm = torch.nn.utils.get_total_norm(grads)
+        world = World.of(next(iter(self._slots)))
+        if world.size > 1:
+            norm = world.sum_(norm.square()).sqrt()
+        if math.isfinite(max_norm):
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, torch.where(norm.isfinite(), factor, 1.0))  # else all of them turn NaN
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.project_grads()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._low_grads:
+                    self._step_projected(parameter, self._low_grads[parameter], group)
+                elif parameter.grad is not None:
+                    self._step_full_rank(parameter, local(parameter.grad), group)
+        self.last_refreshes = self._refreshes_of_step()
+        self._forget_step()
+        return loss
+
+    def _step_projected(self, parameter: Tensor, low_grad: Tensor, group: dict[str, Any]) -> None:
+        """Move ``parameter`` (m, n) against the direction of its low gradient, (m, r) on the right, else (r, n)."""
+        right = self.is_right(parameter)
+        state = self._advance(parameter, low_grad, group, by_column=right)
+        state["basis_age"] += 1
+        moments = _restore_moments([state[key] for key in _MOMENT_KEYS], low_grad.dtype, by_column=right)
+        direction = torch.zeros_like(low_grad)
+        adamw_(direction, low_grad, moments, state["step"], group, lr=-1.0, weight_decay=0.0)
+        for key, moment in zip(_MOMENT_KEYS, moments, strict=True):
+            low_bits.update(state[key], moment, by_column=right)
+        basis = _basis(state, low_grad.dtype)
+        rows, columns = (direction, basis.T) if right else (basis, direction)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        step = group["lr"] * group["scale"] * (side_factor(parameter.shape) if right else 1.0)
+        own = local(parameter)
+        if own.dtype == low_grad.dtype:
+            own.addmm_(rows, columns, beta=decay, alpha=-step)
+            return
+        pieces = math.ceil(own.numel() / _LARGE_PIECE) or 1
+        for weight, some_rows in zip(own.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
+            moved = weight.to(low_grad.dtype).addmm_(some_rows, columns, beta=decay, alpha=-step)
+            _write_back(weight, moved, group)
+
+    def _step_full_rank(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """AdamW on the whole weight, piece by piece."""
+        state = self._advance(parameter, grad, group)
+        dtype = _compute_dtype(parameter)
+        weights, grads = local(parameter).view(-1), grad.reshape(-1)
+        size = _PIECE.get(parameter.device.type, _LARGE_PIECE)
+        for start in range(0, len(weights), size):
+            stop = min(start + size, len(weights))
+            stored = [low_bits.piece(state[key], start, stop) for key in _MOMENT_KEYS]
+            moments = _restore_moments(stored, dtype)
+            some_grads = grads[start:stop].to(dtype)
+            weight = weights[start:stop]
+            moved = weight.to(dtype)  # the weights themselves where the dtypes agree
+            adamw_(moved, some_grads, moments, state["step"], group, lr=group["lr"], weight_decay=group["weight_decay"])
+            for kept, moment in zip(stored, moments, strict=True):
+                low_bits.update(kept, moment)
+            _write_back(weight, moved, group)
+
+    def _advance(
+        self, parameter: Tensor, grad: Tensor, group: dict[str, Any], by_column: bool = False
+    ) -> dict[str, Any]:
+        """The state of ``parameter``, its step counted; zero moments of ``grad``'s shape where there are none yet."""
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = 0
+            state |= _zero_moments(parameter, grad.shape, group, by_column)
+        state["step"] += 1
+        return state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        for gathered in (self._low_grads, self._sketches, self._refresh_seconds):
+            gathered.clear()
+
+    def deactivate(self, parameters: Iterable[Tensor], inactive_state: str = "drop") -> None:
+        """Forget the gradients of parameters that stop training, and drop, offload or keep their state."""
+        for parameter in parameters:
+            parameter.grad = None
+            for gathered in (self._low_grads, self._sketches, self._refresh_seconds):
+                gathered.pop(parameter, None)
+            if inactive_state == "drop":
+                self.state.pop(parameter, None)
+            elif inactive_state == "offload":
+                self._offload.to_host(self.state.get(parameter, {}))
+
+    def activate(self, parameters: Iterable[Tensor]) -> None:
+        """Bring back the state of parameters that train again. A basis that was kept is refreshed by its age."""
+        for parameter in parameters:
+            parameter.grad = None
+            if parameter in self.state:
+                self._offload.to_device(self.state[parameter], parameter.device)
+
+    def state_bytes(self, *keys: str) -> int:
+        """Bytes of the state's tensors, or of those under ``keys``: ``exp_avg``, ``exp_avg_sq``, ``basis``.
+
+        What is offloaded does not count.
+        """
+        return sum(
+            low_bits.num_bytes(value)
+            for parameter, state in self.state.items()
+            for key, value in state.items()
+            if torch.is_tensor(value) and value.device == parameter.device and (not keys or key in keys)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        self._offload.wait()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # torch casts state to the parameter's dtype, which would turn float32 moments of a bfloat16 weight to bfloat16.
+        super().load_state_dict({**state_dict, "state": {}})
+        for parameter, slot in self._slots.items():
+            if slot.index in state_dict["state"]:
+                # What is frozen may be offloaded: its state stays where it is until it trains again.
+                device = parameter.device if parameter.requires_grad else None
+                self.state[parameter] = {
+                    key: self._own(parameter, key, value, device) if torch.is_tensor(value) else value
+                    for key, value in state_dict["state"][slot.index].items()
+                }
+
+    def _own(self, parameter: Tensor, key: str, value: Tensor, device: torch.device | None) -> Tensor:
+        """A copy of a saved state tensor: of moments, which may have been saved whole, the rows that are here."""
+        if key not in _MOMENT_KEYS:
+            return low_bits.copy_to(value, device)
+        group, own = self.group_of(parameter), local(parameter)
+        projected, right = self.is_projected(parameter), self.is_right(parameter)
+        low_shape = (own.shape[0], group["rank"]) if right else (group["rank"], own.shape[-1])
+        shape, by_column = (low_shape, right) if projected else (own.shape, False)
+        wanted = _zero_moments(own.to("meta"), shape, group, by_column)[key]
+        if type(value) is type(wanted) and value.shape == wanted.shape:
+            return low_bits.copy_to(value, device)
+        first, last = rows_of(parameter)
+        rows = low_bits.restore(value, _compute_dtype(parameter), by_column=by_column)[first:last]
+        made = _zero_moments(own if device is not None else own.to("cpu"), shape, group, by_column)[key]
+        low_bits.update(made, rows.to(made.device), by_column=by_column)
+        return made
+
+
+def adamw_(
+    target: Tensor,
+    grad: Tensor,
+    moments: list[Tensor],  # mean and mean square of the gradients, updated in place
+    step: int,  # from 1
+    group: dict[str, Any],
+    *,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """One step of torch's fused AdamW on ``target``, in place; all of one shape, dtype and device."""
+    exp_avg, exp_avg_sq = moments
+    beta1, beta2 = group["betas"]
+    steps_before = torch.full((), step - 1.0, dtype=torch.float32, device=target.device)  # waits for no device
+    adamw(
+        [target], [grad], [exp_avg], [exp_avg_sq], [], [steps_before], fused=True, amsgrad=False, maximize=False,
+        beta1=beta1, beta2=beta2, eps=group["eps"], lr=lr, weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def _zero_moments(parameter: Tensor, shape: Sequence[int], group: dict[str, Any], by_column: bool) -> dict[str, Tensor]:
+    bits, dtype, device = group["state_bits"], _compute_dtype(parameter), parameter.device
+    return {
+        key: low_bits.zeros(shape, bits, signed=signed, dtype=dtype, device=device, by_column=by_column)
+        for key, signed in zip(_MOMENT_KEYS, (True, False), strict=True)
+    }
+
+
+def _carry_moments(state: dict[str, Any], turn: Tensor, moments: str, right: bool) -> None:
+    """Take the moments of a weight over a refresh; ``turn`` (r, r) is old basisᵀ · new basis."""
+    if moments == "reset":
+        state["step"] = 0
+        for key in _MOMENT_KEYS:
+            moment = low_bits.restore(state[key], turn.dtype, by_column=right)
+            low_bits.update(state[key], torch.zeros_like(moment), by_column=right)
+    elif moments == "project":
+        for key, matrix in zip(_MOMENT_KEYS, (turn, turn.square()), strict=True):
+            moment = low_bits.restore(state[key], turn.dtype, by_column=right)
+            low_bits.update(state[key], moment @ matrix if right else matrix.T @ moment, by_column=right)
+
+
+def _restore_moments(stored: Sequence[Tensor], dtype: torch.dtype, by_column: bool = False) -> list[Tensor]:
+    """Mean and mean square as they were stored.
+
+    If 8 bits rounded a mean square to zero and its mean not, the mean's square takes its place, which bounds the
+    direction. Division by zero, or nearly so, made directions of several hundred.
+    """
+    mean, mean_square = (low_bits.restore(moment, dtype, by_column=by_column) for moment in stored)
+    if low_bits.is_rounded(stored[1]):
+        torch.where(mean_square == 0, mean.square(), mean_square, out=mean_square)
+    return [mean, mean_square]
+
+
+def _basis(state: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    return low_bits.restore(state["basis"], dtype, by_column=True)
+
+
+def _write_back(weight: Tensor, moved: Tensor, group: dict[str, Any]) -> None:
+    """Put ``moved``, of the arithmetic's dtype, into ``weight``; it may be the weight itself."""
+    if moved is not weight:
+        stochastic = group["stochastic_rounding"] and weight.dtype == torch.bfloat16
+        weight.copy_(_fp32_to_bf16_sr(moved) if stochastic else moved)
+
+
+def _compute_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _is_projected(parameter: Tensor, rank: int | None) -> bool:
+    return rank is not None and parameter.ndim == 2 and rank < min(parameter.shape)
+
+
+def _check_sharded(group: dict[str, Any], right: bool) -> None:
+    """Rows of a weight are on several processes: a basis on the left, or of an SVD, would have to gather them."""
+    if not right:
+        raise ValueError(f"side={group['side']} projects sharded weights on their left; set side=right")
+    if group["basis"] != "randomized":
+        raise ValueError(f"basis={group['basis']} needs whole gradients, and these are sharded; set basis=randomized")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    choices_of = {
+        "side": SIDES, "moments": MOMENTS, "basis": BASES, "state_bits": STATE_BITS, "basis_bits": BASIS_BITS
+    }  # fmt: skip
+    for key, choices in choices_of.items():
+        if group[key] not in choices or isinstance(group[key], float | bool):
+            raise ValueError(f"{key}={group[key]!r}; choose one of {', '.join(map(str, choices))}")
+    for key in ("lr", "eps", "weight_decay", "scale"):
+        if not _is_number(group[key]) or not 0 <= group[key] < math.inf:
+            raise ValueError(f"{key}={group[key]!r}; it must be a finite number that is not negative")
+    if len(group["betas"]) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas={group['betas']}; there must be two, each at least 0 and below 1")
+    if not _is_count(group["update_gap"]):
+        raise ValueError(f"update_gap={group['update_gap']}; it must be a whole number of optimizer steps from 1")
+    if not isinstance(group["stochastic_rounding"], bool):
+        raise ValueError(f"stochastic_rounding={group['stochastic_rounding']!r}; it must be true or false")
+    rank = group["rank"]
+    if rank is None:
+        return
+    if not _is_count(rank):
+        raise ValueError(f"rank={rank}; it must be a whole number from 1, or null for full rank")
+    matrices = [parameter for parameter in group["params"] if parameter.ndim == 2]
+    unprojected = [tuple(p.shape) for p in matrices if not _is_projected(p, rank)]
+    if not unprojected:
+        return
+    sides = sorted({min(shape) for shape in unprojected})
+    if len(unprojected) == len(matrices):
+        raise ValueError(
+            f"rank={rank}; no weight's shorter side is above it (they are {sides}): lower it, or set rank=null"
+        )
+    warnings.warn(
+        f"rank={rank} is not below the shorter side ({', '.join(map(str, sides))}) of {len(unprojected)} of "
+        f"{len(matrices)} weights; these are trained at full rank",
+        stacklevel=3,
+    )

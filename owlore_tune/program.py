@@ -1,0 +1,42 @@
+"""A recipe as a program: its command line, its errors in one line, and its end by a signal."""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from torchtune.config._errors import InstantiationError
+
+from owlore_tune.config import load_config
+from owlore_tune.errors import CheckpointError, ConfigError, RunError
+from owlore_tune.run.signals import obey_signals
+
+
+def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """torchtune's ``config.parse`` that also takes the name of a packaged config, and reports errors in one line."""
+
+    @functools.wraps(recipe_main)
+    def main() -> None:
+        parser = argparse.ArgumentParser(description=recipe_main.__doc__, allow_abbrev=False)
+        parser.add_argument("--config", required=True, metavar="CONFIG", help="name or file")
+        parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
+        args, rest = parser.parse_known_args()  # overrides may stand on either side of --config
+        if flags := [argument for argument in rest if argument.startswith("-")]:
+            parser.error(f"unrecognized arguments: {' '.join(flags)}; override a field with field=value")
+        with obey_signals(), errors_in_one_line():
+            recipe_main(load_config(args.config, [*args.overrides, *rest]))
+
+    return main
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the program with ``error: ...`` if the config, its files or the run have a problem the user can solve."""
+    try:
+        yield
+    except (ConfigError, RunError, CheckpointError, InstantiationError, OmegaConfBaseException, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

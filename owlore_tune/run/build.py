@@ -1,0 +1,268 @@
+"""The parts of a run, built from its settings and checked against each other before any weights load."""
+
+import inspect
+import math
+from datetime import datetime
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, ListConfig
+from torchtune import training
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
+from torchtune.datasets import ConcatDataset
+from torchtune.modules import TransformerDecoder
+from torchtune.utils import get_logger
+
+from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.config import build, build_ours, build_with, check_attributes, check_type, find_component, plain
+from owlore_tune.data.loader import Collate, HeldOutData, TrainingData
+from owlore_tune.data.samples import check_samples, longest_row, refuse_longer_than
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.errors import ConfigError
+from owlore_tune.layers.sampler import LayerSampler
+from owlore_tune.models.decoder import find_layers, model_parts
+from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+from owlore_tune.run.settings import TrainingSettings
+
+TRIED_STEPS = 10_000  # of a schedule; more than any warm-up, so that the steps after it are tried too
+LOGGER_METHODS = ("log_dict", "log_config", "close")
+SCHEDULER_METHODS = ("step", "get_last_lr", "state_dict", "load_state_dict")
+
+log = get_logger("INFO")
+
+
+class Inputs(NamedTuple):
+    """What a run reads."""
+
+    checkpointer: HFCheckpointer
+    tokenizer: Any  # a torchtune ModelTokenizer
+    data: TrainingData
+    held_out: HeldOutData | None
+
+
+def build_inputs(settings: TrainingSettings, world: World = ALONE, now: datetime | None = None) -> Inputs:
+    """
+    Args:
+        now: the date for chat templates that print one; that of the first start, if the run is a resumed one.
+
+    Raises:
+        ConfigError: if a file is missing or its content cannot be used.
+    """
+    cfg = settings.cfg
+    checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
+    tokenizer = build_with("tokenizer", cfg.tokenizer, ("pad_id", "max_seq_len", "tokenize_messages"))
+    if isinstance(tokenizer, HFChatTokenizer) and now is not None:
+        tokenizer.now = now
+    dataset, collate = _build_dataset(cfg, "dataset", tokenizer)
+    try:
+        data = TrainingData(
+            dataset,
+            collate,
+            batch_size=cfg.batch_size,
+            gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+            shuffle=cfg.shuffle,
+            seed=cfg.seed,
+            epochs=cfg.epochs,
+            max_steps_per_epoch=cfg.max_steps_per_epoch,
+            world=world,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    held_out = None
+    if cfg.dataset_val is not None:
+        dataset_val, collate = _build_dataset(cfg, "dataset_val", tokenizer)
+        batch_size = cfg.batch_size_val or cfg.batch_size
+        held_out = HeldOutData(dataset_val, collate, batch_size=batch_size, seed=cfg.seed, world=world)
+    return Inputs(checkpointer, tokenizer, data, held_out)
+
+
+def _build_dataset(cfg: DictConfig, key: str, tokenizer: Any) -> tuple[Any, Collate]:
+    """The dataset under ``key``, a list of datasets being chained, and the function that makes its batches."""
+    nodes = dataset_nodes(cfg[key])
+    for node in nodes:
+        check_type(f"{key}.packed", node.get("packed", False), bool)
+    datasets = [build_with(key, node, ("__len__", "__getitem__"), tokenizer) for node in nodes]
+    if len({node.get("packed", False) for node in nodes}) > 1:
+        raise ConfigError(f"{key}: packed must be the same for all datasets of the list")
+    dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
+    if len(dataset) == 0:
+        raise ConfigError(f"{key} has no samples")
+    if "left_pad_sequence" in str(cfg.collate_fn):
+        raise ConfigError(f"collate_fn={cfg.collate_fn} pads on the left, which is for generation")
+    padded = partial(
+        find_component("collate_fn", cfg.collate_fn), padding_idx=tokenizer.pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX
+    )
+    collate = padded_collate_packed if is_packed(cfg[key]) else padded
+    try:
+        check_samples(key, dataset, collate, cfg.collate_fn)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return dataset, collate
+
+
+def dataset_nodes(node: DictConfig | ListConfig) -> list[DictConfig]:
+    """The datasets of a config's ``dataset``, which is one or a list."""
+    return list(node) if isinstance(node, ListConfig) else [node]
+
+
+def is_packed(node: DictConfig | ListConfig) -> bool:
+    """Whether a config's ``dataset`` packs its rows; it is the same for all of a list."""
+    return dataset_nodes(node)[0].get("packed", False)
+
+
+def row_length(settings: TrainingSettings, inputs: Inputs) -> int:
+    """Tokens of the longest training row; an upper bound if there are too many rows to look at all of them."""
+    max_seq_len = inputs.tokenizer.max_seq_len
+    if is_packed(settings.cfg.dataset):
+        return max_seq_len
+    try:
+        return longest_row(inputs.data.dataset, max_seq_len)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_row_lengths(inputs: Inputs, max_tokens: int) -> None:
+    """Have rows that are longer than the model takes refused by name when they are read."""
+    refuse_longer_than(inputs.data.dataset, max_tokens)
+    if inputs.held_out is not None:
+        refuse_longer_than(inputs.held_out.dataset, max_tokens)
+
+
+class Parts(NamedTuple):
+    """What a training step is made of, without weights."""
+
+    loss_fn: Any
+    model: TransformerDecoder
+    optimizer: OwLoreAdamW
+
+
+def build_parts(settings: TrainingSettings) -> Parts:
+    """Loss, model and optimizer on the meta device, for plans and checks.
+
+    Raises:
+        ConfigError: if one cannot be made, or they do not go together.
+    """
+    loss_fn, model = build_model(settings)
+    return Parts(loss_fn, model, build_optimizer(settings, model))
+
+
+def build_model(settings: TrainingSettings) -> tuple[Any, TransformerDecoder]:
+    """The loss, and the model on the meta device, set up for the output that the loss takes.
+
+    Returns:
+        loss_fn: one of torchtune's, ours, or a plain one; they differ in what they take from the model.
+        model: without weights.
+
+    Raises:
+        ConfigError: if one cannot be made, they do not go together, or γ is more than the model's layers.
+    """
+    loss_fn = _build_loss(settings.cfg)
+    with training.set_default_dtype(settings.dtype), torch.device("meta"):
+        model = build("model", settings.cfg.model)
+    try:
+        num_layers = len(find_layers(model))
+    except TypeError as error:
+        raise ConfigError(str(error)) from error
+    if (num_active := settings.owlore.num_active_layers) is not None and num_active > num_layers:
+        raise ConfigError(f"owlore.num_active_layers={num_active}; the model has {num_layers} layers")
+    if hasattr(loss_fn, "set_model_output"):
+        loss_fn.set_model_output(model)
+    elif hasattr(loss_fn, "num_output_chunks"):
+        model.set_num_output_chunks(loss_fn.num_output_chunks)
+    return loss_fn, model
+
+
+def _build_loss(cfg: DictConfig) -> Any:
+    loss_fn = build_with("loss", cfg.loss, ("ignore_index",))
+    try:
+        inspect.signature(loss_fn.forward).bind(None, None)
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(f"loss._component_={cfg.loss._component_} takes no outputs and labels: {error}") from error
+    if loss_fn.ignore_index != CROSS_ENTROPY_IGNORE_IDX:
+        raise ConfigError(
+            f"loss.ignore_index={loss_fn.ignore_index}; torchtune's datasets mark what is not trained on "
+            f"with {CROSS_ENTROPY_IGNORE_IDX}"
+        )
+    return loss_fn
+
+
+def build_optimizer(settings: TrainingSettings, model: TransformerDecoder) -> OwLoreAdamW:
+    """The optimizer over all parameters of ``model`` that the ``owlore`` block lets train."""
+    groups = parameter_groups(model, **settings.owlore.train_outside())
+    return build_ours("optimizer", settings.cfg.optimizer, OwLoreAdamW, groups)
+
+
+def compile_parts(loss_fn: Any, model: TransformerDecoder) -> Any:
+    """Compile ``model`` in place, layer by layer; returns the loss, compiled if it can be."""
+    training.compile_model(model)
+    # A loss that takes the model's head makes its gradients inside forward.
+    return loss_fn if hasattr(loss_fn, "set_model_output") else training.compile_loss(loss_fn)
+
+
+def build_profiler(settings: TrainingSettings) -> Any:
+    """The profiler of the config; one that does nothing if it is not enabled."""
+    node = settings.cfg.profiler
+    if node is None or not node.get("enabled"):
+        return training.DummyProfiler()
+    profiler, _ = build("profiler", node)
+    return profiler
+
+
+def build_lr_scheduler(settings: TrainingSettings, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+    """The schedule of the learning rate over ``num_steps`` optimizer steps; None for a constant one."""
+    if (node := settings.cfg.lr_scheduler) is None:
+        return None
+    return build_with("lr_scheduler", node, SCHEDULER_METHODS, optimizer, num_training_steps=num_steps, last_epoch=-1)
+
+
+def build_sampler(settings: TrainingSettings, scores: list[float]) -> LayerSampler:
+    """
+    Raises:
+        ConfigError: if the scores allow no draw of γ layers.
+    """
+    owlore = settings.owlore
+    try:
+        sampler = LayerSampler(scores, owlore.num_active_layers or len(scores), owlore.draw, settings.cfg.seed)
+    except ValueError as error:
+        raise ConfigError(f"owlore: {error}; try another score, or a lower outlier_threshold") from error
+    if never := [layer for layer, score in enumerate(scores) if score == 0]:
+        log.warning(f"Layers {never} have score 0 and will never be trained.")
+    return sampler
+
+
+def check_late_components(settings: TrainingSettings) -> None:
+    """Raise ConfigError if a component that is built after weights load cannot work: metric logger or schedule."""
+    check_attributes("metric_logger", settings.cfg.metric_logger, LOGGER_METHODS)
+    _check_lr_scheduler(settings)
+
+
+def _check_lr_scheduler(settings: TrainingSettings) -> None:
+    """Try the schedule on an optimizer of one number: it must give usable rates."""
+    scratch = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = build_lr_scheduler(settings, scratch, TRIED_STEPS)
+    if schedule is None:
+        return
+    try:
+        for step in (0, 1, TRIED_STEPS // 2, TRIED_STEPS - 1):
+            schedule.last_epoch = step - 1
+            scratch.step()
+            schedule.step()
+            if not all(math.isfinite(lr) and lr >= 0 for lr in schedule.get_last_lr()):
+                raise ValueError(f"the learning rate of step {step} is {schedule.get_last_lr()[0]} × lr")
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"lr_scheduler={plain(settings.cfg.lr_scheduler)}: {error}") from error
+
+
+def describe(settings: TrainingSettings) -> str:
+    """Check everything that can be checked without files; says how large the model is, and how much trains at once."""
+    check_late_components(settings)
+    _, model, optimizer = build_parts(settings)
+    layers = model_parts(model).layers
+    sizes = sorted(sum(parameter.numel() for parameter in layer.values()) for layer in layers)
+    num_active = settings.owlore.num_active_layers or len(layers)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    at_once = held - sum(sizes[: len(layers) - num_active])
+    return f"{total:,} parameters, {len(layers)} layers; {num_active} of them, {at_once:,} parameters, train at once"

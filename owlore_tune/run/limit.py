@@ -1,0 +1,162 @@
+"""The memory plan of a run, the plans of other methods beside it, and the refusal of a plan over the limit."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune.utils import get_logger
+
+from owlore_tune.distributed.fsdp import Sharding
+from owlore_tune.errors import ConfigError
+from owlore_tune.memory.plan import MemoryPlan, StepShape, peer_plans, plan_memory
+from owlore_tune.run.build import Parts, build_inputs, build_parts, is_packed, row_length
+from owlore_tune.run.settings import TrainingSettings
+
+# Overrides that are tried on a plan over device_memory_limit: each alone, then all that help together.
+SAVINGS = (
+    ("enable_activation_checkpointing=true",),
+    ("optimizer.state_bits=8", "optimizer.basis_bits=16"),
+    ("owlore.train_embeddings=false", "owlore.train_output=false"),
+    ("owlore.inactive_state=drop", "owlore.project_in_backward=true"),
+    ("owlore.num_active_layers=2",),
+    ("optimizer.rank=128",),
+    ("dtype=bf16",),
+)
+OFFLOAD = "fsdp_cpu_offload=true"
+
+log = get_logger("INFO")
+
+
+def plan_run(
+    settings: TrainingSettings,
+    seq_len: int,
+    sharding: Sharding | None = None,
+    framework: int | None = None,
+    *,
+    parts: Parts | None = None,
+    gpu: bool = False,
+) -> MemoryPlan:
+    """The plan of a run.
+
+    Args:
+        seq_len: tokens of the longest row.
+        sharding: plan for one of several devices.
+        framework: bytes; `owlore_tune.memory.plan.framework_bytes` at this moment if left out.
+        parts: of ``settings``, without weights; built if left out.
+        gpu: plan for a GPU, whatever device there is.
+
+    Raises:
+        ConfigError: if the model does not take rows of ``seq_len`` tokens, or its parts do not go together.
+    """
+    parts = build_parts(settings) if parts is None else parts
+    if seq_len > parts.model.max_seq_len:
+        raise ConfigError(
+            f"rows can have {seq_len} tokens, and the model takes {parts.model.max_seq_len}; set tokenizer.max_seq_len"
+        )
+    owlore = settings.owlore
+    offloads_state = owlore.inactive_state == "offload" and (gpu or settings.device.type != "cpu")
+    plan = plan_memory(
+        parts.model,
+        parts.loss_fn,
+        parts.optimizer,
+        _step_shape(settings.cfg, seq_len),
+        device=settings.device,
+        num_active=owlore.num_active_layers,
+        holds_all_state=owlore.inactive_state != "drop" and not offloads_state,
+        projects_in_backward=owlore.project_in_backward,
+        framework=framework,
+        sharding=sharding,
+    )
+    return plan.on_gpu() if gpu else plan
+
+
+def plan_with_peers(
+    settings: TrainingSettings, seq_len: int, sharding: Sharding | None = None, *, gpu: bool = False
+) -> dict[str, MemoryPlan]:
+    """`plan_run` as ``this config``, and the plans of other methods on the same model and data."""
+    parts = build_parts(settings)
+    own = plan_run(settings, seq_len, sharding, parts=parts, gpu=gpu)
+    peers = peer_plans(
+        parts.model,
+        parts.loss_fn,
+        _step_shape(settings.cfg, seq_len),
+        device=settings.device,
+        rank=parts.optimizer.param_groups[0]["rank"] or 128,
+        framework=own.framework,
+        train_outside=settings.owlore.train_outside(),
+        sharding=sharding,
+    )
+    return {"this config": own} | {name: plan.on_gpu() if gpu else plan for name, plan in peers.items()}
+
+
+def plans_of_config(
+    settings: TrainingSettings, seq_len: int | None = None, world_size: int = 1, *, gpu: bool = False
+) -> dict[str, MemoryPlan]:
+    """The plan of the config's run and those of other methods, without weights.
+
+    Args:
+        seq_len: tokens of the longest row; that of the config's data if left out. If the data or the tokenizer are not
+            there yet, it is ``tokenizer.max_seq_len``.
+        world_size: devices that the model is sharded over. The plan is for one of them.
+        gpu: plan for GPUs, whatever device there is.
+    """
+    if seq_len is None:
+        try:
+            seq_len = row_length(settings, build_inputs(settings))
+        except ConfigError as error:
+            if (seq_len := settings.cfg.tokenizer.get("max_seq_len")) is None:
+                raise
+            log.warning(f"{error}. Planning for rows of tokenizer.max_seq_len={seq_len} tokens.")
+    sharding = settings.sharding(world_size, gpu=gpu) if world_size > 1 else None
+    return plan_with_peers(settings, seq_len, sharding, gpu=gpu)
+
+
+def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, sharding: Sharding | None = None) -> None:
+    """Raise ConfigError if ``plan`` is over ``device_memory_limit``, naming the settings that would bring it under."""
+    cfg = settings.cfg
+    if cfg.device_memory_limit is None or plan.total <= (limit := 1e9 * float(cfg.device_memory_limit)):
+        return
+
+    def planned_with(overrides: Sequence[str]) -> float:
+        """Bytes of the plan with some fields changed; infinite if the model does not allow it."""
+        devices = sharding and replace(sharding, cpu_offload=sharding.cpu_offload or OFFLOAD in overrides)
+        try:
+            other = TrainingSettings.from_config(
+                DictConfig(OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides))))
+            )
+            return plan_run(other, seq_len, devices, plan.framework).total
+        except ConfigError:
+            return math.inf
+
+    together: list[str] = []
+    found: list[str] = []
+    for overrides in savings(settings, sharding):
+        saved = planned_with(overrides)
+        if saved < plan.total:
+            together += overrides
+        if saved <= limit:
+            found.append(" ".join(overrides))
+    if not found and planned_with(together) <= limit:
+        found.append(" ".join(together))
+    way_out = f"it fits with {', or with '.join(found)}" if found else "no setting that is tried here makes it fit"
+    raise ConfigError(
+        f"device_memory_limit={cfg.device_memory_limit} GB, and the plan is {plan.total / 1e9:.2f} GB; {way_out}"
+    )
+
+
+def savings(settings: TrainingSettings, sharding: Sharding | None) -> list[tuple[str, ...]]:
+    """The overrides that are tried on a plan over its limit."""
+    rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
+    offload = [(OFFLOAD,)] if sharding is not None and settings.device.type != "cpu" else []
+    return [("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS, *offload]
+
+
+def _step_shape(cfg: DictConfig, seq_len: int) -> StepShape:
+    return StepShape(
+        batch_size=cfg.batch_size,
+        seq_len=seq_len,
+        packed=is_packed(cfg.dataset),
+        accumulates=cfg.gradient_accumulation_steps > 1,
+        checkpointing=cfg.enable_activation_checkpointing,
+    )

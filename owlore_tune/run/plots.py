@@ -1,0 +1,213 @@
+"""Pictures of a run. Colours are Okabe and Ito's, told apart by colour-blind people and, with hatches, in grey."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from owlore_tune.run.manifest import MANIFEST
+from owlore_tune.run.records import DRAWS, PICTURES, STEPS, read_records
+
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
+PALETTE = (
+    BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999", "#000000", "#882255",
+)  # fmt: skip
+HATCHES = ("", "//", "", "\\\\", "", "xx", "..", "", "oo", "--")
+PHASES = ("forward", "backward", "refresh", "optimizer", "data", "other")
+MOST_BARS = 120  # of the picture of step times; several steps share one where there are more
+
+
+def plot_run(run: Path) -> list[Path]:
+    """All pictures that a training run's files allow, written beside them; it may still be going on.
+
+    Returns:
+        The pictures: scores, draws, loss, memory and step times.
+
+    Raises:
+        ValueError: if ``run`` has no readable manifest and scores.
+    """
+    try:
+        manifest = json.loads((run / MANIFEST).read_text())
+        scores = json.loads((run / "scores.json").read_text())
+        planned, measured = manifest["memory_bytes"].values()
+        probabilities = manifest["probabilities"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{run} is not the output_dir of a training run: {error!r}") from error
+    steps, draws = read_records(run / STEPS), read_records(run / DRAWS)
+    num_steps = max([manifest["steps"], *(step["step"] for step in steps)])
+    starts = [draw["step"] for draw in draws]
+    plot_scores(run / "scores.png", scores["scores"], scores["score"], probabilities)
+    plot_draws(run / "draws.png", [(d["step"], d["active"]) for d in draws], len(scores["scores"]), num_steps)
+    plot_loss(run / "loss.png", steps, held_out_by_step(manifest["held_out_loss"], num_steps), starts)
+    plot_memory(run / "memory.png", memory_bars(planned, measured), manifest["config"].get("device_memory_limit"))
+    plot_step_times(run / "step_times.png", steps, starts)
+    return [run / f"{name}.png" for name in PICTURES]
+
+
+def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: Sequence[float] | None = None) -> None:
+    """A bar for each layer's score, with its inclusion probability on a second axis where given."""
+    figure, axes = _figure(9, 3.5)
+    percent = score == "outlier"
+    axes.bar(range(len(scores)), [100 * s if percent else s for s in scores], color=BLUE, label="score")
+    axes.set_xlabel("layer (0 is the lowest)")
+    axes.set_ylabel("outlier weights, %" if percent else f"{score} score")
+    axes.set_title(f"Layer scores: {score}")
+    if probabilities is not None:
+        right = axes.twinx()
+        right.plot(range(len(scores)), probabilities, color=ORANGE, marker="o", markersize=4, label="probability")
+        right.set_ylabel("probability of being active")
+        right.set_ylim(0, 1.03)
+        figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def plot_draws(path: Path, draws: Sequence[tuple[int, Sequence[int]]], num_layers: int, num_steps: int) -> None:
+    """A map of which layers trained when.
+
+    Args:
+        draws: (step drawn at, active layers) of each draw, in order.
+        num_steps: optimizer steps of the run.
+    """
+    figure, axes = _figure(9, 0.14 * num_layers + 1.5)
+    ends = [step for step, _ in draws[1:]] + [num_steps]
+    for (start, active), end in zip(draws, ends, strict=False):
+        axes.barh(list(active), end - start, left=start, height=0.9, color=BLUE, edgecolor="white", linewidth=0.5)
+    _mark_draws(axes, [step for step, _ in draws])
+    axes.set_xlim(0, max(num_steps, 1))
+    axes.set_ylim(-0.5, num_layers - 0.5)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("layer (0 is the lowest)")
+    axes.set_title(f"Layers trained in each of {len(draws)} draws")
+    figure.savefig(path, dpi=150)
+
+
+def plot_loss(
+    path: Path, steps: Sequence[Mapping[str, float]], held_out: Sequence[tuple[int, float]], draws: Sequence[int]
+) -> None:
+    """Training loss of each step and held-out loss where it was measured, with draws marked.
+
+    Args:
+        steps: records with ``step`` and ``loss``.
+        held_out: (step, loss).
+        draws: the steps at which layers were drawn.
+    """
+    figure, axes = _figure(9, 3.8)
+    _mark_draws(axes, draws, label="new layers")
+    losses = [math.nan if step["loss"] is None else step["loss"] for step in steps]  # null: it was not finite
+    axes.plot([step["step"] for step in steps], losses, color=BLUE, linewidth=1.2, label="training")
+    if held_out := [(step, loss) for step, loss in held_out if loss is not None]:
+        axes.plot(*zip(*held_out, strict=True), color=ORANGE, marker="s", linestyle="--", label="held out")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("mean loss per trained token, nats")
+    axes.set_title("Loss")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+def held_out_by_step(losses: Mapping[str, float], num_steps: int) -> list[tuple[int, float]]:
+    """(step, loss) of a manifest's held-out losses, whose keys are ``before``, ``step N`` and ``after``."""
+    ends = {"before": 0, "after": num_steps}
+    return [(ends[when] if when in ends else int(when.split()[1]), loss) for when, loss in losses.items()]
+
+
+def plot_step_times(path: Path, steps: Sequence[Mapping[str, float]], draws: Sequence[int]) -> None:
+    """A bar for each step's seconds, stacked of its phases; medians of several steps where there are many."""
+    figure, axes = _figure(9, 3.8)
+    width = math.ceil(len(steps) / MOST_BARS) or 1
+    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
+    starts = [group[0]["step"] - 1 for group in groups]
+    bottoms = [0.0] * len(groups)
+    for phase, colour, hatch in zip(PHASES, PALETTE, HATCHES, strict=False):
+        heights = [statistics.median(phase_seconds(step)[phase] for step in group) for group in groups]
+        axes.bar(
+            starts, heights, width, bottom=bottoms, align="edge", color=colour, hatch=hatch, edgecolor="white",
+            linewidth=0.3, label=phase,
+        )  # fmt: skip
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    _mark_draws(axes, draws, label="new layers")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("seconds per step")
+    axes.set_title("Where the time goes" + (f", medians of {width} steps" if width > 1 else ""))
+    figure.legend(loc="outside lower center", ncols=7)
+    figure.savefig(path, dpi=150)
+
+
+def phase_seconds(step: Mapping[str, float]) -> dict[str, float]:
+    """A step's seconds by phase; ``backward`` without the refreshes of bases in it, ``other`` is what no clock saw."""
+    seconds = {phase: step.get(f"{phase}_seconds", 0.0) for phase in PHASES[:-1]}
+    seconds["backward"] = max(seconds["backward"] - seconds["refresh"], 0.0)
+    in_step = sum(seconds.values()) - seconds["data"]  # step_seconds begins when its data is there
+    return seconds | {"other": max(step["step_seconds"] - in_step, 0.0)}
+
+
+def plot_radar(path: Path, values: Mapping[str, float], highest: float) -> None:
+    """Values from 0 to ``highest`` around a circle, one direction for each name."""
+    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
+    axes = figure.subplots(subplot_kw={"projection": "polar"})
+    angles = [2 * math.pi * i / len(values) for i in range(len(values))]
+    around = [*values.values(), *list(values.values())[:1]]
+    axes.plot([*angles, *angles[:1]], around, color=BLUE, marker="o", markersize=4)
+    axes.fill([*angles, *angles[:1]], around, color=BLUE, alpha=0.15)
+    axes.set_xticks(angles, [f"{name}\n{value:.1f}" for name, value in values.items()])
+    axes.set_ylim(0, highest)
+    axes.tick_params(axis="x", pad=18)
+    figure.savefig(path, dpi=150)
+
+
+def memory_bars(planned: Mapping[str, int], measured: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """A run's planned and measured bytes, for `plot_memory`; what was not measured apart is ``not told apart``."""
+    known = {category: measured[category] for category in measured if category != "total"}
+    rest = max(measured["total"] - sum(known.values()), 0)
+    plan = {category: planned[category] for category in planned if category != "total"}
+    return {
+        "planned": plan | {"not told apart": 0},
+        "measured": dict.fromkeys(plan, 0) | known | {"not told apart": rest},
+    }
+
+
+def plot_memory(path: Path, plans: Mapping[str, Mapping[str, int]], limit: float | None = None) -> None:
+    """A bar for each plan, stacked of its categories.
+
+    Args:
+        plans: bytes by category, for each name.
+        limit: GB to mark with a line.
+    """
+    figure, axes = _figure(2.5 + 1.3 * len(plans), 4.5)
+    bottoms = dict.fromkeys(plans, 0.0)
+    categories = [c for c in next(iter(plans.values())) if any(plan[c] for plan in plans.values())]
+    for i, category in enumerate(categories):
+        heights = [plan[category] / 1e9 for plan in plans.values()]
+        axes.bar(
+            list(plans), heights, 0.65, bottom=list(bottoms.values()), color=PALETTE[i % len(PALETTE)],
+            hatch=HATCHES[i % len(HATCHES)], edgecolor="white", linewidth=0.5, label=category,
+        )  # fmt: skip
+        bottoms = {name: bottoms[name] + height for name, height in zip(plans, heights, strict=True)}
+    for name, total in bottoms.items():
+        axes.annotate(f"{total:.2f}", (name, total), ha="center", va="bottom")
+    if limit is not None:
+        axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="limit")
+    axes.set_ylabel("memory, GB")
+    axes.set_title("Peak memory")
+    axes.margins(y=0.08)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center")
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _mark_draws(axes: Axes, draws: Sequence[int], label: str | None = None) -> None:
+    """Thin lines where layers were drawn; none where they would be closer than a line is wide."""
+    if len(draws) > 1 and min(later - earlier for earlier, later in pairwise(draws)) * 400 < draws[-1]:
+        return
+    for i, start in enumerate(draws):
+        axes.axvline(start, color=GREY, linewidth=0.8, zorder=0, label=label if i == 0 else None)

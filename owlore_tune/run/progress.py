@@ -1,0 +1,23 @@
+"""How far a run is."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Counters of a run."""
+
+    step: int = 0  # optimizer steps done, skipped ones included
+    skipped_steps: int = 0  # without an update, as a loss or gradient was not finite
+    skipped_in_a_row: int = 0  # up to now
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether something that happens every so many steps happens after this one; never if None."""
+        return every is not None and self.step % every == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)

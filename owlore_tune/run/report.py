@@ -1,0 +1,197 @@
+"""What a run tells the user: metrics, records, a manifest, a progress bar and a summary."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+from torchtune.training.metric_logging import DiskLogger, StdoutLogger, TensorBoardLogger
+from torchtune.utils import get_logger
+from tqdm import tqdm
+
+from owlore_tune.config import build_with, printable
+from owlore_tune.distributed.world import ALONE, World, local
+from owlore_tune.files import write_json
+from owlore_tune.layers.scores import SCORES_FILE
+from owlore_tune.memory.measure import peak_memory_bytes
+from owlore_tune.memory.plan import MemoryPlan
+from owlore_tune.optim.adamw import OwLoreAdamW, Refresh
+from owlore_tune.run.build import LOGGER_METHODS
+from owlore_tune.run.manifest import MANIFEST
+from owlore_tune.run.progress import Progress
+from owlore_tune.run.records import DRAWS, PICTURES, STEPS, Records
+
+log = get_logger("INFO")
+
+# The files of a run besides checkpoints. torchtune's loggers write the config file.
+OUTPUT_FILES = (MANIFEST, STEPS, DRAWS, SCORES_FILE, "torchtune_config.yaml", *(f"{name}.png" for name in PICTURES))
+
+
+class Report:
+    """Metrics to the logger, records and the manifest to files, progress and a summary to the console.
+
+    On every process but the first of ``world`` it only keeps records.
+
+    Args:
+        directory: the run's output directory.
+        world: the processes that train together.
+    """
+
+    def __init__(self, directory: Path, world: World = ALONE) -> None:
+        self._directory = directory
+        self._is_first = world.rank == 0
+        self.records = Records(directory if self._is_first else None)
+        self._logger: Any = None
+        self._facts: dict[str, Any] = {}
+        self._bar: tqdm | None = None
+
+    def open_logger(self, cfg: DictConfig) -> None:
+        """Make the config's metric logger, and log the config through it."""
+        self._logger = build_with("metric_logger", cfg.metric_logger, LOGGER_METHODS)
+        # Other loggers resolve the config before they send it elsewhere, and values of the environment may be secret.
+        keeps_interpolations = isinstance(self._logger, DiskLogger | StdoutLogger | TensorBoardLogger)
+        self._logger.log_config(cfg if keeps_interpolations else printable(cfg))
+
+    def start(self, facts: dict[str, Any], plan: MemoryPlan, measure_memory: Callable[[], dict[str, int]]) -> None:
+        """Write the records' files and the first manifest.
+
+        Args:
+            facts: entries of the manifest that stay the same.
+            plan: of memory.
+            measure_memory: bytes by category, see `measured_bytes`.
+        """
+        self._facts, self._plan, self._measure_memory = facts, plan, measure_memory
+        self.records.start()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of the block to ``phase``."""
+        started = time.perf_counter()
+        yield
+        self.records.add_seconds(phase, time.perf_counter() - started)
+
+    @contextmanager
+    def progress_bar(self, progress: Progress, num_steps: int) -> Iterator[None]:
+        """Show the steps of the block."""
+        with tqdm(
+            total=num_steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=not self._is_first
+        ) as self._bar:
+            yield
+
+    def draw(self, step: int, active: list[int], trainable: int) -> None:
+        """Note new active layers, and log the draw that they replace."""
+        self.close_draw()
+        self.records.open_draw(step, active, trainable)
+
+    def close_draw(self) -> None:
+        if (draw := self.records.close_draw()) is None:
+            return
+        metrics = {"num_active_layers": len(draw["active"]), "trainable_parameters": draw["trainable"]}
+        if draw["captured_energy"] is not None:
+            metrics["captured_energy"] = draw["captured_energy"]
+        self.log(metrics, len(self.records.steps))
+
+    def step(self, metrics: dict[str, float], refreshes: Sequence[Refresh], *, is_logged: bool) -> None:
+        """Note an optimizer step.
+
+        Args:
+            metrics: with ``step``.
+            refreshes: bases that the step made.
+            is_logged: whether the metric logger gets ``metrics``.
+        """
+        metrics = metrics | {"refresh_seconds": sum(refresh.seconds for refresh in refreshes)}
+        self.records.add_step(metrics, [float(refresh.energy) for refresh in refreshes])
+        if self._bar is not None:
+            self._bar.update()
+            active = ",".join(map(str, self.records.draws[-1]["active"]))
+            self._bar.set_postfix_str(
+                f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {metrics['tokens_per_second']:.0f} tokens/s, "
+                f"layers {active}"
+            )
+        if is_logged:
+            self.log(metrics, int(metrics["step"]))
+
+    def held_out_loss(self, when: str, step: int, loss: float, num_tokens: int) -> None:
+        """Note a held-out loss.
+
+        Args:
+            when: ``before``, ``step N`` or ``after``.
+        """
+        self.records.losses[when] = loss
+        log.info(f"Held-out loss, {when}: {loss:.4f} over {num_tokens} tokens")
+        self.log({"val_loss": loss}, step)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self._logger is not None:
+            self._logger.log_dict(metrics, step=step)
+
+    def write_manifest(self, progress: Progress, checkpoint: Path, *, finished: bool = False) -> None:
+        """
+        Args:
+            checkpoint: of the last step; it is named if it exists.
+        """
+        if not self._is_first:
+            return
+        records = self.records
+        content = self._facts | {
+            "steps": progress.step,
+            "finished": finished,
+            "skipped_steps": progress.skipped_steps,
+            "checkpoint": checkpoint.name if checkpoint.is_dir() else None,
+            "held_out_loss": records.losses,
+            "seconds": records.seconds,
+            "median_step_seconds": records.median_step_seconds(),
+            "tokens_per_second": records.tokens_per_second(),
+            "memory_bytes": {
+                "planned": asdict(self._plan) | {"total": self._plan.total},
+                "measured": self._measure_memory(),
+            },
+            "draws": records.draws,
+        }
+        try:
+            write_json(self._directory / MANIFEST, content)
+        except OSError as error:
+            log.warning(f"{self._directory / MANIFEST} cannot be written: {error}")
+
+    def print_summary(self, checkpoint: Path) -> None:
+        """Draw the pictures of the run, and print its results."""
+        if not self._is_first:
+            return
+        from owlore_tune.run import plots
+
+        pictures = plots.plot_run(self._directory)
+        records, peak = self.records, self._measure_memory()["total"]
+        losses = [f"{when} {loss:.4f}" for when, loss in records.losses.items() if when in ("before", "after")]
+        print(
+            f"held-out loss   {', '.join(losses) or 'not measured'}\n"
+            f"median step     {records.median_step_seconds():.2f} s\n"
+            f"throughput      {records.tokens_per_second():.0f} tokens/s\n"
+            f"peak memory     {peak / 1e9:.2f} GB (planned {self._plan.total / 1e9:.2f} GB)\n"
+            f"weights         {checkpoint}\n"
+            f"manifest        {self._directory / MANIFEST}\n"
+            f"pictures        {', '.join(picture.name for picture in pictures)} beside it"
+        )
+
+    def close(self) -> None:
+        if self._logger is not None:
+            self._logger.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.records.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.records.load_state_dict(state_dict)
+
+
+def measured_bytes(model: nn.Module, optimizer: OwLoreAdamW, device: Any) -> dict[str, int]:
+    """Bytes in use on this process by category, and ``total``, the most that was in use so far."""
+    return {
+        "weights": sum(local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "moments": optimizer.state_bytes("exp_avg", "exp_avg_sq"),
+        "bases": optimizer.state_bytes("basis"),
+        "total": peak_memory_bytes(device),
+    }

@@ -1,0 +1,145 @@
+"""Where a run resumes, and whether it continues the same computation."""
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torchtune.utils import get_logger
+
+from owlore_tune.checkpoints.steps import step_of
+from owlore_tune.config import changed_fields, plain
+from owlore_tune.data.samples import dataset_digest
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.distributed.world import RankError, World, is_known_to_all
+from owlore_tune.errors import CheckpointError, ConfigError, DivergedError, RunError
+from owlore_tune.files import files_digest
+from owlore_tune.run.build import Inputs
+from owlore_tune.run.directory import RunDirectory
+from owlore_tune.run.manifest import versions
+from owlore_tune.run.report import OUTPUT_FILES
+from owlore_tune.run.settings import DEFAULTS, FREE, REQUIRED, TrainingSettings
+
+HOW_TO_RESUME = "resume with the same command and resume_from_checkpoint=true"
+
+log = get_logger("INFO")
+
+
+def find_checkpoint(run: RunDirectory, wanted: bool | str) -> Path | None:
+    """Claim the run's directory, and return the verified checkpoint to resume from; None to start at the beginning.
+
+    Args:
+        wanted: the config's ``resume_from_checkpoint``.
+
+    Raises:
+        ConfigError: if the directory is in use, belongs to another run or has files that this run would write, or if
+            there is no good checkpoint to resume from.
+    """
+    run.claim()
+    if not wanted and run.is_known:
+        raise ConfigError(
+            f"output_dir={run.path} holds run {run.run_id[:8]}; choose another directory, or resume that run with "
+            "resume_from_checkpoint=true"
+        )
+    found = None
+    try:
+        if isinstance(wanted, str):
+            found = Path(wanted).absolute()
+            run.resume_from(found)
+        elif wanted:
+            found = run.steps.newest()
+            if found is None and run.resumed_from is not None:
+                raise CheckpointError(
+                    f"{run.path} has no checkpoint of its own yet; its run began with "
+                    f"resume_from_checkpoint={run.resumed_from}"
+                )
+    except CheckpointError as error:
+        raise ConfigError(f"resume_from_checkpoint={wanted}: {error}") from error
+    run.check_free(OUTPUT_FILES)
+    if wanted and found is None:
+        log.info(f"No checkpoint in {run.path} yet; starting from the beginning.")
+    return found
+
+
+def identity(settings: TrainingSettings, inputs: Inputs, digests: dict[str, str]) -> dict[str, Any]:
+    """Facts about a run that must hold when it resumes; saved in every checkpoint."""
+    return {
+        "config": plain(settings.cfg),
+        "rows_per_step": inputs.data.rows_per_step,
+        "digests": digests,
+        "now": getattr(inputs.tokenizer, "now", datetime.now()).isoformat(),
+        "versions": versions(),
+    }
+
+
+def input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
+    """Digests of data, tokenizer, chat template and base weights, by name."""
+    digests = {
+        "dataset": dataset_digest(inputs.data.dataset),
+        "base weights (checkpointer.checkpoint_dir)": inputs.checkpointer.fingerprint(),
+    }
+    if isinstance(inputs.tokenizer, HFChatTokenizer):
+        return digests | inputs.tokenizer.digests()
+    path = Path(str(settings.cfg.tokenizer.get("path")))
+    return digests | ({"tokenizer": files_digest([path])} if path.is_file() else {})
+
+
+def check_settings(saved: dict[str, Any], settings: TrainingSettings, checkpoint: Path) -> None:
+    """Raise ConfigError if a field that decides the result of the run is not that of the checkpoint's `identity`."""
+    fixed = {*REQUIRED, *DEFAULTS} - FREE
+    old, new = ({key: config.get(key) for key in fixed} for config in (saved["config"], plain(settings.cfg)))
+    _refuse(changed_fields(old, new), checkpoint)
+
+
+def check_inputs(saved: dict[str, Any], found: dict[str, Any], checkpoint: Path) -> None:
+    """Raise ConfigError if data, tokenizer, weights or rows per step differ between two `identity`."""
+    old, new = ({"rows per step": facts["rows_per_step"]} for facts in (saved, found))
+    _refuse(changed_fields(old, new), checkpoint)
+    old, new = saved["digests"], found["digests"]
+    if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+        raise ConfigError(
+            f"{' and '.join(changed)} changed since {checkpoint} was saved, so the run cannot continue exactly; "
+            f"restore them, or {_new_run(checkpoint)}"
+        )
+
+
+def _refuse(changes: list[str], checkpoint: Path) -> None:
+    if changes:
+        raise ConfigError(
+            f"the config differs from that of {checkpoint}: {'; '.join(changes)}; set them back, or "
+            f"{_new_run(checkpoint)}"
+        )
+
+
+def _new_run(checkpoint: Path) -> str:
+    return (
+        f"start a new run from its weights: checkpointer.checkpoint_dir={checkpoint}, another output_dir, "
+        "resume_from_checkpoint=false"
+    )
+
+
+def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: Callable[[], None] | None) -> str:
+    """After an error, save the state if that is possible and of use; says where the newest state is.
+
+    Args:
+        step: the last complete one.
+        save: saves ``step``; None if weights and optimizer are not those after it.
+    """
+    own = run.steps.own()
+    if isinstance(error, DivergedError):
+        saved = ", ".join(directory.name for directory in own) or "none"
+        return f"Checkpoints in {run.path}: {saved}; a new run can start from the weights of an earlier one"
+    newest = max(own, key=step_of, default=None)
+    if newest is not None and step_of(newest) == step:
+        return f"The state after step {step} is in {newest}: {HOW_TO_RESUME}"
+    alone = world.size > 1 and not is_known_to_all(error)  # the others may never come
+    if step and save is not None and not alone:
+        try:
+            save()
+        except (RunError, CheckpointError, OSError, RankError) as again:
+            log.warning(str(again))
+        else:
+            return f"The state after step {step} is saved in {run.steps.path(step)}: {HOW_TO_RESUME}"
+    if newest is None:
+        return "No checkpoint was saved before."
+    return f"The newest checkpoint is {newest}: {HOW_TO_RESUME}"

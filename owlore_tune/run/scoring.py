@@ -1,0 +1,85 @@
+"""The scores of a run's layers: read from a file, or made from its training data."""
+
+from collections.abc import Iterator
+
+from torchtune import utils
+from torchtune.modules import TransformerDecoder
+
+from owlore_tune.config import plain
+from owlore_tune.data.loader import Batch, TrainingData
+from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.layers.scores import NEEDS_DATA, LayerScores, layer_scores
+from owlore_tune.run.build import build_inputs, build_model
+from owlore_tune.run.settings import TrainingSettings
+
+
+def read_scores(settings: TrainingSettings, fingerprint: str, num_layers: int) -> LayerScores | None:
+    """The scores of ``owlore.scores_file``; None if it is not set.
+
+    Args:
+        fingerprint: of the model's weights.
+
+    Raises:
+        ConfigError: if the file cannot be read, or was made for another model or score.
+    """
+    owlore = settings.owlore
+    if owlore.scores_file is None:
+        return None
+    try:
+        return LayerScores.load(
+            owlore.scores_file,
+            num_layers=num_layers,
+            fingerprint=fingerprint,
+            score=owlore.score,
+            threshold=owlore.outlier_threshold,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def score_layers(
+    settings: TrainingSettings,
+    model: TransformerDecoder,
+    data: TrainingData,
+    fingerprint: str,
+    world: World = ALONE,
+) -> LayerScores:
+    """Score the layers of ``model``, on the first batches of the training data if the score needs data.
+
+    Raises:
+        RunError: if weights or activations are not finite.
+    """
+    owlore, cfg = settings.owlore, settings.cfg
+
+    def batches() -> Iterator[Batch]:
+        for batch in data.calibration_batches(owlore.calibration_batches):
+            utils.batch_to_device(batch, settings.device)
+            yield batch
+
+    try:
+        scores = layer_scores(model, owlore.score, batches=batches, threshold=owlore.outlier_threshold, world=world)
+    except ValueError as error:
+        raise RunError(f"the layers cannot be scored: {error}") from error
+    origin = {
+        "dataset": plain(cfg.dataset),
+        "batches": owlore.calibration_batches,
+        "batch_size": cfg.batch_size * world.size,
+        "seed": cfg.seed,
+    }
+    needs_data = owlore.score in NEEDS_DATA
+    return LayerScores(
+        scores=scores,
+        score=owlore.score,
+        fingerprint=fingerprint,
+        threshold=owlore.outlier_threshold if needs_data else None,
+        data=origin if needs_data else None,
+    )
+
+
+def score_model(settings: TrainingSettings) -> LayerScores:
+    """Load the config's model on one device and score its layers, without training."""
+    inputs = build_inputs(settings)
+    _, model = build_model(settings)
+    inputs.checkpointer.load_checkpoint(model, dtype=settings.dtype, device=settings.device)
+    return score_layers(settings, model, inputs.data, inputs.checkpointer.fingerprint())

@@ -1,0 +1,190 @@
+"""The settings of a training run: the fields of its config, checked once, and what they stand for."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from owlore_tune.config import (
+    LARGEST_COUNT,
+    check_config,
+    check_counts,
+    check_keys,
+    check_positive,
+    check_type,
+    device_and_dtype,
+)
+from owlore_tune.distributed.fsdp import Sharding
+from owlore_tune.errors import ConfigError
+from owlore_tune.layers.sampler import DRAWS
+from owlore_tune.layers.scores import SCORES
+from owlore_tune.optim.adamw import INACTIVE_STATES
+
+REQUIRED = (
+    "model", "tokenizer", "checkpointer", "dataset", "owlore", "optimizer", "output_dir"
+)  # fmt: skip
+DEFAULTS: dict[str, Any] = {
+    "dataset_val": None,
+    "collate_fn": "torchtune.data.padded_collate_sft",
+    "batch_size": 1,
+    "batch_size_val": None,  # as batch_size
+    "gradient_accumulation_steps": 1,
+    "shuffle": True,
+    "seed": 42,
+    "epochs": 1,
+    "max_steps_per_epoch": None,
+    "lr_scheduler": None,  # constant
+    "loss": {"_component_": "owlore_tune.loss.LinearCrossEntropyLoss"},
+    "clip_grad_norm": 1.0,
+    "device": None,  # the best there is
+    "device_memory_limit": None,  # GB
+    "dtype": "bf16",
+    "compile": False,
+    "enable_activation_checkpointing": False,
+    "fsdp_cpu_offload": False,  # parameters, gradients and optimizer state in host memory
+    "fsdp_reshard_after_forward": True,
+    "dist_timeout_s": 600,
+    "metric_logger": {
+        "_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": "${output_dir}/logs"
+    },
+    "log_every_n_steps": 1,
+    "run_val_every_n_steps": None,
+    "profiler": None,
+    "save_every_n_steps": None,  # besides the end of each epoch
+    "keep_last_n": None,  # all
+    "resume_from_checkpoint": False,
+    "max_skipped_steps": 10,
+}  # fmt: skip
+COUNTS = ("batch_size", "epochs", "gradient_accumulation_steps", "max_skipped_steps", "log_every_n_steps")
+OPTIONAL_COUNTS = (
+    "batch_size_val", "max_steps_per_epoch", "save_every_n_steps", "run_val_every_n_steps", "keep_last_n"
+)  # fmt: skip
+LARGEST_SEED = 2**31  # torchtune adds the rank, and NumPy takes 32 bits
+SWITCHES = ("shuffle", "compile", "enable_activation_checkpointing", "fsdp_cpu_offload", "fsdp_reshard_after_forward")
+# Arguments that the run passes to components itself.
+SUPPLIED = {
+    "dataset": ("*",), "dataset_val": ("*",), "optimizer": ("*",),
+    "lr_scheduler": ("*", "num_training_steps", "last_epoch"),
+}  # fmt: skip
+# Fields that a resumed run may change: they say where and how it runs, not what it computes. Another device or a
+# compiled model rounds differently, so the result is then no longer bit-identical.
+FREE = frozenset(
+    (
+        "batch_size", "gradient_accumulation_steps",  # only their product must match, see `TrainingData.rows_per_step`
+        "output_dir", "device", "device_memory_limit", "compile", "enable_activation_checkpointing",
+        "fsdp_cpu_offload", "fsdp_reshard_after_forward", "dist_timeout_s", "metric_logger", "log_every_n_steps",
+        "run_val_every_n_steps", "dataset_val", "batch_size_val", "profiler", "save_every_n_steps", "keep_last_n",
+        "resume_from_checkpoint", "max_skipped_steps",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OwLoreConfig:
+    """The ``owlore:`` block of a training config, checked on construction.
+
+    Raises:
+        ConfigError: if a value has the wrong type or is out of its range.
+    """
+
+    num_active_layers: int | None = 5  # γ; null for all layers
+    resample_every: int = 50  # K, optimizer steps
+    score: str = "outlier"
+    outlier_threshold: float = 13.0  # τ
+    calibration_batches: int = 8
+    scores_file: str | None = None
+    draw: str = "systematic"
+    inactive_state: str = "drop"
+    train_embeddings: bool = False
+    train_output: bool = False
+    train_norm: bool = False
+    project_in_backward: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_type(f"owlore.{field.name}", getattr(self, field.name), field.type)
+        for key, choices in (("score", SCORES), ("draw", DRAWS), ("inactive_state", INACTIVE_STATES)):
+            if getattr(self, key) not in choices:
+                raise ConfigError(f"owlore.{key}={getattr(self, key)}; choose one of {', '.join(choices)}")
+        for key in ("num_active_layers", "resample_every", "outlier_threshold", "calibration_batches"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value <= LARGEST_COUNT:
+                raise ConfigError(f"owlore.{key}={value}; it must be above 0, and at most {LARGEST_COUNT:,}")
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> "OwLoreConfig":
+        if not isinstance(cfg, DictConfig):
+            raise ConfigError(f"owlore={cfg}; it must be a block of fields")
+        check_keys(cfg, [field.name for field in fields(cls)], "owlore")
+        return cls(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+
+    def train_outside(self) -> dict[str, bool]:
+        """Which parameters outside the layers train: the keyword arguments of `parameter_groups`."""
+        return {
+            "train_embeddings": self.train_embeddings,
+            "train_output": self.train_output,
+            "train_norm": self.train_norm,
+        }
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """A training config, checked, with its values parsed once.
+
+    Attributes:
+        cfg: all fields of REQUIRED and DEFAULTS; functions that build components take their blocks from it.
+        clip_grad_norm: infinity for null.
+    """
+
+    cfg: DictConfig
+    owlore: OwLoreConfig
+    device: torch.device
+    dtype: torch.dtype
+    output_dir: Path
+    clip_grad_norm: float
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> "TrainingSettings":
+        """
+        Raises:
+            ConfigError: if a key is unknown or missing, or a value cannot work.
+        """
+        cfg = check_config(cfg, REQUIRED, DEFAULTS, SUPPLIED)
+        owlore = OwLoreConfig.from_config(cfg.owlore)
+        device, dtype = device_and_dtype(cfg)
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
+        check_counts(cfg, COUNTS, OPTIONAL_COUNTS)
+        check_type("seed", cfg.seed, int)  # a run without one could be neither repeated nor resumed
+        if not 0 <= cfg.seed <= LARGEST_SEED:
+            raise ConfigError(f"seed={cfg.seed}; it must be 0 to {LARGEST_SEED:,}")
+        check_positive("device_memory_limit", cfg.device_memory_limit)
+        if cfg.device_memory_limit is not None and owlore.draw == "bernoulli":
+            raise ConfigError(
+                "device_memory_limit cannot be kept with owlore.draw=bernoulli, which may draw all layers"
+            )
+        for key in SWITCHES:
+            check_type(key, cfg[key], bool)
+        check_type("dist_timeout_s", cfg.dist_timeout_s, float)
+        check_positive("dist_timeout_s", cfg.dist_timeout_s)
+        if cfg.profiler is not None:
+            check_type("profiler.enabled", cfg.profiler.get("enabled", False), bool)
+        check_type("resume_from_checkpoint", cfg.resume_from_checkpoint, bool | str)
+        clip_grad_norm = check_positive("clip_grad_norm", cfg.clip_grad_norm)
+        return cls(cfg, owlore, device, dtype, Path(cfg.output_dir).absolute(), clip_grad_norm)
+
+    def check_launch(self, *, sharded: bool) -> None:
+        """Raise ConfigError for a value that does not go with one device, or with a sharded model."""
+        if sharded and self.cfg.compile:
+            raise ConfigError("compile=true; it works on one device only: set it to false")
+        if not sharded and self.cfg.fsdp_cpu_offload:
+            raise ConfigError(
+                "fsdp_cpu_offload=true; it needs FSDP2: launch with tune run --nproc_per_node N, or set it to false"
+            )
+
+    def sharding(self, world_size: int, *, gpu: bool = False) -> Sharding:
+        """How FSDP2 divides the model over ``world_size`` devices; on GPUs if ``gpu``, whatever device there is."""
+        offload = self.cfg.fsdp_cpu_offload and (gpu or self.device.type != "cpu")  # on a CPU all is in host memory
+        return Sharding(world_size, offload, self.cfg.fsdp_reshard_after_forward)

@@ -1,0 +1,116 @@
+"""Training runs on a tiny model: to train them, to break them, and to read what they left."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.run.directory import RunDirectory
+
+
+def prepare(config: dict) -> OwLoreFullFinetuneRecipe:
+    """The recipe, set up."""
+    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+    recipe.setup()
+    return recipe
+
+
+def finetune(config: dict) -> OwLoreFullFinetuneRecipe:
+    recipe = prepare(config)
+    recipe.train()
+    recipe.cleanup()
+    return recipe
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nothing catches it, so nothing more is saved."""
+
+
+def finetune_until(config: dict, step: int) -> None:
+    """Train, and die right after step ``step``."""
+    recipe = prepare(config)
+
+    def die():
+        raise Killed
+
+    after_step(recipe, step, die)
+    try:
+        recipe.train()
+    except Killed:
+        pass
+    else:
+        raise AssertionError(f"the run ended before step {step}")
+    recipe.cleanup()
+
+
+def after_step(recipe: OwLoreFullFinetuneRecipe, step: int, action: Callable[[], None]) -> None:
+    """Call ``action`` when step ``step`` has been reported."""
+    report = recipe._report.step
+
+    def report_and_act(metrics, *args, **kwargs):
+        report(metrics, *args, **kwargs)
+        if metrics["step"] == step:
+            action()
+
+    recipe._report.step = report_and_act
+
+
+def scale_loss(recipe: OwLoreFullFinetuneRecipe, factor: Callable[[], float]) -> None:
+    """Multiply each loss, of training and of validation, by what ``factor`` returns."""
+    forward = recipe._loss_fn.forward
+    recipe._loss_fn.forward = lambda *args: forward(*args) * factor()
+
+
+def poison(recipe: OwLoreFullFinetuneRecipe, steps: set[int]) -> None:
+    """Make the training loss NaN at some steps, counted from 0, and with it all gradients."""
+    scale_loss(recipe, lambda: float("nan") if recipe._progress.step in steps and torch.is_grad_enabled() else 1.0)
+
+
+def checkpoints(config: dict) -> list[Path]:
+    """Those of the run in the config's output_dir, oldest first."""
+    return RunDirectory.existing(Path(config["output_dir"])).steps.own()
+
+
+def manifest(config: dict) -> dict:
+    return json.loads((Path(config["output_dir"]) / "manifest.json").read_text())
+
+
+def weights(config: dict) -> dict[str, torch.Tensor]:
+    """The weights of the run's last checkpoint."""
+    return read_weights(checkpoints(config)[-1])
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    loaded = load_file(directory / "model.safetensors")
+    return {name: weight.clone() for name, weight in loaded.items()}  # no longer tied to the file
+
+
+def changed(before: Path, after: Path) -> tuple[list[int], list[str]]:
+    """The layers, and the weights outside the layers, that differ between two model directories."""
+    old, new = read_weights(before), read_weights(after)
+    names = [name for name, weight in new.items() if not torch.equal(weight, old[name].to(weight.dtype))]
+    layers = {int(name.split(".")[2]) for name in names if name.startswith("model.layers.")}
+    return sorted(layers), sorted(name for name in names if not name.startswith("model.layers."))
+
+
+def changed_by_draw(config: dict) -> list[tuple[list[int], list[str]]]:
+    """`changed` over each draw of a run that saved a checkpoint at every redraw and at its end."""
+    directories = [Path(config["checkpointer"]["checkpoint_dir"]), *checkpoints(config)]
+    return [changed(before, after) for before, after in zip(directories, directories[1:], strict=False)]
+
+
+def variant(config: dict, path: str, **changes) -> dict:
+    """A copy of ``config`` with its own output directory and changed top-level or ``block__key`` values."""
+    other = json.loads(json.dumps(config))
+    other["output_dir"] = f"{config['output_dir']}_{path}"
+    for key, value in changes.items():
+        block, _, leaf = key.partition("__")
+        if leaf:
+            other[block][leaf] = value
+        else:
+            other[block] = value
+    return other
