@@ -114,7 +114,8 @@ def check_config(
         # What `dataset_val=null` on the command line arrives as, since torchtune takes it for the component's name.
         if isinstance(node, DictConfig) and "_component_" in node and node["_component_"] is None:
             cfg[key] = None
-    if missing := [key for key in required if cfg.get(key) is None]:
+    components = [key for key, default in defaults.items() if isinstance(default, Mapping)]
+    if missing := [key for key in (*required, *components) if cfg.get(key) is None]:
         raise ConfigError(f"missing in the config: {', '.join(missing)}")
     check_type("output_dir", cfg.output_dir, str)
     check_components(cfg, supplied or {})

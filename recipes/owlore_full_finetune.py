@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -37,14 +38,13 @@ from owlore_tune.run import build as parts
 from owlore_tune.run import resume
 from owlore_tune.run.directory import RunDirectory, shared_directory
 from owlore_tune.run.limit import check_limit, plan_run
-from owlore_tune.run.manifest import machine, versions
 from owlore_tune.run.phases import PhaseClock
 from owlore_tune.run.progress import Progress
 from owlore_tune.run.report import Report, measured_bytes
 from owlore_tune.run.rng import RngState
 from owlore_tune.run.scoring import read_scores, score_layers
 from owlore_tune.run.settings import TrainingSettings
-from owlore_tune.run.signals import Stop, signal_of_any, stop_request
+from owlore_tune.run.signals import Stop, stop_request
 from owlore_tune.run.validation import bad_gradients, check_finite_weights, held_out_loss
 
 log = utils.get_logger("INFO")
@@ -63,10 +63,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     An interrupted run continues with ``resume_from_checkpoint=true``. Resumed on the same number of ranks, it is
     bit-identical to an uninterrupted one. A step whose loss or gradient is not finite is skipped;
     ``max_skipped_steps`` of them in a row stop the run.
-
-    One step trains on batch_size × gradient_accumulation_steps × ranks rows, and for the same product these are the
-    same rows. All ranks take the first one's draw. A basis is computed by all ranks together when it is refreshed;
-    between refreshes FSDP2's own exchanges are the only ones.
 
     Args:
         cfg: the parsed config; its fields are those of `owlore_tune.run.settings`.
@@ -97,10 +93,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def setup(self) -> None:
         settings, cfg, world = self._settings, self._cfg, self._world
         shared_directory(cfg.output_dir, world)
-        self._resume_dir = world.share(
-            world.attempt(lambda: resume.find_checkpoint(self._run, cfg.resume_from_checkpoint), first_alone=True)
-        )
-        self._run.run_id = world.share(self._run.run_id)
+        self._resume_dir = resume.find_checkpoint(self._run, cfg.resume_from_checkpoint, world)
         saved = None
         if self._resume_dir is not None:
             saved = load_state(self._resume_dir, world)
@@ -127,27 +120,24 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         now = None if saved is None else datetime.fromisoformat(saved["identity"]["now"])
         self._inputs = inputs = parts.build_inputs(settings, world, now)
         self._checkpointer, _, self._data, self._held_out = inputs
-        digests = world.share(world.attempt(lambda: resume.input_digests(settings, inputs), first_alone=True) or {})
-        self._identity = resume.identity(settings, inputs, digests)
+        self._identity = resume.identity(settings, inputs, world)
         if saved is not None and self._resume_dir is not None:
             resume.check_inputs(saved["identity"], self._identity, self._resume_dir)
 
     def _setup_model(self) -> None:
-        """Build loss, model and optimizer without weights, after their memory plan is known to be under the limit."""
+        """Build loss, model and optimizer without weights, and check that their memory plan is under the limit."""
         settings, cfg = self._settings, self._cfg
         parts.check_late_components(settings)
+        self._loss_fn, self._model = parts.build_model(settings)
+        parts.check_row_lengths(self._inputs, self._model.max_seq_len)
         seq_len = parts.row_length(settings, self._inputs)
         sharding = settings.sharding(self._world.size) if self._is_sharded else None
         self._plan = plan_run(settings, seq_len, sharding)
         check_limit(settings, self._plan, seq_len, sharding)
-        self._loss_fn, self._model = parts.build_model(settings)
-        parts.check_row_lengths(self._inputs, self._model.max_seq_len)
         if cfg.enable_activation_checkpointing:
             layer_types = {type(layer) for layer in find_layers(self._model)}
             training.set_activation_checkpointing(self._model, auto_wrap_policy=layer_types)
-        self._weights_device = self._device
-        if sharding is not None:
-            self._weights_device = shard_model(self._model, self._device, sharding)
+        self._weights_device = shard_model(self._model, self._device, sharding) if sharding else self._device
         self._optimizer = parts.build_optimizer(settings, self._model)
 
     def load_checkpoint(self) -> None:
@@ -198,16 +188,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Mark the directory as this run's, then write its first files."""
         self._run.start()
         self._scores.save(self._settings.output_dir / SCORES_FILE)
-        facts = {
-            "versions": versions(),
-            "machine": machine(self._device),
-            "config": self._identity["config"],
-            "seed": self._cfg.seed,
-            "probabilities": self._sampler.probabilities.tolist(),
-        }
-        self._report.open_logger(self._cfg)
-        self._report.start(facts, self._plan, lambda: measured_bytes(self._model, self._optimizer, self._device))
+        probabilities = self._sampler.probabilities.tolist()
+        self._report.start(self._settings, self._plan, probabilities, self._measure_memory)
         self._write_manifest()
+
+    def _measure_memory(self) -> dict[str, int]:
+        return measured_bytes(self._model, self._optimizer, self._device)
 
     def train(self) -> None:
         try:
@@ -255,12 +241,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _save_and_leave_if_due(self) -> None:
         progress, cfg = self._progress, self._cfg
-        signalled = signal_of_any(self._world, self._device)
+        signalled = self._signalled()
         given_up = progress.skipped_in_a_row >= cfg.max_skipped_steps
         is_last = given_up or signalled is not None or progress.step == self._data.num_steps
         if is_last or progress.is_due(cfg.save_every_n_steps) or progress.is_due(self._data.steps_per_epoch):
             self.save_checkpoint()
-            signalled = signalled or signal_of_any(self._world, self._device)  # came during the save
+            signalled = signalled or self._signalled()  # came during the save
         if given_up:
             raise DivergedError(
                 f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; lower "
@@ -271,6 +257,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 signalled,
                 f"stopped after step {progress.step}, saved in {self._step_dir()}. To go on, {resume.HOW_TO_RESUME}",
             )
+
+    def _signalled(self) -> Signals | None:
+        """The signal that this process or another one received, so that all stop after the same step."""
+        number = self._world.largest(stop_request().signal or 0, self._device)
+        return Signals(number) if number else None
 
     def _train_step(self, micro_batches: list[Batch]) -> tuple[dict[str, float], list[Refresh]]:
         """One optimizer step over ``micro_batches``; returns its metrics, and the bases that it made."""

@@ -1,20 +1,25 @@
-"""How modules depend on each other: one way, without a ring, and each part without the programs that use it."""
+"""Imports go one way, between files and between folders, and evaluation loads nothing of training."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"owlore_tune": "owlore_tune", "owlore_evals": "eval", "": "recipes"}  # as imported: folder
+PACKAGES = {"owlore_tune": "owlore_tune", "owlore_evals": "eval", "": "recipes"}  # name when imported: folder
 
 
 def imports() -> dict[str, set[str]]:
     """Our modules and those of ours that each of them imports, inside functions too."""
     files = {}
     for package, folder in PACKAGES.items():
-        for file in sorted((ROOT / folder).glob("*.py")):
-            files[f"{package}.{file.stem}".strip(".") if file.stem != "__init__" else package] = file
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *file.relative_to(ROOT / folder).with_suffix("").parts]
+            files[".".join(part for part in parts if part and part != "__init__")] = file
     return {name: {found for found in _imported(file) if found in files} for name, file in files.items()}
 
 
@@ -27,18 +32,49 @@ def _imported(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    graph = imports()
-    assert len(graph) > 30
-    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the ring
+def test_files_import_each_other_one_way():
+    graph = {
+        # A folder's __init__ imports its files, and each file's import of the folder is one of those files.
+        name: {found for found in imported if not name.startswith(f"{found}.")}
+        for name, imported in imports().items()
+    }
+    assert len(graph) > 50
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
-def test_parts_import_no_recipe_and_evaluation_no_training():
+def test_folders_import_each_other_one_way():
+    def folder(module: str) -> str:
+        return ".".join(module.split(".")[:2])  # owlore_tune.optim of owlore_tune.optim.adamw
+
+    graph: dict[str, set[str]] = {}
+    for name, imported in imports().items():
+        graph.setdefault(folder(name), set()).update(folder(found) for found in imported)
+    for name, imported in graph.items():
+        imported -= {name, "owlore_tune"}
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_parts_import_neither_recipes_nor_configs():
     for name, imported in imports().items():
         recipes = {module for module in imported if "." not in module and module not in PACKAGES}
-        if name.startswith("owlore_evals"):
-            assert not recipes
-            assert not imported & {"owlore_tune.optim.adamw", "owlore_tune.layers.sampler", "owlore_tune.layers.active"}
-        elif name.startswith("owlore_tune") and name != "owlore_tune.cli":  # which is a program
-            assert not recipes
-            assert not any(module.startswith("owlore_evals") for module in imported)
+        if name in ("owlore_tune.cli", "owlore_eval", "owlore_full_finetune"):
+            continue
+        assert not recipes, name
+        parts = [f"owlore_tune.{folder}." for folder in ("layers", "optim", "models", "data", "memory", "distributed")]
+        if name.startswith((*parts, "owlore_tune.checkpoints.")):
+            assert not {"owlore_tune.config", "owlore_tune.program"} & imported, name
+            assert not any(module.startswith("owlore_tune.run") for module in imported), name
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("owlore_eval", ["owlore_tune.optim", "owlore_tune.layers"]),
+        ("owlore_tune.config", ["owlore_tune.optim", "owlore_tune.layers", "owlore_tune.run"]),
+        ("owlore_tune.cli", ["torch", "numpy", "omegaconf"]),
+    ],
+)
+def test_an_import_loads_nothing_that_it_does_not_need(module, absent):
+    code = f"import sys, {module}; print(sorted(name for name in {absent} if name in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"

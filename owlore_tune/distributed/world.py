@@ -46,6 +46,10 @@ class World:
             return numbers  # without a wait for the device
         return self.sum_(torch.tensor(numbers, device=device)).tolist()
 
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest ``number`` of all processes, by way of ``device``."""
+        return number if self.size == 1 else int(self.max_(torch.tensor(number, device=device)))
+
     def max_(self, tensor: Tensor) -> Tensor:
         """``tensor`` replaced by its largest over all processes."""
         if self.size > 1:

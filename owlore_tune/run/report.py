@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from torch import nn
 from torchtune.training.metric_logging import DiskLogger, StdoutLogger, TensorBoardLogger
 from torchtune.utils import get_logger
 from tqdm import tqdm
 
-from owlore_tune.config import build_with, printable
+from owlore_tune.config import build_with, plain, printable
 from owlore_tune.distributed.world import ALONE, World, local
 from owlore_tune.files import write_json
 from owlore_tune.layers.scores import SCORES_FILE
@@ -21,9 +20,10 @@ from owlore_tune.memory.measure import peak_memory_bytes
 from owlore_tune.memory.plan import MemoryPlan
 from owlore_tune.optim.adamw import OwLoreAdamW, Refresh
 from owlore_tune.run.build import LOGGER_METHODS
-from owlore_tune.run.manifest import MANIFEST
+from owlore_tune.run.manifest import MANIFEST, machine, versions
 from owlore_tune.run.progress import Progress
 from owlore_tune.run.records import DRAWS, PICTURES, STEPS, Records
+from owlore_tune.run.settings import TrainingSettings
 
 log = get_logger("INFO")
 
@@ -49,22 +49,33 @@ class Report:
         self._facts: dict[str, Any] = {}
         self._bar: tqdm | None = None
 
-    def open_logger(self, cfg: DictConfig) -> None:
-        """Make the config's metric logger, and log the config through it."""
+    def start(
+        self,
+        settings: TrainingSettings,
+        plan: MemoryPlan,
+        probabilities: list[float],
+        measure_memory: Callable[[], dict[str, int]],
+    ) -> None:
+        """Open the metric logger, log the config through it, and write the files of the records.
+
+        Args:
+            plan: of memory.
+            probabilities: that a draw includes each layer.
+            measure_memory: bytes by category, see `measured_bytes`.
+        """
+        cfg = settings.cfg
         self._logger = build_with("metric_logger", cfg.metric_logger, LOGGER_METHODS)
         # Other loggers resolve the config before they send it elsewhere, and values of the environment may be secret.
         keeps_interpolations = isinstance(self._logger, DiskLogger | StdoutLogger | TensorBoardLogger)
         self._logger.log_config(cfg if keeps_interpolations else printable(cfg))
-
-    def start(self, facts: dict[str, Any], plan: MemoryPlan, measure_memory: Callable[[], dict[str, int]]) -> None:
-        """Write the records' files and the first manifest.
-
-        Args:
-            facts: entries of the manifest that stay the same.
-            plan: of memory.
-            measure_memory: bytes by category, see `measured_bytes`.
-        """
-        self._facts, self._plan, self._measure_memory = facts, plan, measure_memory
+        self._plan, self._measure_memory = plan, measure_memory
+        self._facts = {
+            "versions": versions(),
+            "machine": machine(settings.device),
+            "config": plain(cfg),
+            "seed": cfg.seed,
+            "probabilities": probabilities,
+        }
         self.records.start()
 
     @contextmanager

@@ -11,7 +11,7 @@ from owlore_tune.checkpoints.steps import step_of
 from owlore_tune.config import changed_fields, plain
 from owlore_tune.data.samples import dataset_digest
 from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.distributed.world import RankError, World, is_known_to_all
+from owlore_tune.distributed.world import ALONE, RankError, World, is_known_to_all
 from owlore_tune.errors import CheckpointError, ConfigError, DivergedError, RunError
 from owlore_tune.files import files_digest
 from owlore_tune.run.build import Inputs
@@ -25,8 +25,10 @@ HOW_TO_RESUME = "resume with the same command and resume_from_checkpoint=true"
 log = get_logger("INFO")
 
 
-def find_checkpoint(run: RunDirectory, wanted: bool | str) -> Path | None:
+def find_checkpoint(run: RunDirectory, wanted: bool | str, world: World = ALONE) -> Path | None:
     """Claim the run's directory, and return the verified checkpoint to resume from; None to start at the beginning.
+
+    The first process of ``world`` does it, and shares the run's id.
 
     Args:
         wanted: the config's ``resume_from_checkpoint``.
@@ -35,6 +37,12 @@ def find_checkpoint(run: RunDirectory, wanted: bool | str) -> Path | None:
         ConfigError: if the directory is in use, belongs to another run or has files that this run would write, or if
             there is no good checkpoint to resume from.
     """
+    found = world.share(world.attempt(lambda: _claim(run, wanted), first_alone=True))
+    run.run_id = world.share(run.run_id)
+    return found
+
+
+def _claim(run: RunDirectory, wanted: bool | str) -> Path | None:
     run.claim()
     if not wanted and run.is_known:
         raise ConfigError(
@@ -61,8 +69,9 @@ def find_checkpoint(run: RunDirectory, wanted: bool | str) -> Path | None:
     return found
 
 
-def identity(settings: TrainingSettings, inputs: Inputs, digests: dict[str, str]) -> dict[str, Any]:
+def identity(settings: TrainingSettings, inputs: Inputs, world: World = ALONE) -> dict[str, Any]:
     """Facts about a run that must hold when it resumes; saved in every checkpoint."""
+    digests = world.share(world.attempt(lambda: input_digests(settings, inputs), first_alone=True))
     return {
         "config": plain(settings.cfg),
         "rows_per_step": inputs.data.rows_per_step,

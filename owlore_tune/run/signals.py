@@ -8,10 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
-from owlore_tune.distributed.world import World
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ONE_REQUEST = 2.0  # seconds
 
@@ -84,12 +80,3 @@ def obey_signals() -> Iterator[None]:
 def stop_request() -> StopRequest:
     """The program's own, for parts that must be complete; without `obey_signals` it never asks to stop."""
     return _stop
-
-
-def signal_of_any(world: World, device: torch.device) -> signal.Signals | None:
-    """The signal that this process or another one of ``world`` received, so that all stop at the same point."""
-    received = _stop.signal
-    if world.size == 1:
-        return received
-    number = world.max_(torch.tensor(received or 0, device=device))
-    return signal.Signals(int(number)) if number else None
