@@ -3,27 +3,33 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
+# torchao 0.15 warns that its C++ kernels, which nothing here uses, were not built for this torch.
+export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install -qq --upgrade pip
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 install: $(VENV)/.installed
 
 # An earlier run is never removed: for another one, `make demo RUN=runs/demo_2`.
 RUN ?= runs/demo
+EVALUATE = tune run owlore_eval --config eval/mmlu_dev tasks=[mmlu_dev_held_out,mmlu_dev_worked]
 
-demo: install  # the main job on a real model: score, train, held-out loss and accuracy before and after
+demo: install  # evaluate a real model, fine-tune it, evaluate it again
 	owlore download smollm2
+	$(EVALUATE) output_dir=$(RUN)/eval/before
 	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN)
+	$(EVALUATE) output_dir=$(RUN)/eval/after checkpointer.checkpoint_dir=$(RUN)/step_59
+	owlore compare --answers 1 $(RUN)/eval/before $(RUN)/eval/after
 
 pictures: RUN = runs/pictures
 pictures: install  # of 60 steps on SmolLM2, for docs/runs.md
 	owlore download smollm2
-	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN) epochs=2 \
-		max_steps_per_epoch=30 run_val_every_n_steps=15
+	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN) epochs=2 max_steps_per_epoch=30 \
+		run_val_every_n_steps=15
 	mkdir -p docs/pictures
 	cp $(RUN)/*.png docs/pictures
 

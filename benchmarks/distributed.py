@@ -72,7 +72,7 @@ def train(case: Case, num_ranks: int | None, scratch: Path, device: str, threads
     recipe = ["owlore_full_finetune", "--config", "smollm2/135M_owlore"]
     if num_ranks is not None:
         recipe = [f"--nproc_per_node={num_ranks}", "owlore_full_finetune", "--config"]
-        recipe += ["smollm2/135M_owlore_distributed"]
+        recipe += ["smollm2/135M_owlore"]
     overrides = (
         *SETTINGS, *case.overrides, f"output_dir={scratch}/run", f"device={device}",
         f"batch_size={ROWS_PER_FORWARD // (num_ranks or 1)}", f"optimizer.rank={case.rank}",

@@ -5,27 +5,31 @@ import time
 import torch
 from omegaconf import DictConfig
 
-from owlore_full_finetune import Batch, OwLoreFullFinetuneRecipe
+from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.data.loader import Batch
+from owlore_tune.loss import mean_loss, shift_labels
+from owlore_tune.optim.adamw import Refresh
 from owlore_tune.program import parse
 
 
 class FloorRecipe(OwLoreFullFinetuneRecipe):
     """Logs ``floor_seconds`` beside what the recipe logs."""
 
-    def _train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
+    def _train_step(self, micro_batches: list[Batch]) -> tuple[dict[str, float], list[Refresh]]:
         (batch,) = map(dict, micro_batches)  # the step takes labels out of its own
         before = self._progress.step % 2 == 0
         seconds = self._floor(batch) if before else 0.0
-        metrics = super()._train_step(micro_batches)
-        return metrics | {"floor_seconds": seconds if before else self._floor(batch)}
+        metrics, refreshes = super()._train_step(micro_batches)
+        return metrics | {"floor_seconds": seconds if before else self._floor(batch)}, refreshes
 
     def _floor(self, batch: Batch) -> float:
         """Seconds of a forward, and of a backward that does no more than give the active weights their gradients."""
         self._synchronize()
         started = time.perf_counter()
-        labels = self._shift_labels(batch.pop("labels"))
+        labels = shift_labels(batch.pop("labels"), self._loss_fn.ignore_index)
         active = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        torch.autograd.grad(self._loss_step(batch, labels), active)  # runs no hooks, and keeps nothing
+        loss = mean_loss(self._model, self._loss_fn, batch, labels, self._device)
+        torch.autograd.grad(loss, active)  # runs no hooks, and keeps nothing
         self._synchronize()
         return time.perf_counter() - started
 

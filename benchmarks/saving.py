@@ -35,17 +35,17 @@ def train(steps: int, every: int | None, output_dir: str) -> OwLoreFullFinetuneR
     cfg.max_steps_per_epoch = None
     recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(cfg))
     recipe.setup()
-    report = recipe._report
+    report = recipe._report.step
 
-    def report_until_done(metrics, progress):
-        report(metrics, progress)
-        if recipe._progress.step == steps:
-            raise StopIteration
+    def report_until_done(metrics, *args, **kwargs):
+        report(metrics, *args, **kwargs)
+        if metrics["step"] == steps:
+            raise KeyboardInterrupt  # which the recipe does not catch
 
-    recipe._report = report_until_done
+    recipe._report.step = report_until_done
     try:
         recipe.train()
-    except StopIteration:
+    except KeyboardInterrupt:
         return recipe
     raise AssertionError("the data ended before the steps did")
 

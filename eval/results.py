@@ -5,6 +5,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from lm_eval.loggers import EvaluationTracker
@@ -148,6 +149,38 @@ def compare(runs: list[Path]) -> str:
             cells += [format_score(other), _difference(first, other)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def show_answers(runs: list[Path], count: int) -> str:
+    """The first ``count`` questions that all runs answered in text, with the answer of each run.
+
+    Raises:
+        ConfigError: if a run has no samples of such a task, or they cannot be read.
+    """
+    answers = [_read_answers(run) for run in runs]
+    shared = [question for question in answers[0] if all(question in others for others in answers)]
+    if not shared:
+        raise ConfigError(f"{', '.join(map(str, runs))} have no question in common that was answered in text")
+    parts = []
+    for question in shared[:count]:
+        parts += [f"question\n{indent(question, '    ')}"]
+        parts += [f"{run}\n{indent(found[question], '    ')}" for run, found in zip(runs, answers, strict=True)]
+    return "\n".join(parts)
+
+
+def _read_answers(run: Path) -> dict[str, str]:
+    """Generated answers in a run's samples by question, of each task the newest file."""
+    answers: dict[str, str] = {}
+    for file in sorted(run.rglob("samples_*.jsonl"), key=lambda file: file.name):
+        try:
+            for line in file.read_text().splitlines():
+                row = json.loads(line)
+                response = row["resps"][0][0]
+                if isinstance(response, str):
+                    answers[str(row["doc"].get("instruction") or row["doc"].get("question"))] = response
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ConfigError(f"{file} is not a samples file: {error!r}") from error
+    return answers
 
 
 def format_score(score: tuple[float, float | None] | None) -> str:

@@ -146,9 +146,12 @@ def plot(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     """one table of several evaluations, with differences to the first"""
     with _errors_in_one_line():
-        from owlore_evals.results import compare
+        from owlore_evals.results import compare, show_answers
 
-        print(compare([Path(run) for run in args.runs]))
+        runs = [Path(run) for run in args.runs]
+        print(compare(runs))
+        if args.answers:
+            print(f"\n{show_answers(runs, args.answers)}")
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -214,6 +217,7 @@ def parser() -> argparse.ArgumentParser:
     plotting = command(plot)
     plotting.add_argument("run_dir", metavar="RUN", help="output_dir of a training run")
     comparing = command(compare)
+    comparing.add_argument("--answers", type=int, default=0, metavar="N", help="also show N answers of each in text")
     comparing.add_argument("runs", nargs="+", metavar="RUN", help="an evaluation's output_dir, or a results file")
     command(doctor)
     return top

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._errors import InstantiationError
+from torchtune.utils import get_logger
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from owlore_tune.config import load_config
 from owlore_tune.errors import CheckpointError, ConfigError, RunError
@@ -27,7 +30,9 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         args, rest = parser.parse_known_args()  # overrides may stand on either side of --config
         if flags := [argument for argument in rest if argument.startswith("-")]:
             parser.error(f"unrecognized arguments: {' '.join(flags)}; override a field with field=value")
-        with obey_signals(), errors_in_one_line():
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # of torchdata's loader
+        # Log lines appear above progress bars, and not in the middle of them.
+        with obey_signals(), errors_in_one_line(), logging_redirect_tqdm([get_logger()]):
             recipe_main(load_config(args.config, [*args.overrides, *rest]))
 
     return main

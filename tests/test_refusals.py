@@ -118,7 +118,6 @@ OVERRIDES = {
     "optimizer.state_bits=32.0": "optimizer: state_bits=32.0",
     "profiler.enabled=maybe": "profiler.enabled='maybe'; it must be bool",
     "model.num_heads=0": "model: ",
-    "eval=5": "eval=5; it must be a block of fields",
     "device=meta": "device=meta",
     # Numbers of the optimizer
     "optimizer.lr=true": "optimizer: lr=True; it must be a finite number",
@@ -478,7 +477,7 @@ COMMANDS: dict[str, tuple[Callable[[], object], list[str], str]] = {
     ),
     "validate of no recipe": (
         lambda: Path("other.yaml").write_text("a: {_component_: os.system}\n"),
-        ["validate", "--config", "other.yaml"], "it is of no known recipe",
+        ["validate", "--config", "other.yaml"], "no recipe takes it",
     ),
     "validate with a wrong override": (
         lambda: None, ["validate", "--config", "train.yaml", "batch_size"], "is not of the form field=value"

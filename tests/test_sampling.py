@@ -89,7 +89,7 @@ def test_a_restored_sampler_continues_the_schedule_whatever_else_is_random(draw)
     state = sampler.state_dict()
     expected = [sampler.draw() for _ in range(20)]
     torch.manual_seed(123)
-    twin = LayerSampler([1.0] * len(SCORES), 3, draw, seed=99)
+    twin = LayerSampler(SCORES, 3, draw, seed=99)
     twin.load_state_dict(state)
     torch.rand(10)
     assert [twin.draw() for _ in range(20)] == expected

@@ -26,7 +26,15 @@ def _docs(rows: list[dict[str, Any]]) -> list[Doc]:
         question, *parts = re.split(r"\s*\(([A-Z])\) ", row["instruction"])
         choices, answer = parts[1::2], "ABCD".find(re.findall(r"answer is \(([A-Z])\)", row["output"])[-1])
         if answer >= 0:  # one dev question has E for an answer
-            docs.append({"subject": row["subject"], "question": question, "choices": choices[:4], "answer": answer})
+            docs.append(
+                {
+                    "subject": row["subject"],
+                    "instruction": row["instruction"],
+                    "question": question,
+                    "choices": choices[:4],
+                    "answer": answer,
+                }
+            )
     return docs
 
 

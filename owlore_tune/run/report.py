@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class Report:
             measure_memory: bytes by category, see `measured_bytes`.
         """
         cfg = settings.cfg
-        self._logger = build_with("metric_logger", cfg.metric_logger, LOGGER_METHODS)
+        with redirect_stdout(StringIO()):  # some print where they write, which docs/runs.md says
+            self._logger = build_with("metric_logger", cfg.metric_logger, LOGGER_METHODS)
         # Other loggers resolve the config before they send it elsewhere, and values of the environment may be secret.
         keeps_interpolations = isinstance(self._logger, DiskLogger | StdoutLogger | TensorBoardLogger)
         self._logger.log_config(cfg if keeps_interpolations else printable(cfg))
