@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
-# torchao 0.15 warns that its C++ kernels, which nothing here uses, were not built for this torch.
-export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,8 +31,13 @@ pictures: install  # of 60 steps on SmolLM2, for docs/runs.md
 	mkdir -p docs/pictures
 	cp $(RUN)/*.png docs/pictures
 
+PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadgroup
+
 test: install
-	OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
+	$(PYTEST) -m 'not slow'
+
+check: lint  # and all tests: documented commands, the wheel, kills, real models on several ranks
+	$(PYTEST) --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
 
 lint: install
 	ruff check .
@@ -62,4 +65,4 @@ endif
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: install demo pictures test lint bench clean
+.PHONY: install demo pictures test check lint bench clean

@@ -1,10 +1,11 @@
-"""Accuracy before and after fine-tuning on real tasks: OwLore and torchtune's full fine-tuning, with a tuned lr each.
+"""Accuracy before and after fine-tuning on real tasks, for OwLore and torchtune's full fine-tuning with tuned lr.
 
     python benchmarks/commonsense.py --data DIR [--steps 300] [--output benchmarks/commonsense.md]
 
-DIR holds ARC-Easy, openbookqa and boolq in LLM-Adapters' form, each with train.json and test.json. Both methods train
-on the three train files together, one row in 40 left out; for each method the learning rate with the best accuracy on
-the rows left out is taken, and only its checkpoint meets the test files. What --runs has already is not done again.
+DIR holds ARC-Easy, openbookqa and boolq in LLM-Adapters' format, each with train.json and test.json. Both methods
+train on the union of the three train files, with one row in 40 held out. The learning rate with the best held-out
+accuracy is selected for each method, and only its checkpoint is evaluated on the test files. Results in --runs are
+reused.
 """
 
 import json
@@ -30,7 +31,7 @@ RECIPES = {"OwLore": "owlore_full_finetune", "torchtune full": "full_finetune_si
 
 
 def split(data: Path, runs: Path) -> None:
-    """train.json of all tasks, and dev/TASK.json of the rows that are left out of it."""
+    """Write train.json for all tasks, and the held-out rows of each task to dev/TASK.json."""
     (runs / "dev").mkdir(parents=True, exist_ok=True)
     train = []
     for task in TASKS:
@@ -42,7 +43,7 @@ def split(data: Path, runs: Path) -> None:
 
 
 def training_config(method: str, lr: float, runs: Path, output: Path, steps: int) -> dict:
-    """The shipped OwLore config, or torchtune's recipe, on the same data, batches and schedule."""
+    """Build the OwLore config or the torchtune config, with the same data, batches and schedule."""
     shared = {
         "output_dir": str(output),
         "dataset": {
@@ -64,7 +65,7 @@ def training_config(method: str, lr: float, runs: Path, output: Path, steps: int
 
 
 def train(method: str, lr: float, runs: Path, steps: int) -> Path:
-    """The checkpoint directory of one run; the run itself only if that is not there."""
+    """Train if there is no checkpoint yet, and return the checkpoint directory."""
     output = runs / f"{method.split()[-1].lower()}_{lr:g}_{steps}_steps"
     checkpoint = output / (f"step_{steps}" if method == "OwLore" else "epoch_0")
     if not checkpoint.is_dir():
@@ -78,7 +79,7 @@ def train(method: str, lr: float, runs: Path, steps: int) -> Path:
 
 
 def evaluate(name: str, checkpoint: Path, files: dict[str, Path], runs: Path, limit: int | None) -> Path:
-    """The directory of one evaluation, log-likelihoods with the chat template; done only if it is not there."""
+    """Evaluate log-likelihoods with the chat template if not done yet, and return the output directory."""
     output = runs / "eval" / (f"{name}_{limit}" if limit else name)
     if not (output / "manifest.json").is_file():
         command = ["tune", "run", "owlore_eval", "--config", "eval/local_choices", f"output_dir={output}"]
@@ -90,14 +91,14 @@ def evaluate(name: str, checkpoint: Path, files: dict[str, Path], runs: Path, li
 
 
 def score(directory: Path) -> dict[str, tuple[float, float | None]]:
-    """Accuracy and standard error of each task, and of their average."""
+    """Return accuracy and standard error of each task and of the average."""
     scores = {task: value for (task, metric), value in read_scores(directory).items() if metric == "acc"}
     average, _ = scores["average"]
     return scores | {"average": (average, math.hypot(*(scores[task][1] for task in TASKS)) / len(TASKS))}
 
 
 def commonest(files: dict[str, Path], limit: int | None) -> dict[str, tuple[float, None]]:
-    """The accuracy of giving each task's commonest answer, which takes no understanding."""
+    """Return the accuracy of always giving the most common answer of each task."""
     shares = {}
     for task, file in files.items():
         answers = [row["answer"] for row in json.loads(file.read_text())[:limit]]
@@ -106,7 +107,7 @@ def commonest(files: dict[str, Path], limit: int | None) -> dict[str, tuple[floa
 
 
 def chosen(method: str, runs: Path, steps: int) -> tuple[float, dict[float, float]]:
-    """The learning rate with the best average on the rows left out, and the averages of all."""
+    """Return the learning rate with the best held-out average, and the averages of all learning rates."""
     dev = {task: runs / "dev" / f"{task}.json" for task in TASKS}
     averages = {}
     for lr in LEARNING_RATES[method]:
@@ -120,18 +121,18 @@ def main() -> None:
     arguments.add_argument("--data", type=Path, required=True)
     arguments.add_argument("--runs", type=Path, default=Path("runs/commonsense"))
     arguments.add_argument("--steps", type=int, default=300)
-    arguments.add_argument("--limit", type=int, help="documents of each test file; all where left out")
+    arguments.add_argument("--limit", type=int, help="documents per test file (default: all)")
     args = arguments.parse_args()
     runs = args.runs.resolve()
     split(args.data, runs)
     test = {task: (args.data / task / "test.json").resolve() for task in TASKS}
-    rows = {"always the commonest answer": commonest(test, args.limit)}
+    rows = {"always the most common answer": commonest(test, args.limit)}
     rows["before"] = score(evaluate("test_before", fetch(), test, runs, args.limit))
     tuning = []
     for method in LEARNING_RATES:
         lr, averages = chosen(method, runs, args.steps)
         tried = ", ".join(f"{rate:g}: {average:.4f}" for rate, average in averages.items())
-        tuning.append(f"- {method}: {tried}; taken: {lr:g}")
+        tuning.append(f"- {method}: {tried}; selected: {lr:g}")
         checkpoint = train(method, lr, runs, args.steps)
         rows[f"{method}, lr {lr:g}"] = score(
             evaluate(f"test_{checkpoint.parent.name}", checkpoint, test, runs, args.limit)
@@ -141,10 +142,10 @@ def main() -> None:
     lines = [
         "# Accuracy before and after fine-tuning",
         "",
-        f"SmolLM2-135M-Instruct, float32, {args.steps} steps of 8 rows from the train files of {', '.join(TASKS)} "
-        f"together, cosine schedule; log-likelihood accuracy with the chat template on {documents}, ± standard error; "
-        f"{machine()}. OwLore: configs/smollm2/135M_owlore.yaml with another lr. Made by "
-        f"`python benchmarks/commonsense.py --data DIR --steps {args.steps}{limit}`.",
+        f"SmolLM2-135M-Instruct, float32, {args.steps} steps of 8 rows from the combined train files of "
+        f"{', '.join(TASKS)}, cosine schedule; log-likelihood accuracy with the chat template on "
+        f"{documents}, ± standard error; {machine()}. OwLore: configs/smollm2/135M_owlore.yaml with another lr. "
+        f"Command: `python benchmarks/commonsense.py --data DIR --steps {args.steps}{limit}`.",
         "",
         "| model | " + " | ".join([*TASKS, "average"]) + " |",
         "|---|" + "---|" * (len(TASKS) + 1),
@@ -153,7 +154,7 @@ def main() -> None:
             for name, scores in rows.items()
         ),
         "",
-        "Learning rates, by the average accuracy on the rows left out of training:",
+        "Average accuracy on the held-out rows by learning rate:",
         "",
         *tuning,
     ]

@@ -1,11 +1,11 @@
-"""SmolLM2-135M trained on several ranks and in one process: how far apart weights and losses end, and what each holds.
+"""SmolLM2-135M on several ranks against one process: differences of weights and losses, and optimizer state.
 
     python benchmarks/distributed.py [--ranks 2] [--output FILE]
 
-Every row is two runs by `tune run`, on the same rows of data in each step. Adam's eps is 1e-3: with a small one the
-rounding of a gradient that is next to nothing makes a whole step. Data is packed, since padding counts in outlier
-scores. Ranks are GPUs where there are enough, else processes on the CPU. It fails where weights end further apart than
-a row allows, or where optimizer state changes or a rank's is more than 0.75 of that of one process.
+Every row compares two `tune run`s that train on the same data in each step. Adam's eps is 1e-3: with a small eps, the
+rounding error of a tiny gradient becomes a full step. Data is packed, because outlier scores include padding. Ranks are
+GPUs if there are enough, otherwise CPU processes. The script fails if weights differ more than a row allows, if the
+size of the optimizer state changes, or if a rank holds more than 0.75 of the state of one process.
 """
 
 import json
@@ -33,22 +33,22 @@ ROWS_PER_FORWARD = 6  # over all ranks
 @dataclass(frozen=True)
 class Case:
     overrides: tuple[str, ...] = ()
-    rank: int = 16  # of gradients
+    rank: int = 16  # rank of projected gradients
     steps: int = 12
     resample_every: int = 3
-    num_ranks: int | None = None  # as many as are asked for
-    within: float | None = 5e-6  # how far apart weights may end
-    threads: int | None = None  # no ranks, but one process again with as many threads: what rounding alone does
+    num_ranks: int | None = None  # None: --ranks
+    within: float | None = 5e-6  # allowed difference of weights
+    threads: int | None = None  # compare with one process on this many threads: the effect of rounding only
 
 
 LARGE = dict(rank=128, steps=20, resample_every=1, within=None)
 CASES = {
-    "as it comes": Case(),
+    "baseline": Case(),
     "accumulation of 2": Case(("gradient_accumulation_steps=2",)),
     "activation checkpointing": Case(("enable_activation_checkpointing=true",)),
     "embeddings, norm trained": Case(("owlore.train_embeddings=true", "owlore.train_norm=true")),
-    "rank 128, a draw a step": Case(**LARGE),
-    "the same, one process on 2 threads": Case(**LARGE, num_ranks=1, threads=2),
+    "rank 128, a draw every step": Case(**LARGE),
+    "the same, 1 process, 2 threads": Case(**LARGE, num_ranks=1, threads=2),
     "one rank": Case(num_ranks=1, within=0),
     "one rank, bf16": Case(("dtype=bf16",), num_ranks=1, within=0),
 }
@@ -62,13 +62,13 @@ class Run:
 
     @property
     def state_mb(self) -> list[float]:
-        """After each step, on the first rank, which has the most."""
+        """State after each step on the first rank, which has the most."""
         return [1e3 * step["optimizer_state_gb"] for step in self.steps]
 
 
 def train(case: Case, num_ranks: int | None, scratch: Path, device: str, threads: int = 1) -> Run:
-    """``case`` on ``num_ranks`` ranks, or by the recipe for one device."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for one process too: sums of another order are other sums
+    """Train ``case`` on ``num_ranks`` ranks, or without torchrun if None."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # set it for one process too: the order of sums affects rounding
     recipe = ["owlore_full_finetune", "--config", "smollm2/135M_owlore"]
     if num_ranks is not None:
         recipe = [f"--nproc_per_node={num_ranks}", "owlore_full_finetune", "--config"]
@@ -89,7 +89,7 @@ def train(case: Case, num_ranks: int | None, scratch: Path, device: str, threads
 
 
 def compare(name: str, num_ranks: int) -> tuple[str, str | None]:
-    """A row of the table, and what it misses."""
+    """Return a row of the table, and a failure message or None."""
     case = CASES[name]
     num_ranks = case.num_ranks or num_ranks
     device = "cuda" if torch.cuda.device_count() >= num_ranks else "cpu"
@@ -103,7 +103,7 @@ def compare(name: str, num_ranks: int) -> tuple[str, str | None]:
     constant = min(several.state_mb) == share and min(one.state_mb) == held
     missed = None
     if case.within is not None and weights > case.within:
-        missed = f"{name}: weights {weights:.1e} apart, more than {case.within:.1e}"
+        missed = f"{name}: weights differ by {weights:.1e}, more than {case.within:.1e}"
     elif not constant or (num_ranks > 1 and share > 0.75 * held):
         missed = f"{name}: optimizer state {share:.2f} MB of {held:.2f}, {'' if constant else 'not '}constant"
     row = (
@@ -125,13 +125,14 @@ def main() -> None:
     lines = [
         "# Several ranks against one process",
         "",
-        f"SmolLM2-135M, fp32 unless a row says otherwise, γ=2, gradients at rank 16, {ROWS_PER_FORWARD} × 128 tokens a "
-        f"forward over all ranks; {machine()}. Made by `python benchmarks/distributed.py`.",
+        f"SmolLM2-135M, fp32 unless a row says otherwise, γ=2, gradients at rank 16, {ROWS_PER_FORWARD} × 128 tokens "
+        f"per forward over all ranks; {machine()}. Command: `python benchmarks/distributed.py`.",
         "",
-        "One process on two threads is against itself on one: what the order of sums does, in 20 draws at rank 128.",
+        "The 2-thread row compares one process with itself on 1 thread. It shows the effect of summation order in 20 "
+        "draws at rank 128.",
         "",
-        "| run | ranks | steps, draws | weights apart | losses apart | optimizer state of one process, MB | of a rank "
-        "| share | does it change? |",
+        "| run | ranks | steps, draws | weight difference | loss difference | optimizer state of one process, MB "
+        "| per rank, MB | ratio | changes? |",
         "|---|---|---|---|---|---|---|---|---|",
         *rows,
     ]

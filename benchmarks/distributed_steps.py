@@ -1,9 +1,9 @@
-"""A step on several ranks: OwLore beside torchtune's own recipes for several devices, in turns.
+"""Step time and memory on several ranks: OwLore against torchtune's distributed recipes, interleaved.
 
     python benchmarks/distributed_steps.py [--ranks 2] [--rounds 1] [--steps 12] [--model smollm2] [--output FILE]
 
-Seconds and memory are those of the first rank, by the same clock for all: from one logged step to the next, the first
-two left out, and the most memory until the last step. As in methods.py, a draw and new bases are one step in ten.
+Seconds and memory are measured on the first rank. Step time is the time from one logged step to the next, without the
+first two steps. Memory is the peak up to the last step. As in methods.py, one step in ten has a draw and new bases.
 """
 
 import json
@@ -33,7 +33,7 @@ def time_row(row: str, model: Model, num_ranks: int, steps: int, result: Result)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         config = row_config(row, model, scratch, steps, resample_every=10)
-        if row == "torchtune full":  # sharded, its state fits, and it needs no 8 bits
+        if row == "torchtune full":  # its sharded state fits without 8-bit
             config |= {
                 "optimizer_in_bwd": False,
                 "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-5, "fused": True},
@@ -63,11 +63,11 @@ def main() -> None:
     lines = [
         "# A step on several ranks",
         "",
-        f"{args.model} on {args.ranks} ranks, MMLU dev packed {model.batch_size} × {model.seq_len} tokens on each, "
+        f"{args.model} on {args.ranks} ranks, MMLU dev packed {model.batch_size} × {model.seq_len} tokens per rank, "
         f"{model.dtype}, rank 128, LoRA on all Linears; {args.rounds} interleaved rounds of {args.steps} steps; "
-        f"{machine()}. Made by `python benchmarks/distributed_steps.py`, whose head says what each column is.",
+        f"{machine()}. Command: `python benchmarks/distributed_steps.py`; its docstring describes the columns.",
         "",
-        "| run | mean step, s | median | tokens/s | peak memory of a rank, GB | step / torchtune full "
+        "| run | mean step, s | median | tokens/s | peak memory per rank, GB | step / torchtune full "
         "| step / torchtune LoRA, r=16 |",
         "|---|---|---|---|---|---|---|",
         *(

@@ -1,10 +1,10 @@
-"""Evaluation on the native model against lm-evaluation-harness's own `--model hf`: the same answers, in less time.
+"""Speed and agreement of evaluation on the torchtune model against lm-evaluation-harness's `--model hf`.
 
     python benchmarks/evaluation.py --data DIR [--rounds 3] [--output benchmarks/evaluation.md]
 
-DIR holds ARC-Easy and ARC-Challenge in LLM-Adapters' form (test.json); their questions are put in the form of the
-harness's arc tasks. Both models have the same SmolLM2 weights, float32, and get the same requests; they take turns,
-round by round. HFLM runs at the batch size that is fastest on a part of the requests. Generation is against
+DIR holds ARC-Easy and ARC-Challenge in LLM-Adapters' format (test.json); their questions are converted to the format of
+the harness's arc tasks. Both models have the same SmolLM2 weights in float32 and get the same requests in interleaved
+rounds. HFLM runs at the batch size that is fastest on a subset of the requests. Generation is compared with
 transformers' `generate`.
 """
 
@@ -46,7 +46,7 @@ def theirs(directory: Path) -> HFLM:
 
 
 def arc(file: Path, num_documents: int, num_fewshot: int) -> list[Instance]:
-    """Requests of the harness's arc tasks, for the first documents; each has examples of its own, drawn at random."""
+    """Build requests like the harness's arc tasks for the first documents, each with its own random examples."""
     documents = []
     for row in json.loads(file.read_text()):
         question, *choices = re.split(r"\s*Answer\d: ", row["instruction"].split("\n\nAnswer format")[0])
@@ -61,7 +61,7 @@ def arc(file: Path, num_documents: int, num_fewshot: int) -> list[Instance]:
 
 
 def mmlu_of_one_subject(num_documents: int) -> list[Instance]:
-    """Requests of a stock MMLU subject: all documents have the same 5 examples."""
+    """Build requests like a stock MMLU subject: all documents have the same 5 examples."""
     (task,) = load_tasks(["mmlu_dev"])
     texts = [(task.doc_to_text(doc), "ABCD"[doc["answer"]]) for doc in task.test_docs()]
     shots = "".join(f"{text} {answer}\n\n" for text, answer in texts[:5])
@@ -69,7 +69,7 @@ def mmlu_of_one_subject(num_documents: int) -> list[Instance]:
 
 
 def mmlu(num_documents: int) -> list[Instance]:
-    """Requests of our mmlu_dev: each document has others of its subject for examples."""
+    """Build requests of our mmlu_dev: the examples are other documents of the same subject."""
     (task,) = load_tasks(["mmlu_dev"])
     task.set_config("num_fewshot", 5)
     task.build_all_requests(limit=num_documents, rank=0, world_size=1)
@@ -91,7 +91,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def score(name: str, requests: list[Instance], our_lm: TorchtuneLM, hf: HFLM, rounds: int) -> str:
-    """A row of the table: documents per second of both, the ratio, and how far their results differ."""
+    """Return a row of the table: documents per second of both, the ratio, and the difference of results."""
     documents = len({request.doc_id for request in requests})
     part = requests[: len(requests) // 8]
     batch_seconds = {}
@@ -117,7 +117,7 @@ def score(name: str, requests: list[Instance], our_lm: TorchtuneLM, hf: HFLM, ro
 
 
 def choices(requests: list[Instance], results: list[tuple[float, bool]]) -> list[int]:
-    """The likeliest choice of each document."""
+    """Return the most likely choice of each document."""
     by_document: dict[int, list[float]] = {}
     for request, (value, _) in zip(requests, results, strict=True):
         by_document.setdefault(request.doc_id, []).append(value)
@@ -125,7 +125,7 @@ def choices(requests: list[Instance], results: list[tuple[float, bool]]) -> list
 
 
 def generation(prompts: list[str], our_lm: TorchtuneLM, hf: HFLM, rounds: int) -> str:
-    """A row: new tokens per second of both, end tokens ignored so that both make equally many."""
+    """Return a row: new tokens per second of both. End tokens are ignored, so both generate the same number."""
     our_lm._tokenizer.stop_tokens = []
     tokens = Prompts([our_lm.tok_encode(text) for text in prompts], NEW_TOKENS, [], 0.0, [0] * BATCH)
     hf.tokenizer.padding_side = "left"
@@ -136,7 +136,7 @@ def generation(prompts: list[str], our_lm: TorchtuneLM, hf: HFLM, rounds: int) -
         "ours": lambda: generate(tokens, our_lm._model, our_lm._tokenizer),
         "hf": lambda: hf.model.generate(**inputs, **options),
     }
-    made = {who: call() for who, call in calls.items()}  # warm
+    made = {who: call() for who, call in calls.items()}  # warm-up
     same = sum(a == b.tolist()[inputs["input_ids"].shape[1] :] for a, b in zip(made["ours"], made["hf"], strict=True))
     times: dict[str, list[float]] = {who: [] for who in calls}
     for number in range(rounds):
@@ -159,8 +159,8 @@ def main() -> None:
     tasks = {
         "ARC-Easy form, 0-shot": arc(easy, 120, 0),
         "ARC-Challenge form, 5-shot": arc(challenge, 32, 5),
-        "MMLU dev, 5-shot, each its own": mmlu(80),
-        "MMLU dev, 5-shot, the same for all": mmlu_of_one_subject(80),
+        "MMLU dev, 5-shot, own examples": mmlu(80),
+        "MMLU dev, 5-shot, shared examples": mmlu_of_one_subject(80),
     }
     rows = [score(name, requests, our_lm, hf, args.rounds) for name, requests in tasks.items()]
     prompts = [request.args[0] for request in tasks["ARC-Easy form, 0-shot"][:: 4 * 11]][:BATCH]
@@ -168,9 +168,9 @@ def main() -> None:
         "# Evaluation against `lm_eval --model hf`",
         "",
         f"SmolLM2-135M, float32 on the CPU, the same requests in {args.rounds} interleaved rounds; {machine()}. "
-        "Made by `python benchmarks/evaluation.py --data DIR`.",
+        "Command: `python benchmarks/evaluation.py --data DIR`.",
         "",
-        "| requests | documents | ours, docs/s | hf, docs/s | ratio | largest difference, nats | other choices |",
+        "| requests | documents | ours, docs/s | hf, docs/s | ratio | largest difference, nats | changed choices |",
         "|---|---|---|---|---|---|---|",
         *rows,
         "",

@@ -1,10 +1,10 @@
-"""Kill runs at random moments, resume them until they are done, and compare with the run that was never stopped.
+"""Kill runs at random moments, resume them until they finish, and compare with an uninterrupted run.
 
     python benchmarks/faults.py [--runs 30] [--signal KILL] [--model small|smollm2] [--seed 0] [--output FILE]
 
-Half of the kills come at a random time, half inside a save. Weights must end bit-equal, and the newest checkpoint must
-be readable after every kill. Children are forked from a process that has imported everything, so that a start takes no
-seconds of imports; they run the recipe as `tune run` does.
+Half of the kills come at a random time, half during a save. Final weights must be bit-identical, and the newest
+checkpoint must be readable after every kill. Runs are forked from a process that has already imported everything, which
+saves seconds per start. They run the recipe like `tune run` does.
 """
 
 import io
@@ -35,7 +35,7 @@ from owlore_tune.run.directory import RunDirectory
 
 
 def small_model(directory: Path) -> None:
-    """A random LLaMA of 4 layers with SmolLM2's tokenizer, 13 MB."""
+    """Save a random 4-layer LLaMA with SmolLM2's tokenizer, 13 MB."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
@@ -48,7 +48,7 @@ def small_model(directory: Path) -> None:
 
 
 def config_for(model: str, scratch: Path) -> dict:
-    """A run of 12 steps with a checkpoint every 2, draws every 3, accumulation, and a refresh every 2."""
+    """Config of 12 steps with gradient accumulation: checkpoint every 2, draw every 3, basis refresh every 2."""
     overrides = [
         "dataset_val=null", "batch_size=1", "gradient_accumulation_steps=2", "max_steps_per_epoch=6", "epochs=2",
         "owlore.resample_every=3", "owlore.outlier_threshold=5", "owlore.calibration_batches=2",
@@ -70,7 +70,7 @@ def config_for(model: str, scratch: Path) -> dict:
 
 
 def start(config: dict, output_dir: Path) -> int:
-    """Fork a child that trains; it exits with 0 when the run is complete, 143 when SIGTERM stopped it, else 1."""
+    """Fork a child that trains. Exit code: 0 if the run completed, 143 if SIGTERM stopped it, otherwise 1."""
     child = os.fork()
     if child:
         return child
@@ -91,7 +91,7 @@ def start(config: dict, output_dir: Path) -> int:
 
 
 def kill_somewhere(child: int, output_dir: Path, seconds: float, number: int, rng: random.Random) -> str:
-    """Wait for a random moment, or for a random moment inside a save, and kill. Returns which it was."""
+    """Kill at a random moment, or at a random moment during a save. Returns which of the two."""
     started = time.monotonic()
     if rng.random() < 0.5:
         moment, wait = "any", rng.uniform(0, seconds)
@@ -133,9 +133,9 @@ def main() -> None:
     number = signal.Signals[f"SIG{args.signal}"]
     rng = random.Random(args.seed)
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(1)  # a forked child cannot use the threads of its parent
+    torch.set_num_threads(1)  # a forked child cannot use its parent's threads
     tqdm.monitor_interval = 0
-    tqdm.set_lock(threading.RLock())  # by default one lock for all processes, which a killed child may hold
+    tqdm.set_lock(threading.RLock())  # the default lock is shared by all processes, and a killed child may hold it
     counts = {"kills": 0, "kills in a save": 0, "unreadable newest checkpoints": 0, "runs not bit-equal": 0}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -156,7 +156,7 @@ def main() -> None:
                 assert code in (-number, 128 + number), f"a run failed with {code}"
                 kills += 1
                 counts["kills"] += 1
-                # After SIGKILL an interrupted save leaves its directory; SIGTERM lets it end.
+                # SIGKILL leaves the directory of an interrupted save; SIGTERM lets the save finish.
                 partial = any(output_dir.glob("step_*.partial"))
                 counts["kills in a save"] += partial or (number != signal.SIGKILL and moment == "in a save")
                 for directory in RunDirectory.existing(output_dir).steps.own()[-1:]:
@@ -173,7 +173,7 @@ def main() -> None:
     lines = [
         f"# {args.runs} runs of a {args.model} model under SIG{args.signal}",
         "",
-        f"Seed {args.seed}, up to 4 kills a run; {machine()}. Made by `python benchmarks/faults.py`.",
+        f"Seed {args.seed}, up to 4 kills per run; {machine()}. Command: `python benchmarks/faults.py`.",
         "",
         "| | |",
         "|---|---|",

@@ -1,9 +1,10 @@
-"""Kill one rank of a run at random moments, resume until it is done, and compare with the run that was never stopped.
+"""Kill one rank of a run at random moments, resume until it finishes, and compare with an uninterrupted run.
 
     python benchmarks/faults_distributed.py [--kills 10] [--ranks 2] [--seed 0] [--output FILE]
 
-Ranks are processes of their own, with no agent to end the others. Half of the kills come at a random time, half inside
-a save. After each, the other ranks must end with an error within `dist_timeout_s`, and the newest checkpoint be good.
+Ranks run without torchrun, so no agent stops the other ranks. Half of the kills come at a random time, half during a
+save. After each kill, the other ranks must exit with an error within `dist_timeout_s`, and the newest checkpoint must
+be readable.
 """
 
 import json
@@ -23,7 +24,7 @@ from report import machine, parser, publish
 
 from owlore_tune.run.directory import RunDirectory
 
-TIMEOUT = 30  # seconds, of dist_timeout_s
+TIMEOUT = 30  # dist_timeout_s, in seconds
 
 
 def start(config: Path, num_ranks: int) -> list[subprocess.Popen]:
@@ -40,7 +41,7 @@ def start(config: Path, num_ranks: int) -> list[subprocess.Popen]:
 
 
 def kill_somewhere(ranks: list[subprocess.Popen], output_dir: Path, seconds: float, rng: random.Random) -> bool:
-    """Kill a rank at a random moment once there is a checkpoint, or inside the next save. Returns whether in a save."""
+    """Kill a rank after the next checkpoint, at a random moment or during a save. Returns whether during a save."""
     before = set(RunDirectory.existing(output_dir).steps.own())
     while set(RunDirectory.existing(output_dir).steps.own()) == before and all(rank.poll() is None for rank in ranks):
         time.sleep(0.002)
@@ -66,8 +67,8 @@ def main() -> None:
     counts = {
         "kills": 0,
         "kills in a save": 0,
-        "ranks that did not end in time": 0,
-        "ranks that ended without an error": 0,
+        "ranks that did not exit in time": 0,
+        "ranks that exited without an error": 0,
     }
     counts |= {"unreadable newest checkpoints": 0, "runs not bit-equal": 0, "runs": 0}
     slowest = 0.0
@@ -95,11 +96,11 @@ def main() -> None:
                     for rank in ranks:
                         try:
                             code = rank.wait(TIMEOUT + 10)
-                            # Once the last step is saved the first rank has the pictures to draw, alone.
+                            # After the last save, only the first rank still has work: it draws the plots.
                             finished = json.loads((output_dir / "manifest.json").read_text())["finished"]
-                            counts["ranks that ended without an error"] += code == 0 and not finished
+                            counts["ranks that exited without an error"] += code == 0 and not finished
                         except subprocess.TimeoutExpired:
-                            counts["ranks that did not end in time"] += 1
+                            counts["ranks that did not exit in time"] += 1
                             rank.kill()
                     slowest = max(slowest, time.monotonic() - killed)
                     try:
@@ -115,10 +116,10 @@ def main() -> None:
             counts["runs"] += 1
             print(counts, flush=True)
     lines = [
-        f"# A run on {args.ranks} ranks that loses one",
+        f"# Losing one of {args.ranks} ranks",
         "",
         f"A small model under SIGKILL to one rank, seed {args.seed}; dist_timeout_s={TIMEOUT}; {machine()}. The "
-        f"slowest rank ended {slowest:.1f} s after the kill. Made by `python benchmarks/faults_distributed.py`.",
+        f"slowest rank exited {slowest:.1f} s after the kill. Command: `python benchmarks/faults_distributed.py`.",
         "",
         "| | |",
         "|---|---|",

@@ -1,9 +1,9 @@
-"""Training with 8-bit moments and bfloat16 bases against float32 state: the loss curve, and the bytes.
+"""Loss curve and size of 8-bit moments and bfloat16 bases against float32 optimizer state.
 
     python benchmarks/few_bits.py [--steps 200] [--output benchmarks/few_bits.md]
 
-configs/smollm2/135M_owlore.yaml with one row of data a step, twice; the runs differ in those two options alone. Both go
-on at once, with half of the threads each, since their time does not matter here.
+Two runs of configs/smollm2/135M_owlore.yaml with one row of data per step; only these two options differ. They run
+concurrently with half of the threads each, because time is not measured.
 """
 
 import json
@@ -24,11 +24,11 @@ RUNS = {
     "float32 moments and bases": [],
     "8-bit moments, bf16 bases": ["optimizer.state_bits=8", "optimizer.basis_bits=16"],
 }
-WINDOW = 20  # steps that a loss is averaged over
+WINDOW = 20  # steps in a loss average
 
 
 def train(overrides: list[str], steps: int, scratch: Path) -> tuple[list[float], dict]:
-    """The loss of each step, and the manifest."""
+    """Return the loss of each step, and the manifest."""
     scratch.mkdir()
     tune_run(
         "owlore_full_finetune", "smollm2/135M_owlore", f"output_dir={scratch / 'run'}",
@@ -58,11 +58,11 @@ def main() -> None:
     sizes = [(memory["moments"] + memory["bases"]) / 1e6 for memory in measured]
     marks = [args.steps // 4 * i for i in range(1, 5)]
     lines = [
-        "# Training with few bits of optimizer state",
+        "# Training with low-bit optimizer state",
         "",
         f"SmolLM2-135M, {args.steps} steps of configs/smollm2/135M_owlore.yaml (γ=5, rank 128, a draw every 10 steps), "
         "one row each; "
-        f"the loss is the mean of {WINDOW} steps; {machine()}. Made by `python benchmarks/few_bits.py`.",
+        f"losses are means over {WINDOW} steps; {machine()}. Command: `python benchmarks/few_bits.py`.",
         "",
         "| optimizer state | MB | " + " | ".join(f"loss at {mark}" for mark in marks) + " | held-out loss after |",
         "|---|---" + "|---" * (len(marks) + 1) + "|",

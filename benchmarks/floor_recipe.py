@@ -1,4 +1,4 @@
-"""The training recipe, which also times each step's forward and needed backward alone, in turn before and after it."""
+"""The training recipe, which also times the forward and required backward pass, alternately before and after a step."""
 
 import time
 
@@ -13,23 +13,23 @@ from owlore_tune.program import parse
 
 
 class FloorRecipe(OwLoreFullFinetuneRecipe):
-    """Logs ``floor_seconds`` beside what the recipe logs."""
+    """Adds ``floor_seconds`` to the recipe's metrics."""
 
     def _train_step(self, micro_batches: list[Batch]) -> tuple[dict[str, float], list[Refresh]]:
-        (batch,) = map(dict, micro_batches)  # the step takes labels out of its own
+        (batch,) = map(dict, micro_batches)  # copy: the step removes the labels
         before = self._progress.step % 2 == 0
         seconds = self._floor(batch) if before else 0.0
         metrics, refreshes = super()._train_step(micro_batches)
         return metrics | {"floor_seconds": seconds if before else self._floor(batch)}, refreshes
 
     def _floor(self, batch: Batch) -> float:
-        """Seconds of a forward, and of a backward that does no more than give the active weights their gradients."""
+        """Seconds of a forward pass, plus a backward pass that only computes the gradients of active weights."""
         self._synchronize()
         started = time.perf_counter()
         labels = shift_labels(batch.pop("labels"), self._loss_fn.ignore_index)
         active = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         loss = mean_loss(self._model, self._loss_fn, batch, labels, self._device)
-        torch.autograd.grad(loss, active)  # runs no hooks, and keeps nothing
+        torch.autograd.grad(loss, active)  # runs no hooks and stores no gradients
         self._synchronize()
         return time.perf_counter() - started
 

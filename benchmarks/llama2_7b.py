@@ -1,10 +1,10 @@
-"""Peak memory of a LLaMA-2-7B run, from the start of the process to its end, against what was planned.
+"""Peak memory of a LLaMA-2-7B run, from process start to exit, against the memory plan.
 
     python benchmarks/llama2_7b.py [--model /tmp/Llama-2-7b-hf] [--output benchmarks/llama2_7b.md]
 
-Each row is a whole `tune run` of configs/llama2/7B_owlore.yaml: it loads 13.5 GB from disk, scores the layers, trains
-three steps of 1 × 512 tokens over two draws, and saves. Where ``--model`` does not exist, random weights in the real
-layout are made there first (random_checkpoint.py); for memory and time it does not matter what the weights are.
+Each row is a complete `tune run` of configs/llama2/7B_owlore.yaml: load 13.5 GB from disk, score the layers, train
+three steps of 1 × 512 tokens over two draws, and save. If ``--model`` does not exist, random weights in the real
+layout are created there (random_checkpoint.py). Memory and time do not depend on the values of the weights.
 """
 
 import json
@@ -30,7 +30,7 @@ ROWS = {
 
 
 def measure(overrides: list[str], model: Path) -> tuple[float, dict]:
-    """Peak resident GB of a run, and its manifest."""
+    """Return the peak resident size of a run in GB, and its manifest."""
     with tempfile.TemporaryDirectory(dir=model.parent) as name:
         scratch = Path(name)
         places = [f"checkpointer.checkpoint_dir={model}", f"output_dir={scratch / 'run'}"]
@@ -41,7 +41,7 @@ def measure(overrides: list[str], model: Path) -> tuple[float, dict]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", type=Path, default=Path("/tmp/Llama-2-7b-hf"), help="model directory")
-    arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="only these")
+    arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="rows to run")
     args = arguments.parse_args()
     if not (args.model / "config.json").is_file():
         script = Path(__file__).with_name("random_checkpoint.py")
@@ -49,9 +49,9 @@ def main() -> None:
     lines = [
         "# LLaMA-2-7B on one machine",
         "",
-        "Its shape in bfloat16, 1 × 512 tokens, activation checkpointing, embeddings and head frozen; load from disk, "
-        f"score, 3 steps over 2 draws, save; {machine()}. Peak memory is of the whole process, at any time of its "
-        "life. Made by `python benchmarks/llama2_7b.py`.",
+        "Real shape in bfloat16, 1 × 512 tokens, activation checkpointing, embeddings and head frozen; load from disk, "
+        f"score, 3 steps over 2 draws, save; {machine()}. Peak memory covers the whole process from start to "
+        "exit. Command: `python benchmarks/llama2_7b.py`.",
         "",
         "| run | peak memory, GB | planned, GB | measured / planned | optimizer state, GB | median step, s |",
         "|---|---|---|---|---|---|",

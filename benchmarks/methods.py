@@ -1,18 +1,18 @@
-"""OwLore, its settings and its peers side by side: step time, memory, optimizer state; on one model, data and dtype.
+"""Step time, memory and optimizer state of OwLore, its settings and its peers, on the same model, data and dtype.
 
     python benchmarks/methods.py [--rounds 1] [--steps 12] [--output benchmarks/methods.md] [--model llama2-7b]
 
-Each row is a process of its own, and the rows take turns, round by round, so that a noisy machine treats them alike.
-Three kinds of runs:
+Each row runs in a separate process. Rounds are interleaved, so noise of the machine affects all rows alike. There are
+three kinds of runs:
 
-- time: a draw every 10 steps, where there are draws; the seconds between two logged steps, the first two left out. So
-  of 12 steps the mean has ten, one of them with new bases.
-- floor, for our own rows: the same by floor_recipe.py, which times each step against forward and needed backward alone.
-  That backward has all gradients at its end, where a step projects them as they appear, or adds them up in place: with
-  all layers trained, a step can take less time than its floor.
-- memory, where there are draws: one at every step; the most memory used until the second and until the twentieth.
+- time: seconds between two logged steps, without the first two. Methods with draws draw every 10 steps. With 12 steps,
+  the mean covers ten steps, one of them with new bases.
+- floor, only for our rows: the same run with floor_recipe.py, which compares each step with the forward pass plus the
+  required backward pass. That backward pass holds all gradients at once, while a step projects or accumulates them as
+  they appear. With all layers trained, a step can therefore be faster than its floor.
+- memory, only for methods with draws: a draw at every step; peak memory up to the second and the twentieth step.
 
-On a CPU memory is the resident size of the whole process, on CUDA what the allocator gave.
+Memory is the resident size of the process on the CPU, and the allocator's peak on CUDA.
 """
 
 import json
@@ -45,7 +45,7 @@ OURS = {
     "full": ALL | {"optimizer.rank": None},
 }  # fmt: skip
 TORCHTUNE = {"torchtune full": "full_finetune_single_device", "torchtune LoRA, r=16": "lora_finetune_single_device"}
-# On the transformers model. The last is our own loop that does what LISA's published code does.
+# These run on the transformers model. The last is our reimplementation of LISA's published code.
 PEERS = {"galore-torch": "galore", "BAdam": "badam", "LISA as published, reimplemented": "lisa"}
 ROWS = [*OURS, *TORCHTUNE, *PEERS]
 DRAWS = {*list(OURS)[:4], "BAdam", "LISA as published, reimplemented"}
@@ -53,10 +53,10 @@ DRAWS = {*list(OURS)[:4], "BAdam", "LISA as published, reimplemented"}
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained, and on rows of how many tokens."""
+    """A model and its training settings."""
 
-    config: str  # ours
-    module: str  # torchtune's builder
+    config: str  # our training config
+    module: str  # model builder
     lora: str
     model_type: str
     tokenizer: dict
@@ -66,7 +66,7 @@ class Model:
     checkpointing: bool
 
     def directory(self) -> Path:
-        """Its weights; made or fetched where they are missing."""
+        """Return the directory of the weights. Missing weights are created or downloaded."""
         if self.config.startswith("smollm2"):
             return fetch()
         directory = Path("/tmp/Llama-2-7b-hf")
@@ -93,15 +93,15 @@ MODELS = {
 
 @dataclass
 class Result:
-    """What the runs of one row came to."""
+    """Measurements of one row."""
 
-    tokens: int  # of a step
-    seconds: list[float] = field(default_factory=list)  # of each step
+    tokens: int  # per step
+    seconds: list[float] = field(default_factory=list)  # per step
     peak: float = 0.0  # GB
     after: tuple[float, float] | None = None  # GB, after 2 draws and after 20
     state: float = 0.0  # GB
     planned: float | None = None  # GB
-    floor: float | None = None  # step / floor
+    floor: float | None = None  # step time / floor
 
     def summary(self) -> str:
         median = statistics.median(self.seconds) if self.seconds else float("nan")
@@ -109,7 +109,7 @@ class Result:
 
 
 def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every: int) -> dict:
-    """The config of a row that is a recipe's."""
+    """Build the config of a row that runs a recipe."""
     checkpointer = {"checkpoint_dir": str(model.directory()), "model_type": model.model_type}
     common = {
         "output_dir": str(scratch / "run"),
@@ -153,7 +153,7 @@ def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every
         "log_every_n_steps": 1,
     }  # fmt: skip
     if row == "torchtune full":
-        if device() == "cuda":  # as torchtune's 7B_full_low_memory has it; 7B do not fit a card with AdamW in full
+        if device() == "cuda":  # as in torchtune's 7B_full_low_memory; 7B with full AdamW does not fit on a GPU
             theirs["optimizer"] = {"_component_": "bitsandbytes.optim.PagedAdamW8bit", "lr": 2e-5}
         return theirs | {"optimizer_in_bwd": device() == "cuda"}
     return theirs | {
@@ -169,7 +169,7 @@ def device() -> str:
 
 
 def run(row: str, model: Model, steps: int, resample_every: int, floor: bool = False) -> tuple[list[dict], float, dict]:
-    """What was logged of each step, the process's peak GB, and the manifest of an own row."""
+    """Return the step log, the peak memory in GB, and the manifest (our rows only)."""
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         if row in PEERS:
@@ -192,7 +192,7 @@ def run(row: str, model: Model, steps: int, resample_every: int, floor: bool = F
 
 
 def step_seconds(lines: list[dict]) -> list[float]:
-    """Seconds from each logged step to the next, from the third on."""
+    """Return the seconds of each step from the third on."""
     clock = [line["seconds"] for line in lines]
     return [after - before for before, after in zip(clock, clock[1:], strict=False)][1:]
 
@@ -218,7 +218,7 @@ def weigh_row(row: str, model: Model, result: Result) -> None:
 
 
 def note_state(row: str, model: Model, lines: list[dict], manifest: dict, result: Result) -> None:
-    """The most optimizer state that was seen, and the plan of an own row."""
+    """Record the largest optimizer state, and the memory plan of our rows."""
     if row in OURS:
         result.planned = manifest["memory_bytes"]["planned"]["total"] / 1e9
     told = lines[-1].get("optimizer_state_gb")
@@ -226,12 +226,12 @@ def note_state(row: str, model: Model, lines: list[dict], manifest: dict, result
 
 
 def torchtune_state(row: str, model: Model) -> float:
-    """GB of the state of torchtune's recipes, which do not tell, from the shapes of what they train."""
+    """GB of optimizer state of torchtune's recipes, which do not log it, computed from the trained shapes."""
     with torch.device("meta"), training.set_default_dtype(training.get_dtype(model.dtype)):
         built = config.instantiate(OmegaConf.create(row_model(row, model)))
     trained = [p for name, p in built.named_parameters() if "lora" in name or row == "torchtune full"]
     if row == "torchtune full" and device() == "cuda":
-        return 2 * sum(p.numel() for p in trained) / 1e9  # 8 bits, and paged: not all of it is on the device
+        return 2 * sum(p.numel() for p in trained) / 1e9  # 8-bit and paged: not all of it is on the device
     return 2 * sum(p.nbytes for p in trained) / 1e9
 
 
@@ -269,7 +269,7 @@ def table(results: dict[str, Result]) -> list[str]:
 
 
 def draw(path: Path, results: dict[str, Result]) -> None:
-    """Two bars for each row: seconds of a step, GB of memory."""
+    """Plot two bars per row: seconds per step, and GB of memory."""
     figure = Figure(figsize=(11, 0.4 * len(results) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     rows = list(results)[::-1]
@@ -289,7 +289,7 @@ def main() -> None:
     arguments.add_argument("--model", choices=MODELS, default="llama2-7b" if torch.cuda.is_available() else "smollm2")
     arguments.add_argument("--rounds", type=int, default=1)
     arguments.add_argument("--steps", type=int, default=12)
-    arguments.add_argument("--rows", nargs="*", choices=ROWS, help="only these; of a 7B model, those that fit a GPU")
+    arguments.add_argument("--rows", nargs="*", choices=ROWS, help="rows to run (default: all that fit on one GPU)")
     args = arguments.parse_args()
     model = MODELS[args.model]
     rows = args.rows or (ROWS if args.model == "smollm2" else [*list(OURS)[:3], *TORCHTUNE])
@@ -305,12 +305,13 @@ def main() -> None:
             weigh_row(row, model, result)
         print(f"{row}: {result.summary()}", flush=True)
     lines = [
-        "# OwLore and its peers side by side",
+        "# OwLore and its peers",
         "",
-        f"{args.model}, MMLU dev packed {model.batch_size} × {model.seq_len} tokens, {model.dtype}, rank 128 where "
-        f"there is one, LoRA on all Linears; {args.rounds} interleaved rounds of {args.steps} steps; {machine()}. Each "
-        "recipe runs as it ships. The mean step has its share of basis refreshes (SVDs in galore-torch), one in ten. "
-        f"Made by `python benchmarks/methods.py --model {args.model}`, whose head says what each column is.",
+        f"{args.model}, MMLU dev packed {model.batch_size} × {model.seq_len} tokens, {model.dtype}, rank 128 for "
+        f"projected gradients, LoRA on all Linears; {args.rounds} interleaved rounds of {args.steps} steps; "
+        f"{machine()}. The recipes are unmodified. "
+        "The mean step includes basis refreshes (SVDs in galore-torch), one in ten steps. "
+        f"Command: `python benchmarks/methods.py --model {args.model}`; its docstring describes the columns.",
         "",
         *table(results),
     ]

@@ -1,10 +1,10 @@
-"""A plain training loop on the transformers model, with the optimizers that peers publish.
+"""A plain training loop on the transformers model, with the published optimizers of other methods.
 
     python benchmarks/peers.py galore|badam|lisa --model DIR --output steps.jsonl [--data FILE --lr LR --save DIR ...]
 
-galore is `galore-torch`'s AdamW and badam is `badam`'s BlockOptimizer, both from PyPI. lisa is a loop that behaves as
-LISA's published code does: one torch AdamW over all weights, layers frozen and unfrozen by turns, so that state of
-layers that left stays. Rows of data, their order and the step log are those of the other benchmarks.
+galore is `galore-torch`'s AdamW and badam is `badam`'s BlockOptimizer, both from PyPI. lisa reimplements LISA's
+published code: one torch AdamW over all weights, with layers frozen and unfrozen in turn. The state of frozen layers is
+kept. The data, its order and the step log are the same as in the other benchmarks.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from owlore_tune.data.tokenizer import HFChatTokenizer
 
 
 def galore_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Projected: the Linears of the layers; the rest at full rank."""
-    package = types.ModuleType("galore_torch")  # its own __init__ wants bitsandbytes, which needs a GPU
+    """The Linears of the layers are projected; all other weights have full rank."""
+    package = types.ModuleType("galore_torch")  # the package's __init__ imports bitsandbytes, which needs a GPU
     package.__path__ = importlib.util.find_spec("galore_torch").submodule_search_locations
     sys.modules["galore_torch"] = package
     adamw = importlib.import_module("galore_torch.adamw").AdamW
@@ -57,7 +57,7 @@ def badam_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.o
 
 
 class LisaAsPublished:
-    """Freezes all layers but two, drawn anew every so many steps; AdamW's state is never released."""
+    """Trains two layers, redrawn every ``resample_every`` steps. AdamW's state is never released."""
 
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
         self._layers, self._every, self._steps = model.model.layers, args.resample_every, 0
@@ -84,9 +84,9 @@ OPTIMIZERS = {"galore": galore_optimizer, "badam": badam_optimizer, "lisa": Lisa
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of all tensors in its state, those of projectors in it, and BAdam's float32 copies of a block's weights."""
+    """Bytes of all state tensors, including projectors and BAdam's float32 copies of a block's weights."""
     total = sum(weight.nbytes for weight in getattr(optimizer, "param_idx2hp", {}).values())
-    optimizer = getattr(optimizer, "base_optimizer", optimizer)  # where BAdam has it
+    optimizer = getattr(optimizer, "base_optimizer", optimizer)  # BAdam's inner optimizer
     for state in optimizer.state.values():
         for value in state.values():
             value = getattr(value, "ortho_matrix", value)
@@ -100,15 +100,15 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--output", required=True, help="file for the step log")
     parser.add_argument("--steps", type=int, default=22)
-    parser.add_argument("--resample-every", type=int, default=10, help="steps between draws, or new bases")
+    parser.add_argument("--resample-every", type=int, default=10, help="steps between draws or basis refreshes")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--checkpointing", action="store_true", help="of activations")
-    parser.add_argument("--lr", type=float, help="the method's own where left out")
-    parser.add_argument("--warmup", type=int, help="steps, of a cosine schedule; a constant lr where left out")
-    parser.add_argument("--clip", type=float, help="norm that gradients are clipped to")
-    parser.add_argument("--data", help="file of instruction data, trained on in its order, instead of MMLU dev")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument("--lr", type=float, help="learning rate (default: the method's)")
+    parser.add_argument("--warmup", type=int, help="warmup steps of a cosine schedule (default: constant lr)")
+    parser.add_argument("--clip", type=float, help="maximum gradient norm")
+    parser.add_argument("--data", help="instruction data, used in order (default: MMLU dev)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--save", help="directory for the trained model")
     args = parser.parse_args()

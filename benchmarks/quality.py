@@ -1,15 +1,14 @@
-"""Held-out loss and accuracy of OwLore and its alternatives on the real SmolLM2, learning rates tuned, with seeds.
+"""Held-out loss and accuracy of OwLore and other methods on SmolLM2, with tuned learning rates and several seeds.
 
     python benchmarks/quality.py --data DIR [--only methods scores choices commonsense]
 
-DIR holds math/ and commonsense/ in LLM-Adapters' form. All methods train on the same packed rows in the same order:
-2 × 512 tokens a step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32. Data is shuffled by
-the seed. Learning rates are tuned on arithmetic problems that are left out of training, in runs of 100 steps, until the
-best of the grid is not at its edge; final runs take 200 steps. Held-out loss is that of the saved weights, measured by
-one function for all methods; accuracy is exact match of the last number in greedy answers to the test problems.
+DIR holds math/ and commonsense/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
+2 × 512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32. The seed shuffles
+the data. Learning rates are tuned on held-out arithmetic problems in runs of 100 steps. The grid is extended until its
+best value is not at the edge. Final runs take 200 steps. Held-out loss is computed from the saved weights with the same
+function for all methods. Accuracy is exact match of the last number in greedily decoded answers to the test problems.
 
-Every finished run is a line of quality.jsonl. A run that has its line is not repeated, and the report is made from the
-lines alone.
+Every finished run is a line of quality.jsonl and is not repeated.
 """
 
 import argparse
@@ -49,7 +48,7 @@ MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
 COMMONSENSE = ("ARC-Easy", "openbookqa", "boolq")
 STEP_OF_GRID = 10**0.5
 
-# A method: how it is run, what it sets, and the grid of learning rates that tuning begins with.
+# Method: (runner, settings, initial grid of learning rates).
 METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "torchtune full": ("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
     "torchtune LoRA, r=16": ("torchtune", {"recipe": "lora_finetune_single_device"}, (1e-4, 3e-4, 1e-3, 3e-3)),
@@ -75,7 +74,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run; all that tells it from others is here."""
+    """All settings that identify a run."""
 
     method: str
     lr: float
@@ -90,11 +89,11 @@ class Run:
 
 
 class Study:
-    """Makes runs that are not in the rows yet.
+    """Executes runs that are not in the results file yet.
 
     Args:
         data: directory with math/ and commonsense/.
-        threads: of each run.
+        threads: threads per run.
     """
 
     def __init__(self, data: Path, threads: int) -> None:
@@ -107,7 +106,7 @@ class Study:
         self.rows = {row["key"]: row for row in read_lines(ROWS)}
 
     def row(self, run: Run) -> dict[str, Any]:
-        """The row of ``run``; the run itself if there is none."""
+        """Return the row of ``run``. Execute the run if there is none."""
         if run.key not in self.rows:
             print(f"{time.strftime('%H:%M:%S')} {run.key}", flush=True)
             with tempfile.TemporaryDirectory() as scratch:
@@ -127,7 +126,7 @@ class Study:
         return row
 
     def _split(self, run: Run, scratch: Path) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-        """A file of the rows to train on, shuffled by the seed, and rows left out of all of them, by name."""
+        """Return a file of training rows, shuffled by the seed, and the held-out rows by name."""
         train: list[dict[str, Any]] = []
         held_out = {}
         folders = {"math": [("math", "math")], "commonsense": [(n, f"commonsense/{n}") for n in COMMONSENSE]}
@@ -142,7 +141,7 @@ class Study:
         return file, held_out
 
     def _train(self, run: Run, train: Path, scratch: Path) -> tuple[Any, Path]:
-        """The config of a finished run, and the directory of its weights."""
+        """Train, and return the config and the directory of the weights."""
         kind, settings, _ = METHODS[run.method]
         output = scratch / "run"
         if kind == "peer":
@@ -162,7 +161,7 @@ class Study:
         return json.loads(json.dumps(config).replace(str(scratch), "SCRATCH")), weights
 
     def _accuracy(self, weights: Path, scratch: Path) -> dict[str, list[int]]:
-        """(right, all) of each test file."""
+        """Return [correct, total] for each test file."""
         output = scratch / "eval"
         command = ["tune", "run", "owlore_eval", "--config", "eval/local_math", f"output_dir={output}", "batch_size=32"]
         command += [f"checkpointer.checkpoint_dir={weights}"]
@@ -183,7 +182,7 @@ class Study:
             sys.exit(f"{' '.join(command)} failed:\n{(scratch / 'log.txt').read_text()[-3000:]}")
 
     def before(self) -> None:
-        """The row of the model as it is."""
+        """Add a row for the model before training."""
         key = "before"
         if key in self.rows:
             return
@@ -197,7 +196,7 @@ class Study:
         append_line(ROWS, row)
 
     def tuned(self, method: str) -> float:
-        """The learning rate with the lowest held-out loss, with worse ones on either side."""
+        """Return the learning rate with the lowest held-out loss. Extend the grid until it is not at an edge."""
         grid = list(METHODS[method][2])
         while True:
             runs = [self.row(Run(method, lr, 0, steps=TUNING_STEPS)) for lr in grid]
@@ -212,7 +211,7 @@ class Study:
 
 
 def runs_of(study: Study, part: str) -> Iterator[Run]:
-    """The final runs of a part of the study; learning rates are tuned as they are needed."""
+    """Yield the final runs of a part of the study. Learning rates are tuned on demand."""
     if part == "methods":
         for method in METHODS:
             yield from (Run(method, study.tuned(method), seed) for seed in SEEDS)
@@ -222,13 +221,13 @@ def runs_of(study: Study, part: str) -> Iterator[Run]:
     else:
         settings = {score: {"owlore.score": score} for score in SCORES} if part == "scores" else CHOICES
         for changes in settings.values():
-            if changes != {"owlore.score": "outlier"}:  # which is the default
+            if changes != {"owlore.score": "outlier"}:  # the default
                 seeds = SEEDS if part == "scores" else SEEDS[:2]
                 yield from (Run(DEFAULT, study.tuned(DEFAULT), seed, changes=changes) for seed in seeds)
 
 
 def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
-    """What our recipe's config and torchtune's have in common."""
+    """Return the fields that our config and torchtune's config share."""
     return {
         "output_dir": str(output),
         "tokenizer": {
@@ -271,7 +270,7 @@ def torchtune_config(run: Run, settings: dict[str, Any], train: Path, output: Pa
 
 @torch.no_grad()
 def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8) -> float:
-    """Mean loss over the trained tokens of ``rows``, one sample a row, in float32."""
+    """Return the mean loss over the trained tokens of ``rows`` in float32, with one sample per row."""
     tokenizer = HFChatTokenizer(str(fetch()), SEQ_LEN)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(rows, file)
@@ -282,7 +281,7 @@ def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8
         model = smollm2_135m()
     HFCheckpointer(str(weights), "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
     model.eval()
-    loss_fn = LinearCrossEntropyLoss()  # only trained positions go through the head
+    loss_fn = LinearCrossEntropyLoss()  # applies the head only to trained positions
     loss_fn.set_model_output(model)
     total = count = 0.0
     for start in tqdm(range(0, len(samples), batch_size), desc="Held-out loss", leave=False):
@@ -297,13 +296,13 @@ def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8
 
 
 def rounded(lr: float) -> float:
-    """To 1 or 3 times a power of ten."""
+    """Round to 1 or 3 times a power of ten."""
     half_decades = round(2 * math.log10(lr))
     return float(f"{3 if half_decades % 2 else 1}e{half_decades // 2}")
 
 
 def mean_loss(row: dict[str, Any]) -> float:
-    """Of the sets of held-out rows, each with the same weight."""
+    """Return the unweighted mean over the held-out sets."""
     return statistics.fmean(row["held_out_loss"].values())
 
 
@@ -312,7 +311,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory with math/ and commonsense/")
     parts = ("methods", "scores", "choices", "commonsense")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads per run")
     args = parser.parse_args()
     study = Study(args.data.resolve(), args.threads)
     study.before()

@@ -1,10 +1,10 @@
-"""A checkpoint with random weights in a model's real size and layout, for machines without a model hub.
+"""Create a checkpoint with random weights in a model's real size and layout, for machines without hub access.
 
     python benchmarks/random_checkpoint.py --output /tmp/Llama-2-7b-hf [--config llama2/7B_owlore] [field=value ...]
 
-The model is that of a training config. Weights are made, converted and written one shard at a time, so no more than a
-shard is in memory. A few of them are outliers, or no layer would have a score. The tokenizer is a small one, trained on
-the questions that lm-evaluation-harness carries: its tokens are real text, the model's answers not.
+The model is taken from a training config. Weights are created, converted and written one shard at a time, so at most
+one shard is in memory. A few weights are outliers, otherwise all outlier scores would be 0. The small tokenizer is
+trained on the questions that ship with lm-evaluation-harness.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ARCHITECTURES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "MIS
 
 
 def write_weights(model: TransformerDecoder, directory: Path, shard_bytes: int = 10**9) -> None:
-    """Write random bfloat16 weights for ``model``, which is on the meta device, in shards with an index."""
+    """Write random bfloat16 weights for ``model`` (on the meta device) in shards with an index."""
     generator = torch.Generator().manual_seed(0)
     pieces = list(shards(model, shard_bytes))
     weight_map, total = {}, 0
@@ -45,7 +45,7 @@ def write_weights(model: TransformerDecoder, directory: Path, shard_bytes: int =
 
 
 def random_weight(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Ones for a norm; else normal values, one in 1009 of them thirty times as large."""
+    """Return ones for a norm, otherwise normal values with one in 1009 multiplied by 30."""
     if parameter.ndim == 1:
         return torch.ones(parameter.shape, dtype=torch.bfloat16)
     weight = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=0.01, generator=generator)
@@ -62,7 +62,7 @@ def head_sizes(model: TransformerDecoder) -> dict[str, int]:
 
 
 def hf_config(model: TransformerDecoder, model_type: str) -> dict:
-    """What transformers' config.json says of such a model."""
+    """Return the content of transformers' config.json for ``model``."""
     sizes, layer = head_sizes(model), find_layers(model)[0]
     kind = ARCHITECTURES[model_type]
     return {
@@ -84,7 +84,7 @@ def hf_config(model: TransformerDecoder, model_type: str) -> dict:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A byte-level BPE tokenizer of 2000 tokens that adds BOS, as LLaMA-2's does, with a small chat template."""
+    """Write a byte-level BPE tokenizer with 2000 tokens that adds BOS like LLaMA-2's, and a small chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -106,8 +106,8 @@ def write_tokenizer(directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="llama2/7B_owlore", help="a training config: name or file")
-    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("--config", default="llama2/7B_owlore", help="name or file of a training config")
+    parser.add_argument("--output", type=Path, required=True, help="directory to create")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
     args = parser.parse_args()
     cfg = load_config(args.config, args.overrides)
@@ -115,13 +115,13 @@ def main() -> None:
     if model_type not in ARCHITECTURES:
         parser.error(f"checkpointer.model_type={model_type}; this script knows {', '.join(ARCHITECTURES)}")
     if args.output.exists():  # it may hold real weights
-        parser.error(f"--output={args.output} exists; choose another directory, or remove it first")
+        parser.error(f"--output={args.output} exists; choose another directory or remove it first")
     args.output.mkdir(parents=True)
     with torch.device("meta"):
         model = config.instantiate(cfg.model)
     write_weights(model, args.output)
     write_tokenizer(args.output)
-    # Last: a directory with a config.json is complete.
+    # Written last: config.json marks the directory as complete.
     (args.output / "config.json").write_text(json.dumps(hf_config(model, model_type), indent=2))
 
 

@@ -1,8 +1,8 @@
-"""Time of one basis refresh: the range finder, cold and warm, against torch.linalg.svd on the same matrix.
+"""Time of a basis refresh: the range finder with cold and warm start against torch.linalg.svd.
 
     python benchmarks/refresh.py [--output benchmarks/refresh.md]
 
-The matrix has singular values that fall like 1/i, as gradients' do; the three take turns.
+The singular values of the matrix decay like 1/i, similar to those of gradients. Rounds are interleaved.
 """
 
 import statistics
@@ -43,12 +43,12 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     best = calls["torch.linalg.svd"]()[1]
     lines = [
-        "# A basis refresh",
+        "# Time of a basis refresh",
         "",
         f"{SIZE} × {SIZE}, rank {RANK}, float32, median of {ROUNDS} interleaved rounds; {machine()}. "
-        "Made by `python benchmarks/refresh.py`.",
+        "Command: `python benchmarks/refresh.py`.",
         "",
-        "| method | median, s | faster than svd | energy, share of the optimum |",
+        "| method | median, s | speedup over svd | captured energy / optimum |",
         "|---|---|---|---|",
     ]
     for name, call in calls.items():

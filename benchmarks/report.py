@@ -1,4 +1,4 @@
-"""What every benchmark's report says about where its numbers come from."""
+"""Helpers for the benchmark reports."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ import torchtune
 
 
 def machine() -> str:
-    """One line: processor, versions, date."""
+    """Return one line with the processor, versions and date."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
         f"{os.cpu_count()} cores ({platform.machine()}){gpu}; torch {torch.__version__.split('+')[0]}, "
@@ -21,7 +21,7 @@ def machine() -> str:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--output", type=Path, help="Markdown file to write the report to as well")
+    made.add_argument("--output", type=Path, help="also write the report to this Markdown file")
     return made
 
 

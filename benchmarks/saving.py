@@ -1,10 +1,10 @@
-"""What checkpoints cost on SmolLM2: the save itself, and the steps around it.
+"""Cost of checkpoints on SmolLM2: the time of a save, and its effect on step time.
 
     python benchmarks/saving.py [--rounds 3] [--steps 30] [--output benchmarks/saving.md]
 
-Saves are compared with safetensors writing the same tensors into one file, synced to disk like a save; the two take
-turns. Steps are compared one by one between a run that saves every 10 steps and one that does not save: the same seed
-gives both the same layers and samples at each step.
+A save is compared with safetensors writing the same tensors to one file, also synced to disk. The two are interleaved.
+Step times are compared pairwise between a run that saves every 10 steps and a run that never saves. Both have the same
+seed, so each step has the same layers and samples.
 """
 
 import os
@@ -40,18 +40,18 @@ def train(steps: int, every: int | None, output_dir: str) -> OwLoreFullFinetuneR
     def report_until_done(metrics, *args, **kwargs):
         report(metrics, *args, **kwargs)
         if metrics["step"] == steps:
-            raise KeyboardInterrupt  # which the recipe does not catch
+            raise KeyboardInterrupt  # not caught by the recipe
 
     recipe._report.step = report_until_done
     try:
         recipe.train()
     except KeyboardInterrupt:
         return recipe
-    raise AssertionError("the data ended before the steps did")
+    raise AssertionError("not enough data for the requested steps")
 
 
 def write_plainly(recipe: OwLoreFullFinetuneRecipe, path: Path) -> None:
-    """The tensors of a checkpoint by safetensors alone, synced."""
+    """Write the tensors of a checkpoint with plain safetensors, synced to disk."""
     tensors = {name: p.detach() for name, p in recipe._model.named_parameters()}
     for i, state in recipe._optimizer.state_dict()["state"].items():
         tensors |= {f"{i}.{key}": value for key, value in state.items() if torch.is_tensor(value)}
@@ -77,7 +77,7 @@ def main() -> None:
             pairs = zip(with_saves._report.records.steps[2:], without._report.records.steps[2:], strict=True)
             ratios += [saving["step_seconds"] / not_saving["step_seconds"] for saving, not_saving in pairs]
             print(f"round {number + 1}: {statistics.median(ratios):.3f}", flush=True)
-        with_saves._cfg.keep_last_n = None  # both only write; what was written goes once it is timed
+        with_saves._cfg.keep_last_n = None  # time only the write; files are deleted afterwards
         for _ in range(NUM_SAVES):
             with_saves._progress.step += 1
             started = time.perf_counter()
@@ -91,15 +91,16 @@ def main() -> None:
             (Path(scratch) / "plain.safetensors").unlink()
     ratio = statistics.median(save / write for save, write in zip(saves, plain, strict=True))
     lines = [
-        "# What checkpoints cost",
+        "# Cost of checkpoints",
         "",
-        f"SmolLM2-135M, γ=2, rank 128, float32 on the CPU, {num_bytes / 1e6:.0f} MB a checkpoint; {args.rounds} rounds "
-        f"of {args.steps} steps, {NUM_SAVES} saves; {machine()}. Made by `python benchmarks/saving.py`.",
+        f"SmolLM2-135M, γ=2, rank 128, float32 on the CPU, {num_bytes / 1e6:.0f} MB per checkpoint; "
+        f"{args.rounds} rounds of {args.steps} steps, {NUM_SAVES} saves; {machine()}. "
+        "Command: `python benchmarks/saving.py`.",
         "",
         "| | |",
         "|---|---|",
-        f"| a save, median | {statistics.median(saves):.2f} s |",
-        f"| the same tensors by safetensors, synced, median | {statistics.median(plain):.2f} s |",
+        f"| save, median | {statistics.median(saves):.2f} s |",
+        f"| same tensors with safetensors, synced, median | {statistics.median(plain):.2f} s |",
         f"| ratio, median of pairs | {ratio:.2f} |",
         f"| step with saves every 10 / without, median of {len(ratios)} pairs | {statistics.median(ratios):.3f} |",
     ]

@@ -1,8 +1,8 @@
-"""Time to score SmolLM2's layers against the plain forward passes of the same batches.
+"""Time to score SmolLM2's layers, against plain forward passes on the same batches.
 
     python benchmarks/scoring.py [--output benchmarks/scoring.md]
 
-8 batches of packed 2 × 512 tokens, float32; the two take turns.
+8 packed batches of 2 × 512 tokens, float32, interleaved rounds.
 """
 
 import statistics
@@ -49,10 +49,10 @@ def main() -> None:
             times[name].append(time.perf_counter() - started)
         ratios.append(times["scores"][-1] / times["plain forward passes"][-1])
     lines = [
-        "# Scoring SmolLM2's layers",
+        "# Time to score SmolLM2's layers",
         "",
         f"{NUM_BATCHES} batches of 2 × 512 tokens, float32, {ROUNDS} interleaved rounds; {machine()}. "
-        "Made by `python benchmarks/scoring.py`.",
+        "Command: `python benchmarks/scoring.py`.",
         "",
         "| | median, s |",
         "|---|---|",

@@ -1,4 +1,4 @@
-"""A metric logger that notes when each step was logged, and what was used by then: the same clock for every recipe."""
+"""A metric logger that records the time and peak memory of each step in the same way for all recipes."""
 
 import json
 import time
@@ -15,7 +15,7 @@ KEPT = ("loss", "floor_seconds", "optimizer_state_gb")
 
 
 class StepLogger(MetricLoggerInterface):
-    """Appends a JSON line for each step that logs a loss: step, seconds, peak memory in GB, and what of KEPT it has."""
+    """Writes a JSON line per step that logs a loss: step, seconds, peak memory in GB, and the metrics in KEPT."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "w", buffering=1)  # noqa: SIM115

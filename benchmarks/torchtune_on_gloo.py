@@ -1,9 +1,9 @@
-"""torchtune's recipes for several devices, where there is no GPU too.
+"""Run torchtune's distributed recipes, also without a GPU.
 
     torchrun --nproc_per_node N -m torchtune_on_gloo full_finetune_distributed --config C
 
-On a CPU they stop at memory figures that torch has of GPUs alone, and one of them asks for NCCL: here they get no
-figures, and gloo. They train as they ship.
+On the CPU, the recipes fail because torch has no CPU memory statistics, and one of them requires NCCL. This script
+disables the statistics and uses gloo. Training is unchanged.
 """
 
 import runpy
@@ -22,5 +22,5 @@ if not torch.cuda.is_available():
     training.cleanup_before_training = lambda: None
     training.get_memory_stats = lambda device: {}
     training.log_memory_stats = lambda stats: None
-# Not by name: the package that has it raises when it is imported.
+# Run by path: importing torchtune's recipes package raises an error.
 runpy.run_path(str(Path(torchtune.__file__).parents[1] / "recipes" / f"{name}.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""One run as a process of its own, with the memory that it took."""
+"""Run a command in a separate process and measure its memory."""
 
 import os
 import subprocess
@@ -7,18 +7,18 @@ from pathlib import Path
 
 
 def tune_run(recipe: str, config: str | Path, *overrides: str, log: Path) -> float:
-    """`tune run` of a recipe to its end; the benchmarks' own modules can be recipes, or components of its config."""
+    """`tune run` a recipe. Modules in benchmarks/ can be used as recipes or config components."""
     return run_process(["tune", "run", recipe, "--config", str(config), *overrides], log=log)
 
 
 def run_process(command: list[str], log: Path) -> float:
-    """Run a command to its end, output to ``log``.
+    """Run a command, and write its output to ``log``.
 
     Returns:
-        The largest resident size of the process, loading and saving included, in GB.
+        The peak resident size of the process in GB, including loading and saving.
 
     Raises:
-        SystemExit: with the log's end, if it fails.
+        SystemExit: with the end of the log, if the command fails.
     """
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with log.open("w") as output:

@@ -1,1 +1,1 @@
-"""lm-evaluation-harness on torchtune models."""
+"""Run lm-evaluation-harness on torchtune models."""

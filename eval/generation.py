@@ -15,14 +15,14 @@ from owlore_tune.models.decoder import hidden_states
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts that are answered together."""
+    """One batch of prompts."""
 
     tokens: list[list[int]]
-    max_new: int  # tokens
+    max_new: int  # new tokens per prompt
     until: list[str]  # stop strings
     temperature: float  # 0 is greedy
-    seeds: list[int]  # of what is sampled, of each prompt
-    cache_new: int = 0  # places in the cache for new tokens, where another rank asks for more than max_new
+    seeds: list[int]  # sampling seed of each prompt
+    cache_new: int = 0  # cache slots for new tokens, if another rank needs more than max_new
 
 
 @torch.inference_mode()
@@ -32,10 +32,10 @@ def generate(
     tokenizer: HFChatTokenizer,
     any_rank: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
-    """New tokens for each prompt, up to and with its end token or what completes a stop string.
+    """Return the new tokens of each prompt, including the end token or the token that completes a stop string.
 
     Args:
-        any_rank: whether a flag is true on some rank; all ranks go on until none has anything to do.
+        any_rank: returns whether a flag is true on any rank. All ranks decode until every rank is done.
     """
     parameter = next(model.parameters())
     longest = max(map(len, prompts.tokens))
@@ -43,7 +43,7 @@ def generate(
     tokens, valid = (part.to(parameter.device) for part in _left_padded(prompts.tokens, total, tokenizer.pad_id))
     positions = (valid[:, :longest].cumsum(1) - 1).clamp_min(0)
     causal = torch.ones(longest, total, dtype=torch.bool, device=tokens.device).tril()
-    # Padding sees itself, since a softmax over nothing is NaN and would spread.
+    # Padding attends to itself: a softmax over an empty row is NaN, and the NaN would spread.
     itself = torch.eye(longest, total, dtype=torch.bool, device=tokens.device)
     mask = (causal & valid[:, None, :]) | itself
     generators = [torch.Generator(tokens.device).manual_seed(seed) for seed in prompts.seeds]
@@ -75,7 +75,7 @@ def generate(
 
 
 def _left_padded(prompts: list[list[int]], total: int, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Tokens (b, longest), and whether a place of the cache (b, total) holds a token, now or later."""
+    """Return tokens (b, longest) and a mask (b, total) of the cache slots that hold a token, now or later."""
     longest = max(map(len, prompts))
     tokens = torch.full((len(prompts), longest), pad_id)
     valid = torch.zeros(len(prompts), total, dtype=torch.bool)
@@ -93,7 +93,7 @@ def _next_tokens(logits: Tensor, temperature: float, generators: list[torch.Gene
 
 
 def _has_stopped(tokens: list[int], until: list[str], tokenizer: HFChatTokenizer) -> bool:
-    # A stop string spans no more tokens than it has bytes; those and the newest token are looked at.
+    # A stop string spans at most as many tokens as it has bytes. Check those plus the newest token.
     if not until:
         return False
     tail = tokenizer.decode(tokens[-(max(len(stop.encode()) for stop in until) + 1) :], skip_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, by name, found on the hub or in local copies, and run."""
+"""Load lm-evaluation-harness tasks by name, from the hub or from local copies, and run them."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from owlore_evals.local_choices import SCORINGS, local_choices_task
 from owlore_evals.local_math import local_math_task
 from owlore_tune.errors import ConfigError
 
-LAST_NUMBER = "last_number"  # a scoring of arithmetic problems
+LAST_NUMBER = "last_number"  # scoring for arithmetic problems
 OWN_TASKS = Path(__file__).parent / "tasks"
 
 
@@ -26,17 +26,17 @@ def load_tasks(
     data_files: Mapping[str, str] | None = None,
     scoring: str = "loglikelihood",
 ) -> list[Task | Group]:
-    """Tasks and groups with their documents, in the order named; those of ``data_files`` come last.
+    """Load tasks and groups with their documents, in the given order; ``data_files`` come last.
 
     Args:
-        names: the harness's tasks, groups and tags, and ours in eval/tasks.
-        data_root: directory of copies of hub datasets, ``DATA_ROOT/cais/mmlu`` of cais/mmlu; a dataset that is not
-            there comes from the hub.
-        data_files: name to JSON file, each a task of local_choices.py, or of local_math.py for ``last_number``.
-        scoring: of ``data_files``.
+        names: tasks, groups and tags of the harness, and our tasks in eval/tasks.
+        data_root: directory with copies of hub datasets, for example ``DATA_ROOT/cais/mmlu`` for cais/mmlu. Missing
+            datasets are loaded from the hub.
+        data_files: maps task names to JSON files (local_math.py for ``last_number``, otherwise local_choices.py).
+        scoring: how ``data_files`` are scored.
 
     Raises:
-        ConfigError: if a name is unknown, or documents cannot be had; it says how to get them.
+        ConfigError: if a name is unknown or documents are not available. The message says how to get them.
     """
     if scoring not in (*SCORINGS, LAST_NUMBER):
         raise ConfigError(f"scoring={scoring}; choose one of {', '.join((*SCORINGS, LAST_NUMBER))}")
@@ -56,7 +56,7 @@ def load_tasks(
 def _task_manager(names: list[str], data_root: str | None) -> TaskManager:
     own = TaskManager(include_path=str(OWN_TASKS), include_defaults=False)
     if all(name in own.task_index for name in names):
-        return own  # reading the harness's thousands of files takes seconds
+        return own  # indexing the harness's thousands of files takes seconds
     manager = TaskManager(include_path=str(OWN_TASKS))
     if data_root is None:
         return manager
@@ -66,11 +66,11 @@ def _task_manager(names: list[str], data_root: str | None) -> TaskManager:
     for entry in manager.task_index.values():
         repository = (entry.cfg or {}).get("dataset_path")
         if entry.yaml_path and repository and (root / repository).is_dir():
-            # The index has the config without its functions, so the file is read again; inline configs win over it.
+            # The index has the config without its functions, so read the file again. Inline configs take precedence.
             try:
                 config = load_yaml(entry.yaml_path, resolve_func=True)
             except ImportError:
-                continue  # its helpers want what is not installed, which it says itself when it is asked for
+                continue  # needs a package that is not installed; loading the task reports it
             entry.cfg = {**config, "dataset_path": str(root / repository)}
             entry.yaml_path = None
     return manager
@@ -81,27 +81,29 @@ def _load(manager: TaskManager, name: str, data_root: str | None) -> list[Task |
         import difflib
 
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        raise ConfigError(f"tasks: no task, group or tag named {name}" + (f"; there is {', '.join(near)}" * bool(near)))
+        raise ConfigError(
+            f"tasks: no task, group or tag named {name}" + (f"; did you mean {', '.join(near)}?" * bool(near))
+        )
     try:
         loaded = manager.load([name])
     except ImportError as error:
         raise ConfigError(f"tasks: {name} needs a package that is not installed: {error}") from error
-    except (OSError, ValueError) as error:  # what datasets raises where it finds neither a copy nor the hub
+    except (OSError, ValueError) as error:  # datasets found neither a local copy nor the hub
         repository = _repository(manager, name)
         where = f"under data_root={data_root}" if data_root else "named by data_root"
         raise ConfigError(
-            f"tasks: the data of {name} is neither {where} nor to be had from the hub ({error}). Where the hub is: "
-            f"hf download --repo-type dataset {repository} --local-dir DIR/{repository}; then data_root=DIR"
+            f"tasks: the data of {name} is neither {where} nor available from the hub ({error}). With hub access, "
+            f"run hf download --repo-type dataset {repository} --local-dir DIR/{repository}; then set data_root=DIR"
         ) from error
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise ConfigError(f"tasks: {task.task_name} runs code that the model writes, or wants more than text")
+            raise ConfigError(f"tasks: {task.task_name} runs code that the model writes, or needs more than text")
     groups = loaded.get("groups", {})
     return [groups[name]] if name in groups else list(loaded["tasks"].values())
 
 
 def _repository(manager: TaskManager, name: str) -> str:
-    """The dataset repository of a task, or of the first task of a group or tag."""
+    """Return the dataset repository of a task, or of the first task of a group or tag."""
     entry = manager.task_index.get(name)
     while entry is not None and "dataset_path" not in (entry.cfg or {}):
         config = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
@@ -124,15 +126,15 @@ def evaluate(
     use_cache: str | None = None,
     log_samples: bool = True,
 ) -> dict[str, Any]:
-    """``lm_eval.simple_evaluate`` with the harness's own seeds, plus ``averages``: of each metric over the tasks named.
+    """Run ``lm_eval.simple_evaluate`` with the harness's seeds; add ``averages`` of each metric over the named tasks.
 
     Args:
-        use_cache: path of the request cache, without its ending. It must change with the model.
+        use_cache: path of the request cache, without suffix. Different models need different paths.
     """
     results = lm_eval.simple_evaluate(
         lm,
         tasks=list(tasks),
-        task_manager=TaskManager(include_defaults=False),  # they are loaded already
+        task_manager=TaskManager(include_defaults=False),  # the tasks are already loaded
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=apply_chat_template,
@@ -147,7 +149,7 @@ def evaluate(
 
 
 def averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The unweighted mean of each metric that all tasks have."""
+    """Return the unweighted mean of each metric that all tasks report."""
     metrics = [m for m in next(iter(results.values()), {}) if "," in m and "_stderr" not in m]
     return {
         metric: sum(values[metric] for values in results.values()) / len(results)

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, that grow line by line and survive an interruption."""
+"""JSON Lines files that are appended to line by line and survive an interruption."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Add ``row`` and have it on disk when this returns."""
+    """Append ``row`` and sync it to disk."""
     with path.open("a") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
@@ -15,12 +15,12 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``path``, none if it is missing.
+    """Read the rows of ``path``; an empty list if it is missing.
 
-    A last line without an end is a row if it is whole, and gets its end; one that was cut short is removed.
+    If the last line has no newline, it is repaired: a complete row gets its newline, a truncated one is removed.
 
     Raises:
-        ValueError: if another line is not a JSON object.
+        ValueError: if any other line is not valid JSON.
     """
     if not path.is_file():
         return []

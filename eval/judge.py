@@ -1,4 +1,4 @@
-"""A judge behind any OpenAI-compatible endpoint, as a model of lm-evaluation-harness."""
+"""An LLM judge behind an OpenAI-compatible endpoint, built on lm-evaluation-harness's API model."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from owlore_tune.errors import ConfigError
 
 Chat = list[dict[str, str]]
 _MALFORMED = "empty or malformed answer"
-LARGEST_REPLY = 2**20  # bytes, unpacked; 2048 tokens take a hundredth of that
+LARGEST_REPLY = 2**20  # bytes, decompressed; 2048 tokens take about 1 % of this
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class JudgeConfig:
     """The ``judge:`` block of an MT-Bench config, checked on construction.
 
     Raises:
-        ConfigError: if a value has the wrong type or is out of its range, or the key is not in the environment.
+        ConfigError: if a value has the wrong type or is out of range, or the API key is not in the environment.
     """
 
     base_url: str
     model: str
     api_key_env: str | None = "OPENAI_API_KEY"  # name of the environment variable; null sends no key
-    repeats: int = 1  # judgments of each answer
-    num_concurrent: int = 8  # requests
-    timeout: int = 120  # seconds, of one request
-    max_retries: int = 8  # attempts at one request
-    longest_wait: float = 60.0  # seconds, between two attempts
+    repeats: int = 1  # judgments per answer
+    num_concurrent: int = 8  # concurrent requests
+    timeout: int = 120  # seconds per request
+    max_retries: int = 8  # attempts per request
+    longest_wait: float = 60.0  # seconds between two attempts
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -62,9 +62,9 @@ class JudgeConfig:
 
 
 def check_url(base_url: Any) -> None:
-    """Raise ConfigError if ``judge.base_url`` is no address, or holds what must not be logged; it is not repeated then.
+    """Raise ConfigError if ``judge.base_url`` is not a URL, or contains credentials or a query.
 
-    None passes; a missing field is told by `JudgeConfig.from_config`.
+    The message does not repeat a URL with credentials. None passes; `JudgeConfig.from_config` reports missing fields.
     """
     if base_url is None:
         return
@@ -72,20 +72,22 @@ def check_url(base_url: Any) -> None:
         url = urlsplit(base_url)
         host, _ = url.hostname, url.port
     except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"judge.base_url is not an address: {error}") from error
+        raise ConfigError(f"judge.base_url is not a URL: {error}") from error
     if url.username or url.password or url.query or url.fragment:
-        raise ConfigError("judge.base_url holds a name, key or query, which would be logged; use judge.api_key_env")
+        raise ConfigError(
+            "judge.base_url contains a user name, key or query, which would be logged; use judge.api_key_env"
+        )
     if url.scheme not in ("http", "https") or not host:
         raise ConfigError(f"judge.base_url={base_url}; it must begin with http:// or https:// and a host")
 
 
 class Judge(LocalChatCompletion):
-    """Asks for judgments, several at once. A request that fails is tried again; if it goes on failing, it is counted.
+    """Sends judgment requests concurrently. Failed requests are retried; the final failures are counted.
 
-    Sent are the fields that FastChat's judge sends: model, messages, n=1, temperature=0, max_tokens=2048.
+    Requests have the same fields as those of FastChat's judge: model, messages, n=1, temperature=0, max_tokens=2048.
 
     Args:
-        on_judgment: called with the number of a request and the judge's text as soon as that is there.
+        on_judgment: called with the index of a request and the judge's text as soon as the text arrives.
     """
 
     def __init__(self, config: JudgeConfig, on_judgment: Callable[[int, str], None]) -> None:
@@ -95,7 +97,7 @@ class Judge(LocalChatCompletion):
             model=config.model,
             num_concurrent=config.num_concurrent,
             timeout=config.timeout,
-            max_retries=1,  # ours are around each call, so that one failure does not end them all
+            max_retries=1,  # retries are handled below, because a failure here would abort all requests
         )
         self._key = os.environ[config.api_key_env] if config.api_key_env else ""
         self._on_judgment = on_judgment
@@ -105,7 +107,7 @@ class Judge(LocalChatCompletion):
             wait=partial(_wait, wait_random_exponential(multiplier=2, max=config.longest_wait), config.longest_wait),
             reraise=True,
         )
-        self.failures: list[str] = []  # why, of each request that was given up
+        self.failures: list[str] = []  # the reason for each failed request
 
     @property
     def api_key(self) -> str:
@@ -116,7 +118,7 @@ class Judge(LocalChatCompletion):
         return {"Authorization": f"Bearer {self._key}"} if self._key else {}
 
     def ask(self, chats: list[Chat]) -> None:
-        """Judge all of ``chats``; what comes of it goes to ``on_judgment`` and ``failures``."""
+        """Judge ``chats``. Results go to ``on_judgment``, errors to ``failures``."""
         requests = [JsonChatStr(json.dumps(chat, ensure_ascii=False)) for chat in chats]
         asyncio.run(
             self.get_batched_requests(requests, cache_keys=list(range(len(chats))), generate=True, gen_kwargs={})
@@ -142,11 +144,11 @@ class Judge(LocalChatCompletion):
         return [text]
 
     async def _post(self, session: ClientSession, payload: dict[str, Any]) -> str:
-        """The judge's text. The harness's own call would read a reply of any size.
+        """Return the judge's text. Unlike the harness's own call, this limits the size of the reply.
 
         Raises:
-            ValueError: if the reply is too large, is not JSON of the right form, or has no text that can be kept.
-            ClientError: if the endpoint refuses or breaks off.
+            ValueError: if the reply is too large or malformed, or has no valid text.
+            ClientError: if the endpoint rejects the request or the connection breaks.
         """
         async with session.post(self.base_url, json=payload, headers=self.header) as response:
             response.raise_for_status()
@@ -157,7 +159,7 @@ class Judge(LocalChatCompletion):
                     raise ValueError(f"answer of more than {LARGEST_REPLY:,} bytes")
         try:
             (text,) = self.parse_generations(outputs=json.loads(content))
-            text.encode()  # half a surrogate pair could not be kept in a file
+            text.encode()  # a lone surrogate could not be written to a file
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(_MALFORMED) from error
         if not text.strip():
@@ -166,7 +168,7 @@ class Judge(LocalChatCompletion):
 
 
 def _wait(exponential: Callable[[RetryCallState], float], longest: float, state: RetryCallState) -> float:
-    """Seconds to the next attempt: as long as the endpoint asks for, but no longer than ``longest``."""
+    """Seconds until the next attempt: at least the endpoint's Retry-After, at most ``longest``."""
     error = state.outcome.exception() if state.outcome else None
     headers = getattr(error, "headers", None) or {}
     asked = str(headers.get("Retry-After", ""))
@@ -174,14 +176,14 @@ def _wait(exponential: Callable[[RetryCallState], float], longest: float, state:
 
 
 def _is_passing(error: BaseException) -> bool:
-    """Whether a later attempt may succeed: not where the endpoint refuses the request or the key itself."""
+    """Whether a retry may succeed. It cannot if the endpoint rejects the request or the key."""
     if isinstance(error, ClientResponseError):
         return error.status in (408, 409, 429) or error.status >= 500
     return isinstance(error, ClientError | TimeoutError | ValueError)
 
 
 def _reason(error: Exception) -> str:
-    """In a few words and without addresses, so that failures of one kind count as one."""
+    """Return a short reason without addresses, so failures of one kind are counted together."""
     if isinstance(error, ClientResponseError):
         return f"HTTP {error.status}"
     return {"TimeoutError": "timeout", "ValueError": str(error)}.get(type(error).__name__, type(error).__name__)

@@ -1,7 +1,7 @@
-"""Multiple-choice tasks from local JSON files in the form of Commonsense170K (LLM-Adapters, arXiv 2304.01933).
+"""Multiple-choice tasks from local JSON files in the format of Commonsense170K (LLM-Adapters, arXiv 2304.01933).
 
-A row's instruction ends in its options, ``Answer format: answer1/answer2`` (or true/false, option1/…, solution1/…,
-ending1/…), and its field ``answer`` is one of them.
+The instruction of a row ends with its options, ``Answer format: answer1/answer2`` (or true/false, option1/…,
+solution1/…, ending1/…). The field ``answer`` is one of them.
 """
 
 import re
@@ -16,19 +16,18 @@ from owlore_tune.data.rows import read_rows
 Doc = dict[str, Any]
 SCORINGS = ("loglikelihood", "generate")
 _OPTIONS = re.compile(r"Answer format: *(\S+(?:/\S+)+)")
-_ANSWER = "the correct answer is {}"  # as in the outputs of Commonsense170K
+_ANSWER = "the correct answer is {}"  # as in Commonsense170K's outputs
 
 
 def local_choices_task(name: str, file: Path, scoring: str) -> ConfigurableTask:
-    """A task of the harness over the rows of ``file``, with metric ``acc``.
+    """Build a harness task with metric ``acc`` from the rows of ``file``.
 
     Args:
-        scoring: ``loglikelihood``: the likeliest option's sentence is the answer; ``generate``: the first option
-            named in greedy text of at most 32 tokens is, as LLM-Adapters' evaluation counts; text that names none is
-            wrong.
+        scoring: ``loglikelihood`` takes the option with the most likely sentence. ``generate`` takes the first option
+            in at most 32 greedily decoded tokens, as in LLM-Adapters' evaluation; text without an option is wrong.
 
     Raises:
-        ValueError: if the file cannot be read, or a row has no options or an answer that is none of them.
+        ValueError: if the file cannot be read, or a row has no options or an answer that is not one of them.
     """
     docs = [_doc(file, number, row) for number, row in enumerate(read_rows(file, "data_files"))]
     config = {
@@ -55,7 +54,7 @@ def local_choices_task(name: str, file: Path, scoring: str) -> ConfigurableTask:
 
 
 def first_option(options: list[str], text: str) -> int | None:
-    """Which of ``options`` ``text`` names first; None if it names none."""
+    """Return the index of the option that occurs first in ``text``, or None."""
     found = re.search("|".join(map(re.escape, sorted(options, key=len, reverse=True))), text)
     return options.index(found.group()) if found else None
 

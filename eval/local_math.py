@@ -1,6 +1,6 @@
-"""Arithmetic word problems from local JSON files in LLM-Adapters' form (arXiv 2304.01933).
+"""Arithmetic word problems from local JSON files in LLM-Adapters' format (arXiv 2304.01933).
 
-A row's ``answer`` is a number. Greedy text is right if its last number equals it.
+The ``answer`` of a row is a number. Greedily decoded text is correct if its last number equals the answer.
 """
 
 import re
@@ -12,11 +12,11 @@ from lm_eval.api.task import ConfigurableTask
 from owlore_tune.data.rows import read_rows
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-TOLERANCE = 1e-3  # as LLM-Adapters' evaluation has it
+TOLERANCE = 1e-3  # as in LLM-Adapters' evaluation
 
 
 def local_math_task(name: str, file: Path) -> ConfigurableTask:
-    """A task of the harness over the rows of ``file``, with metric ``acc``.
+    """Build a harness task with metric ``acc`` from the rows of ``file``.
 
     Raises:
         ValueError: if the file cannot be read, or a row's answer is not a number.
@@ -54,6 +54,6 @@ def is_right(text: str, answer: float) -> bool:
 
 
 def last_number(text: str) -> float | None:
-    """The last number in ``text``, thousands separated by commas or not; None if there is none."""
+    """Return the last number in ``text``, or None. Commas between thousands are allowed."""
     found = _NUMBER.findall(text.replace(",", ""))
     return float(found[-1]) if found else None

@@ -1,8 +1,8 @@
-"""MT-Bench (arXiv 2306.05685): 80 questions of two turns, each answer graded by a judge from 1 to 10.
+"""MT-Bench (arXiv 2306.05685): 80 two-turn questions. A judge grades each answer from 1 to 10.
 
-As FastChat's llm_judge does it in its single-answer mode: temperatures by category, prompts and reference answers from
-its files, one judgment for each turn. Here the model is any of the harness's, answers and judgments are kept as they
-come, and judgments that fail are counted.
+This follows the single-answer mode of FastChat's llm_judge: temperatures by category, prompts and reference answers
+from its files, one judgment per turn. Unlike FastChat, it works with any harness model, saves answers and judgments as
+they arrive, and counts failed judgments.
 """
 
 import hashlib
@@ -33,14 +33,14 @@ TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0, "stem": 0.1,
     "humanities": 0.1,
 }  # fmt: skip
-WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge sees gpt-4's answer
+WITH_REFERENCE = ("math", "reasoning", "coding")  # categories in which the judge sees gpt-4's answer
 _OF_CATEGORIES = ("score,none", "score_stderr,none", "turn_1,none", "turn_2,none")
-# As FastChat's, but for the number of digits: without a limit, a long run of them takes quadratic time.
+# FastChat's patterns with a limit on digits. Without one, a long digit string takes quadratic time.
 _RATINGS = (re.compile(r"\[\[(\d{1,9}\.?\d{0,9})\]\]"), re.compile(r"\[(\d{1,9}\.?\d{0,9})\]"))
 _HOW_TO_GET = (
     "FastChat's files are needed: judge_prompts.jsonl, mt_bench/question.jsonl, mt_bench/reference_answer/gpt-4.jsonl. "
-    "Get them by `git clone https://github.com/lm-sys/FastChat`, then data_dir=FastChat/fastchat/llm_judge/data; the "
-    "README names another way"
+    "Run `git clone https://github.com/lm-sys/FastChat` and set data_dir=FastChat/fastchat/llm_judge/data; "
+    "docs/evaluation.md shows an alternative"
 )
 
 
@@ -49,21 +49,21 @@ class Question:
     question_id: int
     category: str
     turns: list[str]
-    reference: list[str] | None  # gpt-4's answers, where the judge gets to see them
+    reference: list[str] | None  # gpt-4's answers, if the judge sees them
 
 
 class MTBench:
-    """Answers, judgments and scores of one model, kept in ``answers.jsonl`` and ``judgments.jsonl``.
+    """Answers, judgments and scores of one model, saved in ``answers.jsonl`` and ``judgments.jsonl``.
 
     Args:
         data_dir: FastChat's llm_judge/data.
-        judge: None only answers the questions.
-        max_new_tokens: of an answer.
-        min_coverage: share of judgments that must have come with a rating.
-        limit: questions of each category.
+        judge: if None, the questions are only answered.
+        max_new_tokens: limit per answer.
+        min_coverage: required fraction of judgments with a rating.
+        limit: number of questions per category.
 
     Raises:
-        ConfigError: if the files of ``data_dir`` are not there, or not as expected.
+        ConfigError: if files in ``data_dir`` are missing or malformed.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class MTBench:
         self._min_coverage = min_coverage
 
     def run(self, lm: LM, model_id: str, directory: Path) -> dict[str, Any]:
-        """Answer, judge, and score; results in the harness's form, samples included.
+        """Answer, judge and score. Returns results and samples in the harness's format.
 
         Args:
-            directory: for answers, judgments and the picture. What it has already is not asked again.
+            directory: for answers, judgments and the plot. Existing answers and judgments are reused.
 
         Raises:
-            RunError: if too few judgments have come with a rating.
+            RunError: if too few judgments have a rating.
         """
         answers = self.answer(lm, model_id, directory / "answers.jsonl")
         if self._judge_config is None:
@@ -105,14 +105,14 @@ class MTBench:
         return _as_results(scores, self._samples(answers, judgments))
 
     def answer(self, lm: LM, model_id: str, file: Path) -> dict[int, list[str]]:
-        """Both turns' answers by question id; a category at a time, each in ``file`` before the next."""
+        """Return both answers by question id. Each category is saved to ``file`` before the next one starts."""
         answers: dict[int, list[str]] = {}
         asks = {question.question_id: _digest(question.turns) for question in self._questions}
         for row in _read(file, ("question_id", "question", "model_id", "max_new_tokens", "choices")):
             if (row["model_id"], row["max_new_tokens"]) != (model_id, self._max_new_tokens):
                 raise ConfigError(
-                    f"{file} has answers of model {row['model_id']} with max_new_tokens={row['max_new_tokens']}; "
-                    f"these would be of {model_id} with {self._max_new_tokens}: choose another output_dir"
+                    f"{file} has answers of model {row['model_id']} with max_new_tokens={row['max_new_tokens']}, but "
+                    f"this run has {model_id} with {self._max_new_tokens}; choose another output_dir"
                 )
             if row["question"] == asks.get(row["question_id"]):
                 answers[row["question_id"]] = row["choices"][0]["turns"]
@@ -137,7 +137,7 @@ class MTBench:
         return {question.question_id: answers[question.question_id] for question in self._questions}
 
     def _generate(self, lm: LM, chats: list[Chat], category: str) -> list[str]:
-        temperature = TEMPERATURES.get(category, 0.7)  # as FastChat for a category of one's own
+        temperature = TEMPERATURES.get(category, 0.7)  # FastChat's default for other categories
         options = {
             "until": [], "max_gen_toks": self._max_new_tokens, "do_sample": temperature > 0, "temperature": temperature,
         }  # fmt: skip
@@ -149,13 +149,13 @@ class MTBench:
     def judge(
         self, answers: dict[int, list[str]], file: Path
     ) -> tuple[dict[tuple[int, int, int], dict[str, Any]], Counter[str]]:
-        """Judgments by (question id, turn, repeat), and how many requests failed in this run, by reason.
+        """Return judgments by (question id, turn, repeat), and the number of failed requests by reason.
 
-        A judgment that is in ``file`` is taken if it was made by the same judge of the same request.
+        A judgment in ``file`` is reused if the judge and the request are the same.
         """
         config = self._judge_config
         assert config is not None
-        # What had no rating is asked again, as what failed is.
+        # Judgments without a rating are requested again, like failed ones.
         rated = [row for row in _read(file, ("judge", "request", "repeat", "score")) if row["score"] is not None]
         known = {(row["judge"], row["request"], row["repeat"]): row for row in rated}
         judgments, missing = {}, []
@@ -182,11 +182,11 @@ class MTBench:
             try:
                 judge.ask([chat for _, chat in missing])
             except OSError as error:
-                raise RunError(f"{file} cannot be written: {error}; the same command asks for the rest") from error
+                raise RunError(f"{file} cannot be written: {error}; run the same command again to resume") from error
         return judgments, Counter(judge.failures)
 
     def _scores(self, judgments: dict[tuple[int, int, int], dict[str, Any]]) -> dict[str, dict[str, float]]:
-        """Metrics of all questions and of each category."""
+        """Compute metrics over all questions and per category."""
         categories = dict.fromkeys(question.category for question in self._questions)
         scores = {MT_BENCH: self._score(self._questions, judgments)}
         for category in categories:
@@ -198,7 +198,7 @@ class MTBench:
     def _score(
         self, questions: list[Question], judgments: dict[tuple[int, int, int], dict[str, Any]]
     ) -> dict[str, float]:
-        """The mean over answers of the median over repeats, and what stands behind it."""
+        """Compute the mean over answers of the median over repeats, with turn means, spread and coverage."""
         assert self._judge_config is not None
         repeats = range(self._judge_config.repeats)
         medians: dict[int, list[float]] = {1: [], 2: []}
@@ -239,13 +239,13 @@ class MTBench:
             raise RunError(
                 f"only {coverage:.1%} of the judgments have a rating, min_coverage={self._min_coverage}"
                 + (f" ({reasons})" if reasons else "")
-                + f"; what there is is kept in {directory}, and the same command asks for the rest"
+                + f"; finished judgments are in {directory}; run the same command again to get the rest"
             )
 
     def _samples(
         self, answers: dict[int, list[str]], judgments: dict[tuple[int, int, int], dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        """One for each answer, in the form that the harness's tracker writes."""
+        """Return one sample per answer, in the format of the harness's tracker."""
         assert self._judge_config is not None
         samples = []
         for question in self._questions:
@@ -266,10 +266,10 @@ class MTBench:
 
 
 def read_files(data_dir: str | None) -> tuple[list[Question], dict[str, dict[str, str]]]:
-    """Questions with their references, and the judge's prompts by name, out of FastChat's files.
+    """Read questions with references, and the judge's prompts by name, from FastChat's files.
 
     Raises:
-        ConfigError: if one is missing or not as expected.
+        ConfigError: if a file is missing or malformed.
     """
     if data_dir is None:
         raise ConfigError(f"data_dir is not set. {_HOW_TO_GET}")
@@ -296,16 +296,16 @@ def read_files(data_dir: str | None) -> tuple[list[Question], dict[str, dict[str
         for question in found:
             for texts in filter(None, (question.turns, question.reference)):
                 if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-                    raise ValueError(f"question {question.question_id} has not two turns of text")
-            for turn in (1, 2):  # that the prompts' places for text are those that there is text for
+                    raise ValueError(f"question {question.question_id} does not have two turns of text")
+            for turn in (1, 2):  # check that all placeholders of the prompts can be filled
                 judge_chat(by_name, question, ["", ""], turn)
         return found, by_name
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
-        raise ConfigError(f"data_dir={data_dir} is not as FastChat's: {error!r}") from error
+        raise ConfigError(f"data_dir={data_dir} does not have FastChat's format: {error!r}") from error
 
 
 def judge_chat(prompts: dict[str, dict[str, str]], question: Question, answers: list[str], turn: int) -> Chat:
-    """What the judge is told, to grade the answer of ``turn`` (1 or 2)."""
+    """Build the request to grade the answer of ``turn`` (1 or 2)."""
     name = ("single-math-v1" if question.reference else "single-v1") + ("-multi-turn" if turn == 2 else "")
     if turn == 1:
         values = {"question": question.turns[0], "answer": answers[0]}
@@ -320,7 +320,7 @@ def judge_chat(prompts: dict[str, dict[str, str]], question: Question, answers: 
 
 
 def parse_rating(judgment: str) -> float | None:
-    """The first [[rating]], else the first [rating]; None where there is neither, or it is not within 1 to 10."""
+    """Return the first [[rating]], else the first [rating]; None if there is none or it is not in 1 to 10."""
     for pattern in _RATINGS:
         if found := pattern.search(judgment):
             rating = float(found.group(1))
@@ -329,7 +329,7 @@ def parse_rating(judgment: str) -> float | None:
 
 
 def _chat(question: Question, answered: list[str]) -> Chat:
-    """The conversation up to the user's turn that is to be answered."""
+    """Return the conversation up to the next user turn."""
     chat = []
     for turn, text in enumerate(question.turns[: len(answered) + 1]):
         chat.append({"role": "user", "content": text})
@@ -338,15 +338,15 @@ def _chat(question: Question, answered: list[str]) -> Chat:
 
 
 def _read(file: Path, fields: Iterable[str]) -> list[dict[str, Any]]:
-    """The rows of a file of ours.
+    """Read a file that this module wrote.
 
     Raises:
-        ConfigError: if it is not JSON lines, or a row lacks one of ``fields``, as those that FastChat writes do.
+        ConfigError: if it is not JSON Lines, or a row lacks one of ``fields``, for example in FastChat's own files.
     """
     try:
         rows = read_lines(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{error}; mend it or choose another output_dir") from error
+        raise ConfigError(f"{error}; repair it or choose another output_dir") from error
     for number, row in enumerate(rows):
         if missing := [name for name in fields if not isinstance(row, dict) or name not in row]:
             raise ConfigError(

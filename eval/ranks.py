@@ -1,4 +1,4 @@
-"""One evaluation on several ranks: rank 0 drives the harness and deals out the model's work, the others lend a hand."""
+"""Evaluation on several ranks. Rank 0 drives the harness and distributes the model's work to all ranks."""
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -7,15 +7,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Between two pieces of work rank 0 may load datasets, or wait for a judge.
+# The other ranks wait while rank 0 loads datasets or waits for a judge.
 _PATIENCE = timedelta(days=7)
 
 
 class Ranks:
-    """The process group's ranks as one worker; a single process without a group is a group of one.
+    """The process group as one worker. A single process needs no process group.
 
-    Since rank 0 alone talks to the harness, results do not depend on the number of ranks: few-shot examples are drawn
-    once, and there is one cache and one set of files.
+    Only rank 0 talks to the harness, so results do not depend on the number of ranks: few-shot examples are drawn once,
+    and there is one cache and one set of files.
     """
 
     def __init__(self) -> None:
@@ -25,9 +25,9 @@ class Ranks:
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
 
     def share(self, method: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """``[method(item) for item in items]``, every rank doing its share of it; on rank 0, in order.
+        """Compute ``[method(item) for item in items]``, split over the ranks. Rank 0 gets the ordered results.
 
-        All ranks make equally many calls, as sharded weights need: who has one item less does the last one again.
+        Sharded weights need the same number of calls on every rank, so a rank with one item less repeats the last item.
         """
         mine = [method(item) for item in items[self.rank :: self.world_size]]
         if self._group is None:
@@ -41,7 +41,7 @@ class Ranks:
         return [gathered[number % self.world_size][number // self.world_size] for number in range(len(items))]
 
     def from_driver(self, work: Any) -> Any:
-        """What rank 0 passed, on all ranks."""
+        """Broadcast ``work`` from rank 0."""
         if self._group is None:
             return work
         box = [work]
@@ -49,7 +49,7 @@ class Ranks:
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on some rank."""
+        """Return whether ``flag`` is true on any rank."""
         if self._group is None:
             return flag
         flags = torch.tensor(int(flag))

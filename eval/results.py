@@ -1,4 +1,4 @@
-"""What an evaluation leaves: the harness's own files, a manifest beside them, and tables over several runs."""
+"""Output of an evaluation: the harness's files, a manifest, and tables that compare runs."""
 
 import json
 import math
@@ -19,13 +19,13 @@ Scores = dict[tuple[str, str], tuple[float, float | None]]  # (task, metric) -> 
 
 
 def check_output_dir(directory: Path, fingerprint: str) -> None:
-    """Raise ConfigError if ``directory`` has results of another model, which would be taken for this one's."""
+    """Raise ConfigError if ``directory`` has results of another model."""
     try:
         known = json.loads((directory / MANIFEST).read_text()).get("fingerprint")
     except (OSError, ValueError):
         return
     if known not in (None, fingerprint):
-        raise ConfigError(f"output_dir={directory} holds results of another model ({known}); choose another directory")
+        raise ConfigError(f"output_dir={directory} has results of another model ({known}); choose another directory")
 
 
 def save_results(
@@ -37,17 +37,17 @@ def save_results(
     chat_template: str | None = None,
     fewshot_as_multiturn: bool = True,
 ) -> Path:
-    """Write ``results_DATE.json`` and ``samples_TASK_DATE.jsonl`` through the harness's tracker, and the manifest.
+    """Write ``results_DATE.json`` and ``samples_TASK_DATE.jsonl`` with the harness's tracker, and the manifest.
 
-    The tracker logs its failures and goes on, and it writes in place; so it writes into a directory of its own, whose
-    files are moved when they are all there.
+    The tracker writes in place, and only logs its errors. Therefore it writes to a temporary directory, and the files
+    are moved once all of them are complete.
 
     Args:
         model: name or path of the model.
-        chat_template: that was applied.
+        chat_template: the applied chat template.
 
     Raises:
-        RunError: if they cannot be written; what was there before is as it was.
+        RunError: if the files cannot be written. Existing files are left unchanged.
     """
     samples = results.pop("samples", None) or {}
     tracker = EvaluationTracker()
@@ -72,7 +72,7 @@ def save_results(
 
 
 def _move_checked(source: Path, target: Path, samples: dict[str, list]) -> Path:
-    """Move what the tracker wrote once all of it is there, the results file last; its new place."""
+    """Check that the tracker's files are complete and move them, the results file last. Returns its new path."""
     (results,) = source.glob("results_*.json")
     json.loads(results.read_text())
     files = sorted(source.glob("samples_*.jsonl"))
@@ -85,7 +85,7 @@ def _move_checked(source: Path, target: Path, samples: dict[str, list]) -> Path:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """The harness's tables, and the averages under them."""
+    """Print the harness's tables and the averages."""
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
@@ -94,12 +94,12 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def read_scores(run: Path) -> Scores:
-    """All scores in a results file, or in those anywhere under a directory, of each task the newest.
+    """Read the scores of a results file, or the newest scores of each task anywhere under a directory.
 
-    The averages are those of the newest file, where that has all of the tasks.
+    Averages are taken from the newest file, if it has all tasks.
 
     Raises:
-        ConfigError: if there is none, or if two evaluations under the directory have a task in common.
+        ConfigError: if there are no results, or if two evaluations under the directory share a task.
     """
     files = [run] if run.is_file() else sorted(run.rglob("results_*.json"), key=lambda file: file.name)
     scores: Scores = {}
@@ -113,7 +113,7 @@ def read_scores(run: Path) -> Scores:
             raise ConfigError(f"{file} is not a results file: {error!r}") from error
         for task in newest["results"]:
             if places.setdefault(task, file.parent) != file.parent:
-                raise ConfigError(f"{run} holds two evaluations of {task}: {places[task]} and {file.parent}; name one")
+                raise ConfigError(f"{run} has two evaluations of {task}: {places[task]} and {file.parent}; choose one")
         scores |= found
     if not scores:
         raise ConfigError(f"{run} has no results_*.json")
@@ -123,7 +123,7 @@ def read_scores(run: Path) -> Scores:
 
 
 def _scores(results: dict[str, dict[str, Any]]) -> Scores:
-    """The numbers of a results file by task and metric; a filter other than ``none`` stays in the metric's name."""
+    """Return scores by task and metric. A filter other than ``none`` stays in the metric's name."""
     scores: Scores = {}
     for task, values in results.items():
         for key, value in values.items():
@@ -136,7 +136,7 @@ def _scores(results: dict[str, dict[str, Any]]) -> Scores:
 
 
 def compare(runs: list[Path]) -> str:
-    """A Markdown table of all runs' scores with standard errors, and each one's difference to the first run."""
+    """Return a Markdown table of scores with standard errors and differences to the first run."""
     scores = [read_scores(run) for run in runs]
     rows = sorted({key for run in scores for key in run}, key=lambda key: (key[0] == "average", key))
     names = [str(run) for run in runs]
@@ -152,15 +152,15 @@ def compare(runs: list[Path]) -> str:
 
 
 def show_answers(runs: list[Path], count: int) -> str:
-    """The first ``count`` questions that all runs answered in text, with the answer of each run.
+    """Return the first ``count`` questions that all runs answered with text, with each run's answer.
 
     Raises:
-        ConfigError: if a run has no samples of such a task, or they cannot be read.
+        ConfigError: if the runs share no such question, or samples cannot be read.
     """
     answers = [_read_answers(run) for run in runs]
     shared = [question for question in answers[0] if all(question in others for others in answers)]
     if not shared:
-        raise ConfigError(f"{', '.join(map(str, runs))} have no question in common that was answered in text")
+        raise ConfigError(f"{', '.join(map(str, runs))} have no generated answers to the same question")
     parts = []
     for question in shared[:count]:
         parts += [f"question\n{indent(question, '    ')}"]
@@ -169,7 +169,7 @@ def show_answers(runs: list[Path], count: int) -> str:
 
 
 def _read_answers(run: Path) -> dict[str, str]:
-    """Generated answers in a run's samples by question, of each task the newest file."""
+    """Return a run's generated answers by question, from the newest file of each task."""
     answers: dict[str, str] = {}
     for file in sorted(run.rglob("samples_*.jsonl"), key=lambda file: file.name):
         try:
@@ -184,7 +184,7 @@ def _read_answers(run: Path) -> dict[str, str]:
 
 
 def format_score(score: tuple[float, float | None] | None) -> str:
-    """``value ± standard error``, as far as they are known."""
+    """Format as ``value ± standard error``; unknown parts are left out."""
     if score is None:
         return ""
     value, error = score
@@ -197,4 +197,4 @@ def _difference(first: tuple[float, float | None] | None, other: tuple[float, fl
     text = f"{other[0] - first[0]:+.4f}"
     if first[1] is None or other[1] is None:
         return text
-    return f"{text} ± {math.hypot(first[1], other[1]):.4f}"  # as if the runs were independent
+    return f"{text} ± {math.hypot(first[1], other[1]):.4f}"  # assumes independent runs

@@ -1,8 +1,8 @@
-"""Log-likelihoods of many continuations in few forward passes: what they have in common is read once.
+"""Log-likelihoods of many continuations in few forward passes: shared prefixes are computed once.
 
-The continuations of one context are branches of a tree, and so are contexts that begin alike, as few-shot prompts with
-the same examples do. A row of a batch is such a tree, flattened: a mask keeps the branches from seeing one another, and
-positions start anew where a branch does.
+Continuations of one context form the branches of a tree. So do contexts with a common prefix, such as few-shot prompts
+with the same examples. A row of a batch is a flattened tree. A mask hides the branches from one another, and each
+branch continues the positions of its parent.
 """
 
 from collections.abc import Iterator
@@ -16,27 +16,28 @@ from torchtune.modules import TransformerDecoder
 from owlore_tune.models.decoder import hidden_states
 
 Result = tuple[float, bool]  # log-likelihood, whether it is the greedy continuation
-_HEAD_POSITIONS = 512  # at a time, so that few logits are alive
-_LEAST_SHARED = 32  # tokens that contexts must begin with alike to become one row
-_ROW_TOKENS = 2048  # of a row of several contexts, or twice what they share where that is more: attention is quadratic
+_HEAD_POSITIONS = 512  # per call of the output head, to limit the memory of logits
+_LEAST_SHARED = 32  # tokens of common prefix that contexts need to share a row
+# Most tokens in a row of several contexts, or twice their common prefix if that is more: attention is quadratic.
+_ROW_TOKENS = 2048
 
 
 @dataclass
 class Branch:
-    """One context, after what its row has in common, with all continuations that are asked of it."""
+    """One context, without the common prefix of its row, and its continuations."""
 
     context: list[int]
     continuations: list[list[int]] = field(default_factory=list)
-    requests: list[int] = field(default_factory=list)  # where each continuation's result goes
+    requests: list[int] = field(default_factory=list)  # request index of each continuation
 
     def __len__(self) -> int:
-        # The last token of a continuation predicts nothing that is asked for, so it is not part of the row.
+        # The last token of a continuation is never an input, so it is not part of the row.
         return len(self.context) + sum(len(continuation) - 1 for continuation in self.continuations)
 
 
 @dataclass
 class Row:
-    """Branches after a common prefix, which may be empty."""
+    """Branches with a common prefix, which may be empty."""
 
     prefix: list[int]
     branches: list[Branch]
@@ -49,17 +50,17 @@ class Row:
         return [index for branch in self.branches for index in branch.requests]
 
     def split(self) -> "list[Row]":
-        """A row for each branch."""
+        """Split into one row per branch."""
         return [Row([], [Branch(self.prefix + b.context, b.continuations, b.requests)]) for b in self.branches]
 
 
 def make_rows(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Row]:
-    """Rows of all (context, continuation), longest first.
+    """Group (context, continuation) requests into rows, longest first.
 
-    A context that is too long with its continuation loses its beginning.
+    Contexts are truncated on the left to fit with their continuation.
 
     Raises:
-        ValueError: if a continuation alone is longer than ``max_length``.
+        ValueError: if a continuation is longer than ``max_length``.
     """
     branches: list[Branch] = []
     latest: dict[tuple[int, ...], Branch] = {}
@@ -77,10 +78,10 @@ def make_rows(requests: list[tuple[list[int], list[int]]], max_length: int) -> l
 
 
 def _share_prefixes(branches: list[Branch]) -> Iterator[Row]:
-    """Rows of contexts that begin alike; neighbours in lexicographic order do so the longest."""
+    """Join contexts with a common prefix into rows. In lexicographic order, neighbors share the longest prefixes."""
     group: list[Branch] = []
-    shared = 0  # tokens that all of the group begin with
-    size = 0  # tokens of the group, the shared ones once
+    shared = 0  # tokens of the group's common prefix
+    size = 0  # tokens of the group, counting the prefix once
     for branch in sorted(branches, key=lambda branch: branch.context):
         if group:
             common = _common_length(group[-1].context, branch.context, min(shared, len(branch.context) - 1))
@@ -108,7 +109,7 @@ def _join(group: list[Branch], shared: int) -> Row:
 
 
 def make_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Rows of falling length in batches of at most ``batch_tokens`` positions, and at least one row."""
+    """Batch rows, sorted longest first, by at most ``batch_tokens`` positions, and at least one row."""
     remaining = iter(rows)
     for first in remaining:
         yield [first, *islice(remaining, max(0, batch_tokens // len(first) - 1))]
@@ -116,13 +117,13 @@ def make_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
 
 @torch.inference_mode()
 def score_rows(rows: list[Row], model: TransformerDecoder, pad_id: int) -> list[Result]:
-    """The result of each continuation of each row, in the order of ``Row.requests``, from one forward pass.
+    """Score all continuations of ``rows`` in one forward pass, in the order of ``Row.requests``.
 
-    The output head is applied to the positions that predict a scored token.
+    The output head is applied only to positions that predict a scored token.
     """
     device = next(model.parameters()).device
     layout = _layout(rows, pad_id)
-    mask = None  # without branches, plain causal attention is the same
+    mask = None  # without branches, plain causal attention is equivalent
     if layout.branched:
         mask = _tree_mask(layout.branches.to(device), layout.continuations.to(device))
     hidden = hidden_states(model, layout.tokens.to(device), mask=mask, input_pos=layout.positions.to(device))
@@ -136,16 +137,16 @@ def score_rows(rows: list[Row], model: TransformerDecoder, pad_id: int) -> list[
 
 @dataclass
 class _Layout:
-    """Rows as tensors (rows, longest), and from where in the flattened batch each scored token is predicted."""
+    """Rows as tensors (rows, longest), and the flattened position that predicts each scored token."""
 
     tokens: Tensor
     positions: Tensor
     branches: Tensor  # 0 the prefix, k the kth branch, -1 padding
     continuations: Tensor  # 0 prefix and contexts, k the kth continuation of its branch
-    branched: bool = False  # whether anything has to be hidden
+    branched: bool = False  # whether a mask is needed
     places: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)  # of tokens of each continuation
+    counts: list[int] = field(default_factory=list)  # tokens of each continuation
 
 
 def _layout(rows: list[Row], pad_id: int) -> _Layout:
@@ -156,7 +157,7 @@ def _layout(rows: list[Row], pad_id: int) -> _Layout:
         start = _put(layout, number, 0, row.prefix, 0, 0, 0)
         for k, branch in enumerate(row.branches, start=1):
             start = _put(layout, number, start, branch.context, len(row.prefix), k, 0)
-            last = number * tokens.shape[1] + start - 1  # of the context
+            last = number * tokens.shape[1] + start - 1  # last token of the context
             position = len(row.prefix) + len(branch.context)
             layout.branched |= len(branch.continuations) > 1 and len(branch) > len(branch.context)
             for c, continuation in enumerate(branch.continuations, start=1):
@@ -169,7 +170,7 @@ def _layout(rows: list[Row], pad_id: int) -> _Layout:
 
 
 def _put(layout: _Layout, row: int, start: int, piece: list[int], position: int, branch: int, continuation: int) -> int:
-    """Write ``piece`` into ``row`` from ``start``; where it ends."""
+    """Write ``piece`` into ``row`` at ``start``. Returns its end."""
     place = slice(start, start + len(piece))
     layout.tokens[row, place] = torch.tensor(piece, dtype=torch.long)
     layout.positions[row, place] = torch.arange(position, position + len(piece))
@@ -179,7 +180,7 @@ def _put(layout: _Layout, row: int, start: int, piece: list[int], position: int,
 
 
 def _tree_mask(branches: Tensor, continuations: Tensor) -> Tensor:  # (b, s), (b, s) -> (b, s, s)
-    """True where position i sees position j: the prefix, its branch's context, and its own continuation so far."""
+    """True if position i attends to position j: the prefix, its branch's context, and its own continuation so far."""
     length = branches.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
     same_branch = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
@@ -193,8 +194,8 @@ def _log_probs(
     places: Tensor,  # (n,), on the CPU
     targets: Tensor,  # (n,), on the CPU
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (n,) float32 of ``targets`` predicted from ``hidden[places]``, and whether each is the
-    likeliest; on the CPU."""
+    """Return log-probabilities (n,) float32 of ``targets`` given ``hidden[places]``, and whether each target is the
+    most likely token. Both are on the CPU."""
     unique, inverse = places.unique(return_inverse=True)
     order = inverse.argsort()
     log_probs, greedy = torch.empty(len(places)), torch.empty(len(places), dtype=torch.bool)

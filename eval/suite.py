@@ -1,4 +1,4 @@
-"""What to evaluate, from the suite fields of a config, and the run of it on any model of the harness."""
+"""The tasks selected by the suite fields of a config, and their evaluation on any harness model."""
 
 from pathlib import Path
 from typing import Any
@@ -18,34 +18,34 @@ from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError
 
 SUITE: dict[str, Any] = {
-    "tasks": [],  # of the harness, ours in eval/tasks, and mt_bench
-    "data_files": None,  # name to JSON file, each one more task
-    "scoring": "loglikelihood",  # of data_files
-    "data_root": None,  # copies of hub datasets
-    "num_fewshot": None,  # the tasks' own
-    "limit": None,  # documents of each task
-    "apply_chat_template": None,  # as in training: the model's own, if it has one
+    "tasks": [],  # harness tasks, ours in eval/tasks, and mt_bench
+    "data_files": None,  # maps additional task names to JSON files
+    "scoring": "loglikelihood",  # for data_files
+    "data_root": None,  # directory with copies of hub datasets
+    "num_fewshot": None,  # None: each task's default
+    "limit": None,  # documents per task
+    "apply_chat_template": None,  # None: as in training, if the model has a template
     "fewshot_as_multiturn": True,
     "data_dir": None,  # MT-Bench: FastChat's files
     "max_new_tokens": 1024,  # MT-Bench
     "min_coverage": 0.95,  # MT-Bench
     "judge": None,  # MT-Bench
-    "add_bos": None,  # as the model's tokenizer does
-    "max_length": None,  # the model's
-    "batch_tokens": None,  # by device
+    "add_bos": None,  # None: as the model's tokenizer does
+    "max_length": None,  # None: the model's limit
+    "batch_tokens": None,  # None: depends on the device
     "batch_size": 8,
     "seed": 0,
 }
 
 
 class Suite:
-    """The tasks of a config, their documents loaded, and how a model is put to them.
+    """The tasks of a config with their documents, and the settings to run a model on them.
 
     Args:
         cfg: a config with all fields of SUITE.
 
     Raises:
-        ConfigError: if a value cannot work, a task is unknown or its documents cannot be had.
+        ConfigError: if a value is invalid, a task is unknown, or its documents are not available.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -75,16 +75,16 @@ class Suite:
         )
 
     def check_model(self, tokenizer: HFChatTokenizer, max_seq_len: int) -> None:
-        """Take from the tokenizer whether there is a chat template to apply; call this before `run`.
+        """Check the settings against the model, and resolve ``apply_chat_template=None``. Call this before `run`.
 
         Raises:
-            ConfigError: for what the tokenizer or the model's length make impossible.
+            ConfigError: if the tokenizer or the model's sequence length does not support a setting.
         """
         length = min(self.cfg.max_length or max_seq_len, max_seq_len)
         if not tokenizer.is_chat and (self.cfg.apply_chat_template or self._mt_bench):
             raise ConfigError(
-                "this model has no chat template, or tokenizer.chat_template=plain; set apply_chat_template=null, and "
-                "leave out mt_bench"
+                "this model has no chat template, or tokenizer.chat_template=plain; set apply_chat_template=null and "
+                "remove mt_bench"
             )
         if self.cfg.apply_chat_template is None:
             self.apply_chat_template = tokenizer.is_chat
@@ -108,12 +108,12 @@ class Suite:
     def run(
         self, lm: LM, model_id: str, directory: Path, *, use_cache: bool = False, log_samples: bool = True
     ) -> dict[str, Any]:
-        """Results in the harness's form, of all tasks together, and ``averages`` of the harness's.
+        """Return the results of all tasks in the harness's format, and ``averages`` over the harness tasks.
 
         Args:
-            model_id: tells this model and its settings from all others: answers and the request cache go by it.
-            directory: for what is kept while it runs: answers, judgments, cached requests.
-            use_cache: keep the model's answers in a file, so that an interrupted run goes on where it was.
+            model_id: identifies the model and its settings; key of answers and of the request cache.
+            directory: for answers, judgments and cached requests.
+            use_cache: save the model's answers to a file, so an interrupted run can resume.
 
         Raises:
             RunError: if MT-Bench's judge gave too few ratings.
@@ -137,13 +137,13 @@ class Suite:
 
 
 def build_lm(cfg: DictConfig, model: TransformerDecoder, tokenizer: HFChatTokenizer) -> TorchtuneLM:
-    """The adapter with a config's settings."""
+    """Build the adapter from a config."""
     settings = ("add_bos", "max_length", "batch_tokens", "batch_size", "seed")
     return TorchtuneLM(model, tokenizer, **{key: cfg[key] for key in settings})
 
 
 def check_suite(cfg: DictConfig) -> None:
-    """Raise ConfigError for a value that is of the wrong type or out of its range."""
+    """Raise ConfigError if a value has the wrong type or is out of range."""
     check_counts(cfg, ("batch_size", "max_new_tokens"), ("limit", "max_length", "batch_tokens"))
     check_type("num_fewshot", cfg.num_fewshot, int | None)
     if cfg.num_fewshot is not None and cfg.num_fewshot < 0:
@@ -155,7 +155,7 @@ def check_suite(cfg: DictConfig) -> None:
     if cfg.judge is not None:
         if not isinstance(cfg.judge, DictConfig):
             raise ConfigError(f"judge={cfg.judge}; it must be a block of fields, or null")
-        check_url(cfg.judge.get("base_url"))  # before anything is logged
+        check_url(cfg.judge.get("base_url"))  # before the config is logged
     check_type("min_coverage", cfg.min_coverage, float)
     if not 0 <= cfg.min_coverage <= 1:
         raise ConfigError(f"min_coverage={cfg.min_coverage}; it must be from 0 to 1")

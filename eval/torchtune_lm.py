@@ -1,4 +1,4 @@
-"""A torchtune decoder as a model of lm-evaluation-harness, without conversion."""
+"""lm-evaluation-harness adapter for torchtune decoders, without checkpoint conversion."""
 
 import dataclasses
 import hashlib
@@ -31,22 +31,22 @@ TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, co
 class TorchtuneLM(TemplateLM):
     """Scores and generates with a torchtune ``TransformerDecoder`` for ``lm_eval.simple_evaluate``.
 
-    Continuations of one context share one row (shared_prefix.py). Rows are sorted by length, so that little is spent on
-    padding, and the longest come first, so that memory runs out at the start or not at all.
+    Continuations of one context share one row (shared_prefix.py). Rows are sorted by length to reduce padding. The
+    longest come first, so an out-of-memory error shows up early.
 
-    Under torchrun each rank has a model. Rank 0 is the one to give to the harness; the others call `serve`.
+    Under torchrun, each rank has a model. Pass the adapter of rank 0 to the harness; the other ranks call `serve`.
 
     Args:
-        model: with weights, on its device.
-        tokenizer: of the same model.
-        batch_tokens: positions per forward pass, padding included; null tries 2,048 on the CPU and 65,536 elsewhere.
-            Where that takes more memory than there is, it is halved until it fits.
-        batch_size: sequences generated together; halved likewise.
-        max_length: longest input in tokens; the model's own limit where null. Longer ones lose their beginning.
-        add_bos: put BOS before every text, unless it begins with it already; null does what the model's tokenizer
-            does when transformers calls it.
-        max_gen_toks: new tokens where a task does not say.
-        seed: of sampled generation.
+        model: the model with loaded weights, on its device.
+        tokenizer: the model's tokenizer.
+        batch_tokens: positions per forward pass, including padding. None starts with 2,048 on the CPU and 65,536
+            elsewhere. Halved on out-of-memory errors until it fits.
+        batch_size: sequences per generation batch; halved in the same way.
+        max_length: longest input in tokens; None is the model's limit. Longer inputs are truncated on the left.
+        add_bos: prepend BOS to every text that does not start with it. None follows the model's tokenizer in
+            transformers.
+        max_gen_toks: new tokens if a task does not set a number.
+        seed: sampling seed.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TorchtuneLM(TemplateLM):
         self._ranks = Ranks()
 
     def get_model_info(self) -> dict[str, Any]:
-        """What of this adapter a score depends on, or may by rounding; the harness writes it into its results."""
+        """Return the settings that can affect a score, even if only by rounding. The harness saves them."""
         return {
             "model_dtype": str(self._dtype),
             "add_bos": self.add_bos,
@@ -88,17 +88,17 @@ class TorchtuneLM(TemplateLM):
         }
 
     def serve(self) -> None:
-        """On ranks other than 0: work until rank 0 calls `dismiss`."""
+        """On ranks other than 0: process work until rank 0 calls `dismiss`."""
         while (work := self._ranks.from_driver(None)) is not None:
             method, items = work
             self._ranks.share(getattr(self, method), items)
 
     def dismiss(self) -> None:
-        """On rank 0: let the ranks in `serve` go."""
+        """On rank 0: make `serve` return on the other ranks."""
         self._ranks.from_driver(None)
 
     def _on_all_ranks(self, method: str, items: list[Any]) -> Iterator[Any]:
-        """The results of ``method`` on each of ``items``, in order, as they come."""
+        """Yield ``method(item)`` for each of ``items``, in order, computed on all ranks."""
         for start in range(0, len(items), self._ranks.world_size):
             together = items[start : start + self._ranks.world_size]
             self._ranks.from_driver((method, together))
@@ -125,9 +125,9 @@ class TorchtuneLM(TemplateLM):
         return [bos_id, *tokens] if wanted and not has_it and bos_id is not None else tokens
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation; without a generation prompt it ends in the last message, which goes on.
+        """Render a conversation. Without a generation prompt, the text ends with the last message, to be continued.
 
-        A template that refuses system messages gets the conversation without them, as in the harness's own models.
+        If a template rejects system messages, they are left out, as in the harness's own models.
         """
         try:
             text = self._render(chat_history, add_generation_prompt)
@@ -164,7 +164,7 @@ class TorchtuneLM(TemplateLM):
         return results
 
     def _score(self, rows: list[Row]) -> list[Result]:
-        """Results of all continuations of ``rows``, in pieces of the size that memory has been seen to allow."""
+        """Score all continuations of ``rows``, in batches that fit in memory."""
         results = []
         waiting = list(make_batches(rows, self.batch_tokens))[::-1]
         while waiting:
@@ -208,7 +208,7 @@ class TorchtuneLM(TemplateLM):
         asked: Counter[str] = Counter()
         batches = [self._prompts(chunk, asked) for chunk in chunks]
         world_size = self._ranks.world_size
-        for start in range(0, len(batches), world_size):  # what is generated side by side has caches of one size
+        for start in range(0, len(batches), world_size):  # ranks that decode in step need caches of the same size
             together = batches[start : start + world_size]
             most = max(batch.max_new for batch in together)
             batches[start : start + world_size] = [dataclasses.replace(batch, cache_new=most) for batch in together]
@@ -222,11 +222,11 @@ class TorchtuneLM(TemplateLM):
         return collator.get_original(results)
 
     def _prompts(self, chunk: list[tuple[str, dict[str, Any]]], asked: Counter[str]) -> Prompts:
-        """(context, gen_kwargs) of one batch as tokens; a context too long loses its beginning.
+        """Tokenize a batch of (context, gen_kwargs). Long contexts are truncated on the left.
 
         Args:
-            asked: how often each context came, which is kept up: what is sampled depends on the seed, the context and
-                that alone, not on what else is generated.
+            asked: number of earlier requests per context, updated here. Samples depend only on the seed, the context
+                and this number, not on the other requests.
         """
         options = generation_options(chunk[0][1], self.max_length, self.max_gen_toks)
         eos = self._tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
@@ -244,7 +244,7 @@ class TorchtuneLM(TemplateLM):
         )
 
     def _generate(self, batch: Prompts) -> list[list[int]]:
-        """New tokens for each prompt of ``batch``, in pieces of the size that memory has been seen to allow."""
+        """Generate new tokens for each prompt of ``batch``, in pieces that fit in memory."""
         generated = []
         for start in range(0, len(batch.tokens), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -252,7 +252,7 @@ class TorchtuneLM(TemplateLM):
             try:
                 generated += generate(piece, self._model, self._tokenizer, self._ranks.any)
             except torch.OutOfMemoryError:
-                # Ranks decode in step, so a rank on its own cannot take smaller ones.
+                # Ranks decode in step, so a single rank cannot switch to smaller batches.
                 if len(piece.tokens) == 1 or self._ranks.world_size > 1:
                     raise
                 self.batch_size = len(piece.tokens) // 2
@@ -264,10 +264,10 @@ class TorchtuneLM(TemplateLM):
 
 
 def generation_options(gen_kwargs: dict[str, Any], max_length: int, max_gen_toks: int = 256) -> dict[str, Any]:
-    """``gen_kwargs`` of a task as the harness normalizes them, with a temperature that is 0 for greedy decoding.
+    """Normalize the ``gen_kwargs`` of a task like the harness does. Greedy decoding has temperature 0.
 
     Raises:
-        ValueError: if they want what is not supported, or the new tokens alone fill ``max_length``.
+        ValueError: if an option is not supported, or ``max_gen_toks`` leaves no room for a prompt.
     """
     options = normalize_gen_kwargs(gen_kwargs, max_gen_toks)
     if options["do_sample"] and not gen_kwargs.get("temperature"):

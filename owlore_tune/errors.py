@@ -1,8 +1,8 @@
-"""Errors whose message is all that a user needs: programs print them in one line, without a traceback."""
+"""Errors for users: programs print only their message, in one line, without a traceback."""
 
 
 class ConfigError(ValueError):
-    """A config that cannot run. The message names the value and the way out."""
+    """A config that cannot run. The message names the value and the fix."""
 
 
 class CheckpointError(RuntimeError):
@@ -10,8 +10,8 @@ class CheckpointError(RuntimeError):
 
 
 class RunError(RuntimeError):
-    """A run that had to stop. The message says where it stands and how to continue."""
+    """A run that had to stop. The message says how far it got and how to continue."""
 
 
 class DivergedError(RunError):
-    """A run whose loss or weights are not finite. Its state is not worth a checkpoint."""
+    """A run with a loss or weights that are not finite. Its state is not worth saving."""

@@ -1,4 +1,4 @@
-"""Files that are never half-written, and digests of files, each read once."""
+"""Atomic writes of files, and cached digests of files."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ log = get_logger("INFO")
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON, atomically: the file is either the old or the new one.
 
-    Numbers that are not finite become null, because JSON has none.
+    Numbers that are not finite become null, because JSON cannot represent them.
     """
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}", delete=False) as partial:
         try:
@@ -57,7 +57,7 @@ def checksum(file: Path) -> str:
 def files_digest(files: Iterable[Path], *, use_cache: bool = True) -> str:
     """A digest of the names and contents of ``files``.
 
-    Each file's checksum is cached under its size and modification time, because reading 7B weights takes seconds.
+    Each file's checksum is cached by path, size and modification time, because reading 7B weights takes seconds.
     """
     cache = cache_directory() / "digests.json"
     known = _read_cache(cache) if use_cache else {}

@@ -1,4 +1,4 @@
-"""Cross-entropy that never holds all logits, and spends nothing on positions that are not trained on."""
+"""Cross-entropy that never materializes all logits and skips positions without a label."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """Mean cross-entropy straight from the last hidden states: output head and loss in one, chunk by chunk.
+    """Mean cross-entropy from the last hidden states: output head and loss fused, chunk by chunk.
 
-    Only positions with a label go through the head, ``chunk_size`` of them at a time, and each chunk's gradients are
-    taken at once, so one chunk of logits is all that is ever alive, in forward and backward. A model's own forward
-    would make logits for every position. (The name and ``set_model_output`` are those of later torchtune versions.)
+    Only positions with a label go through the head, ``chunk_size`` at a time. Each chunk's gradients are computed
+    immediately, so at most one chunk of logits is alive, in forward and backward. A model's own forward would compute
+    logits for every position. (The name and ``set_model_output`` are those of later torchtune versions.)
 
     Args:
         chunk_size: positions per chunk.
@@ -30,8 +30,8 @@ class LinearCrossEntropyLoss(nn.Module):
         self._head: Any = None
 
     def set_model_output(self, model: TransformerDecoder) -> None:
-        """Make ``model`` return its normed last hidden states, and take over its output head."""
-        self._head = [model.output]  # in a list, so that the head does not become this module's too
+        """Make ``model`` return its last hidden states after the norm. The loss applies the output head instead."""
+        self._head = [model.output]  # in a list, to not register the head as a submodule
         norm = model.norm
         model.unembed = lambda hidden: norm(hidden)
 
@@ -52,16 +52,16 @@ class LinearCrossEntropyLoss(nn.Module):
     def of_rows(
         self,
         hidden: Tensor,  # (n, d)
-        labels: Tensor,  # (n,), each a token
+        labels: Tensor,  # (n,), none ignored
     ) -> Tensor:  # ()
         """The loss of positions that all have a label."""
         (head,) = self._head
-        grad_enabled = torch.is_grad_enabled()  # which the function below cannot tell: autograd turns it off there
+        grad_enabled = torch.is_grad_enabled()  # autograd disables it inside the function
         return _ChunkedHead.apply(hidden, labels, head, self.chunk_size, grad_enabled, *_head_parameters(head))
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Mean cross-entropy of ``head(hidden)``; gradients are made in forward, where the logits are."""
+    """Mean cross-entropy of ``head(hidden)``. Gradients are computed in forward, while the logits exist."""
 
     @staticmethod
     def forward(ctx, hidden, labels, head, chunk_size, grad_enabled, *parameters):  # hidden (n, d), labels (n,)
@@ -103,7 +103,7 @@ def _head_parameters(head: nn.Module | TiedLinear) -> list[nn.Parameter]:
 
 
 def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
-    """(b, s) labels moved one to the left, so that position i predicts token i + 1 and logits need no slicing."""
+    """Shift labels (b, s) left by one. Position i then predicts token i + 1, and logits need no slicing."""
     ignored = torch.full_like(labels[:, :1], ignore_index)
     return torch.cat([labels[:, 1:], ignored], dim=1)
 
@@ -117,7 +117,7 @@ def mean_loss(model: nn.Module, loss_fn: Any, batch: dict[str, Tensor], labels: 
     """
     utils.batch_to_device(batch, device)
     labels = labels.to(device)
-    outputs = model(**batch)  # hidden states, chunks of logits or all logits, as the loss asked for
+    outputs = model(**batch)  # hidden states, chunks of logits or all logits, depending on the loss
     if torch.is_tensor(outputs) and not hasattr(loss_fn, "set_model_output"):
         outputs, labels = outputs.flatten(0, 1), labels.flatten()
     return loss_fn(outputs, labels)

@@ -1,4 +1,4 @@
-"""A recipe as a program: its command line, its errors in one line, and its end by a signal."""
+"""Run a recipe as a program: its command line, one-line errors, and signals."""
 
 import argparse
 import functools
@@ -20,18 +20,18 @@ from owlore_tune.run.signals import obey_signals
 
 
 def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
-    """torchtune's ``config.parse`` that also takes the name of a packaged config, and reports errors in one line."""
+    """torchtune's ``config.parse``, which here also takes packaged config names and prints errors in one line."""
 
     @functools.wraps(recipe_main)
     def main() -> None:
         parser = argparse.ArgumentParser(description=recipe_main.__doc__, allow_abbrev=False)
-        parser.add_argument("--config", required=True, metavar="CONFIG", help="name or file")
+        parser.add_argument("--config", required=True, metavar="CONFIG", help="name of a packaged config, or file")
         parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
-        args, rest = parser.parse_known_args()  # overrides may stand on either side of --config
+        args, rest = parser.parse_known_args()  # overrides can be on either side of --config
         if flags := [argument for argument in rest if argument.startswith("-")]:
             parser.error(f"unrecognized arguments: {' '.join(flags)}; override a field with field=value")
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # of torchdata's loader
-        # Log lines appear above progress bars, and not in the middle of them.
+        # Print log lines above progress bars, not in the middle of them.
         with obey_signals(), errors_in_one_line(), logging_redirect_tqdm([get_logger()]):
             recipe_main(load_config(args.config, [*args.overrides, *rest]))
 
@@ -40,7 +40,7 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the program with ``error: ...`` if the config, its files or the run have a problem the user can solve."""
+    """Exit with ``error: ...`` on a problem with the config, its files or the run that the user can solve."""
     try:
         yield
     except (ConfigError, RunError, CheckpointError, InstantiationError, OmegaConfBaseException, OSError) as error:

@@ -1,4 +1,4 @@
-"""Evaluate a torchtune model on lm-evaluation-harness's tasks, on local files and on MT-Bench, without conversion.
+"""Evaluate a torchtune model on lm-evaluation-harness tasks, local files and MT-Bench, without conversion.
 
 tune run [--nproc_per_node N] owlore_eval --config eval/mmlu checkpointer.checkpoint_dir=DIR [field=value ...]
 """
@@ -36,22 +36,22 @@ OUTPUT_FILES = (MANIFEST, "answers.jsonl", "judgments.jsonl", "mt_bench.png")
 DEFAULTS = SUITE | {
     "use_cache": False,
     "log_samples": True,
-    "device": None,  # the best there is
+    "device": None,  # None: the best available
     "dtype": "bf16",
 }
 
 
 class OwLoreEvalRecipe(EvalRecipeInterface):
-    """lm-evaluation-harness on a torchtune model, on one device or, under torchrun, on several.
+    """Runs lm-evaluation-harness on a torchtune model, on one device or, under torchrun, on several.
 
-    Each rank has the whole model and does its share; rank 0 alone drives the harness and writes the results.
-    Whatever can be refused is refused before weights load, documents that are missing included.
+    Each rank has the whole model and processes its share. Only rank 0 drives the harness and writes the results.
+    Invalid settings and missing documents are reported before weights are loaded.
 
     Args:
-        cfg: the parsed config; its fields are those of REQUIRED and DEFAULTS.
+        cfg: the parsed config, with the fields of REQUIRED and DEFAULTS.
 
     Raises:
-        ConfigError: if a key is unknown or a value cannot work.
+        ConfigError: if a key is unknown or a value is invalid.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -65,7 +65,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         self._is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
 
     def validate(self) -> str:
-        """Check what can be checked without files; says what the model is."""
+        """Check the config without reading files. Returns a description of the model."""
         model = self._setup_model()
         return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
 
@@ -127,7 +127,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         self._run_dir.release()
 
     def _model_id(self) -> str:
-        """The weights' fingerprint, and what else an answer depends on."""
+        """Return the fingerprint of the weights and of all settings that affect an answer."""
         info = self._lm.get_model_info()
         settings = [info[key] for key in ("model_dtype", "add_bos", "max_length", "generation_seed", "tokenizer_sha")]
         settings += [OmegaConf.to_container(self._cfg.model, resolve=True), self._cfg.checkpointer.model_type]
@@ -150,7 +150,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
 def recipe_main(cfg: DictConfig) -> None:
     """Evaluate a model; see `OwLoreEvalRecipe`."""
     if training.is_distributed():
-        join_process_group("gloo")  # nothing but Python objects is exchanged
+        join_process_group("gloo")  # ranks exchange only Python objects
     recipe = OwLoreEvalRecipe(cfg=cfg)
     log.info(f"Running OwLoreEvalRecipe with config:\n\n{OmegaConf.to_yaml(cfg)}")
     try:
@@ -158,7 +158,7 @@ def recipe_main(cfg: DictConfig) -> None:
         recipe.evaluate()
     finally:
         recipe.cleanup()
-    # Not after an error: a rank that fails ends, and torchrun then ends those that wait for it.
+    # Not after an error: the failed rank exits, and torchrun then stops the ranks that wait for it.
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -49,14 +49,14 @@ from owlore_tune.run.validation import bad_gradients, check_finite_weights, held
 
 log = utils.get_logger("INFO")
 
-# Errors that come from data, files or memory. Any other one is a bug, and its traceback is shown.
+# Errors from data, files or memory. Any other error is a bug and shows its traceback.
 EXPECTED_ERRORS = (ValueError, OSError, RunError, CheckpointError, torch.OutOfMemoryError)
 
 
 class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     """OwLore on one device, or under torchrun on several, with weights, gradients and state sharded by FSDP2.
 
-    `setup` refuses everything that can be refused before weights load. Then it loads the weights, scores the layers and
+    `setup` checks everything that can be checked before weights load. Then it loads the weights, scores the layers and
     sets up the schedule of active layers. `train` draws new layers from that schedule every K steps. Full fine-tuning,
     LISA and GaLore are settings of the ``owlore`` and ``optimizer`` blocks; see configs/smollm2.
 
@@ -68,7 +68,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         cfg: the parsed config; its fields are those of `owlore_tune.run.settings`.
 
     Raises:
-        ConfigError: if a key is unknown or a value cannot work.
+        ConfigError: if a key is unknown or a value is invalid.
     """
 
     _loss_fn: Any
@@ -87,7 +87,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._clock = PhaseClock(self._device)
         self._rng = RngState(self._world)
         self._has_unproven_checkpoint = False
-        self._is_complete = True  # weights, optimizer and counters are those after ``progress.step`` steps
+        self._is_complete = True  # weights, optimizer and counters agree on ``progress.step``
         training.set_seed(seed=settings.cfg.seed)
 
     def setup(self) -> None:
@@ -115,7 +115,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._profiler = parts.build_profiler(settings)
 
     def _setup_inputs(self, saved: dict[str, Any] | None) -> None:
-        """Build and check what the run reads: data, tokenizer, checkpointer."""
+        """Build and check data, tokenizer and checkpointer."""
         settings, world = self._settings, self._world
         now = None if saved is None else datetime.fromisoformat(saved["identity"]["now"])
         self._inputs = inputs = parts.build_inputs(settings, world, now)
@@ -125,7 +125,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             resume.check_inputs(saved["identity"], self._identity, self._resume_dir)
 
     def _setup_model(self) -> None:
-        """Build loss, model and optimizer without weights, and check that their memory plan is under the limit."""
+        """Build loss, model and optimizer without weights, and check their memory plan against the limit."""
         settings, cfg = self._settings, self._cfg
         parts.check_late_components(settings)
         self._loss_fn, self._model = parts.build_model(settings)
@@ -141,7 +141,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._optimizer = parts.build_optimizer(settings, self._model)
 
     def load_checkpoint(self) -> None:
-        """Load the weights, those of the checkpoint to resume from if there is one."""
+        """Load the weights, from the checkpoint to resume from if there is one."""
         with self._report.timed("load"):
             self._checkpointer.load_checkpoint(
                 self._model,
@@ -152,7 +152,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             )
 
     def _setup_active_layers(self) -> None:
-        """The schedule of active layers; it freezes all layers until the first draw."""
+        """Create the schedule of active layers. All layers are frozen until the first draw."""
         owlore = self._settings.owlore
         self._sampler = parts.build_sampler(self._settings, self._scores.scores)
         self._active_layers = ActiveLayers(
@@ -166,7 +166,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         )
 
     def _stateful(self) -> dict[str, Any]:
-        """The objects whose state a checkpoint holds. The optimizer follows the layers whose state it has."""
+        """The objects with state in a checkpoint. The optimizer's state depends on the active layers before it."""
         stateful = {
             "progress": self._progress,
             "active_layers": self._active_layers,
@@ -199,7 +199,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         try:
             if self._progress.step == 0:
                 self._validate("before")
-            # A signal waits for the end of a step, and for its checkpoint.
+            # A signal takes effect after the end of a step and its checkpoint.
             with stop_request().deferred(), self._profiler, self._report.timed("train"):
                 self._train_loop()
             self._finish()
@@ -216,8 +216,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Train to the last step.
 
         Raises:
-            Stop: after the step in which a signal came, once that step is saved.
-            DivergedError: after ``max_skipped_steps`` in a row.
+            Stop: after the step in which a signal arrived, once that step is saved.
+            DivergedError: after ``max_skipped_steps`` skipped steps in a row.
         """
         progress, cfg, num_steps = self._progress, self._cfg, self._data.num_steps
         with self._report.progress_bar(progress, num_steps):
@@ -246,7 +246,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         is_last = given_up or signalled is not None or progress.step == self._data.num_steps
         if is_last or progress.is_due(cfg.save_every_n_steps) or progress.is_due(self._data.steps_per_epoch):
             self.save_checkpoint()
-            signalled = signalled or self._signalled()  # came during the save
+            signalled = signalled or self._signalled()  # arrived during the save
         if given_up:
             raise DivergedError(
                 f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; lower "
@@ -255,7 +255,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if signalled is not None:
             raise Stop(
                 signalled,
-                f"stopped after step {progress.step}, saved in {self._step_dir()}. To go on, {resume.HOW_TO_RESUME}",
+                f"stopped after step {progress.step}, saved in {self._step_dir()}. To continue, {resume.HOW_TO_RESUME}",
             )
 
     def _signalled(self) -> Signals | None:
@@ -264,7 +264,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         return Signals(number) if number else None
 
     def _train_step(self, micro_batches: list[Batch]) -> tuple[dict[str, float], list[Refresh]]:
-        """One optimizer step over ``micro_batches``; returns its metrics, and the bases that it made."""
+        """One optimizer step over ``micro_batches``; returns its metrics and basis refreshes."""
         started = time.perf_counter()
         ignore_index = self._loss_fn.ignore_index
         labels = [shift_labels(batch.pop("labels"), ignore_index) for batch in micro_batches]
@@ -274,14 +274,14 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         loss = torch.zeros((), device=self._device)
         for batch, batch_labels, count, all_count in zip(micro_batches, labels, counts, num_trained, strict=True):
             if all_count == 0:
-                continue  # a mean over no tokens
+                continue  # no tokens to average over
             if count == 0:
-                batch_labels[0, 0] = 0  # other processes have tokens, and wait for this one: a gradient times 0
-            # The mean over all tokens of the step, however they are split into micro-batches and over processes.
+                batch_labels[0, 0] = 0  # other processes wait for this one: a gradient times 0
+            # The mean over all tokens of the step, independent of their split into micro-batches and processes.
             with self._clock("forward"):
                 share = count / sum(num_trained)
                 micro_loss = mean_loss(self._model, self._loss_fn, batch, batch_labels, self._device) * share
-                return_freed_memory(self._device)  # else gradients come on top of memory that forward left free
+                return_freed_memory(self._device)  # else gradients add to memory that forward has freed
             with self._clock("backward"):
                 micro_loss.backward()
                 self._optimizer.project_grads()
@@ -292,7 +292,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # so that the time below is that of the whole step
+            torch.cuda.synchronize(self._device)  # the time below must cover the whole step
         seconds = time.perf_counter() - started
         metrics = {
             "loss": loss.item(),
@@ -309,13 +309,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         return metrics, refreshes
 
     def _update(self, loss: float, grad_norm: float, num_trained: int) -> list[Refresh]:
-        """The optimizer's step, unless loss or gradient are not finite; returns the bases that it made."""
+        """Step the optimizer if loss and gradient are finite; returns its basis refreshes."""
         progress, refreshes = self._progress, []
         if not num_trained:
             log.warning(f"Step {progress.step}: no tokens to train on; is tokenizer.max_seq_len too short?")
         elif math.isfinite(loss) and math.isfinite(grad_norm):
             if self._active_layers.drawn_at == progress.step:
-                return_freed_memory(self._device)  # else new optimizer state comes on top of it
+                return_freed_memory(self._device)  # else new optimizer state adds to it
             self._is_complete = False  # until the step is counted
             with self._clock("optimizer"):
                 self._optimizer.step()
@@ -340,11 +340,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             raise DivergedError(f"the held-out loss, {when}, is {loss}: the run has diverged; lower optimizer.lr")
 
     def save_checkpoint(self) -> None:
-        """Save ``step_N``: weights in Hugging Face's layout and, beside them, all that an exact resume needs.
+        """Save ``step_N``: weights in Hugging Face's layout, and the state for an exact resume.
 
         Raises:
             CheckpointError: if it cannot be saved.
-            DivergedError: if the weights are not finite, so that every checkpoint has finite ones.
+            DivergedError: if the weights are not finite. Every checkpoint has finite weights.
         """
         with self._report.timed("save"):
             check_finite_weights(self._model, self._progress.step, self._world)
@@ -355,7 +355,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._write_manifest()
 
     def _prune_checkpoints(self) -> None:
-        """Remove old checkpoints, once a finite loss has shown that the weights of the newest one are good."""
+        """Remove old checkpoints, once a finite loss shows that the newest one is good."""
         if self._has_unproven_checkpoint:
             self._has_unproven_checkpoint = False
             self._world.attempt(lambda: self._run.steps.keep_last(self._cfg.keep_last_n), first_alone=True)

@@ -1,4 +1,4 @@
-"""Models to test on: tiny random ones in the shape of real families, and the real SmolLM2."""
+"""Test models: tiny random models in the shape of real families, and SmolLM2."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TEMPLATE = (
 
 
 def tiny_llama(num_layers: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0, vocab_size: int = 64):
-    """A LLaMA-2 of 32 dimensions with random weights, some of them made outliers; llama2 leaves none tied."""
+    """Build a LLaMA-2 of width 32 with random untied weights, some of them outliers."""
     torch.manual_seed(seed)
     model = llama2(
         vocab_size=vocab_size,
@@ -42,20 +42,20 @@ def tiny_llama(num_layers: int = 4, dtype: torch.dtype = torch.float32, seed: in
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
-    """Runs draw no pictures, which takes them seconds, but for tests marked ``pictures``."""
+    """Disable plots, which take seconds, except in tests marked ``pictures``."""
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr("owlore_tune.run.plots.plot_run", lambda run: [])
 
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    """(4, 12) token ids for `tiny_llama`."""
+    """Token ids (4, 12) for `tiny_llama`."""
     return torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
-    """The directory of the real SmolLM2-135M-Instruct."""
+    """The directory of SmolLM2-135M-Instruct."""
     try:
         return smollm2.fetch()
     except RuntimeError as error:
@@ -63,7 +63,7 @@ def smollm2_dir() -> Path:
 
 
 def save_tokenizer(directory: Path, special: tuple[str, ...] = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")):
-    """A byte-level BPE tokenizer of 300 entries with a chat template, in Hugging Face's layout."""
+    """Save a byte-level BPE tokenizer with 300 entries and a chat template, in Hugging Face layout."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,7 +79,7 @@ def save_tokenizer(directory: Path, special: tuple[str, ...] = ("<|end|>", "<|us
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory) -> Path:
-    """A model directory as transformers saves it: a random LLaMA of 4 layers with a tokenizer and a chat template."""
+    """A model directory saved by transformers: a random 4-layer LLaMA with a tokenizer and a chat template."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     directory = tmp_path_factory.mktemp("models") / "tiny"
@@ -110,7 +110,7 @@ TINY_MODEL = {
 
 @pytest.fixture
 def tiny_config(tiny_dir, tiny_data, tmp_path) -> dict:
-    """The SmolLM2 OwLore config, with the tiny model and data in its place."""
+    """The SmolLM2 OwLore config with the tiny model and data."""
     from omegaconf import OmegaConf
 
     from owlore_tune.catalog import find_config

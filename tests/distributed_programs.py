@@ -1,4 +1,4 @@
-"""What tests start on several ranks: recipes, one after the other in one process group, and counts of what is sent.
+"""Programs that tests start on several ranks: train recipes in sequence, or count communicated bytes.
 
 torchrun --nproc_per_node N tests/distributed_programs.py train CONFIG...
 torchrun --nproc_per_node N tests/distributed_programs.py count OUTPUT CONFIG
@@ -35,7 +35,7 @@ def finetune(cfg: DictConfig, recipe_class=OwLoreFullFinetuneRecipe) -> None:
 
 
 class SentBytes(TorchDispatchMode):
-    """Bytes of the tensors given to collectives, by the collective."""
+    """Counts bytes of the tensors passed to each collective."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class SentBytes(TorchDispatchMode):
 
 
 def count(output: str, file: str) -> None:
-    """Write the bytes that each step gives to each collective, and the optimizer's state on this rank after it."""
+    """Write the bytes per collective and the size of this rank's optimizer state for each step."""
     records = []
 
     class Counting(OwLoreFullFinetuneRecipe):
@@ -67,7 +67,7 @@ def count(output: str, file: str) -> None:
 
 
 def poison(file: str) -> None:
-    """Train with gradients that are not finite at step 4, in the last rank's rows alone."""
+    """Train with non-finite gradients at step 4, only on the last rank."""
     cfg = DictConfig(OmegaConf.load(file))
     with process_group(torch.device(cfg.device), 600):
         recipe = OwLoreFullFinetuneRecipe(cfg)

@@ -1,12 +1,12 @@
-"""A judge to test against: an HTTP server, in a process of its own, that answers as OpenAI's chat completions do.
+"""A judge for tests: an HTTP server in a separate process that answers like OpenAI's chat completions.
 
     python judge_server.py LOG [FAULT [NUMBER]]
 
-It prints its port, and writes to LOG each request that it answered well, as a line of JSON. The rating depends on the
-request alone; with FAULT `moody` also on how often it came. Other FAULTs: `die` ends the process after NUMBER requests;
-a status such as `429`, `retry_after` (429, to be tried again after 2 s), `slow`, `malformed`, `truncated`, `html`,
-`parts` (content that is no text) and `empty` spoil the first NUMBER answers to each request; `no_rating` answers one
-request in NUMBER without one; `leak` and `echo` always send the Authorization header back, in an error or a judgment.
+It prints its port, and writes each successful request to LOG as a line of JSON. The rating depends only on the request;
+with FAULT `moody`, also on how often it was sent. Other FAULTs: `die` ends the process after NUMBER requests. A status
+such as `429`, `retry_after` (429 with Retry-After of 2 s), `slow`, `malformed`, `truncated`, `html`, `parts` (content
+that is not text) and `empty` break the first NUMBER answers to each request. `no_rating` omits the rating of one
+request in NUMBER. `leak` and `echo` always return the Authorization header, in an error or a judgment.
 """
 
 import gzip
@@ -79,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(200, json.dumps({"choices": [{"index": 0, "message": message}]}))
 
     def drip(self) -> None:
-        """A byte now and then, so that no single read takes long."""
+        """Send single bytes slowly, so that no single read times out."""
         try:
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 time.sleep(0.1)
         except OSError:
-            pass  # the client waited no longer
+            pass  # the client gave up
 
     def reply(
         self, status: int, body: str | bytes, content_type: str = "application/json", retry_after: int = 0,
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(content)
         except OSError:
-            pass  # the client waited no longer
+            pass  # the client gave up
 
     def log_message(self, *args: object) -> None:
         pass

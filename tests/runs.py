@@ -1,4 +1,4 @@
-"""Training runs on a tiny model: to train them, to break them, and to read what they left."""
+"""Helpers to run, break and inspect training on a tiny model."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from owlore_tune.run.directory import RunDirectory
 
 
 def prepare(config: dict) -> OwLoreFullFinetuneRecipe:
-    """The recipe, set up."""
+    """Build the recipe and set it up."""
     recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
     recipe.setup()
     return recipe
@@ -27,11 +27,11 @@ def finetune(config: dict) -> OwLoreFullFinetuneRecipe:
 
 
 class Killed(BaseException):
-    """Ends a run as SIGKILL does: nothing catches it, so nothing more is saved."""
+    """Ends a run like SIGKILL: nothing catches it, so nothing more is saved."""
 
 
 def finetune_until(config: dict, step: int) -> None:
-    """Train, and die right after step ``step``."""
+    """Train, and raise `Killed` right after step ``step``."""
     recipe = prepare(config)
 
     def die():
@@ -48,7 +48,7 @@ def finetune_until(config: dict, step: int) -> None:
 
 
 def after_step(recipe: OwLoreFullFinetuneRecipe, step: int, action: Callable[[], None]) -> None:
-    """Call ``action`` when step ``step`` has been reported."""
+    """Call ``action`` after step ``step`` is reported."""
     report = recipe._report.step
 
     def report_and_act(metrics, *args, **kwargs):
@@ -60,18 +60,18 @@ def after_step(recipe: OwLoreFullFinetuneRecipe, step: int, action: Callable[[],
 
 
 def scale_loss(recipe: OwLoreFullFinetuneRecipe, factor: Callable[[], float]) -> None:
-    """Multiply each loss, of training and of validation, by what ``factor`` returns."""
+    """Multiply each training and validation loss by ``factor()``."""
     forward = recipe._loss_fn.forward
     recipe._loss_fn.forward = lambda *args: forward(*args) * factor()
 
 
 def poison(recipe: OwLoreFullFinetuneRecipe, steps: set[int]) -> None:
-    """Make the training loss NaN at some steps, counted from 0, and with it all gradients."""
+    """Make the training loss and all gradients NaN at ``steps``, counted from 0."""
     scale_loss(recipe, lambda: float("nan") if recipe._progress.step in steps and torch.is_grad_enabled() else 1.0)
 
 
 def checkpoints(config: dict) -> list[Path]:
-    """Those of the run in the config's output_dir, oldest first."""
+    """Return the checkpoints in the config's output_dir, oldest first."""
     return RunDirectory.existing(Path(config["output_dir"])).steps.own()
 
 
@@ -80,17 +80,17 @@ def manifest(config: dict) -> dict:
 
 
 def weights(config: dict) -> dict[str, torch.Tensor]:
-    """The weights of the run's last checkpoint."""
+    """Return the weights of the last checkpoint."""
     return read_weights(checkpoints(config)[-1])
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
     loaded = load_file(directory / "model.safetensors")
-    return {name: weight.clone() for name, weight in loaded.items()}  # no longer tied to the file
+    return {name: weight.clone() for name, weight in loaded.items()}  # detach from the memory-mapped file
 
 
 def changed(before: Path, after: Path) -> tuple[list[int], list[str]]:
-    """The layers, and the weights outside the layers, that differ between two model directories."""
+    """Return the layers and the other weights that differ between two model directories."""
     old, new = read_weights(before), read_weights(after)
     names = [name for name, weight in new.items() if not torch.equal(weight, old[name].to(weight.dtype))]
     layers = {int(name.split(".")[2]) for name in names if name.startswith("model.layers.")}
@@ -98,13 +98,13 @@ def changed(before: Path, after: Path) -> tuple[list[int], list[str]]:
 
 
 def changed_by_draw(config: dict) -> list[tuple[list[int], list[str]]]:
-    """`changed` over each draw of a run that saved a checkpoint at every redraw and at its end."""
+    """Apply `changed` to each draw of a run that saved a checkpoint at every redraw and at the end."""
     directories = [Path(config["checkpointer"]["checkpoint_dir"]), *checkpoints(config)]
     return [changed(before, after) for before, after in zip(directories, directories[1:], strict=False)]
 
 
 def variant(config: dict, path: str, **changes) -> dict:
-    """A copy of ``config`` with its own output directory and changed top-level or ``block__key`` values."""
+    """Copy ``config`` with another output directory and changed top-level or ``block__key`` values."""
     other = json.loads(json.dumps(config))
     other["output_dir"] = f"{config['output_dir']}_{path}"
     for key, value in changes.items():

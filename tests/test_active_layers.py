@@ -64,7 +64,7 @@ def test_projecting_in_backward_equals_projecting_after_it(tokens, micro_batch, 
 @pytest.mark.parametrize("max_norm", [float("inf"), 1e-2])
 @pytest.mark.parametrize("rank", [None, 8])
 def test_four_micro_batches_of_one_equal_one_of_four(tokens, rank, max_norm):
-    """With one basis, made by a step that both share: a refresh takes the first micro-batch, which differs."""
+    """Both runs share the basis of the first step, because a refresh uses the first micro-batch, which differs."""
     models = []
     for micro_batch in (4, 1):
         model = tiny_llama(dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_four_micro_batches_of_one_equal_one_of_four(tokens, rank, max_norm):
         train(model, optimizer, active, tokens, num_steps=1, micro_batch=4)
         train(model, optimizer, active, tokens, num_steps=6, micro_batch=micro_batch, max_norm=max_norm, first=1)
         models.append(model)
-    assert_equal_weights(*models, atol=1e-7)  # torchtune's RMSNorm computes in float32 even here
+    assert_equal_weights(*models, atol=1e-7)  # torchtune's RMSNorm always computes in float32
 
 
 def test_hooks_leave_no_full_gradient_of_a_projected_weight(tokens):
@@ -121,7 +121,7 @@ def test_state_of_a_layer_that_leaves(tokens, inactive):
         assert torch.equal(value, old[key]) if torch.is_tensor(value) else value == old[key]
     train(model, optimizer, active, tokens, num_steps=1, first=step - 1)
     state = optimizer.state[left]
-    assert torch.equal(state["basis"], old["basis"])  # refreshed by its age, and that is 2 of 100 steps
+    assert torch.equal(state["basis"], old["basis"])  # refresh depends on the basis age, here 2 of 100 steps
     assert state["basis_age"] == old["basis_age"] + 1
 
 

@@ -132,7 +132,7 @@ def test_fingerprint_reads_every_byte_once(tmp_path, monkeypatch):
     assert first == again == same and len(read) == 2
     file = tmp_path / "same" / "model.safetensors"
     content = bytearray(file.read_bytes())
-    for place in (-1, -100, -5000):  # one byte of a weight, wherever it is
+    for place in (-1, -100, -5000):  # one byte of a weight, at any position
         content[place] ^= 1
         file.write_bytes(content)
         assert HFCheckpointer(str(tmp_path / "same"), "LLAMA2").fingerprint() != first
@@ -178,7 +178,7 @@ def test_links_into_a_hub_cache_are_followed(tmp_path):
     ],
 )
 def test_a_layout_that_is_not_the_models_is_refused(tmp_path, model_type, message):
-    """SmolLM2 as QWEN2 loaded without an error, and trained."""
+    """Regression: SmolLM2 as QWEN2 loaded and trained without an error."""
     with pytest.raises(ValueError, match=message):
         HFCheckpointer(str(hf_directory("LLAMA2", tmp_path / "source")), model_type)
 
@@ -200,7 +200,7 @@ def test_damaged_weights_are_named_before_they_load(tmp_path):
     [
         ({"num_layers": 4}, "lacks weights of the model: layers.3"),
         ({"num_layers": 2}, "no such parameter at layers.2"),
-        ({"intermediate_dim": 40}, "do model and checkpointer.checkpoint_dir belong together"),
+        ({"intermediate_dim": 40}, "check that model and checkpointer.checkpoint_dir match"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, changes, message):

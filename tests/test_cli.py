@@ -25,7 +25,7 @@ def test_ls_names_recipes_and_configs(monkeypatch, capsys):
     assert any(line.startswith("recipe  owlore_full_finetune ") for line in lines)
     assert any(line.startswith("recipe  owlore_eval ") for line in lines)
     (line,) = [line for line in lines if line.startswith("config  smollm2/135M_owlore ")]
-    assert line.endswith("  OwLore on SmolLM2-135M-Instruct: a real model, on a machine without GPU or model hub")
+    assert line.endswith("  OwLore on SmolLM2-135M-Instruct: a real model that needs no GPU and no model hub")
 
 
 def test_listing_imports_nothing_heavy():
@@ -47,13 +47,13 @@ def test_cp_copies_and_does_not_overwrite(monkeypatch, tmp_path):
 def test_cp_copies_recipes_too_and_names_near_ones(monkeypatch, tmp_path):
     owlore(monkeypatch, "cp", "owlore_full_finetune", str(tmp_path / "mine.py"))
     assert "class OwLoreFullFinetuneRecipe" in (tmp_path / "mine.py").read_text()
-    with pytest.raises(SystemExit, match="no packaged recipe or config named owlore_ful; there is owlore_"):
+    with pytest.raises(SystemExit, match="no packaged recipe or config named owlore_ful; available: owlore_"):
         owlore(monkeypatch, "cp", "owlore_ful", str(tmp_path / "other.py"))
 
 
 @pytest.mark.pictures
 def test_plot_draws_a_run_from_its_files(monkeypatch, tmp_path, tiny_config, capsys):
-    """A run that is still going on, too: killed after some steps, in the middle of writing a line."""
+    """Also an unfinished run, killed after some steps while it writes a line."""
     recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"run_val_every_n_steps": 2}))
     recipe.setup()
     run = Path(tiny_config["output_dir"])
@@ -84,13 +84,13 @@ def test_doctor_finds_this_environment_well(capsys, monkeypatch, tmp_path):
 
 
 def test_doctor_names_the_fix(monkeypatch, capsys, tmp_path):
-    """A package out of its range, one that is missing, a full disk, and a hub that does not answer."""
+    """A package with the wrong version, a missing package, a full disk, and an unreachable hub."""
     monkeypatch.setattr(
         "importlib.metadata.requires", lambda name: ["torchao<0.1", "no-such-package>=1", 'pytest>99; extra == "dev"']
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # a port that nothing listens at
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no process listens on this port
     with pytest.raises(SystemExit) as ended:
         owlore(monkeypatch, "doctor")
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Every shipped config against what it instantiates, and every bad value against the one line that refuses it."""
+"""Every shipped config is valid, and every bad value is rejected with a one-line error."""
 
 import dataclasses
 import inspect
@@ -23,7 +23,7 @@ from owlore_tune.run.settings import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig,
 
 CONFIGS = [name for name, _ in packaged_configs()]
 EVALS = [name for name in CONFIGS if name.startswith("eval/")]
-# The others are for torchtune's recipes.
+# All other configs are for torchtune's recipes.
 OURS = [name for name in CONFIGS if not name.endswith(("_lora", "_generate")) and name not in EVALS]
 
 
@@ -51,7 +51,7 @@ REFERENCES = ("smollm2/135M_owlore", "llama2/7B_owlore")
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_a_reference_config_lists_every_field_with_its_default(name):
-    """A value that is not the default is followed by the default, in a comment."""
+    """A comment after each non-default value names the default."""
     file = find_config(name)
     cfg = OmegaConf.load(file)
     assert cfg.keys() == {*REQUIRED, *DEFAULTS}
@@ -79,7 +79,7 @@ def test_a_reference_config_lists_every_field_with_its_default(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_config_is_valid(name, monkeypatch, capsys, tmp_path):
-    """`owlore validate`, where nothing is downloaded; it leaves nothing behind."""
+    """`owlore validate` needs no downloads and writes no files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["owlore", "validate", "--config", name])
     cli.main()
@@ -126,7 +126,7 @@ def test_shipped_config_opens_with_its_download_and_launch(name):
     assert name in head
 
 
-# Fields in which a method's config may differ from the model's OwLore config, so that a comparison compares methods.
+# Fields that may differ between a method's config and the model's OwLore config; all others must match.
 METHODS = {
     "owlore": set(),
     "owlore_full_rank": {"optimizer.rank", "optimizer.lr"},
@@ -137,24 +137,24 @@ METHODS = {
     "full": {"owlore.num_active_layers", "owlore.score", "owlore.train_embeddings", "owlore.train_output",
              "owlore.train_norm", "optimizer.rank", "optimizer.lr"},
 }  # fmt: skip
-# Fields in which a model's OwLore config may differ from that of LLaMA-2-7B.
+# Fields that may differ between a model's OwLore config and that of LLaMA-2-7B.
 MODEL_FIELDS = {"model", "tokenizer", "checkpointer", "batch_size", "gradient_accumulation_steps", "dist_timeout_s"}
 
 
 def filled_in(name: str) -> dict:
-    """A config with all its defaults."""
+    """Load a config and fill in all defaults."""
     parameters = inspect.signature(OwLoreAdamW).parameters
     cfg = OmegaConf.to_container(check_config(load_config(name), REQUIRED, DEFAULTS, SUPPLIED), resolve=False)
     cfg["owlore"] = dataclasses.asdict(OwLoreConfig(**cfg["owlore"]))
     defaults = {key: parameter.default for key, parameter in parameters.items() if key != "params"}
     cfg["optimizer"] = defaults | {"betas": [0.9, 0.999]} | cfg["optimizer"]
-    for block in ("dataset", "profiler"):  # null is their default
+    for block in ("dataset", "profiler"):  # their default is null
         cfg[block] = {key: value for key, value in (cfg[block] or {}).items() if value not in (None, False)}
     return cfg
 
 
 def changed(one: str, other: str, depth: int) -> set[str]:
-    """The fields in which two configs differ, by the first ``depth`` parts of their paths."""
+    """Return the fields that differ between two configs, by the first ``depth`` parts of their paths."""
     paths = {change.split("=")[0] for change in changed_fields(filled_in(one), filled_in(other))}
     return {".".join(path.split(".")[:depth]) for path in paths if path.split(".")[0] not in ("output_dir", "profiler")}
 
@@ -165,7 +165,7 @@ def test_a_config_differs_in_its_model_or_method_alone(name):
     own = f"{name.removesuffix(f'_{method}')}_owlore"
     assert changed(own, name, 2) <= METHODS[method]
     if not name.startswith("smollm2/"):
-        unpacked = {"dataset"} if name.startswith("gemma2/") else set()  # torchtune's takes no block masks
+        unpacked = {"dataset"} if name.startswith("gemma2/") else set()  # torchtune's Gemma 2 takes no block masks
         assert changed("llama2/7B_owlore", own, 1) <= MODEL_FIELDS | {"optimizer"} | unpacked
         assert {path for path in changed("llama2/7B_owlore", own, 2) if path.startswith("opt")} <= {"optimizer.rank"}
 
@@ -214,7 +214,7 @@ BAD = {
         {"loss": {"_component_": "torch.nn.CrossEntropyLoss", "ignore_index": 0}}, "loss.ignore_index=0; torchtune's"
     ),
     "no seed": ({"seed": None}, "seed=None; it must be int"),
-    "broken rank": ({"optimizer.rank": 1.5}, "optimizer: rank=1.5; it must be a whole number"),
+    "broken rank": ({"optimizer.rank": 1.5}, "optimizer: rank=1.5; it must be an integer"),
     "too little data": ({"batch_size": 64}, "dataset has 40 samples, less than one optimizer step"),
     "left padding": ({"collate_fn": "torchtune.data.left_pad_sequence"}, "pads on the left"),
     "other optimizer": ({"optimizer": {"_component_": "torch.optim.AdamW"}}, "needs owlore_tune.optim.OwLoreAdamW"),
@@ -264,7 +264,7 @@ def test_empty_data_is_refused(tiny_config, tmp_path, no_weights):
     ("changes", "message"),
     [
         ({}, r"made for other weights \(made-for-another-model"),
-        ({"scores": [1.0, 1, 1]}, "for a model of 3 layers; this one has 4"),
+        ({"scores": [1.0, 1, 1]}, "for a model with 3 layers; this one has 4"),
         ({"scores": [1.0, float("nan"), 1, 1]}, "score of layer 1 is nan"),
     ],
 )
@@ -292,5 +292,5 @@ def test_overrides_and_files(tmp_path):
     assert cfg.optimizer.rank is None
     (tmp_path / "mine.yaml").write_text("a: 1")
     assert load_config(str(tmp_path / "mine.yaml")).a == 1
-    with pytest.raises(SystemExit, match="no file and no packaged config named smolm2/135M_owlore; there is smollm2"):
+    with pytest.raises(SystemExit, match="no file and no packaged config named smolm2/135M_owlore; available: smollm2"):
         find_config("smolm2/135M_owlore")

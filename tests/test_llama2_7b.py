@@ -1,4 +1,4 @@
-"""The LLaMA-2-7B config from checkpoint to checkpoint, with a model of its layout at a small size."""
+"""The LLaMA-2-7B config from checkpoint to checkpoint, with a small model of the same layout."""
 
 import json
 import subprocess

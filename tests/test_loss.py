@@ -34,7 +34,7 @@ def test_loss_and_gradients_equal_plain_cross_entropy(build, frozen_head, tokens
 
 
 def test_no_gradients_are_made_in_validation(tokens, monkeypatch):
-    """Even where the head is trained."""
+    """Also if the head is trained."""
     model = tiny_llama()
     loss_fn = LinearCrossEntropyLoss()
     loss_fn.set_model_output(model)

@@ -1,4 +1,4 @@
-"""Optimizer state in 8 and 16 bits: how small, how near to 32 bits, and kept over saving, offloading and refreshes."""
+"""Optimizer state in 8 and 16 bits: size, accuracy against 32 bits, saving, offloading and refreshes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SHAPES = [(512, 256), (192, 384)]
 
 
 def spectrum_grads(num_steps: int, decay: float, shapes=SHAPES):
-    """Gradients whose singular values fall as 1 / rank^decay, with directions that stay."""
+    """Gradients with fixed singular vectors and singular values 1 / rank^decay."""
     gen = torch.Generator().manual_seed(3)
     bases = [torch.linalg.qr(torch.randn(n, n, generator=gen)).Q for _, n in shapes]
     for _ in range(num_steps):
@@ -21,7 +21,7 @@ def spectrum_grads(num_steps: int, decay: float, shapes=SHAPES):
 
 
 def trained(steps, shapes=SHAPES, **options):
-    """Parameters after training from zero on ``steps``, and their optimizer."""
+    """Train parameters from zero on ``steps``. Returns the parameters and the optimizer."""
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
     optimizer = OwLoreAdamW(parameters, lr=1e-2, **options)
     for grads in steps:
@@ -47,7 +47,7 @@ def test_a_block_of_8_bits_lies_in_a_column():
     errors = (by_column - value).abs().amax(0) / value.abs().amax(0)
     assert errors.max() < 0.02
     by_row = low_bits.restore(low_bits.store(value, 8), torch.float32)
-    assert not by_row[:, 28:].any()  # rounded away
+    assert not by_row[:, 28:].any()  # rounded to zero
 
 
 def test_small_or_odd_state_stays_in_32_bits():
@@ -62,7 +62,7 @@ def test_a_piece_writes_through():
 
 
 def test_bytes_of_8_bit_moments_and_bf16_bases():
-    """SmolLM2's layer shapes at rank 128; a quarter for moments and half for bases, and their scales and maps."""
+    """SmolLM2's layer shapes at rank 128: a quarter for moments, half for bases, plus scales and maps."""
     shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (576, 1536), (1536, 576)]
     steps = list(spectrum_grads(1, 1.0, shapes))
     _, full = trained(steps, shapes, rank=128)
@@ -122,7 +122,7 @@ def test_offload_goes_to_pinned_memory_and_back():
         key: low_bits.copy_to(value) for key, value in optimizer.state[parameter].items() if torch.is_tensor(value)
     }
     optimizer.deactivate([parameter], "offload")
-    optimizer.state_dict()  # waits for the copies
+    optimizer.state_dict()  # waits for pending copies
     assert all(value.device.type == "cpu" for value in optimizer.state[parameter].values() if torch.is_tensor(value))
     assert optimizer.state[parameter]["basis"].is_pinned()
     optimizer.activate([parameter])

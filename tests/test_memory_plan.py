@@ -1,4 +1,4 @@
-"""The memory plan against what runs take, and the limit that refuses one."""
+"""The memory plan against measured memory, and the memory limit."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def plan(
 
 
 class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most bytes of real storages that are alive at once, without those of ``model``."""
+    """Peak bytes of live storages, excluding those of ``model``."""
 
     def __init__(self, model):
         super().__init__()
@@ -69,7 +69,7 @@ class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_without_data_holds_what_a_real_one_holds(checkpointing):
-    """The same model, with data, by a count of its own."""
+    """Compare with an independent count of the same model with data."""
     shape = StepShape(batch_size=4, seq_len=32, checkpointing=checkpointing)
     planned = plan(shape, num_active=4, rank=None)
     model, loss_fn = tiny_llama(), LinearCrossEntropyLoss()
@@ -90,7 +90,7 @@ def test_bytes_that_are_known_exactly():
     model = tiny_llama()
     rope = model.layers[0].attn.pos_embeddings
     assert planned.weights == sum(p.nbytes for p in model.parameters()) + rope.theta.nbytes + rope.cache.nbytes
-    # Two layers of a LLaMA of 32 dimensions, 16 for keys and values, 48 in its MLP; two norms each.
+    # Two LLaMA layers of width 32, key and value width 16, MLP width 48; two norms each.
     low = (32 + 16 + 16 + 32 + 48 + 32 + 48) * 8
     full = 2 * 32
     outside = 64 * 32 * 2 + 32
@@ -126,13 +126,14 @@ def test_peers_cost_what_sets_them_apart():
     assert lora.moments < galore.moments < full.moments
     assert lora.weights > full.weights  # adapters
     assert lisa.bases == 0 < galore.bases
-    # With the same setting outside the layers as a run that freezes all of that.
+    # Training the weights outside the layers adds exactly their moments.
     *_, frozen_galore, frozen_lisa = peer_plans(model, loss_fn, SHAPE, train_outside={}, **options).values()
     outside = 2 * 4 * (64 * 32 * 2 + 32)
     assert galore.moments - frozen_galore.moments == lisa.moments - frozen_lisa.moments == outside
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("method", ["owlore", "full"])
 def test_the_plan_is_what_smollm2_takes(method, smollm2_dir, tmp_path):
@@ -145,13 +146,13 @@ def test_the_plan_is_what_smollm2_takes(method, smollm2_dir, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert any(0 in draw["active"] for draw in manifest["draws"])  # the draw that takes the most
+    assert any(0 in draw["active"] for draw in manifest["draws"])  # the draw with the highest memory
     planned, measured = manifest["memory_bytes"].values()
     assert measured["total"] == pytest.approx(planned["total"], rel=0.07)
 
 
 def limited(config: dict, tmp_path, limit: float) -> str:
-    """What is said of a run whose weights cannot be read, under a limit in GB."""
+    """Return the message of a run under a limit in GB. Its weights cannot be read."""
     config = config | {"output_dir": str(tmp_path / "limited"), "batch_size": 40, "device_memory_limit": limit}
     with pytest.raises(ConfigError) as refused:
         OwLoreFullFinetuneRecipe(OmegaConf.create(config)).setup()
@@ -160,13 +161,13 @@ def limited(config: dict, tmp_path, limit: float) -> str:
 
 def test_a_plan_over_the_limit_is_refused_before_weights_load(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(OwLoreFullFinetuneRecipe, "load_checkpoint", lambda self: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(memory_plan, "framework_bytes", lambda device: 10**8)  # the process of the tests grows
+    monkeypatch.setattr(memory_plan, "framework_bytes", lambda device: 10**8)  # the test process grows
     config = OmegaConf.create(tiny_config | {"batch_size": 40, "output_dir": str(tmp_path / "planned")})
     planned = plans_of_config(TrainingSettings.from_config(config))["this config"]
     message = limited(tiny_config, tmp_path, (planned.total - planned.activations / 4) / 1e9)
     assert "device_memory_limit=" in message and "it fits with batch_size=1 gradient_accumulation_steps=40" in message
     assert "or with enable_activation_checkpointing=true" in message and "state_bits" not in message
-    assert "no setting that is tried here makes it fit" in limited(tiny_config, tmp_path, 1e-3)
+    assert "none of the settings tried makes it fit" in limited(tiny_config, tmp_path, 1e-3)
 
 
 def test_a_plan_within_the_limit_runs(tiny_config):
@@ -193,7 +194,7 @@ def test_a_limit_that_is_none_is_refused(tiny_config, limit):
 
 
 def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
-    """For a model that is not downloaded: rows are then as long as the tokenizer allows."""
+    """The model is not downloaded, so rows have the tokenizer's maximum length."""
     command = [
         "owlore", "memory", "--config", "llama2/7B_owlore", "--output", str(tmp_path / "plan.png"), "device=cpu",
         f"output_dir={tmp_path / 'run'}", "checkpointer.checkpoint_dir=/nowhere", "model.num_layers=2",
@@ -231,7 +232,7 @@ def test_a_plan_for_gpus_counts_what_they_offload_wherever_it_is_made(tiny_confi
     config = tiny_config | {"device": "cpu", "owlore": tiny_config["owlore"] | {"inactive_state": "offload"}}
     settings = TrainingSettings.from_config(OmegaConf.create(config))
     here, there = (plans_of_config(settings, 64, gpu=gpu)["this config"] for gpu in (False, True))
-    assert here.moments == 2 * there.moments  # of 4 layers, and of 2
+    assert here.moments == 2 * there.moments  # 4 layers against 2
     assert there.framework == there.allocator == 0
     settings = TrainingSettings.from_config(OmegaConf.create(config | {"fsdp_cpu_offload": True}))
     here, there = (plans_of_config(settings, 64, world_size=2, gpu=gpu)["this config"] for gpu in (False, True))

@@ -1,4 +1,4 @@
-"""MT-Bench against a judge that is a real HTTP server, in a process of its own."""
+"""MT-Bench against a real HTTP judge in a separate process."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ KEY = "sk-secret-0123456789"
 
 @contextmanager
 def judge_server(log: Path, *fault: str):
-    """The base_url of a judge that is up."""
+    """Start a judge, and yield its base_url."""
     command = [sys.executable, str(HERE / "judge_server.py"), str(log), *fault]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -51,7 +51,7 @@ def lm(tiny_dir) -> TorchtuneLM:
 
 @pytest.fixture
 def data_dir(tmp_path) -> Path:
-    """Files in FastChat's layout: four questions of three categories."""
+    """Files in FastChat's layout: four questions in three categories."""
     root = tmp_path / "llm_judge"
     (root / "mt_bench" / "reference_answer").mkdir(parents=True)
     categories = ["writing", "writing", "math", "stem"]
@@ -76,7 +76,7 @@ def data_dir(tmp_path) -> Path:
 
 @pytest.fixture
 def bench(data_dir, tmp_path, monkeypatch):
-    """Makes an MTBench of the four questions with a judge at a base_url."""
+    """Returns a function that builds an MTBench of the four questions with a judge at a base_url."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def make(base_url: str, *, min_coverage: float = 0.95, **judge) -> MTBench:
@@ -137,9 +137,9 @@ def test_a_judge_that_dies_is_asked_only_for_what_is_missing(bench, lm, tmp_path
     with (
         judge_server(log, "die", "3") as url,
         pytest.raises(
-            # How the last requests fail depends on how far they were when the judge died.
+            # The error of the last requests depends on their progress when the judge died.
             RunError,
-            match=r"37\.5% .* min_coverage=0\.95 \(\d × Client\w+Error.*asks for the rest",
+            match=r"37\.5% .* min_coverage=0\.95 \(\d × Client\w+Error.*run the same command again",
         ),
     ):
         bench(url, num_concurrent=1, max_retries=1).run(lm, "model", tmp_path)
@@ -153,7 +153,7 @@ def test_a_judge_that_dies_is_asked_only_for_what_is_missing(bench, lm, tmp_path
     assert (tmp_path / "answers.jsonl").read_text() == kept
     with judge_server(log) as url:
         assert bench(url).run(lm, "model", tmp_path)["results"] == results["results"]
-    assert len(requests_in(log)) == 8  # nothing is asked twice
+    assert len(requests_in(log)) == 8  # no request is repeated
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "slow", "malformed", "truncated", "empty", "html", "parts"])
@@ -279,7 +279,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(data_dir, tmp_path, monkey
         JudgeConfig(base_url="http://localhost", model="gpt-4", api_key_env=None, repeats=0)
     with pytest.raises(ConfigError, match=r"judge\.base_url=localhost; it must begin with http"):
         JudgeConfig(base_url="localhost", model="gpt-4", api_key_env=None)
-    with pytest.raises(ConfigError, match="holds a name, key or query, which would be logged"):
+    with pytest.raises(ConfigError, match="contains a user name, key or query, which would be logged"):
         JudgeConfig(base_url="http://me:secret@localhost/v1", model="gpt-4", api_key_env=None)
     with pytest.raises(ConfigError, match=r"data_dir is not set\. .*git clone"):
         read_files(None)
@@ -287,7 +287,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(data_dir, tmp_path, monkey
     with pytest.raises(ConfigError, match=r"no .*judge_prompts\.jsonl\. .*git clone"):
         read_files(str(data_dir))
     (data_dir / "judge_prompts.jsonl").write_text('{"name": "single-v1"}\n')
-    with pytest.raises(ConfigError, match=r"is not as FastChat's: KeyError"):
+    with pytest.raises(ConfigError, match=r"does not have FastChat's format: KeyError"):
         read_files(str(data_dir))
 
 
@@ -317,7 +317,7 @@ def test_a_line_cut_short_is_dropped_and_the_next_one_is_whole(tmp_path):
 
 
 def test_judge_requests_equal_fastchats():
-    """fixtures/fastchat_requests.py recorded what FastChat's published code asks about the same answers."""
+    """fixtures/fastchat_requests.py recorded the requests of FastChat's published code for the same answers."""
     if not OFFICIAL.is_dir():
         pytest.skip("needs FastChat's MT-Bench files in ../shared/data/mt_bench")
     questions, prompts = read_files(str(OFFICIAL))
@@ -335,7 +335,7 @@ def test_judge_requests_equal_fastchats():
 
 
 def test_a_rating_is_read_in_linear_time():
-    """40,000 digits without an end took 47 seconds."""
+    """Regression: a string of 40,000 digits took 47 seconds."""
     started = time.perf_counter()
     assert parse_rating("[[" + "1" * 40_000) is None
     assert parse_rating("[" * 40_000 + "1" * 40_000 + "]") is None

@@ -15,7 +15,7 @@ SHAPES = [(24, 16), (16, 24), (20, 20)]
 
 
 def weights_and_grads(num_steps: int, dtype=torch.float32, shapes=SHAPES):
-    """Weights, and for each step gradients with a decaying spectrum that drifts."""
+    """Return weights, and gradients per step with a decaying, drifting spectrum."""
     gen = torch.Generator().manual_seed(0)
     weights = [torch.randn(s, generator=gen, dtype=dtype) for s in shapes]
     steps = []
@@ -29,7 +29,7 @@ def weights_and_grads(num_steps: int, dtype=torch.float32, shapes=SHAPES):
 
 
 def run(optimizer, parameters, steps):
-    torch.manual_seed(0)  # of stochastic rounding
+    torch.manual_seed(0)  # for stochastic rounding
     for grads in steps:
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad.clone()
@@ -49,7 +49,7 @@ def test_full_rank_equals_torch_adamw(weight_decay):
 
 
 class GaLoreOracle:
-    """GaLore's published update (arXiv 2403.03507, algorithm 2) in NumPy float64, one weight, step by step."""
+    """GaLore's published update (arXiv 2403.03507, algorithm 2) for one weight, in NumPy float64."""
 
     def __init__(self, weight, lr, rank, gap, scale, betas=(0.9, 0.999), eps=1e-12):
         self.weight = weight.double().numpy().copy()
@@ -64,7 +64,7 @@ class GaLoreOracle:
         if self.steps % gap == 0:
             u, _, vt = np.linalg.svd(grad, full_matrices=False)
             basis = vt[:rank].T if self.right else u[:, :rank]
-            # An SVD leaves the sign of each column open, and kept moments depend on it: take the signs of ours.
+            # The sign of each SVD column is arbitrary, and kept moments depend on it: use our signs.
             overlap = (basis * basis_of_ours.double().numpy()).sum(0)
             np.testing.assert_allclose(np.abs(overlap), 1, atol=1e-4)
             self.basis = basis * np.sign(overlap)
@@ -91,7 +91,7 @@ def test_shape_side_with_svd_equals_galore_in_numpy():
 
 
 def galore_torch_adamw():
-    """galore-torch's AdamW, without its package's __init__, which wants bitsandbytes."""
+    """Import galore-torch's AdamW without the package's __init__, which needs bitsandbytes."""
     spec = importlib.util.find_spec("galore_torch")
     if spec is None:
         pytest.skip("galore-torch is not installed")
@@ -144,7 +144,7 @@ def test_basis_is_refreshed_every_update_gap_steps():
 
 @pytest.mark.parametrize("shape", [(64, 512), (512, 64), (128, 128)], ids=str)
 def test_a_weight_moves_as_far_on_its_right_as_under_galores_rule(shape):
-    """LLaMA-3's k, v and down projections are wide: on the right their directions have fewer entries."""
+    """Cover wide weights such as LLaMA-3's k, v and down projections: right-side updates have fewer entries."""
     norms = {}
     for side in ("right", "shape"):
         (weight,), ((grad,),) = weights_and_grads(1, shapes=[shape])
@@ -156,7 +156,7 @@ def test_a_weight_moves_as_far_on_its_right_as_under_galores_rule(shape):
 
 
 def test_the_energy_of_a_refresh_is_that_of_the_whole_step():
-    """Of 16 micro-batches with noise of their own, the first, which makes the basis, lies in it far more than all."""
+    """Of 16 noisy micro-batches, the first one makes the basis, so it lies in the basis far more than their sum."""
     gen = torch.Generator().manual_seed(0)
     common = torch.randn(96, 3, generator=gen) @ torch.randn(3, 64, generator=gen)
     grads = [common + 4 * torch.randn(96, 64, generator=gen) for _ in range(16)]
@@ -174,7 +174,7 @@ def test_the_energy_of_a_refresh_is_that_of_the_whole_step():
 
 
 def test_a_zero_gradient_makes_no_basis():
-    """The first micro-batch of a step has nothing to train on: the second one makes the basis."""
+    """The first micro-batch has no trained tokens, so the second one makes the basis."""
     weights, steps = weights_and_grads(1)
     parameter = torch.nn.Parameter(weights[0].clone())
     optimizer = OwLoreAdamW([parameter], rank=4)
@@ -187,13 +187,13 @@ def test_a_zero_gradient_makes_no_basis():
     torch.testing.assert_close(overlap, torch.ones(4), atol=0.05, rtol=0)
     assert len(optimizer.last_refreshes) == 1
     optimizer.zero_grad()
-    parameter.grad = torch.zeros_like(weights[0])  # a basis that is not due stays
+    parameter.grad = torch.zeros_like(weights[0])  # no refresh is due, so the basis stays
     optimizer.step()
     assert optimizer.state[parameter]["basis_age"] == 2
 
 
 def test_directions_of_eight_bit_moments_are_bounded_on_real_gradients(smollm2_dir):
-    """Mean squares that 8 bits round to zero, beside means that they don't, gave directions of more than 100."""
+    """Regression: directions exceeded 100 if 8 bits rounded the mean square to zero, but not the mean."""
     from owlore_tune.checkpoints.hf import HFCheckpointer
     from owlore_tune.data.builders import mmlu_dev_dataset
     from owlore_tune.data.tokenizer import HFChatTokenizer
@@ -224,7 +224,7 @@ def test_directions_of_eight_bit_moments_are_bounded_on_real_gradients(smollm2_d
 @pytest.mark.parametrize("moments", ["keep", "project", "reset"])
 def test_moments_at_a_refresh(moments, side):
     weights, steps = weights_and_grads(3)
-    parameter = torch.nn.Parameter(weights[1].clone())  # (16, 24): `shape` projects its left side
+    parameter = torch.nn.Parameter(weights[1].clone())  # (16, 24): `shape` projects the left side
     optimizer = OwLoreAdamW([parameter], rank=4, update_gap=2, moments=moments, side=side)
     run(optimizer, [parameter], [grads[1:2] for grads in steps[:2]])
     before = {k: v.clone() if torch.is_tensor(v) else v for k, v in optimizer.state[parameter].items()}
@@ -338,14 +338,14 @@ def test_closure_is_called_with_gradients():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank=0; it must be a whole number from 1, or null"),
+        ({"rank": 0}, "rank=0; it must be an integer >= 1, or null"),
         ({"rank": 16}, "rank=16; no weight's shorter side is above it"),
         ({"side": "left"}, "side='left'; choose one of right, shape"),
         ({"moments": "drop"}, "moments='drop'; choose one of keep, project, reset"),
         ({"basis": "qr"}, "basis='qr'; choose one of randomized, svd"),
         ({"update_gap": 0}, "update_gap=0"),
         ({"lr": -1.0}, "lr=-1.0"),
-        ({"betas": (0.9, 1.0)}, "there must be two, each at least 0 and below 1"),
+        ({"betas": (0.9, 1.0)}, "it must have two values, each >= 0 and < 1"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
     ],
 )
@@ -373,7 +373,7 @@ def test_parameter_groups_are_complete_and_disjoint():
 
 
 def test_warm_start_needs_fewer_columns_than_it_has():
-    """A start as wide as the sketch leaves no room for noise, and still works."""
+    """A start as wide as the sketch leaves no random columns, and still works."""
     grad = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
     start = torch.linalg.qr(torch.randn(10, 10)).Q
     basis, _ = range_finder(grad, 9, generator=torch.Generator(), start=start)

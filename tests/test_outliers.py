@@ -8,7 +8,7 @@ from owlore_tune.models.decoder import find_linears
 
 
 def oracle(model, batches, threshold):
-    """The definition in NumPy float64: full A of a layer, its mean, the share above."""
+    """The definition in NumPy float64: the full matrix A of a layer, its mean, and the fraction above threshold."""
     inputs = {}
     handles = []
     for i, layer in enumerate(model.layers):
@@ -63,7 +63,7 @@ def test_bad_calls_are_refused(tokens):
 
 
 def padded(rows, batch_size):
-    """Batches of ``rows`` (lists of tokens), padded at the end with a token that rows have too."""
+    """Batch ``rows`` (lists of tokens), right-padded with a token that also occurs in rows."""
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
         longest = max(map(len, some))
@@ -78,7 +78,7 @@ def test_scores_do_not_depend_on_the_batch_size():
     one, *others = (outlier_scores(model, padded(rows, size), 3.0) for size in (1, 2, 4, 8))
     for scores in others:
         np.testing.assert_allclose(scores, one, atol=1e-6, rtol=0)
-    counted = ({"tokens": batch["tokens"]} for batch in padded(rows, 8))  # that padding counts can be seen
+    counted = ({"tokens": batch["tokens"]} for batch in padded(rows, 8))  # without the mask, padding counts
     assert np.abs(np.subtract(outlier_scores(model, counted, 3.0), one)).max() > 1e-3
 
 
@@ -86,10 +86,10 @@ def test_what_is_not_finite_is_an_error_that_names_the_layer(tokens):
     model = tiny_llama()
     with torch.no_grad():
         model.layers[2].mlp.w1.weight[3, 4] = float("nan")
-    with pytest.raises(ValueError, match="layer 2: its weights, or the activations that reach them, are not finite"):
+    with pytest.raises(ValueError, match="layer 2: its weights or input activations are not finite"):
         outlier_scores(model, [{"tokens": tokens}])
     model = tiny_llama()
     with torch.no_grad():
-        model.layers[1].sa_norm.scale[0] = float("inf")  # weights are fine, activations from here on are not
+        model.layers[1].sa_norm.scale[0] = float("inf")  # finite weights, but non-finite activations from here on
     with pytest.raises(ValueError, match="layer 1: "):
         outlier_scores(model, [{"tokens": tokens}])

@@ -13,7 +13,7 @@ def generator() -> torch.Generator:
 
 
 def decaying(m: int, n: int, dtype=torch.float64) -> torch.Tensor:
-    """A matrix whose singular values fall like 1/i."""
+    """Return a matrix with singular values 1/i."""
     torch.manual_seed(0)
     k = min(m, n)
     u, v = torch.linalg.qr(torch.randn(m, k)).Q, torch.linalg.qr(torch.randn(n, k)).Q
@@ -71,7 +71,7 @@ def test_the_shape_rule_projects_the_shorter_side():
 
 
 def test_energy_on_real_gradients_of_smollm2(smollm2_dir):
-    """Every Linear of three layers: at least 0.99 of what the exact rank-128 basis captures."""
+    """Every Linear of three layers: at least 0.99 of the energy that the exact rank-128 basis captures."""
     from owlore_tune.checkpoints.hf import HFCheckpointer
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The recipe end to end on a tiny model, and its parts in Python as the docs show them."""
+"""The recipe end to end on a tiny model, and its parts in Python as in the docs."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from owlore_tune.run.settings import TrainingSettings
 
 
 def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
-    """`tune run` in a subprocess, as a user starts it; everything a run leaves is there and says the same."""
+    """`tune run` in a subprocess. All output files exist and agree."""
     tiny_config["save_every_n_steps"] = 3
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
     command = ["tune", "run", "owlore_full_finetune", "--config", "config.yaml", "optimizer.lr=1e-2"]
@@ -185,7 +185,7 @@ def test_a_score_file_of_this_model_is_used(tiny_config):
 
 
 def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):
-    """A prompt longer than max_seq_len leaves nothing to train on; a mean over nothing would be NaN."""
+    """A prompt longer than max_seq_len leaves no trained tokens; their mean would be NaN."""
     config = variant(tiny_config, "short", batch_size=1, gradient_accumulation_steps=4)
     data = Path(config["dataset"]["data_files"]).with_name("long.json")
     rows = json.loads(Path(config["dataset"]["data_files"]).read_text())
@@ -210,7 +210,7 @@ PYTHON_EXAMPLES = [part.split("```")[0] for part in PAGE.split("```python\n")[1:
 
 
 def test_the_docs_training_example_runs(tokens):
-    """Its code as it stands, with a tiny model; only the numbers are smaller, since a tiny model has few outliers."""
+    """The docs' code with a tiny model, and smaller numbers because a tiny model has few outliers."""
     from conftest import tiny_llama
 
     (code,) = [example for example in PYTHON_EXAMPLES if "OwLoreAdamW" in example]
@@ -235,7 +235,7 @@ def test_the_docs_transformers_example_runs(smollm2_dir, capsys):
 
 
 def test_torchtunes_generate_runs_on_a_checkpoint(smollm2_dir, tmp_path):
-    """Its own recipe, by the docs' config, in a subprocess; greedy text equals transformers'."""
+    """torchtune's recipe with the docs' config, in a subprocess. Greedy text equals that of transformers."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(["owlore", "cp", "smollm2/135M_generate", "g.yaml"], cwd=tmp_path, env=environment, check=True)
     command = ["tune", "run", "generate", "--config", "g.yaml", f"checkpointer.checkpoint_dir={smollm2_dir}"]

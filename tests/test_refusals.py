@@ -1,4 +1,4 @@
-"""Wrong configs, overrides, files and commands: each ends in one line that names the value, before weights load."""
+"""Wrong configs, overrides, files and commands: a one-line error names the value before weights are loaded."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from owlore_tune.checkpoints.hf import HFCheckpointer
 
 @pytest.fixture
 def place(tmp_path, tiny_dir, tiny_data, monkeypatch) -> Path:
-    """A directory of a user's, with a config for each recipe, a model and data of its own, and no weights to load."""
+    """A user directory with a config for each recipe, a model without weights, and data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(HFCheckpointer, "load_checkpoint", lambda *args, **kwargs: pytest.fail("weights were loaded"))
     shutil.copytree(tiny_dir, "model")
@@ -41,12 +41,12 @@ def place(tmp_path, tiny_dir, tiny_data, monkeypatch) -> Path:
 
 
 def refused(main: Callable[[], None], arguments: list[str], capsys, monkeypatch) -> str:
-    """The line that ``main`` ends with."""
+    """Return the last line that ``main`` prints."""
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     printed = capsys.readouterr().err
-    if stop.value.code == 2:  # argparse prints its usage and one line
+    if stop.value.code == 2:  # argparse prints the usage and one line
         return printed.strip().splitlines()[-1]
     line = str(stop.value.code)
     assert line.startswith("error: ") and "\n" not in line
@@ -55,7 +55,7 @@ def refused(main: Callable[[], None], arguments: list[str], capsys, monkeypatch)
 
 
 OVERRIDES = {
-    # What an override looks like
+    # Syntax of overrides
     "batch_size": "override 'batch_size' is not of the form field=value",
     "batch_size=1=2": "override 'batch_size=1=2' is not of the form",
     "~missing": "Could not find key missing",
@@ -94,7 +94,7 @@ OVERRIDES = {
     "tokenizer=torchtune.models.llama2.llama2_tokenizer": "tokenizer",
     "dataset=torch.nn.Identity": "dataset",
     "dataset=builtins.list": "dataset",
-    "loss=torch.nn.MSELoss": "loss._component_=torch.nn.MSELoss makes no loss: it has no ignore_index",
+    "loss=torch.nn.MSELoss": "loss._component_=torch.nn.MSELoss is not a valid loss: it has no ignore_index",
     "loss=torch.nn.CTCLoss": "loss",
     "loss=torch.nn.Identity": "loss",
     "lr_scheduler=torch.nn.Identity": "lr_scheduler",
@@ -119,7 +119,7 @@ OVERRIDES = {
     "profiler.enabled=maybe": "profiler.enabled='maybe'; it must be bool",
     "model.num_heads=0": "model: ",
     "device=meta": "device=meta",
-    # Numbers of the optimizer
+    # Optimizer
     "optimizer.lr=true": "optimizer: lr=True; it must be a finite number",
     "optimizer.lr=abc": "optimizer: lr='abc'",
     "optimizer.lr=-1": "optimizer: lr=-1",
@@ -206,7 +206,7 @@ OVERRIDES = {
     "max_skipped_steps=0": "max_skipped_steps=0",
     "log_every_n_steps=0": "log_every_n_steps=0",
     "profiler=5": "profiler._component_=5; it must be str",
-    # The model directory, by its fields
+    # The model directory
     "checkpointer.checkpoint_dir=/nope": "checkpointer.checkpoint_dir=/nope is not a directory",
     "checkpointer.checkpoint_dir=5": "checkpointer.checkpoint_dir=5 is not a directory",
     "checkpointer.model_type=LAMA": "checkpointer.model_type=LAMA; choose one of the causal decoders",
@@ -284,13 +284,13 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: with_json("model/config.json", num_attention_heads="4"), "'4' for num_heads is not a whole number"
     ),
     "config.json has heads that do not divide": (
-        lambda: with_json("model/config.json", num_key_value_heads=3), "its numbers of heads do not divide"
+        lambda: with_json("model/config.json", num_key_value_heads=3), "the numbers of heads are not divisible"
     ),
     "chat template divides by zero": (
-        lambda: with_json("model/tokenizer_config.json", chat_template="{{ 1/0 }}"), "row 0: the chat template refuses"
+        lambda: with_json("model/tokenizer_config.json", chat_template="{{ 1/0 }}"), "row 0: the chat template rejects"
     ),
     "generation_config.json names no token": (
-        lambda: with_json("model/generation_config.json", eos_token_id="x"), "eos_token_id 'x' is not a token's number"
+        lambda: with_json("model/generation_config.json", eos_token_id="x"), "eos_token_id 'x' is not a token id"
     ),
     "config.json has no kind": (lambda: with_json("model/config.json", model_type=None), "the model's is None"),
     "tokenizer.json is broken": (
@@ -314,7 +314,7 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "chat template refuses": (
         lambda: with_json("model/tokenizer_config.json", chat_template="{{ raise_exception('no') }}"),
-        "row 0: the chat template refuses these messages: no",
+        "row 0: the chat template rejects these messages: no",
     ),
     "data is empty": (lambda: Path("train.json").write_text(""), "dataset.data_files=train.json is empty"),
     "data is an empty list": (lambda: Path("train.json").write_text("[]"), "dataset.data_files=train.json is empty"),
@@ -330,7 +330,7 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "half a surrogate pair": (
         lambda: Path("train.json").write_text('[{"instruction": "a", "output": "\\ud800"}]'),
-        "row 0 has half a surrogate pair in field 'output'",
+        "row 0 has an unpaired surrogate in field 'output'",
     ),
     "all rows are blank": (
         lambda: Path("train.json").write_text('[{"instruction": "a", "output": " "}]'), "train.json is empty"
@@ -346,7 +346,7 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: (Path("run").mkdir(), Path("run/run.json").write_text("{}")), "run.json"
     ),
     "output_dir has another lock file": (
-        lambda: (Path("run").mkdir(), Path("run/.owlore.lock").write_text("my notes")), ".owlore.lock is no lock"
+        lambda: (Path("run").mkdir(), Path("run/.owlore.lock").write_text("my notes")), ".owlore.lock is not a lock"
     ),
     "output_dir has an evaluation": (
         lambda: (
@@ -398,10 +398,10 @@ EVALUATIONS = {
     "checkpointer.model_type=QWEN2": "the model's is llama",
     "tokenizer=torchtune.models.llama2.llama2_tokenizer": "tokenizer",
     "judge=5": "judge=5; it must be a block of fields",
-    "judge.base_url=https://me:secret@judge.example/v1": "judge.base_url holds a name, key or query",
-    "judge.base_url=https://judge.example/v1?key": "judge.base_url holds a name, key or query",
+    "judge.base_url=https://me:secret@judge.example/v1": "judge.base_url contains a user name, key or query",
+    "judge.base_url=https://judge.example/v1?key": "judge.base_url contains a user name, key or query",
     "judge.base_url=ftp://judge.example": "it must begin with http",
-    "judge.base_url=http://[": "judge.base_url is not an address",
+    "judge.base_url=http://[": "judge.base_url is not a URL",
     "dtype=fp64x": "dtype=fp64x",
     "output_dir=train.json": "output_dir=train.json is not writable",
 }
@@ -502,7 +502,7 @@ def test_there_are_enough_cases():
 
 
 class Reached(Exception):
-    """Everything was accepted, and weights would load."""
+    """Raised when all checks passed and weights would be loaded."""
 
 
 ACCEPTED: dict[str, tuple[Callable[[], object], list[str]]] = {
@@ -534,7 +534,7 @@ def test_what_is_right_is_accepted(case, place, monkeypatch):
 
 
 def test_home_is_meant_by_its_sign(place, monkeypatch):
-    """``output_dir=~/x`` made a directory named ``~``, by way of the metric logger."""
+    """Regression: with ``output_dir=~/x``, the metric logger made a directory named ``~``."""
     monkeypatch.setenv("HOME", str(place / "home"))
     rewrite("train.yaml", lambda text: text.replace("output_dir: run", "output_dir: ~/x"))
     recipe = owlore_full_finetune.OwLoreFullFinetuneRecipe(OmegaConf.load("train.yaml"))
@@ -543,7 +543,7 @@ def test_home_is_meant_by_its_sign(place, monkeypatch):
 
 
 def test_validate_imports_what_the_recipe_would_and_no_more(place, monkeypatch, capsys):
-    """A config can run code, through what it names; an unknown key is refused before anything is imported."""
+    """Components of a config can run code on import. Unknown keys are rejected before anything is imported."""
     Path("evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(place))
     rewrite("train.yaml", lambda text: text + "\nextra: {_component_: evil.run}\n")
@@ -557,6 +557,6 @@ def test_validate_imports_what_the_recipe_would_and_no_more(place, monkeypatch, 
 
 
 def test_a_special_tokenizer_is_made(tmp_path):
-    """That the fixture's tokenizer is whole, or the cases above would pass for another reason."""
+    """Check that the fixture's tokenizer is valid, otherwise the cases above would pass for another reason."""
     save_tokenizer(tmp_path)
     assert (tmp_path / "tokenizer_config.json").is_file()

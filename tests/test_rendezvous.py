@@ -1,4 +1,4 @@
-"""Processes that are started again do not take the words of those before them."""
+"""Restarted processes ignore store entries of earlier attempts."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -13,7 +13,7 @@ TIMEOUT = timedelta(seconds=20)
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_every_attempt_has_a_part_of_the_store_of_its_own(num_ranks):
-    """Each finds what its own processes say, and nothing of the attempt before, nor of one that broke off."""
+    """Each attempt sees only entries of its own processes, not of earlier or failed attempts."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     clients = [TCPStore("127.0.0.1", server.port, wait_for_workers=False) for _ in range(num_ranks)]
     for rank in range(1, num_ranks):

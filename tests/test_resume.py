@@ -1,4 +1,4 @@
-"""A run that stops and goes on ends with the bits of one that never stopped."""
+"""A resumed run is bit-identical to an uninterrupted one."""
 
 import json
 import os
@@ -52,7 +52,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_run_equals_the_unbroken_one(case, tiny_config):
-    """2 epochs of 10 steps; dead after steps 4 and 17, with checkpoints every 3 steps and at the end of the epoch."""
+    """2 epochs of 10 steps, killed after steps 4 and 17, with checkpoints every 3 steps and after each epoch."""
     config = variant(tiny_config, "unbroken", epochs=2, **CASES[case])
     broken = variant(config, "broken", save_every_n_steps=3)
     unbroken = finetune(config)
@@ -71,7 +71,7 @@ def test_resumed_run_equals_the_unbroken_one(case, tiny_config):
 
 @pytest.mark.parametrize("changes", [{}, CASES["stochastic bf16"]], ids=["fp32", "stochastic bf16"])
 def test_a_run_resumed_at_the_end_of_an_epoch_equals_the_unbroken_one(changes, tiny_config):
-    """And whether it validates on the way or not: nothing but training takes from the global generator."""
+    """Validation does not matter: only training uses the global generator."""
     config = variant(tiny_config, "unbroken", epochs=2, **changes)
     broken = variant(config, "broken", run_val_every_n_steps=3)
     finetune(config)
@@ -232,7 +232,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config, tmp_path):
     last = output.strip().splitlines()[-1]
     saved = checkpoints(config)[-1]
     assert last.startswith(
-        f"{number.name}: stopped after step {saved.name[5:]}, saved in {saved}. To go on, resume with the sa"
+        f"{number.name}: stopped after step {saved.name[5:]}, saved in {saved}. To continue, resume with the sa"
     )
     assert "Traceback" not in output
     finetune(config | {"resume_from_checkpoint": True})
@@ -295,7 +295,7 @@ def test_too_many_skipped_steps_stop_the_run_with_a_checkpoint(tiny_config):
 
 @pytest.mark.parametrize("seen_coming", [True, False])
 def test_a_full_disk(seen_coming, tiny_config, small_disk, monkeypatch):  # noqa: F811
-    """2 MB hold a few checkpoints; the next finds no room, before or while it is written."""
+    """2 MB hold a few checkpoints. The next save finds no space, before or during writing."""
     if not seen_coming:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
     run = small_disk / "run"
@@ -310,7 +310,7 @@ def test_a_full_disk(seen_coming, tiny_config, small_disk, monkeypatch):  # noqa
     )
     with pytest.raises(RunError, match=message):
         recipe.train()
-    recipe.cleanup()  # or the disk could not be unmounted
+    recipe.cleanup()  # otherwise the disk cannot be unmounted
     assert recipe._progress.step < 10
     good = checkpoints(config)[-1]
     verify(good)

@@ -1,4 +1,4 @@
-"""What a run may remove or write over: what it made itself, in a directory that is its own."""
+"""A run removes and overwrites only its own files, in its own directory."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_the_second_of_two_runs_is_refused_in_one_line(tiny_config, tmp_path):
 
 
 def test_nothing_of_the_users_is_removed_or_written_over(tiny_config):
-    """Names that runs use for what they clear up, and a directory that a link points to."""
+    """User files with names that runs clean up, and a directory behind a link."""
     output_dir = Path(tiny_config["output_dir"])
     mine = {
         "step_3.partial/notes": "mine", "mine.partial/notes": "mine", "abandoned_step_6/notes": "mine",
@@ -104,7 +104,7 @@ def test_an_earlier_abandoned_checkpoint_stays(tiny_config):
 
 
 def test_a_run_goes_on_in_no_other_runs_directory(tiny_config):
-    """Resuming run A into B's directory with keep_last_n=1 deleted B's checkpoints."""
+    """Regression: resuming run A in B's directory with keep_last_n=1 deleted B's checkpoints."""
     a = variant(tiny_config, "a", save_every_n_steps=5)
     b = variant(tiny_config, "b", save_every_n_steps=5, seed=3)
     finetune(a), finetune(b)
@@ -116,7 +116,7 @@ def test_a_run_goes_on_in_no_other_runs_directory(tiny_config):
 
 
 def test_a_run_goes_on_in_a_directory_of_its_own(tiny_config):
-    """A branch is another run, with the id of the one that it came from beside its own, and can itself go on."""
+    """A branch is a new run. It has its own id, records its parent's id, and can itself be resumed."""
     a = variant(tiny_config, "a", save_every_n_steps=5)
     finetune(a)
     before = content(Path(a["output_dir"]))
@@ -148,7 +148,7 @@ def test_a_branch_without_a_checkpoint_does_not_begin_anew(tiny_config):
     finetune(a)
     branch = variant(a, "branch", resume_from_checkpoint=f"{a['output_dir']}/step_5")
     recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(branch))
-    recipe.setup()  # and killed
+    recipe.setup()  # killed after this
     recipe.cleanup()
     with pytest.raises(ConfigError, match=r"has no checkpoint of its own yet; .* resume_from_checkpoint=.*a/step_5"):
         finetune(branch | {"resume_from_checkpoint": True})
@@ -177,7 +177,7 @@ def test_a_checkpoint_knows_its_run(tiny_config):
 
 
 def test_download_leaves_what_is_there(tmp_path, smollm2_dir, monkeypatch):
-    """`owlore download smollm2 --output-dir .` deleted a repository."""
+    """Regression: `owlore download smollm2 --output-dir .` deleted a repository."""
     from owlore_tune.models import smollm2
 
     monkeypatch.setattr(smollm2, "_download", lambda scratch: pytest.fail("downloaded"))
@@ -188,7 +188,7 @@ def test_download_leaves_what_is_there(tmp_path, smollm2_dir, monkeypatch):
         with pytest.raises(RuntimeError, match="exists and is not SmolLM2-135M; choose an empty or a new directory"):
             smollm2.fetch(directory)
     assert content(tmp_path) == {"repository/work.py": b"mine"}
-    assert smollm2.fetch(smollm2_dir) == smollm2_dir  # which holds the model already
+    assert smollm2.fetch(smollm2_dir) == smollm2_dir  # already has the model
 
 
 def test_two_downloads_at_once_make_one_directory(tmp_path, smollm2_dir, monkeypatch):
@@ -197,7 +197,7 @@ def test_two_downloads_at_once_make_one_directory(tmp_path, smollm2_dir, monkeyp
     def convert(gguf, converted):
         shutil.copytree(smollm2_dir, converted)
         if not (tmp_path / "model").exists():
-            shutil.copytree(smollm2_dir, tmp_path / "model")  # by the other one
+            shutil.copytree(smollm2_dir, tmp_path / "model")  # by another process
 
     monkeypatch.setattr(smollm2, "_download", lambda scratch: scratch / "gguf")
     monkeypatch.setattr(smollm2, "_convert", convert)

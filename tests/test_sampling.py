@@ -16,7 +16,7 @@ def test_probabilities_are_the_share_of_the_score():
 def test_probabilities_above_one_are_capped_and_the_rest_shared_out():
     probabilities = inclusion_probabilities([10, 1, 1, 2], 2)
     assert probabilities == pytest.approx([1, 0.25, 0.25, 0.5], abs=1e-15)
-    # The first cap pushes another layer over 1.
+    # Capping the first layer pushes another one over 1.
     assert inclusion_probabilities([10, 4, 0.5, 0.5], 3) == pytest.approx([1, 1, 0.5, 0.5], abs=1e-15)
 
 
@@ -69,11 +69,11 @@ def test_systematic_draws_bring_every_pair_together():
 
 
 def test_sequential_draws_without_replacement():
-    """By the scores themselves, also where an inclusion probability would be capped."""
+    """Proportional to the scores, also if an inclusion probability would be capped."""
     sampler = LayerSampler([10, 1, 1, 2], 2, "sequential", seed=1)
     draws = [sampler.draw() for _ in range(5000)]
     assert all(len(set(drawn)) == 2 for drawn in draws)
-    # First at 10/14, or second after another: 1/14 · 10/13 twice, 2/14 · 10/12.
+    # Drawn first: 10/14. Drawn second: 1/14 · 10/13 twice, 2/14 · 10/12.
     expected = 10 / 14 + 2 * (1 / 14) * (10 / 13) + (2 / 14) * (10 / 12)
     frequency = sum(0 in drawn for drawn in draws) / 5000
     assert abs(frequency - expected) <= 4 * math.sqrt(expected * (1 - expected) / 5000)

@@ -46,7 +46,7 @@ def test_heavy_tail_tells_a_heavy_spectrum_from_a_flat_one():
                 u, s, v = torch.linalg.svd(linear.weight, full_matrices=False)
                 linear.weight.copy_(u * torch.arange(1, len(s) + 1) ** -decay @ v)
     flat, heavy = layer_scores(model, "heavy_tail")
-    # Of λ_i = i^-2a, the mean of ln(λ_i / λ_k+1) over i ≤ k is 2a (ln(k+1) - ln(k!)/k).
+    # For λ_i = i^-2a, the mean of ln(λ_i / λ_k+1) over i ≤ k is 2a (ln(k+1) - ln(k!)/k).
     sides = [min(m.weight.shape) for _, m in find_linears(model.layers[0])]
     unit = np.mean([2 * (math.log(n // 2 + 1) - math.lgamma(n // 2 + 1) / (n // 2)) for n in sides])
     assert flat == pytest.approx(0.1 * unit, rel=1e-3)
@@ -88,7 +88,7 @@ def test_a_score_file_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "num_layers", "fingerprint", "message"),
     [
-        ({}, 3, "abc", "for a model of 2 layers; this one has 3"),
+        ({}, 3, "abc", "for a model with 2 layers; this one has 3"),
         ({}, 2, "xyz", r"made for other weights \(abc, these are xyz\)"),
         ({"scores": [0.1, math.nan]}, 2, "abc", "score of layer 1 is nan"),
         ({"scores": [0.1, -1]}, 2, "abc", "score of layer 1 is -1"),

@@ -103,7 +103,7 @@ def test_a_flipped_bit_of_the_seal_never_passes_or_crashes(tmp_path):
                 verify(tmp_path / "step_1")
             except CheckpointError:
                 continue
-            # What passes still says the same of every file.
+            # A seal that passes still has the same content for every file.
             assert json.loads(seal.read_text())["files"] == json.loads(content)["files"]
 
 
@@ -130,7 +130,7 @@ def test_only_what_the_run_made_is_removed(tmp_path):
 
 def test_a_write_that_is_stopped_before_its_rename_is_completed(tmp_path, monkeypatch):
     def stop(*args):
-        raise SystemError  # stands for the end of the process: no clean-up runs
+        raise SystemError  # simulates the end of the process: no clean-up runs
 
     monkeypatch.setattr(os, "rename", stop)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 2 MB."""
+    """A 2 MB file system."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)

@@ -1,4 +1,4 @@
-"""The harness's own tasks of the paper's suites, against small copies of their datasets in the hub's layout."""
+"""The harness tasks of the paper's suites, with small copies of their datasets in hub layout."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def mmlu(i: int) -> dict:
 
 
 LABEL = {"label": ClassLabel(names=["0", "1"])}
-# repository -> (config, row, splits, features that differ from what the rows say)
+# repository -> (config, row, splits, features that cannot be inferred from the row)
 DATASETS = {
     "allenai/ai2_arc": [("ARC-Easy", arc, {"choices": CHOICES}), ("ARC-Challenge", arc, {"choices": CHOICES})],
     "allenai/openbookqa": [("main", openbookqa, {"choices": CHOICES})],
@@ -77,7 +77,7 @@ DATASETS = {
 
 
 def write_copy(root: Path, repository: str, configs: list[tuple]) -> None:
-    """A dataset repository as it is downloaded: Parquet files, and a README whose head says which are which."""
+    """Write a dataset repository: Parquet files, and a README with their configurations."""
     described = []
     for name, row, features in configs:
         files = []

@@ -65,7 +65,7 @@ def test_longer_conversations_are_cut_without_an_invented_end(smollm2_dir):
 
 def test_special_tokens_and_plain_text(smollm2_dir):
     tokenizer = HFChatTokenizer(str(smollm2_dir))
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)  # not HF's pad, which ends turns
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)  # not HF's pad token, which ends turns
     assert tokenizer.stop_tokens == [2]
     assert tokenizer.vocab_size == 49152
     tokens = tokenizer.encode("Hello there")
@@ -109,7 +109,7 @@ def test_what_cannot_work_is_refused(tmp_path):
     rewriting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     for template, message in [
         (None, "no chat template"),
-        ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
+        ("{{ raise_exception('roles must alternate') }}", "rejects these messages: roles must alternate"),
         (rewriting, "rewrites earlier turns"),
     ]:
         change_config(tmp_path, chat_template=template)
@@ -123,7 +123,7 @@ def test_what_cannot_work_is_refused(tmp_path):
 @pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize(("prompt", "between"), [("Is it so?", "\n"), ("Is it so?\nAnswer:", " ")])
 def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(adds_bos, prompt, between, tmp_path):
-    """The tokens are those that the evaluation's adapter makes of prompt and answer, then EOS."""
+    """The tokens are those of the evaluation adapter for prompt and answer, followed by EOS."""
     from tokenizers import Tokenizer, processors
 
     from owlore_evals.torchtune_lm import TorchtuneLM

@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness adapter against the harness's own model of transformers, on the same weights."""
+"""The lm-evaluation-harness adapter against the harness's HFLM with the same weights."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ QUESTIONS = [
     ("A context that is longer than the others, which is why it comes first " * 3, [" one", " two", " three and four"]),
 ]
 EXAMPLES = "".join(f"What is {i} plus {i}? It is {2 * i}.\n" for i in range(8))
-FEW_SHOT = [  # contexts that begin alike, one of them the beginning of another
+FEW_SHOT = [  # contexts with a common prefix; one is a prefix of another
     (EXAMPLES + "What is 9 plus 9?", [" It is 18.", " It is 7."]),
     (EXAMPLES + "What is 9 plus 9? Think first.", [" It is 18.", " No", " It is"]),
     (EXAMPLES + "What is left?", [" Right is right."]),
@@ -89,7 +89,7 @@ def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
 
 def scored() -> list[Instance]:
     pairs = [(context, answer) for context, answers in QUESTIONS + FEW_SHOT for answer in answers]
-    return instances("loglikelihood", pairs[::2] + pairs[1::2])  # one context's answers not in a row
+    return instances("loglikelihood", pairs[::2] + pairs[1::2])  # answers of one context are not adjacent
 
 
 @pytest.mark.parametrize("which", ["tiny", "real"])
@@ -226,7 +226,7 @@ def test_what_is_sampled_depends_on_seed_and_context_alone(real):
     texts = ours.generate_until(together, disable_tqdm=True)
     alone = [ours.generate_until([request], disable_tqdm=True)[0] for request in together[:3]]
     assert texts[:3] == alone
-    assert texts[3] != texts[0]  # asked twice, answered twice
+    assert texts[3] != texts[0]  # a repeated request gets a new sample
 
 
 def test_sampling_is_repeatable_by_seed(real):
@@ -251,7 +251,7 @@ def test_bos_is_added_once_if_asked_for(real):
 
 
 def test_300_log_likelihoods_of_real_questions_equal_the_harness(real):
-    """MMLU dev questions in the form of ARC, and with 5 examples in the form of MMLU: no choice differs."""
+    """MMLU dev questions in ARC format, and in MMLU format with 5 examples: all choices agree."""
     ours, theirs = real
     (task,) = load_tasks(["mmlu_dev"])
     docs = list(task.test_docs())[:75]

@@ -1,4 +1,4 @@
-"""What a stranger installs: the wheel alone, away from the checkout."""
+"""The installed wheel works without the checkout."""
 
 import os
 import subprocess
@@ -9,12 +9,14 @@ import pytest
 
 from owlore_tune.catalog import RECIPES, packaged_configs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The wheel's content, where Python finds it before the checkout."""
+    """The unpacked wheel, before the checkout on Python's path."""
     scratch = tmp_path_factory.mktemp("wheel")
     wheel = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", scratch, ROOT]
     subprocess.run([sys.executable, "-m", "pip", *wheel], check=True)

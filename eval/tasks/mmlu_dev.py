@@ -25,7 +25,7 @@ def _docs(rows: list[dict[str, Any]]) -> list[Doc]:
     for row in rows:
         question, *parts = re.split(r"\s*\(([A-Z])\) ", row["instruction"])
         choices, answer = parts[1::2], "ABCD".find(re.findall(r"answer is \(([A-Z])\)", row["output"])[-1])
-        if answer >= 0:  # one dev question has E for an answer
+        if answer >= 0:  # one dev question has the answer E
             docs.append(
                 {
                     "subject": row["subject"],
@@ -39,7 +39,7 @@ def _docs(rows: list[dict[str, Any]]) -> list[Doc]:
 
 
 class SameSubjectSampler(FirstNSampler):
-    """The first other documents of the same subject, filled up with those of other subjects: each has 5 in all."""
+    """The first other documents of the same subject, then of other subjects: a subject has only 5 documents."""
 
     def sample(self, n: int, eval_doc: Doc | None = None, df: Any = None, **kwargs: Any) -> Sequence[Doc]:
         pool = self.df if eval_doc is None else self.rm_eval_doc(eval_doc, self.df)

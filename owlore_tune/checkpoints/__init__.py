@@ -1,4 +1,4 @@
-"""Weights in and out of Hugging Face's layout, and checkpoints that are complete or absent."""
+"""Weights from and to Hugging Face's layout, and checkpoints that are either complete or absent."""
 
 from owlore_tune.checkpoints.hf import HFCheckpointer
 

@@ -1,4 +1,4 @@
-"""HF-format weights in and out of a torchtune model, one tensor at a time."""
+"""Load and save a torchtune model's weights in Hugging Face's layout, one tensor at a time."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from owlore_tune.files import files_digest
 from owlore_tune.models.decoder import init_rope, plain_name
 
 SHARD_BYTES = 2 * 10**9
-# What goes with weights into a checkpoint, if the model directory has it; its config.json is written anew.
+# Files copied into a checkpoint, if the model directory has them. config.json is rewritten.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
@@ -38,17 +38,17 @@ log = get_logger("INFO")
 class HFCheckpointer:
     """Reads and writes model directories in Hugging Face's layout.
 
-    Where torchtune's ``FullModelHFCheckpointer`` reads all files into a second copy of the weights, this one converts
-    tensor by tensor into a model initialized on the meta device.
+    torchtune's ``FullModelHFCheckpointer`` reads all files into a second copy of the weights. This one converts tensor
+    by tensor into a model initialized on the meta device.
 
     Args:
         checkpoint_dir: directory with ``config.json`` and weights (safetensors, else PyTorch ``.bin``).
         model_type: torchtune's name of the weight layout, such as ``LLAMA2``, ``LLAMA3_2``, ``MISTRAL``, ``QWEN2``.
-        checkpoint_files: names in ``checkpoint_dir``; all its weights where left out.
+        checkpoint_files: names in ``checkpoint_dir``; all its weights if omitted.
 
     Raises:
         ValueError: if the directory, its ``config.json`` or its weights are missing or cannot be read, or
-            ``model_type`` is unknown, no causal decoder's, or not that of ``config.json``.
+            ``model_type`` is unknown, not a causal decoder, or does not match ``config.json``.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class HFCheckpointer:
         if not self.checkpoint_dir.is_dir():
             raise ValueError(
                 f"checkpointer.checkpoint_dir={checkpoint_dir} is not a directory; "
-                "download the model first, the top of the config says how"
+                "download the model first (see the top of the config)"
             )
         try:
             self.config = json.loads((self.checkpoint_dir / "config.json").read_text())
@@ -82,7 +82,7 @@ class HFCheckpointer:
         return files
 
     def fingerprint(self) -> str:
-        """A digest of every byte of the weights' files; those read before, and unchanged since, are not read again."""
+        """A digest of all bytes of the weight files. Files unchanged since an earlier digest are not read again."""
         return files_digest(self.files)
 
     def load_checkpoint(
@@ -94,14 +94,14 @@ class HFCheckpointer:
         weights_device: torch.device | None = None,
         directory: Path | None = None,
     ) -> None:
-        """Fill ``model``, initialized on the meta device, with the weights, in ``dtype`` on ``device``.
+        """Load the weights into ``model``, initialized on the meta device, in ``dtype`` on ``device``.
 
         Args:
-            weights_device: where weights go instead, of a model that takes them to ``device`` itself.
+            weights_device: device of the weights instead, for a model that moves them to ``device`` itself.
             directory: a checkpoint of `save_checkpoint` to load instead of ``checkpoint_dir``.
 
         Raises:
-            ConfigError: if a weight has no place in the model or another shape, or the model wants one that is missing.
+            ConfigError: if a weight is not in the model or differs in shape, or a weight of the model is missing.
         """
         files = self.files if directory is None else weight_files(directory)
         directory = directory or self.checkpoint_dir
@@ -120,11 +120,11 @@ class HFCheckpointer:
                         expected = tuple(wanted[key].shape) if key in wanted else "no such parameter"
                         raise ConfigError(
                             f"{name} in {directory} has shape {tuple(value.shape)}, the model has "
-                            f"{expected} at {key}: do model and checkpointer.checkpoint_dir belong together?"
+                            f"{expected} at {key}; check that model and checkpointer.checkpoint_dir match"
                         )
                     own = shard_like(value, wanted[key])
                     loaded = own.to(weights_device or device, dtype, copy=True, memory_format=torch.contiguous_format)
-                    # Swapped in place: whoever holds the parameter, such as an optimizer, keeps holding it.
+                    # Swapped in place, so references to the parameter, such as the optimizer's, stay valid.
                     torch.utils.swap_tensors(wanted[key], nn.Parameter(loaded, wanted[key].requires_grad))
                     missing.discard(key)
                 progress.update(tensor.nbytes)
@@ -134,16 +134,16 @@ class HFCheckpointer:
             init_rope(model)
 
     def save_checkpoint(self, model: nn.Module, directory: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-        """Write ``model`` in Hugging Face's layout, with the tokenizer and config files that it was loaded with.
+        """Write ``model`` in Hugging Face's layout, with the tokenizer and config files of ``checkpoint_dir``.
 
-        The directory appears under its name when it is complete, checksummed and on disk.
+        The directory gets its name only when it is complete, checksummed and on disk.
 
         Args:
             directory: must not exist.
             shard_bytes: split the weights into files of about this size.
 
         Raises:
-            CheckpointError: if ``directory`` exists, or the disk is full or refuses.
+            CheckpointError: if ``directory`` exists or cannot be written, for example on a full disk.
         """
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
         with sealed_directory(Path(directory), num_bytes, run_id=uuid4().hex) as partial_dir:
@@ -156,7 +156,7 @@ class HFCheckpointer:
         the first process writes them.
 
         Raises:
-            OSError: if the disk is full or refuses.
+            OSError: if a file cannot be written, for example on a full disk.
             RankError: if that happens on another process.
         """
         self._write_shards(model, directory, shard_bytes, world)
@@ -173,7 +173,7 @@ class HFCheckpointer:
             name = f"model-{number:05}-of-{len(pieces):05}.safetensors" if len(pieces) > 1 else "model.safetensors"
             whole: StateDict = {}
             for key, parameter in shard.items():
-                value = full(parameter.detach())  # all processes help, and the first one keeps it
+                value = full(parameter.detach())  # a collective; the first process keeps the result
                 if world.rank == 0:
                     whole[key] = value.cpu()
                 del value
@@ -185,7 +185,7 @@ class HFCheckpointer:
             world.attempt(lambda: (directory / "model.safetensors.index.json").write_text(index), first_alone=True)
 
     def _write_weights(self, weights: StateDict, file: Path) -> list[str]:
-        """Write ``weights`` in HF's layout; returns their names there."""
+        """Write ``weights`` in Hugging Face's layout; returns their names there."""
         tensors = {key: value.contiguous() for key, value in self._to_hf(weights).items()}
         save_file(tensors, file, metadata={"format": "pt"})
         return list(tensors)
@@ -205,7 +205,7 @@ class HFCheckpointer:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files with a model directory's weights: those its index names, else all there are; safetensors first."""
+    """The weight files of a model directory: those in its index, else all. Safetensors take precedence."""
     for pattern, index in (("*.safetensors", "model.safetensors"), ("pytorch_model*.bin", "pytorch_model.bin")):
         if (index_file := directory / f"{index}.index.json").is_file():
             try:
@@ -213,7 +213,7 @@ def weight_files(directory: Path) -> list[Path]:
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index_file} has no readable weight_map: {error!r}") from error
             if outside := [name for name in names if Path(str(name)).name != name]:
-                raise ValueError(f"{index_file} names {outside[0]}, which is not a file beside it")
+                raise ValueError(f"{index_file} names {outside[0]}, which is not in the same directory")
             return [directory / name for name in names]
         if files := sorted(directory.glob(pattern)):
             return files
@@ -221,7 +221,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def leads_outside(file: Path) -> bool:
-    """Whether ``file`` is a link out of its directory; a hub cache's links to its own ``blobs`` are not."""
+    """Whether ``file`` links to a place outside its directory. A hub cache's links to its ``blobs`` do not count."""
     directory = file.parent.resolve()
     homes = [directory]
     if directory.parent.name == "snapshots":
@@ -230,7 +230,7 @@ def leads_outside(file: Path) -> bool:
 
 
 def _check_readable(file: Path) -> None:
-    """Raise ValueError if a weights file cannot be opened, or is cut short."""
+    """Raise ValueError if a weight file cannot be opened or is truncated."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
@@ -246,7 +246,7 @@ def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 sizes = {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-            # Opened anew for each tensor, and the largest first: pages of a mapped file count as memory until it is
+            # Reopen the file for each tensor, the largest first. Pages of a mapped file count as memory until it is
             # closed, so the peak is the weights and one small tensor.
             for name in sorted(sizes, key=lambda key: -sizes[key]):
                 with safe_open(file, framework="pt") as opened:
@@ -259,14 +259,14 @@ def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _converted(to_tune: Convert, name: str, tensor: Tensor, directory: Path) -> StateDict:
-    """A tensor of the file in torchtune's layout.
+    """Convert a tensor of the file to torchtune's layout.
 
     Raises:
-        ConfigError: if the layout has no such tensor, or not of this shape.
+        ConfigError: if the layout has no such tensor, or the shape does not fit.
     """
     try:
         return to_tune({name: tensor})
-    except Exception as error:  # torchtune raises nothing narrower
+    except Exception as error:  # torchtune raises no narrower type
         raise ConfigError(
             f"{name} in {directory}, of shape {tuple(tensor.shape)}, does not fit checkpointer.model_type and "
             f"config.json: {str(error).splitlines()[0]}"
@@ -274,7 +274,7 @@ def _converted(to_tune: Convert, name: str, tensor: Tensor, directory: Path) -> 
 
 
 def shards(model: nn.Module, shard_bytes: int) -> Iterator[StateDict]:
-    """The model's parameters in pieces of about ``shard_bytes``; a layer is never split, since some layouts fuse
+    """The model's parameters in shards of about ``shard_bytes``. A layer is never split, because some layouts fuse
     several of its weights into one."""
     shard: StateDict = {}
     last_unit = None

@@ -10,7 +10,7 @@ from torchtune.training.checkpointing import ModelType
 
 StateDict = dict[str, Tensor]
 Convert = Callable[[StateDict], StateDict]
-# torchtune's weight layouts of causal decoders, and the ``model_type`` of config.json that they are for.
+# torchtune's weight layouts of causal decoders, and the matching ``model_type`` in config.json.
 ARCHITECTURES = {
     ModelType.LLAMA2: ("llama",), ModelType.LLAMA3: ("llama",), ModelType.LLAMA3_2: ("llama",),
     ModelType.MISTRAL: ("mistral",), ModelType.QWEN2: ("qwen2",), ModelType.GEMMA: ("gemma",),
@@ -19,15 +19,15 @@ ARCHITECTURES = {
 
 
 def converters(model_type: str, config: dict[str, Any]) -> tuple[Convert, Convert]:
-    """The conversions from Hugging Face's layout and to it.
+    """The conversions from and to Hugging Face's layout.
 
     Args:
         model_type: torchtune's name of the layout, such as ``LLAMA2``.
         config: content of the model's config.json.
 
     Raises:
-        ValueError: if ``model_type`` is unknown, not a causal decoder's, or not that of ``config``; or if ``config``
-            lacks a size or its numbers of heads do not fit together.
+        ValueError: if ``model_type`` is unknown, not a causal decoder, or does not match ``config``; or if ``config``
+            lacks a size or has inconsistent numbers of heads.
     """
     kind = ModelType.__members__.get(str(model_type))
     if kind not in ARCHITECTURES:
@@ -52,7 +52,7 @@ def converters(model_type: str, config: dict[str, Any]) -> tuple[Convert, Conver
         if not (heads[name] is None and name == "head_dim") and not (type(heads[name]) is int and heads[name] > 0):
             raise ValueError(f"config.json: {heads[name]!r} for {name} is not a whole number above 0")
     if heads["num_heads"] % heads["num_kv_heads"] or (heads["head_dim"] is None and heads["dim"] % heads["num_heads"]):
-        raise ValueError(f"config.json: its numbers of heads do not divide: {heads}")
+        raise ValueError(f"config.json: the numbers of heads are not divisible: {heads}")
     if kind in (ModelType.PHI3_MINI, ModelType.PHI4):
         from torchtune.models.phi3._convert_weights import phi3_hf_to_tune, phi3_tune_to_hf
 

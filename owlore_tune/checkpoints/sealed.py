@@ -1,4 +1,4 @@
-"""Directories that are whole or not there: written beside, checksummed, synced, and renamed into place."""
+"""Directories that are either complete or absent: written under another name, checksummed, synced, then renamed."""
 
 import json
 import os
@@ -15,25 +15,25 @@ from safetensors import SafetensorError
 from owlore_tune.errors import CheckpointError
 from owlore_tune.files import checksum
 
-SEAL = "checkpoint.json"  # who made the directory; name, size and checksum of every other file; written last
+SEAL = "checkpoint.json"  # the run's id; name, size and checksum of every other file; written last
 _PARTIAL = ".partial"
 _DISCARDED = ".discarded"
 
 
 @contextmanager
 def sealed_directory(directory: Path, num_bytes: int, run_id: str) -> Iterator[Path]:
-    """Write a directory that appears under its name only when it is complete and on disk.
+    """Write a directory that gets its name only when it is complete and on disk.
 
-    Yields a directory beside it to write into. When the block ends, its files are checksummed and synced, and it gets
-    its name. If the block fails, nothing is left of it. Nothing that exists is replaced.
+    Yields a temporary directory next to it. When the block ends, its files are checksummed and synced, and it is
+    renamed. If the block fails, it is removed. Existing files are never replaced.
 
     Args:
-        num_bytes: about how much will be written; refused at once if the disk has less.
-        run_id: of the run that makes it. It is in the seal, and in the name of what an interruption leaves.
+        num_bytes: approximate bytes to write. Fails at once if the disk has less space.
+        run_id: id of the run that writes it. It is in the seal and in the temporary name.
 
     Raises:
-        CheckpointError: if ``directory`` exists, or the disk is full or refuses; it names the path and the bytes
-            needed.
+        CheckpointError: if ``directory`` exists or cannot be written, for example on a full disk. The message names
+            the path and the bytes needed.
     """
     partial = _beside(directory, run_id, _PARTIAL)
     try:
@@ -58,13 +58,13 @@ def sealed_directory(directory: Path, num_bytes: int, run_id: str) -> Iterator[P
 
 
 def _beside(directory: Path, run_id: str, ending: str) -> Path:
-    """A name that nothing has: of ``directory``, its run and chance."""
+    """An unused name next to ``directory``, from its name, the run's id and a random part."""
     return directory.with_name(f"{directory.name}.{run_id}.{uuid4().hex[:8]}{ending}")
 
 
 def _seal(directory: Path, run_id: str) -> None:
     files = {}
-    with ThreadPoolExecutor(1) as syncing:  # the disk is waited for while checksums are made
+    with ThreadPoolExecutor(1) as syncing:  # sync to disk while checksums are computed
         synced = []
         for file in sorted(directory.rglob("*")):
             synced.append(syncing.submit(_sync, file))
@@ -79,7 +79,7 @@ def _seal(directory: Path, run_id: str) -> None:
 
 
 def read_seal(directory: Path) -> dict[str, Any]:
-    """The seal of a directory; whether it tells the truth is for `verify`.
+    """The seal of a directory, unverified; see `verify`.
 
     Raises:
         CheckpointError: if there is none, or it cannot be read.
@@ -94,17 +94,17 @@ def read_seal(directory: Path) -> dict[str, Any]:
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Check every file of a sealed directory against its seal, and that there is no other; returns the seal.
+    """Check every file of a sealed directory against its seal, and that there are no others; returns the seal.
 
     Raises:
-        CheckpointError: naming the first file that is missing, not in the seal, a link, of another size or content.
+        CheckpointError: naming the first file that is missing, not in the seal, a link, or of another size or content.
     """
     seal = read_seal(directory)
     expected = seal["files"]
     if not expected:
         raise CheckpointError(f"{directory / SEAL} names no files")
     if links := [path for path in _walk(directory) if path.is_symlink()]:
-        raise CheckpointError(f"{links[0]} is a symbolic link, and checkpoints have none")
+        raise CheckpointError(f"{links[0]} is a symbolic link; checkpoints must not contain links")
     found = {path.relative_to(directory).as_posix() for path in _walk(directory)}
     if missing := sorted(name for name in expected if name not in found):
         raise CheckpointError(f"{directory / missing[0]} is missing")
@@ -116,14 +116,14 @@ def verify(directory: Path) -> dict[str, Any]:
             if file.stat().st_size != num_bytes:
                 raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, not {num_bytes:,}")
             if checksum(file) != digest:
-                raise CheckpointError(f"{file} is damaged: its checksum is not the one it was saved with")
+                raise CheckpointError(f"{file} is damaged: its checksum differs from the saved one")
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     return seal
 
 
 def _walk(directory: Path) -> Iterator[Path]:
-    """All that is in a directory, without following links."""
+    """All files and folders in a directory, without following links."""
     for folder, folders, names in os.walk(directory):
         yield from (Path(folder, name) for name in [*folders, *names])
 
@@ -136,7 +136,7 @@ def files_outside_seal(directory: Path) -> list[str]:
 
 
 def is_of_run(directory: Path, run_id: str) -> bool:
-    """Whether ``directory`` itself, and not a link to it, was made by the run."""
+    """Whether ``directory`` was made by the run and is not a link."""
     try:
         return not directory.is_symlink() and read_seal(directory)["run_id"] == run_id
     except CheckpointError:
@@ -144,7 +144,7 @@ def is_of_run(directory: Path, run_id: str) -> bool:
 
 
 def discard(directory: Path, run_id: str) -> None:
-    """Remove a directory that the run made; its name is gone at once, so that no half of it is found under it."""
+    """Remove a directory that the run made. It is renamed first, so no partial directory has its name."""
     assert is_of_run(directory, run_id), f"{directory} is not of run {run_id}"
     doomed = _beside(directory, run_id, _DISCARDED)
     os.rename(directory, doomed)
@@ -152,9 +152,9 @@ def discard(directory: Path, run_id: str) -> None:
 
 
 def remove_leftovers(parent: Path, run_id: str) -> None:
-    """Clear up after interrupted writes and removals of the run in ``parent``; its id is in their names.
+    """Remove leftovers of interrupted writes and removals in ``parent``, which have the run's id in their names.
 
-    A directory that is complete, and was stopped from moving to its name, moves there now.
+    If a directory is complete and only its final rename was interrupted, it is renamed now.
     """
     for leftover in sorted(parent.glob(f"*.{run_id}.*{_PARTIAL}")) + sorted(parent.glob(f"*.{run_id}.*{_DISCARDED}")):
         if leftover.is_symlink():

@@ -1,7 +1,7 @@
-"""Optimizer state of sharded weights: each process writes its rows, and any number of processes read them.
+"""Optimizer state of sharded weights: each process writes its rows, and any number of processes can read them.
 
-One safetensors file a rank, so that reading runs no code. A tensor's name in it is ``index.key.part``: the parameter's
-index in the optimizer, the state's key, and the part of it, since 8-bit state has several.
+There is one safetensors file per rank, because reading it executes no code. A tensor is named ``index.key.part``: the
+parameter's index in the optimizer, the state's key, and a part, because 8-bit state has several tensors.
 """
 
 from pathlib import Path
@@ -16,14 +16,14 @@ from owlore_tune.distributed.world import World
 from owlore_tune.errors import CheckpointError
 from owlore_tune.optim import low_bits
 
-EVERYWHERE = ("basis",)  # the same on all processes, so the first one writes it
+EVERYWHERE = ("basis",)  # the same on all processes, so only the first one writes it
 
 
 def save_sharded(state_dict: dict[str, Any], directory: Path, world: World) -> dict[str, Any]:
     """Write the tensors of this process's ``state_dict``; every process of ``world`` calls it.
 
     Returns:
-        What is not tensors, from which `load_sharded` makes the state again.
+        The rest of the state, an argument of `load_sharded`.
 
     Raises:
         OSError: if the file cannot be written.
@@ -47,10 +47,10 @@ def save_sharded(state_dict: dict[str, Any], directory: Path, world: World) -> d
 
 
 def load_sharded(rest: dict[str, Any], directory: Path, world: World) -> dict[str, Any]:
-    """The ``state_dict`` of this process; it reads files only, so processes need not call it together.
+    """The ``state_dict`` of this process. It only reads files and is not a collective.
 
-    If as many processes saved it, each one reads back its own tensors. Otherwise moments have all rows, in float32, and
-    `owlore_tune.optim.OwLoreAdamW.load_state_dict` takes those of the process.
+    With an unchanged world size, each rank reads back its own tensors. Otherwise moments have all rows, in float32, and
+    `owlore_tune.optim.OwLoreAdamW.load_state_dict` selects those of the process.
 
     Raises:
         CheckpointError: if a file cannot be read.

@@ -1,4 +1,4 @@
-"""A checkpoint of a run: weights in Hugging Face's layout and, beside them, all that an exact resume needs."""
+"""A checkpoint of a run: weights in Hugging Face's layout, and the state for an exact resume."""
 
 import pickle
 from contextlib import ExitStack
@@ -29,16 +29,16 @@ def save_checkpoint(
 ) -> None:
     """Write the weights of ``model`` and ``state`` into ``directory``.
 
-    The directory appears under its name when it is complete, checksummed and on disk. If the model is sharded, all
-    processes call this together: weights are gathered one by one and written by the first process, and each process
-    writes its rows of the optimizer's state. An error on one is an error on all.
+    The directory gets its name only when it is complete, checksummed and on disk. If the model is sharded, all
+    processes call this together. Weights are gathered one by one and written by the first process. Each process writes
+    its rows of the optimizer's state. An error on one process raises on all.
 
     Args:
         directory: must not exist.
-        state: tensors, numbers, text, and lists and dicts of them. ``state["optimizer"]`` is each process's own.
+        state: tensors, numbers, text, and lists and dicts of them. ``state["optimizer"]`` differs by process.
 
     Raises:
-        CheckpointError: if ``directory`` exists, or the disk is full or refuses.
+        CheckpointError: if ``directory`` exists or cannot be written, for example on a full disk.
     """
     num_bytes = sum(p.nbytes for p in model.parameters()) + sum(world.gather(_tensor_bytes(state)))
     try:
@@ -57,10 +57,10 @@ def save_checkpoint(
 
 
 def load_state(directory: Path, world: World = ALONE) -> dict[str, Any]:
-    """The ``state`` of `save_checkpoint`, with the optimizer's as this process needs it.
+    """The ``state`` of `save_checkpoint`, with this process's optimizer state.
 
     Raises:
-        CheckpointError: if the checkpoint has none, or it cannot be read.
+        CheckpointError: if the checkpoint has no state, or it cannot be read.
     """
     file = directory / STATE_FILE
     if not file.is_file():
@@ -77,7 +77,7 @@ def load_state(directory: Path, world: World = ALONE) -> dict[str, Any]:
 def _write_state(state: dict[str, Any], directory: Path) -> None:
     try:
         torch.save(state, directory / STATE_FILE)
-    except RuntimeError as error:  # torch's way to report a full disk
+    except RuntimeError as error:  # torch raises it on a full disk
         raise OSError(str(error)) from error
 
 

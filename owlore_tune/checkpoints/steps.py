@@ -1,4 +1,4 @@
-"""The checkpoints ``step_N`` of one run: which there are, which are good, and which may go."""
+"""The checkpoints ``step_N`` of one run: find, verify and remove them."""
 
 import os
 import re
@@ -15,13 +15,13 @@ log = get_logger("INFO")
 
 
 class StepCheckpoints:
-    """The directories ``step_N`` in a run's output directory. No other code knows that name.
+    """The directories ``step_N`` in a run's output directory. No other code uses that name.
 
-    A directory belongs to the run if the run's id is in its seal. Others are neither removed nor renamed.
+    A directory belongs to the run if the run's id is in its seal. Other directories are never removed or renamed.
 
     Args:
-        directory: of the run.
-        run_id: of the run.
+        directory: the run's output directory.
+        run_id: the run's id.
     """
 
     def __init__(self, directory: Path, run_id: str) -> None:
@@ -32,22 +32,22 @@ class StepCheckpoints:
         return self._directory / f"step_{step}"
 
     def all(self) -> list[Path]:
-        """All directories named ``step_N``, whoever made them, oldest first."""
+        """All directories named ``step_N``, of this run or not, oldest first."""
         return sorted((path for path in self._directory.glob("step_*") if _STEP.fullmatch(path.name)), key=step_of)
 
     def own(self) -> list[Path]:
-        """The run's checkpoints, oldest first, unverified. One that was moved may be a link now."""
+        """The run's checkpoints, oldest first, unverified. Some may be links."""
         return [directory for directory in self.all() if self._is_own(directory)]
 
     def foreign(self) -> list[Path]:
-        """Directories that another run or the user made. One with a seal cut short in which the id is left is not."""
+        """Directories that another run or the user made. A truncated seal that contains the run's id is the run's."""
         return [directory for directory in self.all() if not self._may_set_aside(directory)]
 
     def newest(self) -> Path | None:
-        """The newest checkpoint of the run that is complete and undamaged; None if the run has saved none yet.
+        """The newest complete and undamaged checkpoint of the run; None if the run has saved none yet.
 
         Raises:
-            CheckpointError: if there are checkpoints, and none of them is good.
+            CheckpointError: if there are checkpoints, but none is usable.
         """
         directories = self.all()
         for directory in reversed(directories):
@@ -65,7 +65,7 @@ class StepCheckpoints:
         return None
 
     def set_aside_after(self, step: int) -> None:
-        """Rename the run's checkpoints later than ``step``, which it abandons, to ``abandoned_step_N``."""
+        """Rename the run's checkpoints after ``step`` to ``abandoned_step_N``."""
         for directory in filter(self._may_set_aside, self.all()):
             if step_of(directory) > step:
                 name, number = f"abandoned_{directory.name}", 1
@@ -73,18 +73,18 @@ class StepCheckpoints:
                     number += 1
                     name = f"abandoned_{directory.name}_{number}"
                 os.rename(directory, directory.with_name(name))
-                log.warning(f"{directory.name} is later than the checkpoint to resume from; it is now {name}.")
+                log.warning(f"Renamed {directory.name} to {name}: it is later than the checkpoint to resume from.")
 
     def keep_last(self, count: int | None) -> None:
         """Remove the run's checkpoints except the newest ``count``; None keeps all.
 
-        A checkpoint with a file that the run did not make stays.
+        A checkpoint with a file that the run did not make is kept.
         """
         if count is None:
             return
         for directory in [d for d in self.all() if is_of_run(d, self._run_id)][:-count]:
             if extra := files_outside_seal(directory):
-                log.warning(f"{directory} is kept, because the run did not make {extra[0]} in it.")
+                log.warning(f"Keeping {directory}, because the run did not make {extra[0]} in it.")
             else:
                 discard(directory, self._run_id)
 
@@ -95,7 +95,7 @@ class StepCheckpoints:
             return False
 
     def _may_set_aside(self, directory: Path) -> bool:
-        """Whether the checkpoint is the run's by its seal, or by the id in a seal that is cut short."""
+        """Whether the seal of the checkpoint, even if truncated, contains the run's id."""
         try:
             return self._is_own(directory) or self._run_id in (directory / SEAL).read_text(errors="replace")
         except OSError:

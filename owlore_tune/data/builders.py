@@ -1,4 +1,4 @@
-"""The paper's training data, from the hub or local files, and questions that lm-evaluation-harness carries."""
+"""The paper's training datasets, from the hub or local files, and the MMLU dev questions of lm-evaluation-harness."""
 
 import importlib.resources
 import random
@@ -27,14 +27,14 @@ def mmlu_dev_dataset(
     seed: int = 0,
     packed: bool = False,
 ) -> SFTDataset | PackedDataset:
-    """The 282 MMLU dev questions with worked answers that the installed lm_eval package carries (up to 5 of each of 57
-    subjects, its ``flan_cot_fewshot`` prompts), divided at random into what is trained on and what is held out.
+    """The 282 MMLU dev questions with worked answers in the installed lm_eval package, split at random into training
+    and held-out questions. They are its ``flan_cot_fewshot`` prompts, up to 5 for each of 57 subjects.
 
     Args:
         split: ``train`` or ``held_out``.
-        num_held_out: questions held out.
-        seed: of the division.
-        packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
+        num_held_out: number of held-out questions.
+        seed: seed of the split.
+        packed: pack several samples into each row of ``tokenizer.max_seq_len`` tokens.
 
     Raises:
         ValueError: if ``split`` is unknown or ``num_held_out`` leaves one of the splits empty.
@@ -46,7 +46,7 @@ def mmlu_dev_dataset(
 
 
 def mmlu_dev_rows(split: str | None = None, *, num_held_out: int = 45, seed: int = 0) -> list[dict[str, Any]]:
-    """The rows of `mmlu_dev_dataset`: ``instruction``, ``output`` and ``subject``; of both splits where None.
+    """The rows of `mmlu_dev_dataset`: ``instruction``, ``output`` and ``subject``; both splits if ``split`` is None.
 
     Raises:
         ValueError: if ``num_held_out`` leaves one of the splits empty.
@@ -73,20 +73,20 @@ def instruction_dataset(
     data_files: str | list[str] | None = None,
     packed: bool = False,
 ) -> SFTDataset | PackedDataset:
-    """Rows of ``instruction``, optional ``input``, and ``output``: the form of Commonsense170K and Alpaca.
+    """Rows of ``instruction``, optional ``input``, and ``output``, the format of Commonsense170K and Alpaca.
 
     The paper trains on ``zwhe99/commonsense_170k`` (LLM-Adapters, arXiv 2304.01933) for its 8 commonsense tasks, and on
     ``vicgalle/alpaca-gpt4`` (arXiv 2304.03277) for MT-Bench. The user's turn is the instruction, with the input below
     it if there is one. The assistant's turn is the output; the loss covers only this turn.
 
     Args:
-        source: dataset on the hub, or a directory in the hub's layout; its ``train`` split.
-        data_files: local files instead: one path or several, each a JSON list, JSON lines or Parquet.
-        packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
+        source: dataset on the hub, or a directory in the hub's layout. The ``train`` split is used.
+        data_files: local files instead, one path or a list. A file is a JSON list, JSON lines or Parquet.
+        packed: pack several samples into each row of ``tokenizer.max_seq_len`` tokens.
 
     Raises:
-        ValueError: if a file is missing, empty or not of its format, or if a row lacks a field; it names file, row and
-            field. Rows with blank text are left out, with a warning.
+        ValueError: if a file is missing, empty or malformed, or if a row lacks a field. The message names file, row and
+            field. Rows with blank text are skipped, with a warning.
     """
     return _dataset(tokenizer, InstructionToMessages(), source=source, data_files=data_files, packed=packed)
 
@@ -98,15 +98,15 @@ def mmlu_train_dataset(
     data_files: str | list[str] | None = None,
     packed: bool = False,
 ) -> SFTDataset | PackedDataset:
-    """MMLU's auxiliary training questions (arXiv 2009.03300), on which the paper trains for MMLU.
+    """MMLU's auxiliary training questions (arXiv 2009.03300), the paper's training data for MMLU.
 
-    The user's turn is the question, the choices as ``A.`` to ``D.``, and ``Answer:``, the harness's prompt; the
-    assistant's, which alone is trained on, is the letter. Errors as for `instruction_dataset`.
+    The user's turn is the harness's prompt: the question, the choices as ``A.`` to ``D.``, and ``Answer:``. The
+    assistant's turn is the letter; the loss covers only this turn. Raises the errors of `instruction_dataset`.
 
     Args:
-        source: of the hub, or a directory in the hub's layout; its ``auxiliary_train`` split.
-        data_files: local files instead, of ``question``, ``choices`` (a list) and ``answer`` (an index from 0).
-        packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
+        source: dataset on the hub, or a directory in the hub's layout. The ``auxiliary_train`` split is used.
+        data_files: local files instead, with ``question``, ``choices`` (a list) and ``answer`` (an index from 0).
+        packed: pack several samples into each row of ``tokenizer.max_seq_len`` tokens.
     """
     hub = dict(source=source, name="all", split="auxiliary_train")
     return _dataset(tokenizer, ChoicesToMessages(), **hub, data_files=data_files, packed=packed)
@@ -122,26 +122,25 @@ def gsm8k_dataset(
     """GSM8K's training problems (arXiv 2110.14168).
 
     The user's turn is the harness's prompt, ``Question: ...`` and ``Answer:`` on a new line. The assistant's turn is
-    the worked answer as it stands, with its calculator annotations and the final number after ``####``; the loss covers
-    only this turn. Errors as for `instruction_dataset`.
+    the unchanged worked answer, with its calculator annotations and the final number after ``####``; the loss covers
+    only this turn. Raises the errors of `instruction_dataset`.
 
     Args:
-        source: of the hub, or a directory in the hub's layout; its ``main`` configuration.
-        data_files: local files instead, of ``question`` and ``answer``.
-        packed: put several samples into each row of ``tokenizer.max_seq_len`` tokens.
+        source: dataset on the hub, or a directory in the hub's layout. The ``main`` configuration is used.
+        data_files: local files instead, with ``question`` and ``answer``.
+        packed: pack several samples into each row of ``tokenizer.max_seq_len`` tokens.
     """
     return _dataset(tokenizer, ProblemToMessages(), source=source, name="main", data_files=data_files, packed=packed)
 
 
 class RowsDataset(SFTDataset):
-    """torchtune's ``SFTDataset`` over rows that are already in memory, and that knows where they come from.
+    """torchtune's ``SFTDataset`` over rows in memory. Its errors name the source and number of a row.
 
     Args:
-        places: of each row, such as ``dataset.data_files=train.json: row 7``.
+        places: source and number of each row, such as ``("dataset.data_files=train.json", 7)``.
 
     Raises:
-        ValueError: as it is indexed, naming the row's place, if the tokenizer refuses it or it is longer than
-            ``max_tokens``.
+        ValueError: on indexing, if the tokenizer rejects the row or it is longer than ``max_tokens``.
     """
 
     def __init__(
@@ -154,7 +153,7 @@ class RowsDataset(SFTDataset):
         self._data = rows
         self._prepare_sample = SFTTransform(message_transform=message_transform, model_transform=model_transform)
         self._places = places or [("dataset", number) for number in range(len(rows))]
-        self.max_tokens: int | None = None  # that the model takes
+        self.max_tokens: int | None = None  # limit of the model
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         where, number = self._places[index]
@@ -180,7 +179,7 @@ def _dataset(
     data_files: str | list[str] | None = None,
     packed: bool,
 ) -> SFTDataset | PackedDataset:
-    """The rows of ``data_files``, else of ``source``, once they are known to be what ``transform`` takes."""
+    """Load the rows of ``data_files``, else of ``source``, and check them with ``transform``."""
     rows: list[dict[str, Any]] = []
     places: list[tuple[str, int]] = []
     if data_files is None and source is None:
@@ -207,7 +206,7 @@ def _dataset(
 def _add_good_rows(
     found: list[Any], where: str, transform: RowTransform, rows: list[dict[str, Any]], places: list[tuple[str, int]]
 ) -> None:
-    """Add to ``rows`` and ``places`` those of ``found`` that have no blank text."""
+    """Append the rows of ``found`` without blank text to ``rows``, and their places to ``places``."""
     num_before = len(rows)
     for number, row in enumerate(found):
         problem = transform.problem(row if isinstance(row, dict) else {})
@@ -220,7 +219,7 @@ def _add_good_rows(
     if not num_good:
         raise ValueError(f"{where} is empty")
     if blank := len(found) - num_good:
-        log.warning(f"{where}: {blank} of {len(found)} rows are left out, for blank {' or '.join(transform.texts)}.")
+        log.warning(f"{where}: skipped {blank} of {len(found)} rows with blank {' or '.join(transform.texts)}.")
 
 
 def _finish(

@@ -18,16 +18,16 @@ Collate = Callable[[list[Any]], Batch]
 
 
 class TrainingData:
-    """The training rows in the order of the run, one optimizer step at a time.
+    """The training rows in training order, one optimizer step at a time.
 
     Args:
-        dataset: of samples with ``tokens`` and ``labels``.
-        collate: makes a batch of a list of samples.
-        batch_size: rows of a micro-batch on each process.
-        gradient_accumulation_steps: micro-batches of an optimizer step.
-        shuffle: whether each epoch has an order of its own.
-        seed: of those orders.
-        epochs: passes over the data. Rows that do not fill an optimizer step at the end of one are left out, so that an
+        dataset: samples with ``tokens`` and ``labels``.
+        collate: makes a batch from a list of samples.
+        batch_size: rows per micro-batch on each process.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        shuffle: whether to shuffle the rows in each epoch.
+        seed: seed of the shuffle.
+        epochs: passes over the data. Rows at the end of an epoch that do not fill an optimizer step are dropped, so an
             epoch has the same number of steps on any number of processes.
         max_steps_per_epoch: an upper limit; None for no limit.
         world: processes that share the rows of each step.
@@ -64,8 +64,8 @@ class TrainingData:
         self._accumulation = gradient_accumulation_steps
         self._world = world
         self._loader = _loader(dataset, collate, batch_size, world, shuffle=shuffle, seed=seed)
-        self._step = 0  # the next one
-        self._batches: Iterator[Batch] | None = None  # of the epoch that it is in
+        self._step = 0  # the next step
+        self._batches: Iterator[Batch] | None = None  # of the current epoch
 
     def seek(self, step: int) -> None:
         """Continue after ``step`` optimizer steps."""
@@ -75,7 +75,7 @@ class TrainingData:
         """The micro-batches of the next optimizer step.
 
         Raises:
-            ValueError: if a row cannot be used; on all processes, if it is so on one.
+            ValueError: if a row cannot be used. Raised on all processes if it happens on one.
         """
         if self._batches is None:
             epoch, steps_done = divmod(self._step, self.steps_per_epoch)
@@ -93,7 +93,7 @@ class TrainingData:
         return found
 
     def calibration_batches(self, count: int) -> Iterator[Batch]:
-        """The first ``count`` batches in training order, without labels and with ``valid``: False for padding."""
+        """The first ``count`` batches in training order, without labels and with ``valid``, False at padding."""
         loader = self._loader
         loader.sampler.set_epoch(0)
         marked = StatefulDataLoader(
@@ -117,13 +117,13 @@ class HeldOutData:
         self._loader = _loader(dataset, collate, batch_size, world, shuffle=False, seed=seed)
 
     def __len__(self) -> int:
-        """Batches on each process."""
+        """Number of batches on each process."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
-        """Each batch with the number of its rows that count.
+        """Yield each batch with the number of its rows that count.
 
-        All processes have equally many rows. Those at the end that make up the number are other processes' rows again.
+        All processes have the same number of rows. The last ones can repeat rows of other processes and do not count.
         """
         rows_left = len(range(self._world.rank, len(self.dataset), self._world.size))
         batches = iter(self._loader)
@@ -145,5 +145,5 @@ def _loader(
         sampler=sampler,
         collate_fn=collate,
         drop_last=shuffle,
-        generator=torch.Generator(),  # else each pass over the data would move the global generator
+        generator=torch.Generator(),  # else each pass over the data would advance the global generator
     )

@@ -11,7 +11,7 @@ def read_file(file: Path, field_name: str) -> list[Any]:
     """The rows of a JSON, JSON-lines or Parquet file.
 
     Raises:
-        ValueError: as ``field_name=FILE ...``, if it is missing, empty or not of its format.
+        ValueError: as ``field_name=FILE ...``, if it is missing, empty or malformed.
     """
     if not file.exists():
         raise ValueError(f"{field_name}={file} does not exist")
@@ -45,7 +45,7 @@ def _json_lines(text: str) -> list[Any]:
 
 
 def read_rows(file: Path, field_name: str) -> list[dict[str, Any]]:
-    """The rows of a file of ``instruction`` and ``output``, neither of them blank.
+    """The rows of a file with ``instruction`` and ``output``, which must not be blank.
 
     Raises:
         ValueError: as ``field_name=FILE ...``, naming row and field.

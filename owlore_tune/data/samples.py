@@ -1,4 +1,4 @@
-"""Facts about any dataset of samples: whether it can be trained on, its longest row, and a digest of its content."""
+"""Functions for any dataset of samples: check it, find its longest row, compute a digest of its content."""
 
 import hashlib
 import json
@@ -12,24 +12,24 @@ from torchtune.datasets import ConcatDataset, PackedDataset
 
 from owlore_tune.data.builders import RowsDataset
 
-MOST_ROWS = 1000  # that are tokenized to find the longest, or to make a digest
+MOST_ROWS = 1000  # tokenized to find the longest row, or for a digest
 
 
 def check_samples(key: str, dataset: Any, collate: Callable[[list[Any]], Any], collate_name: str) -> None:
-    """Raise ValueError if the first sample, or the batch that is made of it, is not what training takes."""
+    """Raise ValueError if training cannot use the first sample, or a batch of it."""
     sample = dataset[0]
     if not isinstance(sample, dict) or not {"tokens", "labels"} <= sample.keys():
-        raise ValueError(f"{key}: its samples have no tokens and labels; it takes a dataset for fine-tuning")
+        raise ValueError(f"{key}: its samples have no tokens and labels; use a dataset for fine-tuning")
     try:
         batch = collate([sample])
     except Exception as error:
         raise ValueError(f"collate_fn={collate_name} cannot make a batch of {key}'s samples: {error!r}") from error
     if not isinstance(batch, dict) or not {"tokens", "labels"} <= batch.keys():
-        raise ValueError(f"collate_fn={collate_name} makes no batches of tokens and labels")
+        raise ValueError(f"collate_fn={collate_name} does not make batches with tokens and labels")
 
 
 def refuse_longer_than(dataset: Any, max_tokens: int) -> None:
-    """Have rows that are longer than the model takes refused by name as they are read."""
+    """Make ``dataset`` raise, naming the row, when a row longer than ``max_tokens`` is read."""
     for part in getattr(dataset, "_datasets", [dataset]):
         if isinstance(part, RowsDataset):
             part.max_tokens = max_tokens
@@ -38,7 +38,7 @@ def refuse_longer_than(dataset: Any, max_tokens: int) -> None:
 def longest_row(dataset: Any, max_seq_len: int | None) -> int:
     """Tokens of the longest row.
 
-    Of more than `MOST_ROWS` rows it is ``max_seq_len``, or without one the longest of so many.
+    With more than `MOST_ROWS` rows, it is ``max_seq_len``, or without one the longest of up to `MOST_ROWS` rows.
     """
     if max_seq_len is not None and len(dataset) > MOST_ROWS:
         return max_seq_len
@@ -46,10 +46,10 @@ def longest_row(dataset: Any, max_seq_len: int | None) -> int:
 
 
 def dataset_digest(dataset: Any) -> str:
-    """A digest of a dataset as it was built: of its rows, in their order.
+    """A digest of a dataset's rows, in order.
 
-    Packed rows are looked at as tokens and torchtune's other datasets as what they read, so that none is tokenized for
-    it; of a dataset of another kind, up to `MOST_ROWS` samples.
+    It covers the tokens of packed rows, and the raw rows of torchtune's other datasets, so nothing is tokenized. For
+    any other dataset it covers up to `MOST_ROWS` samples.
     """
     digest = hashlib.sha256(f"{type(dataset).__qualname__} {len(dataset)}".encode())
     if isinstance(dataset, PackedDataset):
@@ -71,7 +71,7 @@ def dataset_digest(dataset: Any) -> str:
 def collate_with_valid(
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]], samples: list[dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """The batch of ``collate``, with ``valid`` (b, s) bool: False where a row is padded at its end."""
+    """The batch of ``collate``, with ``valid`` (b, s) bool: False at the padding at a row's end."""
     batch = collate(samples)
     lengths = torch.tensor([_num_tokens(sample) for sample in samples])
     batch["valid"] = torch.arange(batch["tokens"].shape[1]) < lengths[:, None]
@@ -79,9 +79,9 @@ def collate_with_valid(
 
 
 def _num_tokens(sample: Mapping[str, Any]) -> int:
-    """Tokens of a row without its padding."""
+    """Number of tokens of a row without its padding."""
     num_tokens = len(sample["tokens"])
-    if "seq_lens" in sample:  # packed: padding is the last sequence, and its positions go on from the one before
+    if "seq_lens" in sample:  # packed: padding is the last sequence, and its positions continue the one before
         last = int(sample["seq_lens"][-1])
         start = num_tokens - last
         if start > 0 and sample["input_pos"][start] != 0:

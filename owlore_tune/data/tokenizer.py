@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from torchtune.data import Message
 
 CHAT_TEMPLATES = ("model", "plain")
-# Prompt, answer, EOS, as evaluations without a chat template ask: the answer is on a new line, or after a space if the
-# prompt ends in a colon, as in "Answer:". That space belongs to the answer, as it does in the tokens.
+# Prompt, answer, EOS, the format of evaluations without a chat template. The answer is on a new line, or after a space
+# if the prompt ends in a colon, such as "Answer:". That space belongs to the answer, as it does in the tokens.
 _PLAIN = (
     "{% for message in messages %}{% set ends = loop.previtem and loop.previtem['content'].endswith(':') %}"
     "{% if message['role'] == 'assistant' %}{{ ' ' if ends }}{{ message['content'] }}{{ eos_token }}"
@@ -26,19 +26,19 @@ _PLAIN = (
 class HFChatTokenizer:
     """torchtune's ``ModelTokenizer`` over ``tokenizer.json`` and the model's own Jinja chat template.
 
-    ``tokenize_messages`` gives the tokens of transformers' ``apply_chat_template``, with a mask that leaves the
-    assistant's turns, each up to and with the special token that ends it.
+    ``tokenize_messages`` returns the tokens of transformers' ``apply_chat_template`` and a mask. Only the assistant's
+    turns are unmasked, each including the special token that ends it.
 
     Args:
         path: a model directory with ``tokenizer.json``, ``tokenizer_config.json`` and a chat template (in the config
             or as ``chat_template.jinja``).
         max_seq_len: cut longer token lists to this length; null for no limit.
-        chat_template: ``model``, the one of the directory, for instruct models; ``plain`` for base models: BOS where
-            the model's tokenizer adds it, the prompt, its answer and EOS.
+        chat_template: ``model`` for instruct models: the directory's template. ``plain`` for base models: BOS if the
+            model's tokenizer adds it, the prompt, its answer and EOS.
 
     Raises:
-        ValueError: if the directory lacks ``tokenizer.json`` or a file of it cannot be read, ``max_seq_len`` is not
-            positive, ``chat_template`` is unknown, or a special token that the config names is not in the vocabulary.
+        ValueError: if the directory lacks ``tokenizer.json``, a file cannot be read, ``max_seq_len`` is not positive,
+            ``chat_template`` is unknown, or a special token in the config is not in the vocabulary.
     """
 
     def __init__(self, path: str, max_seq_len: int | None = None, chat_template: str = "model") -> None:
@@ -46,7 +46,7 @@ class HFChatTokenizer:
         file = directory / "tokenizer.json"
         if not file.is_file():
             raise ValueError(
-                f"tokenizer.path={path} has no tokenizer.json; download the model first, the top of the config says how"
+                f"tokenizer.path={path} has no tokenizer.json; download the model first (see the top of the config)"
             )
         if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int)):
             raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be a whole number, or null for no limit")
@@ -57,7 +57,7 @@ class HFChatTokenizer:
         self.max_seq_len = max_seq_len
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise ValueError(f"{file} cannot be read: {error}") from error
         self._config = _read_json(directory / "tokenizer_config.json")
         self.special_tokens: dict[str, int] = {
@@ -71,14 +71,14 @@ class HFChatTokenizer:
         self.chat_template = _chat_template(directory, self._config) if chat_template == "model" else self._plain()
         self.is_chat = chat_template == "model" and self.chat_template is not None
         self._template: Any = None
-        self.now = datetime.now()  # for templates that print the date; a resumed run keeps that of its beginning
+        self.now = datetime.now()  # for templates that print the date; a resumed run keeps its start date
 
     def _plain(self) -> str:
         return ("{{ bos_token }}" if self.adds_bos else "") + _PLAIN
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the model's own rule is to begin a text with BOS, as transformers does when it encodes one."""
+        """Whether the model's tokenizer adds BOS to a text by default, as in transformers."""
         return self.bos_id is not None and self._tokenizer.encode("a").ids[:1] == [self.bos_id]
 
     @property
@@ -86,27 +86,27 @@ class HFChatTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def _pad_id(self) -> int:
-        # Many models pad with the token that ends a turn. torchtune's generate takes every pad in a prompt for padding,
-        # so the unknown token serves where there is one; in training, padding is masked whatever it is.
+        # Many models pad with the token that ends a turn. torchtune's generate treats every pad token in a prompt as
+        # padding, so use the unknown token if there is one. In training, padding is always masked.
         candidates = [self._special_id(key) for key in ("pad_token", "unk_token")]
         usable = [index for index in candidates if index is not None and index != self.eos_id]
         return usable[0] if usable else (self.eos_id or 0)
 
     def _stop_tokens(self, generation_config: dict[str, Any]) -> list[int]:
-        """EOS, and what else ends generation: in chat models often a token that ends a turn, and is not the EOS."""
+        """EOS and the other tokens that end generation. Chat models often end a turn with a token other than EOS."""
         more = generation_config.get("eos_token_id") or []
         more = more if isinstance(more, list) else [more]
         if bad := [token for token in more if type(token) is not int]:
-            raise ValueError(f"generation_config.json: eos_token_id {bad[0]!r} is not a token's number")
+            raise ValueError(f"generation_config.json: eos_token_id {bad[0]!r} is not a token id")
         return list(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *more]))
 
     def digest(self) -> str:
-        """A digest of vocabulary, merges, added tokens and chat template: of what text becomes."""
+        """A digest of vocabulary, merges, added tokens and chat template."""
         content = self._tokenizer.to_str() + str(self.chat_template)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def digests(self) -> dict[str, str]:
-        """Digests of what text becomes, by what makes it."""
+        """Digests of the tokenizer with its special tokens, and of the chat template."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special = [[self._special_token(name) for name in names], self.adds_bos, self.pad_id, self.stop_tokens]
         contents = {
@@ -128,7 +128,7 @@ class HFChatTokenizer:
         return token["content"] if isinstance(token, dict) else token
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
-        """Token ids of plain text, with BOS and EOS if asked for and the model has them."""
+        """Token ids of plain text, with BOS and EOS if requested and the model has them."""
         tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
         bos = [self.bos_id] if add_bos and self.bos_id is not None else []
         eos = [self.eos_id] if add_eos and self.eos_id is not None else []
@@ -138,10 +138,10 @@ class HFChatTokenizer:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The text that the chat template makes of the messages.
+        """Render the messages with the chat template.
 
         Raises:
-            ValueError: if the model has no chat template, or the template refuses the messages.
+            ValueError: if the model has no chat template, or the template rejects the messages.
         """
         turns = [{"role": message.role, "content": message.text_content} for message in messages]
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -151,18 +151,18 @@ class HFChatTokenizer:
         self._template.environment.globals["strftime_now"] = self.now.strftime
         try:
             return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **special)
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # a template is a program and can raise anything
+            raise ValueError(f"the chat template rejects these messages: {error}") from error
 
     def tokenize_messages(self, messages: list[Message], add_end_tokens: bool = True) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation and a mask, True where a token is not trained on.
+        """Tokens of a conversation, and a mask that is True for tokens without a loss.
 
-        Only unmasked assistant messages are trained on. What is longer than ``max_seq_len`` is cut at the end, without
-        an end token that the conversation doesn't have there.
+        The loss covers only unmasked assistant messages. Conversations longer than ``max_seq_len`` are cut at the end,
+        and no end token is added there.
 
         Args:
-            add_end_tokens: False to prompt for the assistant's answer, as in generation; a last, empty assistant
-                message then stands for the answer to come.
+            add_end_tokens: False to prompt for the assistant's answer, as in generation. An empty assistant message at
+                the end is then dropped.
         """
         if not add_end_tokens and messages[-1].role == "assistant" and not messages[-1].text_content:
             messages = messages[:-1]
@@ -175,7 +175,7 @@ class HFChatTokenizer:
         return tokens[: self.max_seq_len], mask[: self.max_seq_len]
 
     def _assistant_spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
-        """Where in the rendered text the assistant's unmasked turns are, from the first character of the answer."""
+        """(start, end) of the assistant's unmasked turns in the rendered text; a turn starts at its answer."""
         spans = []
         for i, message in enumerate(messages):
             if message.role != "assistant" or message.masked:
@@ -184,8 +184,8 @@ class HFChatTokenizer:
             turn = self.render(messages[: i + 1])
             if not (turn.startswith(prompt) and text.startswith(turn)):
                 raise ValueError(
-                    "the chat template rewrites earlier turns, so the assistant's turns cannot be told apart; "
-                    "train on single-turn data, or with one of torchtune's tokenizers"
+                    "the chat template rewrites earlier turns, so the assistant's turns cannot be located; "
+                    "use single-turn data, or one of torchtune's tokenizers"
                 )
             spans.append((len(prompt), len(prompt) + self._answer_length(turn[len(prompt) :])))
         return spans
@@ -218,7 +218,7 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     if file.is_file():
         return file.read_text()
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
+    if isinstance(template, list):  # several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
 
@@ -230,7 +230,7 @@ def _compile_template(source: str | None):
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    # The settings and helpers that chat templates are written for.
+    # The settings and helpers that chat templates expect.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)

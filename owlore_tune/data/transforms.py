@@ -1,4 +1,4 @@
-"""Rows of a dataset as a user's and an assistant's message."""
+"""Transforms of dataset rows to a user message and an assistant message."""
 
 from collections.abc import Mapping
 from string import ascii_uppercase
@@ -9,22 +9,22 @@ from torchtune.modules.transforms import Transform
 
 
 class RowTransform(Transform):
-    """A row of a dataset as a user's and an assistant's message.
+    """Transforms a dataset row to a user message and an assistant message.
 
     Attributes:
-        texts: the fields that must be text.
+        texts: fields that must be text.
     """
 
     texts: tuple[str, ...] = ()
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
-        """What is wrong with ``row``, if anything, naming the field."""
+        """A description of the problem with ``row``, naming the field; None if it is valid."""
         for field in self.texts:
             if not isinstance(row.get(field), str):
                 return f"no text in field {field!r}"
         for field, value in row.items():
             if isinstance(value, str) and not is_unicode(value):
-                return f"half a surrogate pair in field {field!r}, which is no valid Unicode"
+                return f"an unpaired surrogate in field {field!r}, which is not valid Unicode"
         return None
 
     def prompt_and_answer(self, row: Mapping[str, Any]) -> tuple[str, str]:
@@ -41,13 +41,13 @@ class RowTransform(Transform):
 
 
 class InstructionToMessages(RowTransform):
-    """``instruction``, optional ``input`` below it, ``output``."""
+    """Rows of ``instruction``, optional ``input``, and ``output``. The input goes below the instruction."""
 
     texts = ("instruction", "output")
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
         if not isinstance(row.get("input"), str | None):
-            return f"{row['input']!r} in field 'input', which is no text"
+            return f"{row['input']!r} in field 'input', which is not text"
         return super().problem(row)
 
     def prompt_and_answer(self, row: Mapping[str, Any]) -> tuple[str, str]:
@@ -55,7 +55,7 @@ class InstructionToMessages(RowTransform):
 
 
 class ProblemToMessages(RowTransform):
-    """``question`` and ``answer``."""
+    """Rows of ``question`` and ``answer``."""
 
     texts = ("question", "answer")
 
@@ -64,16 +64,16 @@ class ProblemToMessages(RowTransform):
 
 
 class ChoicesToMessages(RowTransform):
-    """``question``, ``choices`` and the index ``answer``; the answer is a letter."""
+    """Rows of ``question``, ``choices`` and the index ``answer``. The assistant's message is a letter."""
 
     texts = ("question",)
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
         choices, answer = row.get("choices"), row.get("answer")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            return "no list of texts in field 'choices'"
+            return "no list of strings in field 'choices'"
         if not isinstance(answer, int) or not 0 <= answer < min(len(choices), len(ascii_uppercase)):
-            return f"{answer!r} in field 'answer', which is no index of its {len(choices)} choices"
+            return f"{answer!r} in field 'answer', which is not an index of its {len(choices)} choices"
         return super().problem(row)
 
     def prompt_and_answer(self, row: Mapping[str, Any]) -> tuple[str, str]:
@@ -82,7 +82,7 @@ class ChoicesToMessages(RowTransform):
 
 
 def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be encoded: JSON can spell half a surrogate pair, which no tokenizer takes."""
+    """Whether ``text`` can be encoded. JSON can contain an unpaired surrogate, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,1 +1,1 @@
-"""Several processes that train together: what they exchange, how they start, and how FSDP2 shards a model."""
+"""Distributed training: collectives, process startup, and FSDP2 sharding."""

@@ -1,4 +1,4 @@
-"""A model sharded by FSDP2, layer by layer."""
+"""Shard a model with FSDP2, layer by layer."""
 
 from dataclasses import dataclass
 
@@ -12,23 +12,23 @@ from torchtune import training
 
 @dataclass(frozen=True)
 class Sharding:
-    """How FSDP2 divides a model."""
+    """How FSDP2 shards a model."""
 
     world_size: int = 1
     cpu_offload: bool = False  # parameters, gradients and optimizer state are in host memory
-    reshard_after_forward: bool = True  # only shards of a layer are kept between forward and backward
+    reshard_after_forward: bool = True  # keep only shards of a layer between forward and backward
 
 
 def shard_model(model: nn.Module, device: torch.device, sharding: Sharding) -> torch.device:
     """Shard the parameters of ``model``, on the meta device, by rows over all processes of torch.distributed.
 
-    Gradients are summed over the processes, not averaged: each process's loss is its share of the mean.
+    Gradients are summed over the processes, not averaged, because each process's loss is its share of the mean.
 
     Returns:
-        The device that parameters are kept on; they are computed with on ``device``.
+        The device that stores the parameters. Computation runs on ``device``.
     """
     assert dist.group.WORLD is not None
-    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)  # a group of its own would have another timeout
+    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)  # a new group would have another timeout
     training.shard_model(
         model,
         [training.get_shard_conditions],
@@ -37,7 +37,7 @@ def shard_model(model: nn.Module, device: torch.device, sharding: Sharding) -> t
         dp_mesh=mesh,
     )
     root, *_ = modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    # Embeddings, norm and head stay together after forward, because the loss then reads the head.
+    # Embeddings, norm and head stay gathered after forward, because the loss reads the head.
     root.set_reshard_after_forward(False, recurse=False)
     for module in modules:
         module.set_gradient_divide_factor(1.0)
@@ -46,7 +46,7 @@ def shard_model(model: nn.Module, device: torch.device, sharding: Sharding) -> t
 
 
 def reshard(model: nn.Module) -> None:
-    """After forward passes alone, shard again the parameters that FSDP2 keeps whole for a backward pass."""
+    """Reshard parameters that FSDP2 keeps gathered for a backward pass. Call it after forward passes without one."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""How the processes that torchrun starts find each other, also after a restart, and how they report a lost one."""
+"""Connect the processes that torchrun starts, also after a restart, and report lost ones."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from torchtune.utils import get_logger
 from owlore_tune.distributed.world import RankError
 from owlore_tune.errors import RunError
 
-# What torch.distributed says if a process went away, or is silent.
+# Parts of torch.distributed's error messages if a process died or does not answer.
 LOST_PROCESS = (
     "connection closed by peer", "connection reset", "timed out", "timeout", "broken pipe", "connection refused",
     "communicator was aborted", "remote process exited",
@@ -27,12 +27,12 @@ LOST_PROCESS = (
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = False) -> Iterator[None]:
-    """torch.distributed for the block, if torchrun launched this process; else nothing.
+    """Initialize torch.distributed for the block if torchrun launched this process. Else do nothing.
 
     Args:
-        device: of this process; it decides the backend.
-        timeout_s: seconds that a process waits for another one.
-        cpu_offload: host memory is exchanged too.
+        device: the device of this process; it determines the backend.
+        timeout_s: seconds to wait for other processes.
+        cpu_offload: also communicate tensors in host memory.
 
     Raises:
         RunError: if another process died, or did not answer within ``timeout_s``.
@@ -48,7 +48,7 @@ def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = Fa
         raise RunError(f"rank {rank} cannot join the others: {error}") from error
     try:
         if dist.get_rank() > 0:
-            get_logger("INFO").setLevel(logging.ERROR)  # messages of all ranks come from the first one
+            get_logger("INFO").setLevel(logging.ERROR)  # only rank 0 logs
         yield
     except RankError as error:
         raise RunError(str(error)) from error
@@ -56,22 +56,22 @@ def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = Fa
         if not any(words in str(error).lower() for words in LOST_PROCESS):
             raise
         raise RunError(
-            f"rank {rank}: another process of the run died or did not answer for dist_timeout_s={timeout_s} s "
-            f"({str(error).splitlines()[0]}). Checkpoints are intact: resume from the newest with "
+            f"rank {rank}: another process of the run died or did not answer within dist_timeout_s={timeout_s} s "
+            f"({str(error).splitlines()[0]}). Checkpoints are intact; resume from the newest with "
             "resume_from_checkpoint=true"
         ) from error
-    # Not after an error: the others may never reach this call.
+    # Skipped after an error, because the others might never reach this call.
     dist.destroy_process_group()
 
 
 def join_process_group(backend: str, timeout: timedelta = default_pg_timeout) -> None:
-    """``init_process_group`` as torchrun's variables say.
+    """``init_process_group`` from torchrun's environment variables, on a fresh store.
 
-    torchrun keeps its store when it starts processes again, and what an earlier attempt has left there would send them
-    to addresses where nobody listens any more (pytorch/pytorch#135712).
+    torchrun keeps its store when it restarts processes. Entries of an earlier attempt would point them to dead
+    addresses (pytorch/pytorch#135712).
 
     Raises:
-        RuntimeError: if the other processes do not come within ``timeout``.
+        RuntimeError: if the other processes do not join within ``timeout``.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
@@ -80,15 +80,15 @@ def join_process_group(backend: str, timeout: timedelta = default_pg_timeout) ->
 
 
 def fresh_store(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
-    """A part of ``store`` that belongs to the processes that call this together, and that nobody has written to.
+    """An empty namespace of ``store``, shared by the processes that call this together.
 
-    The first process names it, in answer to a word that each of the others has made up: one that is of an earlier
-    attempt gets an answer that nobody reads.
+    Rank 0 chooses its name. Every other rank posts a random word and reads the name under that word. An answer to a
+    word of an earlier attempt is never read.
     """
     if rank > 0:
         word = uuid4().hex
         store.set(f"word_of_{rank}", word)
-        name = store.get(word).decode()  # waits for it
+        name = store.get(word).decode()  # blocks until rank 0 answers
         store.set(f"{name}_{rank}", "")
         return PrefixStore(name, store)
     name = uuid4().hex

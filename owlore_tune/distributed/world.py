@@ -1,4 +1,4 @@
-"""The processes that train together, and what a sharded tensor has on this one."""
+"""The processes that train together, and the local part of sharded tensors."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """What failed on another rank."""
+    """A failure on another rank."""
 
 
 class World:
-    """A group of processes with what they exchange. In a world of one nothing is exchanged, so no bit changes.
+    """A group of processes and its collectives. With one process, collectives do nothing.
 
     Args:
-        group: of torch.distributed; None for this process alone.
+        group: a torch.distributed group; None for only this process.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -29,41 +29,41 @@ class World:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "World":
-        """The processes that ``tensor`` is sharded over; this one alone for a plain tensor."""
+        """The processes that ``tensor`` is sharded over; only this one for a plain tensor."""
         if not isinstance(tensor, DTensor) or tensor.device_mesh.size() == 1:
             return ALONE
         return cls(tensor.device_mesh.get_group())
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """``tensor`` replaced by its sum over all processes."""
+        """Replace ``tensor`` with its sum over all processes."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def sums(self, numbers: list[int], device: torch.device) -> list[int]:
-        """Each of ``numbers`` summed over all processes, by way of ``device``."""
+        """Each of ``numbers`` summed over all processes, through a tensor on ``device``."""
         if self.size == 1:
-            return numbers  # without a wait for the device
+            return numbers  # no device sync
         return self.sum_(torch.tensor(numbers, device=device)).tolist()
 
     def largest(self, number: int, device: torch.device) -> int:
-        """The largest ``number`` of all processes, by way of ``device``."""
+        """The largest ``number`` of all processes, through a tensor on ``device``."""
         return number if self.size == 1 else int(self.max_(torch.tensor(number, device=device)))
 
     def max_(self, tensor: Tensor) -> Tensor:
-        """``tensor`` replaced by its largest over all processes."""
+        """Replace ``tensor`` with its elementwise maximum over all processes."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def from_first_(self, tensor: Tensor) -> Tensor:
-        """``tensor`` replaced by that of the first process."""
+        """Replace ``tensor`` with that of rank 0."""
         if self.size > 1:
             dist.broadcast(tensor, src=dist.get_global_rank(self._group, 0), group=self.group)
         return tensor
 
     def share(self, value: T) -> T:
-        """The first process's ``value``, any object."""
+        """Rank 0's ``value``, any object."""
         if self.size == 1:
             return value
         values = [value]
@@ -71,7 +71,7 @@ class World:
         return values[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every process's ``value``, on all of them, in the order of ranks."""
+        """The ``value`` of every process in rank order, on all processes."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -79,13 +79,13 @@ class World:
         return values
 
     def attempt(self, action: Callable[[], T], *, first_alone: bool = False) -> T | None:
-        """Run ``action`` here, or on the first process alone; an error of one is an error of all.
+        """Run ``action`` on every process, or only on rank 0. An error on one rank is raised on all.
 
-        So no process waits for one that has given up. The exchange after it lets all of them go on together.
+        No process then waits for one that failed. The call also synchronizes all processes.
 
         Raises:
-            Exception: the one that ``action`` raised here.
-            RankError: if it failed on another rank, with that one's message.
+            Exception: the error that ``action`` raised on this rank.
+            RankError: if it failed on another rank, with that rank's message.
         """
         result, error = None, None
         if self.rank == 0 or not first_alone:
@@ -112,48 +112,51 @@ ALONE = World()
 
 
 def is_known_to_all(error: Exception) -> bool:
-    """Whether all processes have an error of the same call, so that they can go on together."""
+    """Whether all processes have an error from the same call and can continue together."""
     return isinstance(error, RankError) or getattr(error, "known_to_all", False)
 
 
 def current_world() -> World:
-    """All processes that torch.distributed was initialized with; this one alone without it."""
+    """All processes of torch.distributed; only this one if it is not initialized."""
     return World(dist.group.WORLD) if dist.is_initialized() and dist.get_world_size() > 1 else ALONE
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of a sharded tensor, sharing its memory; a plain tensor itself."""
+    """This process's part of a sharded tensor, without a copy. Returns a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, gathered from all processes; a plain tensor itself."""
+    """A sharded tensor gathered from all processes. Returns a plain tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This process's rows of ``value``, as a tensor sharded as ``like`` is; for a plain ``like`` all of it."""
+    """Shard ``value`` like ``like``. Returns ``value`` itself if ``like`` is a plain tensor."""
     if not isinstance(like, DTensor):
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # each has it: none sends
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # no communication
 
 
 def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """Which rows of ``tensor``, sharded along its first dimension, are here: from, to. All rows of a plain tensor."""
+    """First and end row of this process's part of ``tensor``, sharded along its first dimension.
+
+    All rows for a plain tensor.
+    """
     if not isinstance(tensor, DTensor):
         return 0, tensor.shape[0]
     mesh = tensor.device_mesh
-    each = -(-tensor.shape[0] // mesh.size())  # as torch.chunk divides: the last ones have fewer, or none
+    each = -(-tensor.shape[0] // mesh.size())  # as torch.chunk: the last ranks have fewer rows, or none
     first = min(mesh.get_local_rank() * each, tensor.shape[0])
     return first, min(first + each, tensor.shape[0])
 
 
 def is_finite(parameter: Tensor) -> bool:
-    """Whether all values that are here are finite; by a norm, which needs no copy of them."""
+    """Whether all values of this process's part are finite. A norm needs no copy of them."""
     values = local(parameter.detach())
     return not values.numel() or bool(torch.linalg.vector_norm(values, ord=torch.inf).isfinite())
 
 
 def peak(tensor: Tensor) -> Tensor:
-    """The largest magnitude in ``tensor``, (); 0 where it has no values."""
+    """The largest magnitude in ``tensor``, (); 0 if it is empty."""
     return tensor.abs().amax() if tensor.numel() else torch.zeros((), dtype=tensor.dtype, device=tensor.device)

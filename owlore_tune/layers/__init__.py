@@ -1,4 +1,4 @@
-"""Which layers train: their scores, the sampler that draws by them, and the switch from one set to the next."""
+"""Layer scores, the layer sampler, and switching between sets of active layers."""
 
 from owlore_tune.layers.active import ActiveLayers
 from owlore_tune.layers.outliers import outlier_scores

@@ -1,4 +1,4 @@
-"""The set of layers that train now, and what changes when it does."""
+"""The set of active layers, and switching between sets."""
 
 from typing import Any
 
@@ -14,23 +14,23 @@ from owlore_tune.optim.adamw import INACTIVE_STATES, OwLoreAdamW
 class ActiveLayers:
     """Draws the active layers every ``resample_every`` steps and freezes all others (OwLore, arXiv 2405.18380, alg. 1).
 
-    A layer that becomes active gets ``requires_grad`` and a hook on each projected weight that reduces its gradient
-    during backward. A layer that leaves loses its gradients, and its optimizer state as ``inactive_state`` says.
-    Parameters outside the layers that are not in the optimizer are frozen once, here.
+    An activated layer gets ``requires_grad`` and a hook on each projected weight, which reduces the gradient during
+    backward. A deactivated layer loses its gradients; ``inactive_state`` controls its optimizer state. Parameters
+    outside the layers that are not in the optimizer are frozen once, in the constructor.
 
-    Create it once weights are loaded, since loading may replace parameters.
+    Create it after loading weights, because loading can replace parameters.
 
     Args:
         model: a torchtune ``TransformerDecoder``.
-        optimizer: holds all layers' parameters, see `owlore_tune.optim.adamw.parameter_groups`.
-        sampler: decides which layers.
+        optimizer: has the parameters of all layers, see `owlore_tune.optim.adamw.parameter_groups`.
+        sampler: draws the layers.
         resample_every: K, in optimizer steps.
-        inactive_state: ``drop``: a layer that returns has new bases and moments. ``keep``: it has those it left with,
-            and its bases are refreshed by the steps that it trained on them, as in the authors' code. ``offload``:
-            ``keep`` in host memory.
-        project_in_backward: reduce gradients in hooks, so that at most one projected weight's full gradient is alive.
+        inactive_state: optimizer state of inactive layers. ``drop``: a layer that returns starts with new bases and
+            moments. ``keep``: it continues with its old ones; only its own steps count toward a basis refresh, as in
+            the authors' code. ``offload``: like ``keep``, in host memory.
+        project_in_backward: reduce gradients in hooks. At most one projected weight's full gradient is then alive.
             Without it, call ``optimizer.project_grads()`` after each backward; the result is the same.
-        world: processes that train together; all take the first one's draw.
+        world: processes that train together; all use rank 0's draw.
 
     Raises:
         ValueError: if ``resample_every`` or ``inactive_state`` is out of range.
@@ -70,10 +70,10 @@ class ActiveLayers:
             self._freeze(layer)
 
     def maybe_redraw(self, step: int) -> list[int] | None:
-        """Draw new layers if ``resample_every`` steps have gone by since the last draw.
+        """Draw new layers if ``resample_every`` steps have passed since the last draw.
 
         Args:
-            step: optimizer steps done so far.
+            step: optimizer steps so far.
 
         Returns:
             The active layers if there was a draw, else None.
@@ -85,7 +85,7 @@ class ActiveLayers:
         return self.active
 
     def num_trainable(self) -> int:
-        """Trainable parameters, the active layers' and those outside the layers."""
+        """Number of trainable parameters, in active layers and outside the layers."""
         return sum(p.numel() for p in self._model.parameters() if p.requires_grad)
 
     def _set_active(self, layers: list[int]) -> None:
@@ -116,7 +116,7 @@ class ActiveLayers:
         return {"active": self.active, "drawn_at": self.drawn_at, "sampler": self._sampler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the schedule. Load the optimizer's state after this, since a draw drops that of layers that leave."""
+        """Restore the schedule. Load the optimizer's state after this, because switching layers can drop state."""
         self._sampler.load_state_dict(state_dict["sampler"])
         self._set_active(list(state_dict["active"]))
         self.drawn_at = state_dict["drawn_at"]

@@ -1,4 +1,4 @@
-"""The outlier score of each layer: the share of its weights that stand out once inputs are taken into account.
+"""The outlier score of each layer: the share of its weights that are outliers after scaling by input norms.
 
 OWL (arXiv 2310.05175), as OwLore (arXiv 2405.18380, section 3.1) uses it: for each Linear with weight W (out, in) and
 calibration inputs X (tokens, in), A_ij = |W_ij| · ‖X_:,j‖₂; then over all Linears of the layer together,
@@ -27,10 +27,10 @@ def outlier_scores(
     Args:
         model: a torchtune ``TransformerDecoder``.
         batches: calibration inputs, keyword arguments of the model's forward (``tokens`` (b, s), and as needed
-            ``mask``, ``input_pos``) on its device. Positions that are False under the key ``valid`` (b, s), bool,
-            are padding and do not count; the model is not passed that key.
-        threshold: τ, in multiples of the layer's mean; 13 is what the paper's released scores were made with.
-        world: processes that have parts of the weights and batches of their own; all get the score of all batches.
+            ``mask``, ``input_pos``) on its device. The optional key ``valid`` (b, s), bool, is False for padding, which
+            does not count. It is not passed to the model.
+        threshold: τ, in multiples of the layer's mean; 13 as for the paper's released scores.
+        world: processes that shard the weights, each with its own batches; all get the scores over all batches.
 
     Returns:
         D_l of each layer, bottom first, between 0 and 1.
@@ -56,7 +56,7 @@ def outlier_scores(
 
 @torch.no_grad()
 def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world: World = ALONE) -> InputNorms:
-    """‖X_:,j‖₂ of the inputs of every Linear, from one forward pass of each batch, over all processes together."""
+    """‖X_:,j‖₂ of the inputs of every Linear, over the batches of all processes, in one forward pass per batch."""
     layers = find_layers(model)
     squares: InputNorms = [{} for _ in layers]
     counted = _Counted()
@@ -87,7 +87,7 @@ def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world
 
 @dataclass
 class _Counted:
-    """Which positions of the batch in the model count: (b · s,) bool, all where None."""
+    """Positions of the current batch that count: (b · s,) bool, or None for all."""
 
     valid: Tensor | None = None
 
@@ -95,7 +95,7 @@ class _Counted:
 def _count_squares(
     layer: nn.Module, squares: dict[str, Tensor], counted: _Counted
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    # The query, key and value projections read one tensor, and so do gate and up: each is measured once.
+    # The query, key and value projections share an input, as do gate and up. Each input is measured once.
     last: dict[str, Tensor | None] = {"input": None, "squares": None}
 
     def measure(name: str):
@@ -124,19 +124,19 @@ def outlier_share(
     threshold: float,
     world: World = ALONE,
 ) -> float:
-    """Share of entries of A = |W| · norm above ``threshold`` times the mean of A over all ``linears`` together.
+    """Share of entries of A = |W| · norm above ``threshold`` times the mean of A over all ``linears``.
 
     Streamed: at most one Linear's A is alive at a time.
 
     Raises:
-        ValueError: if a weight or a norm is not finite, since no comparison with their mean would be true.
+        ValueError: if a weight or a norm is not finite, because every comparison with the mean would then be false.
     """
     num_entries = sum(weight.numel() for weight, _ in linears)
     own = [(local(weight), norm.to(weight.device)) for weight, norm in linears]
     sums = [torch.dot(weight.abs().sum(0, dtype=torch.float64), norm.double()) for weight, norm in own]
     limit = threshold * world.sum_(torch.stack(sums).sum()) / num_entries
     if not limit.isfinite():
-        raise ValueError("its weights, or the activations that reach them, are not finite; are the weights damaged?")
+        raise ValueError("its weights or input activations are not finite; is the checkpoint damaged?")
     counts = [(weight.abs() * norm.to(_product_dtype(weight)) > limit).sum() for weight, norm in own]
     return int(world.sum_(torch.stack(counts).sum())) / num_entries
 

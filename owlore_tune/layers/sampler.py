@@ -1,4 +1,4 @@
-"""Which layers train next: inclusion probabilities from scores, and three ways to draw by them.
+"""Inclusion probabilities from layer scores, and three ways to draw layers.
 
 OwLore (arXiv 2405.18380, section 3.2): layers with more outlier weights are sampled more often.
 """
@@ -15,7 +15,7 @@ DRAWS = ("systematic", "bernoulli", "sequential")
 def inclusion_probabilities(scores: Sequence[float], num_active: int) -> list[float]:
     """The probability p_l that layer l is active: γ · score_l / Σ score, capped at 1.
 
-    What a cap cuts off is spread over the other layers in proportion to their scores, so that Σ p = γ.
+    The excess over the cap is spread over the other layers in proportion to their scores, which keeps Σ p = γ.
     A layer with score 0 gets probability 0.
 
     Args:
@@ -49,23 +49,23 @@ def inclusion_probabilities(scores: Sequence[float], num_active: int) -> list[fl
 
 
 class LayerSampler:
-    """Draws sets of layers from a generator of its own, so that nothing else that is random moves the schedule.
+    """Draws sets of layers with a private generator. Other random operations do not change the schedule.
 
     Args:
-        scores: of each layer, see `inclusion_probabilities`.
+        scores: one per layer, see `inclusion_probabilities`.
         num_active: γ.
         draw: ``systematic``: exactly γ layers, each with exactly its inclusion probability.
-            ``bernoulli``: every layer on its own, as in the paper's algorithm; the number of layers varies,
+            ``bernoulli``: each layer independently, as in the paper's algorithm; the number of layers varies,
             an empty set is never drawn, and the inclusion probabilities still hold.
             ``sequential``: γ draws without replacement weighted by score, as in the authors' code; the
             inclusion probabilities are then not exactly p_l.
-        seed: of the private generator.
+        seed: seed of the private generator.
 
     Attributes:
         probabilities: (layers,) float64, the inclusion probabilities.
 
     Raises:
-        ValueError: if ``draw`` is unknown, or the scores allow no draw of γ layers.
+        ValueError: if ``draw`` is unknown, or if γ layers cannot be drawn with these scores.
     """
 
     def __init__(self, scores: Sequence[float], num_active: int, draw: str = "systematic", seed: int = 0) -> None:
@@ -86,22 +86,22 @@ class LayerSampler:
         return torch.rand(size, generator=self._generator, dtype=torch.float64)
 
     def _systematic(self) -> torch.Tensor:
-        # Layers of probability 1 are set aside: with them, rounding could step over one or count it twice.
+        # Layers of probability 1 are handled separately, because rounding could skip one or count it twice.
         certain = (self.probabilities > 1 - 1e-12).nonzero().flatten()
         uncertain = (self.probabilities <= 1 - 1e-12).nonzero().flatten()
         num_left = self.num_active - len(certain)
         if num_left == 0:
             return certain
-        # A fresh order at each draw: in a fixed one, neighbours would never be active together.
+        # Shuffle at each draw. In a fixed order, neighbors would never be active together.
         order = uncertain[torch.randperm(len(uncertain), generator=self._generator)]
         marks = self.probabilities[order].cumsum(0)
-        marks[-1] = num_left  # exactly, whatever the sum's rounding
+        marks[-1] = num_left  # without the rounding error of the sum
         crossed = torch.floor(marks + self._rand(1))
         picked = torch.diff(crossed, prepend=torch.zeros(1, dtype=torch.float64)) > 0
         return torch.cat([certain, order[picked]])
 
     def _bernoulli(self) -> torch.Tensor:
-        if self._given_nonempty == 0:  # γ = 1: independent draws given one layer or more tend to a single one
+        if self._given_nonempty == 0:  # γ = 1: in the limit, a non-empty set has a single layer
             return torch.multinomial(self.probabilities, 1, generator=self._generator)
         while True:
             on = self._rand(len(self.probabilities)) < self._given_nonempty * self.probabilities
@@ -111,8 +111,8 @@ class LayerSampler:
     def _nonempty_share(self) -> float:
         """The c with c = P(a set drawn with c · p_l is not empty).
 
-        Empty sets are drawn again, which raises every inclusion probability by 1/P(not empty); drawing with
-        c · p_l undoes it exactly.
+        Redrawing empty sets multiplies every inclusion probability by 1/P(not empty). Drawing with c · p_l cancels
+        this factor exactly.
         """
         if self.num_active == 1:
             return 0.0

@@ -1,4 +1,4 @@
-"""The seven layer scores, and the file that keeps one so that it need not be made again."""
+"""The seven layer scores, and a file to store them for reuse."""
 
 import importlib.metadata
 import json
@@ -30,20 +30,20 @@ def layer_scores(
     threshold: float = 13.0,
     world: World = ALONE,
 ) -> list[float]:
-    """One number ≥ 0 per layer of ``model``, bottom first; a layer is sampled in proportion to it.
+    """One number ≥ 0 per layer of ``model``, bottom first. Layers are sampled in proportion to it.
 
     Args:
         score: ``outlier``: share of outlier weights (see `outlier_scores`). ``reverse``: max D − D_l, fewest
-            outliers first. ``uniform``: all alike, which is LISA (arXiv 2403.17919). ``increase``, ``decrease``: in
-            proportion to the layer's place from the bottom or the top. ``weight_norm``: Frobenius norm of the layer's
-            Linears together. ``heavy_tail``: the Hill estimate of the tail of the weights' spectra.
-        batches: returns the calibration batches; called for ``outlier`` and ``reverse`` alone.
+            outliers first. ``uniform``: equal scores, as in LISA (arXiv 2403.17919). ``increase``, ``decrease``:
+            proportional to the layer's position from the bottom or the top. ``weight_norm``: Frobenius norm over all
+            Linears of the layer. ``heavy_tail``: the Hill estimate of the tail of the weights' spectra.
+        batches: returns the calibration batches; only called for ``outlier`` and ``reverse``.
         threshold: τ of the outlier score.
-        world: processes that the weights are sharded over, each with batches of its own.
+        world: processes that shard the weights, each with its own batches.
 
     Raises:
         TypeError: if ``model`` is not a torchtune ``TransformerDecoder``.
-        ValueError: if ``score`` is unknown, or needs batches and there are none, or if weights or activations of a
+        ValueError: if ``score`` is unknown, if it needs batches and there are none, or if weights or activations of a
             layer are not finite.
     """
     layers = find_layers(model)
@@ -64,13 +64,13 @@ def layer_scores(
         raise ValueError(f"score={score!r}; choose one of {', '.join(SCORES)}")
     scores = [per_layer(layer) for layer in tqdm(layers, desc=f"Scoring by {score}", unit="layer", leave=False)]
     if bad := [layer for layer, value in enumerate(scores) if not math.isfinite(value)]:
-        raise ValueError(f"layer {bad[0]}: its weights are not finite; are they damaged?")
+        raise ValueError(f"layer {bad[0]}: its weights are not finite; is the checkpoint damaged?")
     return scores
 
 
 @torch.no_grad()
 def weight_norm(layer: nn.Module) -> float:
-    """Frobenius norm of the layer's Linears together."""
+    """Frobenius norm over all Linears of the layer."""
     norms = [torch.linalg.vector_norm(full(m.weight), dtype=torch.float64) for _, m in find_linears(layer)]
     return torch.linalg.vector_norm(torch.stack(norms)).item()
 
@@ -95,7 +95,7 @@ def heavy_tail(layer: nn.Module) -> float:
 
 @dataclass
 class LayerScores:
-    """Scores of a model's layers with where they come from; written and read as JSON."""
+    """Scores of a model's layers and their provenance, stored as JSON."""
 
     scores: list[float]
     score: str
@@ -122,29 +122,29 @@ class LayerScores:
         score: str = "outlier",
         threshold: float | None = None,
     ) -> "LayerScores":
-        """Read a score file made for this very model, score and, where it is given, threshold.
+        """Read a score file, and check that it matches the model, the score and, if given, the threshold.
 
         Raises:
             ValueError: if the file is missing or not a score file, if its scores are not finite numbers ≥ 0, or if
-                it was made for another number of layers, other weights, another score or another threshold.
+                its number of layers, weights, score or threshold differ.
         """
         try:
             loaded = cls(**json.loads(Path(path).read_text()))
         except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"scores_file={path} cannot be read ({error}); make one with `owlore score`") from error
+            raise ValueError(f"scores_file={path} cannot be read ({error}); create one with `owlore score`") from error
         if not isinstance(loaded.scores, list):
-            raise ValueError(f"scores_file={path} has no list of scores; make one with `owlore score`")
+            raise ValueError(f"scores_file={path} has no list of scores; create one with `owlore score`")
         for layer, value in enumerate(loaded.scores):
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"scores_file={path}: score of layer {layer} is {value}; make it again")
+                raise ValueError(f"scores_file={path}: score of layer {layer} is {value}; recreate the file")
         if len(loaded.scores) != num_layers:
             raise ValueError(
-                f"scores_file={path} is for a model of {len(loaded.scores)} layers; this one has {num_layers}"
+                f"scores_file={path} is for a model with {len(loaded.scores)} layers; this one has {num_layers}"
             )
         if loaded.fingerprint != fingerprint:
             raise ValueError(
                 f"scores_file={path} was made for other weights ({loaded.fingerprint}, these are {fingerprint}); "
-                "make one for this checkpoint with `owlore score`, or leave scores_file out"
+                "create one for this checkpoint with `owlore score`, or omit scores_file"
             )
         if loaded.score != score or None not in (threshold, loaded.threshold) and loaded.threshold != threshold:
             raise ValueError(

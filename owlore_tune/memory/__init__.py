@@ -1,1 +1,1 @@
-"""How much memory a run takes: as planned, and as measured."""
+"""Planned and measured memory of a run."""

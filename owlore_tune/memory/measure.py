@@ -1,4 +1,4 @@
-"""How much memory a run takes, as measured."""
+"""Measured memory of a run."""
 
 import ctypes
 import resource
@@ -9,7 +9,7 @@ import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: allocated on a CUDA device, else resident in this whole process."""
+    """Peak memory so far: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -17,7 +17,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now; where the system does not tell, the most so far."""
+    """Current resident memory of this process, or its peak if the system has no ``/proc``."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -25,6 +25,6 @@ def resident_bytes() -> int:
 
 
 def return_freed_memory(device: torch.device) -> None:
-    """On a CPU have glibc give back to the system what is free inside its heap; elsewhere this does nothing."""
+    """On a CPU, make glibc return free heap memory to the system. Does nothing on other devices."""
     if device.type == "cpu" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

@@ -1,8 +1,8 @@
-"""What a run will take in memory, found by running one training step on tensors that have no data.
+"""Plan the memory of a run by running one training step on tensors without data.
 
-The model's own forward and backward run under torch's ``FakeTensorMode``: every operation yields a tensor with a shape,
-a dtype and a device, and nothing behind it. A dispatch mode counts the bytes that would be alive and keeps the largest
-sum. So the plan holds for any model, loss and dtype that the step itself runs with, and takes seconds for 7B weights.
+The model's own forward and backward run under torch's ``FakeTensorMode``: each operation returns a tensor with shape,
+dtype and device, but no data. A dispatch mode counts live bytes and keeps the peak. The plan works for any model, loss
+and dtype that the step supports, and takes seconds for 7B weights.
 """
 
 import copy
@@ -29,36 +29,36 @@ from owlore_tune.optim import low_bits
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
 from owlore_tune.optim.projection import OVERSAMPLING, project
 
-# What becomes of a full gradient in backward: a smaller one, or None where it stays.
+# Replaces a full gradient in backward with a smaller one; returns None to keep it.
 Reduce = Callable[[Tensor, Tensor], Tensor | None]  # (the model's parameter, its gradient without data)
 
 
-# By how much resident memory outgrows what is in use, where glibc's heap serves: an experience, not a calculation.
-# Measured against plans without it: 1.05 to 1.10 on SmolLM2, 1.04 to 1.05 on 7B weights.
+# Empirical overhead of glibc fragmentation, as a share of the memory in use.
+# Measured memory over a plan without it: 1.05 to 1.10 on SmolLM2, 1.04 to 1.05 on 7B weights.
 HEAP_LOSS = 0.05
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes alive at the moment of a training step that takes the most, by what they are for."""
+    """Bytes alive at the peak of a training step, by purpose."""
 
     weights: int  # and buffers
     moments: int  # of AdamW
     bases: int  # of projections
-    gradients: int  # kept for the optimizer: low-rank ones, and those of weights that are not projected
-    activations: int  # kept by forward for backward
+    gradients: int  # kept for the optimizer: low-rank, or full for weights that are not projected
+    activations: int  # saved in forward for backward
     logits: int  # of the output head, with their gradients
-    temporary: int  # in backward: activations computed again, gradients on their way
-    gathered: int  # of sharded weights those that are whole for a while, with their gradients
-    framework: int  # on a CPU the process itself, before any weights load
-    allocator: int  # on a CPU what its heap loses between blocks, `HEAP_LOSS` of all else
+    temporary: int  # in backward: recomputed activations, intermediate gradients
+    gathered: int  # temporarily gathered sharded weights, with their gradients
+    framework: int  # on a CPU: the process before weights load
+    allocator: int  # on a CPU: heap fragmentation, `HEAP_LOSS` of everything else
 
     @property
     def total(self) -> int:
         return sum(vars(self).values())
 
     def on_gpu(self) -> "MemoryPlan":
-        """The same step on a GPU, where only what torch allocates counts."""
+        """The same step on a GPU, which counts only torch's allocations."""
         return replace(self, framework=0, allocator=0)
 
 
@@ -67,13 +67,13 @@ CATEGORIES = tuple(field.name for field in fields(MemoryPlan))
 
 @dataclass(frozen=True)
 class StepShape:
-    """What of a training step's memory is not in the model."""
+    """Settings of a training step that affect its memory."""
 
     batch_size: int
     seq_len: int  # tokens of the longest row
     packed: bool = False  # rows come with masks and positions
-    accumulates: bool = False  # several micro-batches a step: gradients are there when the next forward begins
-    checkpointing: bool = False  # of activations
+    accumulates: bool = False  # several micro-batches per step: gradients exist when the next forward begins
+    checkpointing: bool = False  # activation checkpointing
 
 
 def plan_memory(
@@ -89,18 +89,18 @@ def plan_memory(
     framework: int | None = None,
     sharding: Sharding | None = None,
 ) -> MemoryPlan:
-    """The plan of an OwLore run, for the draw that takes the most: the lowest layer and the highest others.
+    """Plan an OwLore run for the draw that takes the most memory: the lowest layer plus the topmost others.
 
-    With the lowest layer active, backward goes through the whole model; those at the top hold their gradients longest.
-    The optimizer's own step works in small pieces, after backward has freed more than those take.
+    With the lowest layer active, backward runs through the whole model. The topmost layers hold their gradients
+    longest. The optimizer step works in small pieces, which take less memory than backward has freed.
 
     Args:
         model: a torchtune ``TransformerDecoder`` on the meta device, in the dtype of the run.
-        optimizer: over its parameters; those that it holds outside the layers train always.
+        optimizer: over the model's parameters; those outside the layers always train.
         num_active: layers that train at once; None for all.
-        holds_all_state: optimizer state stays on ``device`` when its layer leaves.
-        projects_in_backward: gradients are reduced in backward, and not after it.
-        framework: bytes; `framework_bytes` as it is now where left out.
+        holds_all_state: optimizer state of inactive layers stays on ``device``.
+        projects_in_backward: gradients are reduced during backward, not after it.
+        framework: bytes; None for the current `framework_bytes`.
         sharding: plan for one of several devices.
     """
     layers = [set(layer.values()) for layer in model_parts(model).layers]
@@ -114,7 +114,7 @@ def plan_memory(
             return None
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         right, rank = optimizer.is_right(parameter), optimizer.group_of(parameter)["rank"]
-        # What a refresh holds; `range_finder` itself looks at values, and here are none.
+        # The memory of a refresh. `range_finder` itself reads values, but fake tensors have none.
         rows = grad if right else grad.T
         sketch = rows.new_empty(rows.shape[1], rank + OVERSAMPLING)
         basis = torch.linalg.qr(rows.T @ (rows @ sketch)).Q[:, :rank].contiguous()
@@ -146,16 +146,16 @@ def peer_plans(
 ) -> dict[str, MemoryPlan]:
     """Plans of other methods on the same model, loss and data.
 
-    Full fine-tuning and LoRA (on every Linear of the layers) as torchtune's recipes have them: AdamW's state in the
-    weights' dtype, and its chunked loss. GaLore (arXiv 2403.03507) projects all layers at once, LISA (arXiv
-    2403.17919) trains two of them at full rank; both have float32 moments.
+    Full fine-tuning and LoRA (on every Linear of the layers) are as in torchtune's recipes: AdamW state in the
+    weights' dtype, and the chunked loss. GaLore (arXiv 2403.03507) projects all layers at once. LISA (arXiv 2403.17919)
+    trains two layers at full rank. Both have float32 moments.
 
     Args:
-        train_outside: ``train_embeddings``, ``train_output`` and ``train_norm`` of `parameter_groups`, which hold for
-            GaLore and LISA as for the run they are compared with. Full fine-tuning trains all weights.
+        train_outside: ``train_embeddings``, ``train_output`` and ``train_norm`` of `parameter_groups`, for GaLore and
+            LISA. Full fine-tuning trains all weights.
     """
     theirs = copy.deepcopy(model)
-    vars(theirs).pop("unembed", None)  # back to logits as the model itself makes them
+    vars(theirs).pop("unembed", None)  # undo `set_model_output`
     their_loss = CEWithChunkedOutputLoss()
     theirs.set_num_output_chunks(their_loss.num_output_chunks)
     plans = {"full": _adamw_plan(theirs, their_loss, shape, device, framework, sharding, set(theirs.parameters()))}
@@ -174,7 +174,7 @@ def peer_plans(
 
 
 def framework_bytes(device: torch.device) -> int:
-    """What is there before any weights: on a CPU, where the whole process is measured, the process as it is now."""
+    """Bytes in use before weights load: on a CPU the current process, because the whole process is measured; else 0."""
     return resident_bytes() if device.type == "cpu" else 0
 
 
@@ -186,17 +186,17 @@ def step_bytes(
     trained: Iterable[Tensor],
     reduce: Reduce = lambda parameter, grad: None,
 ) -> dict[str, int]:
-    """Bytes by label at the largest moment of a forward and backward, without optimizer state.
+    """Bytes by label at the peak of a forward and backward, without optimizer state.
 
     Args:
-        model: on the meta device; it is left as it is.
-        trained: those of its parameters that get gradients.
-        reduce: what becomes of each gradient in backward.
+        model: on the meta device; it is not modified.
+        trained: the parameters that get gradients.
+        reduce: called on each gradient in backward, see `Reduce`.
     """
     trained = set(trained)
     fake = copy.deepcopy(model)
     with torch.device("cpu"):
-        init_rope(fake)  # it reads its own values, so it has to run where there are some
+        init_rope(fake)  # it reads its own values, so it cannot run without data
     tracker = _Tracker()
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         originals = _materialize(fake, model, device)
@@ -221,7 +221,7 @@ def step_bytes(
             parameter.requires_grad_(original in trained)
             if original in trained:
                 parameter.register_post_accumulate_grad_hook(hook)
-                if shape.accumulates:  # of a first micro-batch
+                if shape.accumulates:  # from the first micro-batch
                     parameter.grad = torch.empty_like(parameter)
                     hook(parameter)
         _forward_backward(fake, copy.copy(loss_fn), shape, device, tracker)
@@ -245,7 +245,7 @@ def _forward_backward(
         loss = loss_fn.of_rows(hidden.flatten(0, 1), tokens.flatten())
         del hidden
     else:
-        outputs = model(tokens, **extra)  # the last of them logits, but they are not told apart
+        outputs = model(tokens, **extra)  # logits made here count as activations
         tracker.label = "logits"
         chunked = isinstance(outputs, list)
         loss = loss_fn(outputs, tokens) if chunked else loss_fn(outputs.flatten(0, 1), tokens.flatten())
@@ -255,7 +255,7 @@ def _forward_backward(
 
 
 def _materialize(fake: nn.Module, model: nn.Module, device: torch.device) -> dict[Tensor, Tensor]:
-    """Give ``fake`` parameters and buffers on ``device``, without data; returns them with those of ``model``."""
+    """Give ``fake`` parameters and buffers on ``device`` without data. Returns new parameter → that of ``model``."""
     originals: dict[Tensor, Tensor] = {}
     for module, source in zip(fake.modules(), model.modules(), strict=True):
         for name, parameter in source._parameters.items():
@@ -286,11 +286,11 @@ def _adamw_plan(
 def _sharded(
     parts: dict[str, int], model: TransformerDecoder, sharding: Sharding, trained: set[Tensor]
 ) -> dict[str, int]:
-    """``parts`` on one of several devices: rows of what is sharded, and what FSDP2 puts together for a while.
+    """``parts`` on one of several devices: the shards, plus what FSDP2 gathers temporarily.
 
-    That is all outside the layers, from forward to backward; a layer and the next one, which is fetched ahead, or all
-    layers without resharding; and in backward a layer's gradients twice, as they are made and as they are sent.
-    Gradients outside the layers are whole until backward ends. Bases are whole everywhere.
+    FSDP2 gathers everything outside the layers from forward to backward. It gathers one layer and the prefetched next
+    one, or all layers without resharding. In backward, a layer's gradients exist twice: as computed and as sent.
+    Gradients outside the layers are unsharded until backward ends. Bases are never sharded.
     """
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     layers = [sum(parameter.nbytes for parameter in layer.values()) for layer in model_parts(model).layers]
@@ -315,7 +315,7 @@ def _plan(
     trained: set[Tensor],
     **parts: int,
 ) -> MemoryPlan:
-    """``parts``, with what sharding changes and what the device's way of counting adds."""
+    """The plan from ``parts``, with the effects of sharding and the device's overhead."""
     parts = {"gathered": 0} | parts if sharding is None else _sharded(parts, model, sharding, trained)
     framework = framework_bytes(device) if framework is None else framework
     loss = HEAP_LOSS if device.type == "cpu" else 0.0
@@ -323,7 +323,7 @@ def _plan(
 
 
 def _add_lora(model: nn.Module, rank: int) -> set[Tensor]:
-    """Put an adapter on each Linear of the layers, on the meta device; returns the adapters' parameters."""
+    """Add a LoRA adapter on the meta device to each Linear of the layers. Returns the adapters' parameters."""
     adapters = set()
     for layer in find_layers(model):
         for path, linear in [(path, m) for path, m in layer.named_modules() if isinstance(m, nn.Linear)]:
@@ -341,7 +341,7 @@ _LABELS = ("weights", "gradients", "activations", "logits", "temporary")
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts bytes of tensors that are alive, by the label at their birth; ``largest`` holds them at their most."""
+    """Counts bytes of live tensors by the label at their creation. ``largest`` has the counts at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ class _Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
-            return args[0].fake_device  # asked for more often than all else
+            return args[0].fake_device  # the most frequent call
         outputs = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._add, outputs)
         return outputs

@@ -1,4 +1,4 @@
-"""The parts of a decoder, and models that torchtune lacks or gets wrong."""
+"""The parts of a decoder, and models that torchtune lacks or implements incorrectly."""
 
 from owlore_tune.models.gemma2 import gemma2_2b
 from owlore_tune.models.smollm2 import lora_smollm2_135m, smollm2_135m

@@ -1,4 +1,4 @@
-"""Which parameters of a torchtune model form its layers, its embeddings, its output head and its final norm."""
+"""The parameters of a torchtune model by part: layers, embeddings, output head and final norm."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ _WRAPPER = "_checkpoint_wrapped_module."
 class ModelParts:
     """The parameters of a decoder by part, name → parameter. Every parameter is in exactly one part.
 
-    A head tied to the embeddings has no parameters of its own, so ``output`` is then empty.
+    ``output`` is empty if the head is tied to the embeddings.
     """
 
     layers: list[dict[str, nn.Parameter]]
@@ -41,7 +41,7 @@ def find_linears(layer: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def hidden_states(model: TransformerDecoder, tokens: Tensor, **kwargs: Tensor | None) -> Tensor:
-    """The normed last hidden states (b, s, d) for ``tokens`` (b, s): the model's forward without its output head.
+    """The model's forward without its output head: normalized hidden states (b, s, d) for ``tokens`` (b, s).
 
     Args:
         kwargs: ``mask`` and ``input_pos``, as the model's forward takes them.
@@ -53,14 +53,14 @@ def hidden_states(model: TransformerDecoder, tokens: Tensor, **kwargs: Tensor | 
 
 
 def init_rope(model: nn.Module) -> None:
-    """Give rotary embeddings their values, which are in no checkpoint; on torch's default device."""
+    """Initialize rotary embeddings on torch's default device. Checkpoints do not contain them."""
     for module in model.modules():
         if callable(init := getattr(module, "rope_init", None)):
             init()
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing puts into it."""
+    """A parameter's name without the prefix of activation checkpointing."""
     return name.replace(_WRAPPER, "")
 
 
@@ -69,7 +69,7 @@ def model_parts(model: nn.Module) -> ModelParts:
 
     Raises:
         TypeError: if ``model`` is not a torchtune ``TransformerDecoder``.
-        ValueError: if a parameter belongs to none of the parts.
+        ValueError: if a parameter belongs to no part.
     """
     num_layers = len(find_layers(model))
     parts = ModelParts([{} for _ in range(num_layers)], {}, {}, {})

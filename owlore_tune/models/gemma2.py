@@ -1,8 +1,7 @@
-"""Gemma 2 as it was trained.
+"""Gemma 2, with fixes for three bugs of torchtune 0.6.1.
 
-torchtune 0.6.1 departs from it in three ways that change the logits: ``gemma2_2b`` has the two soft-cap values the
-wrong way round; its final cap is on the last hidden state where Gemma's is on the logits; and its conversion of weights
-takes the norm before the MLP for the one behind it, and the other way round.
+All three change the logits. ``gemma2_2b`` swaps the two soft-cap values. It applies the final cap to the last hidden
+state instead of the logits. Its weight conversion swaps the norms before and after the MLP.
 """
 
 from typing import Any
@@ -15,7 +14,7 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 
 
 class CappedTiedLinear(TiedLinear):
-    """An output head tied to the embeddings, whose logits stay within ±``cap``: cap · tanh(logit / cap)."""
+    """An output head tied to the embeddings, with logits capped to ±``cap``: cap · tanh(logit / cap)."""
 
     def __init__(self, tied_module: nn.Module, cap: float) -> None:
         super().__init__(tied_module)
@@ -31,9 +30,9 @@ def gemma2(
     """``torchtune.models.gemma2.gemma2`` with the final cap on the logits.
 
     Args:
-        hidden_capping_value: of attention's logits, ``attn_logit_softcapping`` in Hugging Face's config.json.
-        final_capping_value: of the output's logits, ``final_logit_softcapping`` there.
-        shape: everything else as torchtune has it.
+        hidden_capping_value: cap of the attention logits, ``attn_logit_softcapping`` in Hugging Face's config.json.
+        final_capping_value: cap of the output logits, ``final_logit_softcapping`` in config.json.
+        shape: torchtune's other arguments.
     """
     model = torchtune_gemma2.gemma2(
         hidden_capping_value=hidden_capping_value, final_capping_value=final_capping_value, **shape
@@ -52,7 +51,7 @@ def gemma2_2b() -> TransformerDecoder:
 
 
 def hf_to_tune(state_dict: dict[str, Tensor], **heads: int | None) -> dict[str, Tensor]:
-    """torchtune's conversion from Hugging Face's layout, each MLP norm in its own place."""
+    """torchtune's conversion from Hugging Face's layout, with the MLP norms in the right places."""
     return _swap_mlp_norms(_convert_weights.gemma2_hf_to_tune(state_dict, **heads))
 
 

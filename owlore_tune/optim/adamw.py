@@ -33,8 +33,8 @@ MOMENTS = ("keep", "project", "reset")
 INACTIVE_STATES = ("drop", "offload", "keep")
 STATE_BITS = (32, 8)
 BASIS_BITS = (32, 16, 8)
-# Values of a weight that are updated at once, so that float32 temporaries stay small whatever the weight's size: few
-# enough to be cached on a processor, and enough to be worth a launch on a GPU.
+# Values of a weight that are updated at once. This bounds float32 temporaries. A piece fits in the cache of a CPU; on a
+# GPU it is large enough to amortize a kernel launch.
 _PIECE = {"cpu": 2**20}
 _LARGE_PIECE = 2**22
 _MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
@@ -49,8 +49,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The parameter groups of `OwLoreAdamW` for a torchtune ``TransformerDecoder``.
 
-    All layers form one group, projected to the optimizer's rank where active. What is trained besides them forms a
-    second one at full rank. The rest of the model is not in the optimizer: freeze it (`ActiveLayers` does).
+    All layers form one group, projected to the optimizer's rank. Other trained parameters form a second group at full
+    rank. The remaining parameters are not in the optimizer; freeze them (`ActiveLayers` does).
     """
     parts = model_parts(model)
     layers = [parameter for layer in parts.layers for parameter in layer.values()]
@@ -60,57 +60,57 @@ def parameter_groups(
 
 
 class Refresh(NamedTuple):
-    """A basis that a step made."""
+    """A basis computed in a step."""
 
     seconds: float
-    energy: Tensor  # () float64, share of the step's gradient in the basis; an estimate from a sketch
+    energy: Tensor  # () float64, share of the gradient's energy in the basis, estimated from a sketch
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Properties of a parameter that stay fixed once it is in the optimizer."""
+    """Fixed properties of a parameter in the optimizer."""
 
     index: int  # over all groups
     group: int
     projected: bool
-    right: bool  # whether it is projected on its right
+    right: bool  # projected on the right side
 
 
 class OwLoreAdamW(Optimizer):
-    """AdamW whose moments live in a low-rank projection of each weight's gradient (OwLore, arXiv 2405.18380, §3.3).
+    """AdamW with moments in a low-rank projection of each weight's gradient (OwLore, arXiv 2405.18380, §3.3).
 
-    For a weight (m, n) with gradient G the optimizer keeps a basis P (n, r), takes AdamW's direction D from the low
-    gradient G P (m, r), and moves the weight by −lr · scale · D Pᵀ. Weight decay is decoupled and acts on the full
-    weight. Arithmetic is float32 (float64 for float64 weights) whatever the weight's dtype, and so are moments and
-    bases unless fewer bits are asked for, with one write-back per step. Weights that a projection would not make
-    smaller (1-D ones, and those whose shorter side is not above ``rank``) are trained by plain AdamW, as is everything
-    where ``rank`` is None.
+    For a weight (m, n) with gradient G, the optimizer keeps a basis P (n, r), computes AdamW's direction D from the
+    low-rank gradient G P (m, r), and updates the weight by −lr · scale · D Pᵀ. Weight decay is decoupled and acts on
+    the full weight. Arithmetic is float32 (float64 for float64 weights) for every weight dtype. Moments and bases have
+    the same dtype unless ``state_bits`` or ``basis_bits`` is lower. The weight is written once per step. Plain AdamW
+    trains weights that a projection would not shrink (1-D parameters, and weights with a shorter side of at most
+    ``rank``), and all weights if ``rank`` is None.
 
-    A projected weight's gradient is reduced to (m, r) by `project_grad`, called by a hook in backward
-    (`ActiveLayers`), after each backward (`project_grads`), or by `step` itself. Reduced gradients add up over
-    micro-batches until `step`. On a step that refreshes the basis, the first micro-batch with a gradient makes it.
+    `project_grad` reduces a projected weight's gradient to (m, r). It runs in a backward hook (`ActiveLayers`), after
+    each backward (`project_grads`), or in `step`. Reduced gradients accumulate over micro-batches until `step`. If the
+    basis is due for a refresh, it is computed from the first micro-batch with a gradient.
 
-    On the ``right`` side the direction D of a wide weight (m < n) has m · r entries of about 1, where GaLore's rule has
-    r · n. It is therefore multiplied by √(n/m), so that ``lr`` and ``scale`` move a weight as far on either side.
+    With side ``right``, the direction D of a wide weight (m < n) has m · r entries of about 1; GaLore's rule gives
+    r · n. D is multiplied by √(n/m), which makes ``lr`` and ``scale`` comparable between the sides.
 
     Args:
-        params: parameters or groups, see `parameter_groups`. Every option below can differ by group.
+        params: parameters or groups, see `parameter_groups`. Every option below except ``seed`` can differ by group.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
         rank: r; None for full rank.
         update_gap: optimizer steps between refreshes of a basis.
         scale: factor on the projected direction.
         side: ``right``, or ``shape`` for GaLore's rule (the shorter side).
-        moments: at a refresh, ``keep`` them (GaLore's behaviour), ``project`` them onto the new basis, or ``reset``.
-        basis: ``randomized`` (see `range_finder`) or ``svd``, exact and slow.
-        state_bits: of the moments, 32 or 8. A step's direction is taken from its moments before they are rounded.
-        basis_bits: of the bases, 32, 16 or 8.
-        stochastic_rounding: write bfloat16 weights back with stochastic rounding; without it, updates smaller than half
-            the distance between two bfloat16 values are lost.
-        seed: of the Gaussian sketches.
+        moments: at a refresh, ``keep`` them (GaLore's behavior), ``project`` them onto the new basis, or ``reset``.
+        basis: ``randomized`` (see `range_finder`) or ``svd`` (exact but slow).
+        state_bits: bits of the moments, 32 or 8. A step uses its moments before they are rounded.
+        basis_bits: bits of the bases, 32, 16 or 8.
+        stochastic_rounding: write bfloat16 weights with stochastic rounding. Without it, updates smaller than half the
+            distance between two bfloat16 values are lost.
+        seed: seed of the Gaussian sketches.
 
     Raises:
-        ValueError: if a value is out of its range, if ``rank`` is too large for every weight of a group, or if a
-            parameter is not contiguous in memory.
+        ValueError: if a value is out of range, if ``rank`` is too large for every weight of a group, or if a parameter
+            is not contiguous in memory.
     """
 
     def __init__(
@@ -133,14 +133,14 @@ class OwLoreAdamW(Optimizer):
         seed: int = 0,
     ) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed={seed!r}; it must be a whole number")
+            raise ValueError(f"seed={seed!r}; it must be an integer")
         self._seed = seed
         self._slots: dict[Tensor, _Slot] = {}
-        self._low_grads: dict[Tensor, Tensor] = {}  # what micro-batches have added up to since the last step
-        self._sketches: dict[Tensor, Tensor] = {}  # of the whole gradient, where this step made the basis
-        self._refresh_seconds: dict[Tensor, float] = {}  # of this step
+        self._low_grads: dict[Tensor, Tensor] = {}  # accumulated over micro-batches since the last step
+        self._sketches: dict[Tensor, Tensor] = {}  # of the accumulated gradient, for bases computed in this step
+        self._refresh_seconds: dict[Tensor, float] = {}  # in this step
         self._offload = Offload()
-        self.last_refreshes: list[Refresh] = []  # of the last call of `step`
+        self.last_refreshes: list[Refresh] = []  # from the last call of `step`
         defaults = dict(
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, rank=rank, update_gap=update_gap,
             scale=scale, side=side, moments=moments, basis=basis, state_bits=state_bits, basis_bits=basis_bits,
@@ -171,11 +171,11 @@ class OwLoreAdamW(Optimizer):
         return self._slots[parameter].projected
 
     def is_right(self, parameter: Tensor) -> bool:
-        """Whether ``parameter``, if it is projected, is projected on its right."""
+        """Whether ``parameter`` is projected on its right side. False if it is not projected."""
         return self._slots[parameter].right
 
     def meta_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The tensors of the state that ``parameter`` has once it trains, on the meta device: sizes alone."""
+        """The state tensors of ``parameter`` in training, on the meta device (no data)."""
         group = self.group_of(parameter)
         meta = parameter.to("meta")
         if not self.is_projected(parameter):
@@ -188,9 +188,9 @@ class OwLoreAdamW(Optimizer):
 
     @torch.no_grad()
     def project_grad(self, parameter: Tensor) -> None:
-        """Reduce ``parameter.grad`` (m, n) to low rank, add it to what the step has gathered, and free it.
+        """Reduce ``parameter.grad`` (m, n) to low rank, accumulate the result, and free the full gradient.
 
-        Does nothing for a weight that is not projected or has no gradient. Fits
+        Does nothing for a weight that is not projected or has no gradient. Can be passed to
         ``Tensor.register_post_accumulate_grad_hook``.
         """
         if parameter.grad is None or not self.is_projected(parameter):
@@ -211,17 +211,17 @@ class OwLoreAdamW(Optimizer):
             self._sketches[parameter] = self._sketches.get(parameter, 0) + sketch
 
     def project_grads(self) -> None:
-        """`project_grad` for every parameter: after each backward, where no hook does it."""
+        """Call `project_grad` on every parameter. Use it after each backward if no hook does."""
         for parameter in self._slots:
             self.project_grad(parameter)
 
     def _refresh(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Make a new basis from ``grad`` (m, n) and carry the moments over to it.
+        """Compute a new basis from ``grad`` (m, n) and carry the moments over to it.
 
-        A gradient that is zero or not finite makes none: the next one that arrives does, in this step or a later one.
+        A zero or non-finite gradient gives no basis. The next gradient is then used, in this step or a later one.
         """
         if grad.is_cuda:
-            torch.cuda.synchronize(grad.device)  # else the clock has the wait for all that was queued before
+            torch.cuda.synchronize(grad.device)  # exclude work queued earlier from the timing
         started = time.perf_counter()
         state = self.state[parameter]
         right = self.is_right(parameter)
@@ -232,7 +232,7 @@ class OwLoreAdamW(Optimizer):
             generator = self._generator(parameter, grad.device)
             new, energy = range_finder(grad if right else grad.T, group["rank"], generator=generator, start=old)
         if energy.isnan():
-            if "basis" not in state:  # so that the zero gradient has a projection; `inf` marks it as no real basis
+            if "basis" not in state:  # placeholder to project this gradient with; age `inf` forces a refresh
                 state["basis"] = low_bits.store(new, group["basis_bits"], by_column=True)
                 state["basis_age"] = math.inf
             return
@@ -242,19 +242,19 @@ class OwLoreAdamW(Optimizer):
         self._refresh_seconds[parameter] = time.perf_counter() - started
 
     def _generator(self, parameter: Tensor, device: torch.device, purpose: str = "basis") -> torch.Generator:
-        """A generator for this weight and step: not the global one, and nothing that a resumed run has to replay."""
+        """A generator for this weight and step. It needs no saved state, so a resumed run gets the same one."""
         text = f"{self._seed} {self._slots[parameter].index} {self.state[parameter].get('step', 0)} {purpose}"
         return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
 
     def _refreshes_of_step(self) -> list[Refresh]:
-        """The bases that this step made, with their shares of the step's whole gradient.
+        """The bases computed in this step, with their shares of the accumulated gradient's energy.
 
-        A share is ‖S P‖² / ‖S‖² for a sketch S of the gradient's rows, since the gradient itself, the sum over all
-        micro-batches, is never there. Of sharded weights every process has a sketch of its own rows.
+        A share is ‖S P‖² / ‖S‖² for a sketch S of the gradient's rows, because the gradient summed over micro-batches
+        is never materialized. Each process sketches its own rows of a sharded weight.
         """
         if not self._sketches:
             return []
-        energies = []  # (2,) per weight: in the basis, in all
+        energies = []  # (2,) per weight: in the basis, total
         for parameter, sketch in self._sketches.items():
             inside = sketch @ _basis(self.state[parameter], sketch.dtype)
             energies.append(torch.stack([inside.double().square().sum(), sketch.double().square().sum()]))
@@ -266,21 +266,21 @@ class OwLoreAdamW(Optimizer):
         ]
 
     def step_grads(self) -> dict[Tensor, Tensor]:
-        """The gradients that the next step will use, by parameter: (m, r) for projected ones, else of its shape."""
+        """The gradients for the next step, by parameter: (m, r) if projected, else in the parameter's shape."""
         self.project_grads()
-        # In the optimizer's order, not in backward's: a norm over them is then the same bits in every mode.
+        # In the optimizer's order, not backward's. A norm over them is then bit-identical in every mode.
         grads = {parameter: self._low_grads.get(parameter, parameter.grad) for parameter in self._slots}
         return {parameter: local(grad) for parameter, grad in grads.items() if grad is not None}
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the gradients that the next step will use to a total norm of at most ``max_norm``.
+        """Scale the gradients for the next step to a total norm of at most ``max_norm``.
 
-        A projected weight counts with the norm of its low gradient, which is the part of the gradient that moves it.
-        That part alone is known in every mode: with several micro-batches the rest is never added up.
+        A projected weight contributes the norm of its low-rank gradient, the only part that updates the weight. Full
+        gradients are not accumulated over micro-batches, so their norm is not known in every mode.
 
         Returns:
-            Their total 2-norm before clipping, (). ``max_norm=inf`` only measures.
+            The total 2-norm before clipping, (). ``max_norm=inf`` only measures.
         """
         grads = list(self.step_grads().values())
         if not grads:
@@ -291,7 +291,7 @@ class OwLoreAdamW(Optimizer):
             norm = world.sum_(norm.square()).sqrt()
         if math.isfinite(max_norm):
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, torch.where(norm.isfinite(), factor, 1.0))  # else all of them turn NaN
+            torch._foreach_mul_(grads, torch.where(norm.isfinite(), factor, 1.0))  # else they turn NaN
         return norm
 
     @torch.no_grad()
@@ -312,7 +312,7 @@ class OwLoreAdamW(Optimizer):
         return loss
 
     def _step_projected(self, parameter: Tensor, low_grad: Tensor, group: dict[str, Any]) -> None:
-        """Move ``parameter`` (m, n) against the direction of its low gradient, (m, r) on the right, else (r, n)."""
+        """Update ``parameter`` (m, n) from its low-rank gradient: (m, r) on the right, else (r, n)."""
         right = self.is_right(parameter)
         state = self._advance(parameter, low_grad, group, by_column=right)
         state["basis_age"] += 1
@@ -346,7 +346,7 @@ class OwLoreAdamW(Optimizer):
             moments = _restore_moments(stored, dtype)
             some_grads = grads[start:stop].to(dtype)
             weight = weights[start:stop]
-            moved = weight.to(dtype)  # the weights themselves where the dtypes agree
+            moved = weight.to(dtype)  # the weight itself if the dtypes match
             adamw_(moved, some_grads, moments, state["step"], group, lr=group["lr"], weight_decay=group["weight_decay"])
             for kept, moment in zip(stored, moments, strict=True):
                 low_bits.update(kept, moment)
@@ -355,7 +355,7 @@ class OwLoreAdamW(Optimizer):
     def _advance(
         self, parameter: Tensor, grad: Tensor, group: dict[str, Any], by_column: bool = False
     ) -> dict[str, Any]:
-        """The state of ``parameter``, its step counted; zero moments of ``grad``'s shape where there are none yet."""
+        """Increment the step of ``parameter`` and return its state. New moments are zeros in the shape of ``grad``."""
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = 0
@@ -372,7 +372,7 @@ class OwLoreAdamW(Optimizer):
             gathered.clear()
 
     def deactivate(self, parameters: Iterable[Tensor], inactive_state: str = "drop") -> None:
-        """Forget the gradients of parameters that stop training, and drop, offload or keep their state."""
+        """Discard the gradients of parameters that stop training, and drop, offload or keep their state."""
         for parameter in parameters:
             parameter.grad = None
             for gathered in (self._low_grads, self._sketches, self._refresh_seconds):
@@ -383,16 +383,16 @@ class OwLoreAdamW(Optimizer):
                 self._offload.to_host(self.state.get(parameter, {}))
 
     def activate(self, parameters: Iterable[Tensor]) -> None:
-        """Bring back the state of parameters that train again. A basis that was kept is refreshed by its age."""
+        """Restore the state of parameters that train again. A kept basis is refreshed according to its age."""
         for parameter in parameters:
             parameter.grad = None
             if parameter in self.state:
                 self._offload.to_device(self.state[parameter], parameter.device)
 
     def state_bytes(self, *keys: str) -> int:
-        """Bytes of the state's tensors, or of those under ``keys``: ``exp_avg``, ``exp_avg_sq``, ``basis``.
+        """Bytes of the state's tensors, or only of ``keys``: ``exp_avg``, ``exp_avg_sq``, ``basis``.
 
-        What is offloaded does not count.
+        Offloaded state does not count.
         """
         return sum(
             low_bits.num_bytes(value)
@@ -406,11 +406,11 @@ class OwLoreAdamW(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # torch casts state to the parameter's dtype, which would turn float32 moments of a bfloat16 weight to bfloat16.
+        # torch would cast float32 moments of a bfloat16 weight to bfloat16.
         super().load_state_dict({**state_dict, "state": {}})
         for parameter, slot in self._slots.items():
             if slot.index in state_dict["state"]:
-                # What is frozen may be offloaded: its state stays where it is until it trains again.
+                # State of a frozen parameter can be offloaded. It stays on its device until the parameter trains again.
                 device = parameter.device if parameter.requires_grad else None
                 self.state[parameter] = {
                     key: self._own(parameter, key, value, device) if torch.is_tensor(value) else value
@@ -418,7 +418,7 @@ class OwLoreAdamW(Optimizer):
                 }
 
     def _own(self, parameter: Tensor, key: str, value: Tensor, device: torch.device | None) -> Tensor:
-        """A copy of a saved state tensor: of moments, which may have been saved whole, the rows that are here."""
+        """A copy of a saved state tensor. If moments were saved unsharded, copy only this process's rows."""
         if key not in _MOMENT_KEYS:
             return low_bits.copy_to(value, device)
         group, own = self.group_of(parameter), local(parameter)
@@ -445,10 +445,10 @@ def adamw_(
     lr: float,
     weight_decay: float,
 ) -> None:
-    """One step of torch's fused AdamW on ``target``, in place; all of one shape, dtype and device."""
+    """One step of torch's fused AdamW on ``target``, in place. All tensors share one shape, dtype and device."""
     exp_avg, exp_avg_sq = moments
     beta1, beta2 = group["betas"]
-    steps_before = torch.full((), step - 1.0, dtype=torch.float32, device=target.device)  # waits for no device
+    steps_before = torch.full((), step - 1.0, dtype=torch.float32, device=target.device)  # no device sync
     adamw(
         [target], [grad], [exp_avg], [exp_avg_sq], [], [steps_before], fused=True, amsgrad=False, maximize=False,
         beta1=beta1, beta2=beta2, eps=group["eps"], lr=lr, weight_decay=weight_decay,
@@ -464,7 +464,7 @@ def _zero_moments(parameter: Tensor, shape: Sequence[int], group: dict[str, Any]
 
 
 def _carry_moments(state: dict[str, Any], turn: Tensor, moments: str, right: bool) -> None:
-    """Take the moments of a weight over a refresh; ``turn`` (r, r) is old basisᵀ · new basis."""
+    """Carry the moments of a weight over a refresh. ``turn`` (r, r) is old basisᵀ · new basis."""
     if moments == "reset":
         state["step"] = 0
         for key in _MOMENT_KEYS:
@@ -477,10 +477,10 @@ def _carry_moments(state: dict[str, Any], turn: Tensor, moments: str, right: boo
 
 
 def _restore_moments(stored: Sequence[Tensor], dtype: torch.dtype, by_column: bool = False) -> list[Tensor]:
-    """Mean and mean square as they were stored.
+    """Mean and mean square, dequantized.
 
-    If 8 bits rounded a mean square to zero and its mean not, the mean's square takes its place, which bounds the
-    direction. Division by zero, or nearly so, made directions of several hundred.
+    If 8-bit rounding made a mean square zero, the squared mean replaces it. This bounds the direction: dividing by
+    (nearly) zero gave directions of several hundred.
     """
     mean, mean_square = (low_bits.restore(moment, dtype, by_column=by_column) for moment in stored)
     if low_bits.is_rounded(stored[1]):
@@ -493,7 +493,7 @@ def _basis(state: dict[str, Any], dtype: torch.dtype) -> Tensor:
 
 
 def _write_back(weight: Tensor, moved: Tensor, group: dict[str, Any]) -> None:
-    """Put ``moved``, of the arithmetic's dtype, into ``weight``; it may be the weight itself."""
+    """Copy ``moved``, in the compute dtype, to ``weight``. Both can be the same tensor."""
     if moved is not weight:
         stochastic = group["stochastic_rounding"] and weight.dtype == torch.bfloat16
         weight.copy_(_fp32_to_bf16_sr(moved) if stochastic else moved)
@@ -508,11 +508,11 @@ def _is_projected(parameter: Tensor, rank: int | None) -> bool:
 
 
 def _check_sharded(group: dict[str, Any], right: bool) -> None:
-    """Rows of a weight are on several processes: a basis on the left, or of an SVD, would have to gather them."""
+    """Reject a basis on the left or from an SVD: it would have to gather the rows of the weight."""
     if not right:
         raise ValueError(f"side={group['side']} projects sharded weights on their left; set side=right")
     if group["basis"] != "randomized":
-        raise ValueError(f"basis={group['basis']} needs whole gradients, and these are sharded; set basis=randomized")
+        raise ValueError(f"basis={group['basis']} needs whole gradients, but they are sharded; set basis=randomized")
 
 
 def _is_number(value: Any) -> bool:
@@ -532,18 +532,18 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{key}={group[key]!r}; choose one of {', '.join(map(str, choices))}")
     for key in ("lr", "eps", "weight_decay", "scale"):
         if not _is_number(group[key]) or not 0 <= group[key] < math.inf:
-            raise ValueError(f"{key}={group[key]!r}; it must be a finite number that is not negative")
+            raise ValueError(f"{key}={group[key]!r}; it must be a finite number >= 0")
     if len(group["betas"]) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas={group['betas']}; there must be two, each at least 0 and below 1")
+        raise ValueError(f"betas={group['betas']}; it must have two values, each >= 0 and < 1")
     if not _is_count(group["update_gap"]):
-        raise ValueError(f"update_gap={group['update_gap']}; it must be a whole number of optimizer steps from 1")
+        raise ValueError(f"update_gap={group['update_gap']}; it must be an integer >= 1 (optimizer steps)")
     if not isinstance(group["stochastic_rounding"], bool):
         raise ValueError(f"stochastic_rounding={group['stochastic_rounding']!r}; it must be true or false")
     rank = group["rank"]
     if rank is None:
         return
     if not _is_count(rank):
-        raise ValueError(f"rank={rank}; it must be a whole number from 1, or null for full rank")
+        raise ValueError(f"rank={rank}; it must be an integer >= 1, or null for full rank")
     matrices = [parameter for parameter in group["params"] if parameter.ndim == 2]
     unprojected = [tuple(p.shape) for p in matrices if not _is_projected(p, rank)]
     if not unprojected:
@@ -551,7 +551,7 @@ def _check_group(group: dict[str, Any]) -> None:
     sides = sorted({min(shape) for shape in unprojected})
     if len(unprojected) == len(matrices):
         raise ValueError(
-            f"rank={rank}; no weight's shorter side is above it (they are {sides}): lower it, or set rank=null"
+            f"rank={rank}; no weight's shorter side is above it (shorter sides: {sides}); lower it, or set rank=null"
         )
     warnings.warn(
         f"rank={rank} is not below the shorter side ({', '.join(map(str, sides))}) of {len(unprojected)} of "

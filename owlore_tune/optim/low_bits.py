@@ -1,7 +1,8 @@
 """Optimizer state in 32, 16 or 8 bits.
 
-8 bits are torchao's ``OptimState8bit``: blocks of 256 values share a scale and are rounded to a dynamic map (Dettmers
-et al., arXiv 2110.02861). State too small for whole blocks stays in float32. 16 bits are bfloat16.
+8-bit state is torchao's ``OptimState8bit``: blocks of 256 values share a scale and are rounded to a dynamic map
+(Dettmers et al., arXiv 2110.02861). State below 4096 values, or not divisible into blocks, stays in float32. 16-bit
+state is bfloat16.
 """
 
 import math
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchao.optim.subclass_8bit import OptimState8bit
 
 BLOCK = 256  # values
-SMALLEST = 4096  # values; torchao and bitsandbytes leave smaller state alone too
+SMALLEST = 4096  # values; smaller state is not quantized, as in torchao and bitsandbytes
 
 
 def zeros(
@@ -24,13 +25,13 @@ def zeros(
     signed: bool = True,
     by_column: bool = False,
 ) -> Tensor:
-    """Zeros kept in ``bits``.
+    """Zeros stored in ``bits`` bits.
 
     Args:
         bits: 32 means ``dtype``.
-        signed: whether there will be negative values.
-        by_column: blocks of 8-bit values go down the columns and not along the rows. The moments of a low gradient
-            (m, r) have columns of very different scales: the small ones would be rounded away beside the large.
+        signed: whether values can be negative.
+        by_column: blocks of 8-bit values run along columns instead of rows. The columns of a low-rank gradient's
+            moments (m, r) differ widely in scale. In row blocks, small columns would be rounded to zero.
     """
     if bits == 16:
         return torch.zeros(*shape, dtype=torch.bfloat16, device=device)
@@ -40,14 +41,14 @@ def zeros(
 
 
 def store(value: Tensor, bits: int, *, by_column: bool = False) -> Tensor:
-    """``value``, signed, kept in ``bits``; see `zeros`."""
+    """Store ``value`` (signed) in ``bits`` bits; see `zeros`."""
     stored = zeros(value.shape, bits, dtype=value.dtype, device=value.device, by_column=by_column)
     update(stored, value, by_column=by_column)
     return stored
 
 
 def restore(stored: Tensor, dtype: torch.dtype, *, by_column: bool = False) -> Tensor:
-    """What `store` kept, in ``dtype``; the stored tensor itself where it is of that dtype already."""
+    """Convert ``stored`` back to ``dtype``. Returns ``stored`` itself if it already has that dtype."""
     if not isinstance(stored, OptimState8bit):
         return stored.to(dtype)
     value = stored.dequantize(dtype)
@@ -55,12 +56,12 @@ def restore(stored: Tensor, dtype: torch.dtype, *, by_column: bool = False) -> T
 
 
 def is_rounded(stored: Tensor) -> bool:
-    """Whether ``stored`` is kept in 8 bits."""
+    """Whether ``stored`` is in 8 bits."""
     return isinstance(stored, OptimState8bit)
 
 
 def update(stored: Tensor, value: Tensor, *, by_column: bool = False) -> None:
-    """Keep ``value`` in the place of what is stored."""
+    """Overwrite ``stored`` with ``value``."""
     if stored is value:
         return
     if by_column and isinstance(stored, OptimState8bit):
@@ -69,7 +70,7 @@ def update(stored: Tensor, value: Tensor, *, by_column: bool = False) -> None:
 
 
 def piece(stored: Tensor, start: int, stop: int) -> Tensor:
-    """A view of stored values ``start`` to ``stop`` in row-major order; ``start`` is a multiple of `BLOCK`."""
+    """A view of stored values ``start`` to ``stop`` in row-major order. ``start`` must be a multiple of `BLOCK`."""
     if not isinstance(stored, OptimState8bit):
         return stored.view(-1)[start:stop]
     scale = stored.scale[start // BLOCK : -(-stop // BLOCK)]
@@ -77,7 +78,7 @@ def piece(stored: Tensor, start: int, stop: int) -> Tensor:
 
 
 def num_bytes(stored: Tensor) -> int:
-    """Bytes that ``stored`` takes."""
+    """Size of ``stored`` in bytes."""
     return sum(part.nbytes for part in _parts(stored))
 
 
@@ -87,7 +88,7 @@ def copy_to(stored: Tensor, device: torch.device | None = None) -> Tensor:
 
 
 def map_parts(function: Callable[[Tensor], Tensor], stored: Tensor) -> Tensor:
-    """A stored tensor whose plain tensors (codes, scales, map; or itself) are ``function`` of those of ``stored``."""
+    """Apply ``function`` to the plain tensors of ``stored``: codes, scales and map, or the tensor itself."""
     parts = map(function, _parts(stored))
     return OptimState8bit(*parts, stored.signed) if isinstance(stored, OptimState8bit) else next(parts)
 

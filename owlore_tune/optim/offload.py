@@ -1,4 +1,4 @@
-"""Optimizer state of inactive layers in host memory, and back."""
+"""Offload the optimizer state of inactive layers to host memory."""
 
 from typing import Any
 
@@ -11,21 +11,21 @@ from owlore_tune.optim.low_bits import map_parts
 class Offload:
     """Moves the tensors of a parameter's state between its device and host memory.
 
-    From a CUDA device the copies go to pinned memory on a stream of their own, so that training goes on meanwhile.
+    Copies from a CUDA device go to pinned memory on a separate stream and overlap with training.
     """
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def to_host(self, state: dict[str, Any]) -> None:
-        """Replace the tensors of ``state`` by copies in host memory, which are complete after `wait`."""
+        """Replace the tensors of ``state`` with copies in host memory. The copies are complete after `wait`."""
         for key, value in state.items():
             if not torch.is_tensor(value) or value.device.type == "cpu":
                 continue
             state[key] = self._to_pinned(value) if value.device.type == "cuda" else value.to("cpu")
 
     def to_device(self, state: dict[str, Any], device: torch.device) -> None:
-        """Replace the tensors of ``state`` by copies on ``device``."""
+        """Replace the tensors of ``state`` with copies on ``device``."""
         if device.type == "cuda" and device in self._streams:
             torch.cuda.current_stream(device).wait_stream(self._streams[device])
         for key, value in state.items():
@@ -33,7 +33,7 @@ class Offload:
                 state[key] = value.to(device, non_blocking=True)
 
     def wait(self) -> None:
-        """Return when all copies are complete: before host code reads them."""
+        """Wait until all copies are complete. Call it before host code reads them."""
         for stream in self._streams.values():
             stream.synchronize()
 
@@ -48,5 +48,5 @@ class Offload:
 
 def _pinned_copy(part: Tensor, stream: torch.cuda.Stream) -> Tensor:
     host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
-    part.record_stream(stream)  # its memory is not given away before the copy has run
+    part.record_stream(stream)  # its memory is not reused before the copy is done
     return host

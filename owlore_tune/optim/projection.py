@@ -14,16 +14,16 @@ from owlore_tune.distributed.world import ALONE, World, local, peak, rows_of
 SIDES = ("right", "shape")
 BASES = ("randomized", "svd")
 OVERSAMPLING = 8
-SKETCH_ROWS = 16  # enough to know the energy that a basis misses within a few percent of it
+SKETCH_ROWS = 16  # enough to estimate the energy outside a basis to a few percent
 
 
 def is_right(shape: torch.Size, side: str) -> bool:
-    """Whether a weight of ``shape`` (m, n) is projected on its right. ``shape`` is GaLore's rule: the shorter side."""
+    """Whether a weight (m, n) is projected on its right side. Side ``shape`` is GaLore's rule: the shorter side."""
     return side == "right" or shape[0] >= shape[1]
 
 
 def side_factor(shape: torch.Size) -> float:
-    """How much further a weight (m, n) moves under GaLore's rule than on its right, for the same learning rate."""
+    """Ratio of a weight's (m, n) update size under GaLore's rule to that on the right, at equal learning rate."""
     return max(1.0, shape[1] / shape[0]) ** 0.5
 
 
@@ -37,7 +37,7 @@ def project(
 
 
 def range_finder(
-    grad: Tensor,  # (m, n), floating point; a DTensor if its rows are on several processes
+    grad: Tensor,  # (m, n), floating point; a DTensor if its rows are sharded
     rank: int,
     *,
     generator: torch.Generator,
@@ -45,17 +45,16 @@ def range_finder(
 ) -> tuple[Tensor, Tensor]:  # (n, r) orthonormal, () share of the energy
     """An orthonormal basis of (nearly) the best rank-``rank`` row space of ``grad``, and ‖G P‖² / ‖G‖².
 
-    A Gaussian sketch with ``OVERSAMPLING`` extra columns, one power iteration, a QR, and a truncation by the
-    eigenvectors of the small Gram matrix (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). With
-    ``start``, such as the weight's last basis, the sketch gives way to those columns and one product less is needed.
-    The largest entry of each column is made positive, so that moments which outlive a refresh keep their meaning.
+    The steps are a Gaussian sketch with ``OVERSAMPLING`` extra columns, one power iteration, a QR, and a truncation by
+    the eigenvectors of the small Gram matrix (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1).
+    ``start``, such as the weight's previous basis, replaces the sketch and saves one product. The largest entry of each
+    column is made positive, so moments keep their meaning across a refresh.
 
-    If the gradient's rows are divided among several processes, all of them call this together and get the same basis.
-    They sum (q + 1) · n · (r + 8) + (r + 8)² numbers over all (q = 1; one n · (r + 8) less with ``start``), and take
-    n · r from the first process.
+    For a sharded gradient, all processes must call this together. They get the same basis. They all-reduce
+    (q + 1) · n · (r + 8) + (r + 8)² numbers (q = 1; n · (r + 8) fewer with ``start``) and broadcast n · r.
 
-    It does not fail on a rank-deficient gradient: the missing columns are arbitrary orthonormal ones. A gradient that
-    is zero or not finite has no basis: the columns are then arbitrary, and the share is NaN.
+    For a rank-deficient gradient, the missing columns are arbitrary but orthonormal. For a zero or non-finite gradient,
+    all columns are arbitrary and the share is NaN.
     """
     num_rows, n = grad.shape
     world, (first_row, end_row) = World.of(grad), rows_of(grad)
@@ -63,13 +62,13 @@ def range_finder(
     width = min(rank + OVERSAMPLING, num_rows, n)
     extra = width - (0 if start is None else min(start.shape[1], width))
     if start is None:
-        # Of all rows on every process, so that each takes what it would be given if it had them all.
+        # Every process draws all rows and uses its own, as if the gradient were not sharded.
         omega = torch.randn(num_rows, width, generator=generator, device=grad.device, dtype=grad.dtype)
         columns = _unit_scale(world.sum_(grad.T @ omega[first_row:end_row]))
     else:
         noise = torch.randn(n, extra, generator=generator, device=grad.device, dtype=grad.dtype)
         columns = torch.cat([start[:, : width - extra], noise / n**0.5], dim=1)
-    # One power iteration: a plain sketch loses much more of the energy of spectra that decay slowly.
+    # One power iteration: a plain sketch loses much more energy if the spectrum decays slowly.
     columns = _unit_scale(world.sum_(grad.T @ _unit_scale(grad @ torch.linalg.qr(columns).Q, world)))
     orthonormal = torch.linalg.qr(columns).Q
     low = grad @ orthonormal  # (m, width)
@@ -84,7 +83,7 @@ def range_finder(
 
 
 def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tensor]:
-    """The exact basis by a full SVD, slow; signs as LAPACK leaves them, which is GaLore's way."""
+    """The exact basis from a full SVD (slow). Signs are those of LAPACK, as in GaLore."""
     if not grad.isfinite().all():
         return torch.eye(grad.shape[1 if right else 0], rank).to(grad), grad.new_tensor(math.nan)
     left_vectors, singular, right_vectors = torch.linalg.svd(grad, full_matrices=False)
@@ -94,13 +93,13 @@ def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tens
 
 
 def sketch_rows(grad: Tensor, generator: torch.Generator) -> Tensor:  # (m, n) → (SKETCH_ROWS, n)
-    """Random combinations of the gradient's rows. Sketches of one generator's state add up as their gradients do."""
+    """Random combinations of the gradient's rows. With the same generator state, sketches add like their gradients."""
     weights = torch.randn(SKETCH_ROWS, grad.shape[0], generator=generator, device=grad.device, dtype=grad.dtype)
     return weights @ grad
 
 
 def fix_signs(basis: Tensor) -> Tensor:
-    """Flip columns so that the entry of largest magnitude in each is positive."""
+    """Flip columns to make the entry of largest magnitude in each positive."""
     peaks = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))  # (1, r)
     return torch.where(peaks < 0, -basis, basis)
 
@@ -112,7 +111,7 @@ def _share(captured: Tensor, grad: Tensor, scale: Tensor, world: World = ALONE) 
 
 
 def _unit_scale(columns: Tensor, world: World = ALONE) -> Tensor:
-    """Scaled to a largest entry of 1, so that products of huge or tiny gradients neither overflow nor vanish."""
+    """Scale to a largest entry of 1. Products of huge or tiny gradients then neither overflow nor vanish."""
     return columns / _scale(columns, world)
 
 

@@ -1,1 +1,1 @@
-"""A training run: its settings, its parts built from a config, its directory, its report and its resume."""
+"""A training run: settings, components, output directory, report and resume."""

@@ -26,7 +26,7 @@ from owlore_tune.models.decoder import find_layers, model_parts
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
 from owlore_tune.run.settings import TrainingSettings
 
-TRIED_STEPS = 10_000  # of a schedule; more than any warm-up, so that the steps after it are tried too
+TRIED_STEPS = 10_000  # steps of the trial schedule; longer than any warm-up, to test the steps after it too
 LOGGER_METHODS = ("log_dict", "log_config", "close")
 SCHEDULER_METHODS = ("step", "get_last_lr", "state_dict", "load_state_dict")
 
@@ -34,7 +34,7 @@ log = get_logger("INFO")
 
 
 class Inputs(NamedTuple):
-    """What a run reads."""
+    """The inputs of a run."""
 
     checkpointer: HFCheckpointer
     tokenizer: Any  # a torchtune ModelTokenizer
@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 def build_inputs(settings: TrainingSettings, world: World = ALONE, now: datetime | None = None) -> Inputs:
     """
     Args:
-        now: the date for chat templates that print one; that of the first start, if the run is a resumed one.
+        now: date for chat templates that print one. For a resumed run, pass the date of its first start.
 
     Raises:
         ConfigError: if a file is missing or its content cannot be used.
@@ -79,7 +79,7 @@ def build_inputs(settings: TrainingSettings, world: World = ALONE, now: datetime
 
 
 def _build_dataset(cfg: DictConfig, key: str, tokenizer: Any) -> tuple[Any, Collate]:
-    """The dataset under ``key``, a list of datasets being chained, and the function that makes its batches."""
+    """The dataset under ``key`` and its collate function. A list of datasets is concatenated."""
     nodes = dataset_nodes(cfg[key])
     for node in nodes:
         check_type(f"{key}.packed", node.get("packed", False), bool)
@@ -103,17 +103,17 @@ def _build_dataset(cfg: DictConfig, key: str, tokenizer: Any) -> tuple[Any, Coll
 
 
 def dataset_nodes(node: DictConfig | ListConfig) -> list[DictConfig]:
-    """The datasets of a config's ``dataset``, which is one or a list."""
+    """The datasets in a config's ``dataset``, which is one dataset or a list."""
     return list(node) if isinstance(node, ListConfig) else [node]
 
 
 def is_packed(node: DictConfig | ListConfig) -> bool:
-    """Whether a config's ``dataset`` packs its rows; it is the same for all of a list."""
+    """Whether a config's ``dataset`` packs its rows. All datasets of a list have the same setting."""
     return dataset_nodes(node)[0].get("packed", False)
 
 
 def row_length(settings: TrainingSettings, inputs: Inputs) -> int:
-    """Tokens of the longest training row; an upper bound if there are too many rows to look at all of them."""
+    """Tokens of the longest training row; an estimate if there are too many rows, see `longest_row`."""
     max_seq_len = inputs.tokenizer.max_seq_len
     if is_packed(settings.cfg.dataset):
         return max_seq_len
@@ -124,14 +124,14 @@ def row_length(settings: TrainingSettings, inputs: Inputs) -> int:
 
 
 def check_row_lengths(inputs: Inputs, max_tokens: int) -> None:
-    """Have rows that are longer than the model takes refused by name when they are read."""
+    """Make the datasets raise, naming the row, when a row longer than ``max_tokens`` is read."""
     refuse_longer_than(inputs.data.dataset, max_tokens)
     if inputs.held_out is not None:
         refuse_longer_than(inputs.held_out.dataset, max_tokens)
 
 
 class Parts(NamedTuple):
-    """What a training step is made of, without weights."""
+    """The parts of a training step, without weights."""
 
     loss_fn: Any
     model: TransformerDecoder
@@ -142,21 +142,21 @@ def build_parts(settings: TrainingSettings) -> Parts:
     """Loss, model and optimizer on the meta device, for plans and checks.
 
     Raises:
-        ConfigError: if one cannot be made, or they do not go together.
+        ConfigError: if one cannot be built, or they are incompatible.
     """
     loss_fn, model = build_model(settings)
     return Parts(loss_fn, model, build_optimizer(settings, model))
 
 
 def build_model(settings: TrainingSettings) -> tuple[Any, TransformerDecoder]:
-    """The loss, and the model on the meta device, set up for the output that the loss takes.
+    """The loss, and the model on the meta device, configured for the output that the loss takes.
 
     Returns:
-        loss_fn: one of torchtune's, ours, or a plain one; they differ in what they take from the model.
+        loss_fn: a loss of torchtune, of this package, or of torch. They take different model outputs.
         model: without weights.
 
     Raises:
-        ConfigError: if one cannot be made, they do not go together, or γ is more than the model's layers.
+        ConfigError: if one cannot be built, they are incompatible, or γ exceeds the number of layers.
     """
     loss_fn = _build_loss(settings.cfg)
     with training.set_default_dtype(settings.dtype), torch.device("meta"):
@@ -179,30 +179,30 @@ def _build_loss(cfg: DictConfig) -> Any:
     try:
         inspect.signature(loss_fn.forward).bind(None, None)
     except (AttributeError, TypeError) as error:
-        raise ConfigError(f"loss._component_={cfg.loss._component_} takes no outputs and labels: {error}") from error
+        raise ConfigError(f"loss._component_={cfg.loss._component_} must take outputs and labels: {error}") from error
     if loss_fn.ignore_index != CROSS_ENTROPY_IGNORE_IDX:
         raise ConfigError(
-            f"loss.ignore_index={loss_fn.ignore_index}; torchtune's datasets mark what is not trained on "
+            f"loss.ignore_index={loss_fn.ignore_index}; torchtune's datasets mark ignored tokens "
             f"with {CROSS_ENTROPY_IGNORE_IDX}"
         )
     return loss_fn
 
 
 def build_optimizer(settings: TrainingSettings, model: TransformerDecoder) -> OwLoreAdamW:
-    """The optimizer over all parameters of ``model`` that the ``owlore`` block lets train."""
+    """The optimizer over all parameters of ``model`` that train with the ``owlore`` block."""
     groups = parameter_groups(model, **settings.owlore.train_outside())
     return build_ours("optimizer", settings.cfg.optimizer, OwLoreAdamW, groups)
 
 
 def compile_parts(loss_fn: Any, model: TransformerDecoder) -> Any:
-    """Compile ``model`` in place, layer by layer; returns the loss, compiled if it can be."""
+    """Compile ``model`` in place, layer by layer; returns the loss, compiled if possible."""
     training.compile_model(model)
-    # A loss that takes the model's head makes its gradients inside forward.
+    # A loss that takes the model's head computes gradients inside forward.
     return loss_fn if hasattr(loss_fn, "set_model_output") else training.compile_loss(loss_fn)
 
 
 def build_profiler(settings: TrainingSettings) -> Any:
-    """The profiler of the config; one that does nothing if it is not enabled."""
+    """The config's profiler; a dummy if it is not enabled."""
     node = settings.cfg.profiler
     if node is None or not node.get("enabled"):
         return training.DummyProfiler()
@@ -211,7 +211,7 @@ def build_profiler(settings: TrainingSettings) -> Any:
 
 
 def build_lr_scheduler(settings: TrainingSettings, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    """The schedule of the learning rate over ``num_steps`` optimizer steps; None for a constant one."""
+    """The learning rate schedule over ``num_steps`` optimizer steps; None for a constant rate."""
     if (node := settings.cfg.lr_scheduler) is None:
         return None
     return build_with("lr_scheduler", node, SCHEDULER_METHODS, optimizer, num_training_steps=num_steps, last_epoch=-1)
@@ -233,13 +233,13 @@ def build_sampler(settings: TrainingSettings, scores: list[float]) -> LayerSampl
 
 
 def check_late_components(settings: TrainingSettings) -> None:
-    """Raise ConfigError if a component that is built after weights load cannot work: metric logger or schedule."""
+    """Raise ConfigError if metric logger or schedule cannot work. Both are built after weights load."""
     check_attributes("metric_logger", settings.cfg.metric_logger, LOGGER_METHODS)
     _check_lr_scheduler(settings)
 
 
 def _check_lr_scheduler(settings: TrainingSettings) -> None:
-    """Try the schedule on an optimizer of one number: it must give usable rates."""
+    """Try the schedule on an optimizer with one number. Its rates must be finite and not negative."""
     scratch = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = build_lr_scheduler(settings, scratch, TRIED_STEPS)
     if schedule is None:
@@ -256,7 +256,7 @@ def _check_lr_scheduler(settings: TrainingSettings) -> None:
 
 
 def describe(settings: TrainingSettings) -> str:
-    """Check everything that can be checked without files; says how large the model is, and how much trains at once."""
+    """Check everything that needs no files. Returns the size of the model and of its trained part, as text."""
     check_late_components(settings)
     _, model, optimizer = build_parts(settings)
     layers = model_parts(model).layers

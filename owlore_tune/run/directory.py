@@ -1,4 +1,4 @@
-"""A run's output directory: who writes to it now, whose it is, and its checkpoints."""
+"""A run's output directory: its lock, the run that owns it, and its checkpoints."""
 
 import fcntl
 import json
@@ -16,7 +16,7 @@ from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import write_json
 
-RUN_FILE = "run.json"  # whose the directory is: id of the run, and what kind it is of
+RUN_FILE = "run.json"  # id and kind of the run that owns the directory
 LOCK_FILE = ".owlore.lock"
 _ID = re.compile(r"[0-9a-f]{32}")
 _HOLDER = re.compile(r"process \d+ on .*\n?")
@@ -24,19 +24,19 @@ _held: dict[Path, int] = {}  # locks of this process: directory → file descrip
 
 
 class RunDirectory:
-    """An output directory that one process writes to at a time, with files of one run.
+    """The output directory of one run. One process writes to it at a time.
 
-    What the run has not made is neither removed nor written over. A run is known by the id in `RUN_FILE`; every
-    checkpoint has it too.
+    Files that the run did not make are never removed or overwritten. The run's id is in `RUN_FILE` and in every
+    checkpoint.
 
     Args:
-        path: exists.
+        path: an existing directory.
         kind: ``training`` or ``evaluation``.
 
     Attributes:
-        run_id: of the run that the directory belongs to; of the run to come if it belongs to none.
-        parent: of the run that this one went on from in another directory, if it did.
-        resumed_from: that run's checkpoint.
+        run_id: id of the run that owns the directory; a new id if none does.
+        parent: id of the run that this one resumed from in another directory, if any.
+        resumed_from: checkpoint of ``parent`` that this run resumed from.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -48,17 +48,17 @@ class RunDirectory:
         self._is_known = False
 
     def claim(self) -> None:
-        """Lock the directory for this process, and read whose it is.
+        """Lock the directory for this process, and read which run owns it.
 
         Raises:
-            ConfigError: if another process has it, or it is of another kind of run.
+            ConfigError: if another process has locked it, or it belongs to another kind of run.
         """
         self._lock()
         self._read()
 
     @classmethod
     def existing(cls, path: Path, kind: str = "training") -> "RunDirectory":
-        """The directory of a run to look at, without a lock."""
+        """The directory of a run for reading, without a lock."""
         run = cls(path, kind)
         run._read()
         return run
@@ -80,7 +80,7 @@ class RunDirectory:
                 raise ValueError(f"run_id {self.run_id!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"output_dir={self.path}: {RUN_FILE} cannot be read ({error!r}); choose another"
+                f"output_dir={self.path}: {RUN_FILE} cannot be read ({error!r}); choose another directory"
             ) from error
         if kind != self._kind:
             raise ConfigError(f"output_dir={self.path} holds the {kind} of {self.run_id[:8]}; choose another directory")
@@ -98,7 +98,7 @@ class RunDirectory:
         content = os.read(descriptor, 1000).decode(errors="replace")
         try:
             if content and not _HOLDER.fullmatch(content):
-                raise ConfigError(f"output_dir={self.path}: {LOCK_FILE} is no lock of this program; move it away")
+                raise ConfigError(f"output_dir={self.path}: {LOCK_FILE} is not a lock of this program; move it away")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
@@ -117,18 +117,18 @@ class RunDirectory:
         _held[path] = descriptor
 
     def release(self) -> None:
-        """Let other processes have the directory."""
+        """Unlock the directory."""
         if (descriptor := _held.pop(self.path.resolve(), None)) is not None:
             os.close(descriptor)
 
     def check_free(self, names: Iterable[str]) -> None:
-        """Refuse a directory that has a file which the run would write, or checkpoints.
+        """Check that the run overwrites no files of others.
 
         Args:
-            names: of files; those of a run that the directory is known to belong to are its own.
+            names: files that the run writes. They may exist if the directory belongs to the run.
 
         Raises:
-            ConfigError: naming the first of them.
+            ConfigError: naming the first checkpoint or file that the run did not make.
         """
         steps = self.steps.foreign() if self._is_known else self.steps.all()
         taken = [] if self._is_known else [name for name in names if os.path.lexists(self.path / name)]
@@ -143,7 +143,7 @@ class RunDirectory:
         return self._is_known
 
     def start(self) -> None:
-        """Make the directory this run's own, and clear up what an interruption of it left."""
+        """Mark the directory as this run's, and remove leftovers of an interruption."""
         if not self._is_known:
             content = {
                 "kind": self._kind, "run_id": self.run_id, "parent": self.parent, "resumed_from": self.resumed_from
@@ -153,10 +153,10 @@ class RunDirectory:
         remove_leftovers(self.path, self.run_id)
 
     def resume_from(self, directory: Path) -> None:
-        """Note that the run goes on from a verified checkpoint, which may be another run's.
+        """Verify a checkpoint, of this or another run, and record that the run resumes from it.
 
         Raises:
-            ConfigError: if that one is another run's, and this directory already belongs to a third.
+            ConfigError: if it belongs to another run, and this directory already belongs to a third.
         """
         seal = verify(directory)
         if seal["run_id"] == self.run_id:
@@ -170,10 +170,10 @@ class RunDirectory:
 
 
 def writable_directory(path: str) -> Path:
-    """``path`` as an existing directory that files can be made in. It is made if it does not exist.
+    """``path`` as an existing, writable directory. It is created if it does not exist.
 
     Raises:
-        ConfigError: if it cannot be made or written to.
+        ConfigError: if it cannot be created or written to.
     """
     directory = Path(path)
     try:
@@ -186,21 +186,21 @@ def writable_directory(path: str) -> Path:
 
 
 def shared_directory(path: str, world: World = ALONE) -> Path:
-    """`writable_directory`, after a check that it is the same directory for all processes of ``world``.
+    """`writable_directory`, with a check that all processes of ``world`` see the same directory.
 
     Raises:
-        ConfigError: if it cannot be made or written to, or this process does not see what the first one writes.
+        ConfigError: if it cannot be created or written to, or this process does not see the first one's files.
         RankError: if that happens on another process.
     """
     directory = world.attempt(lambda: writable_directory(path))
     assert directory is not None
     if world.size == 1:
         return directory
-    probe = directory / world.share(f".shared_{uuid4().hex}")  # a new name: a network disk may remember an old one
+    probe = directory / world.share(f".shared_{uuid4().hex}")  # a new name, because network disks cache old ones
 
     def look() -> None:
         if not probe.exists():
-            raise ConfigError(f"output_dir={path} is not the directory that rank 0 has; choose one on a shared disk")
+            raise ConfigError(f"output_dir={path} is not the same directory as on rank 0; choose one on a shared disk")
 
     world.attempt(probe.touch, first_alone=True)
     try:

@@ -1,4 +1,4 @@
-"""The memory plan of a run, the plans of other methods beside it, and the refusal of a plan over the limit."""
+"""The memory plan of a run, plans of other methods to compare it with, and the check against the limit."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from owlore_tune.memory.plan import MemoryPlan, StepShape, peer_plans, plan_memo
 from owlore_tune.run.build import Parts, build_inputs, build_parts, is_packed, row_length
 from owlore_tune.run.settings import TrainingSettings
 
-# Overrides that are tried on a plan over device_memory_limit: each alone, then all that help together.
+# Overrides to try if a plan exceeds device_memory_limit: first each one, then all helpful ones together.
 SAVINGS = (
     ("enable_activation_checkpointing=true",),
     ("optimizer.state_bits=8", "optimizer.basis_bits=16"),
@@ -42,12 +42,12 @@ def plan_run(
     Args:
         seq_len: tokens of the longest row.
         sharding: plan for one of several devices.
-        framework: bytes; `owlore_tune.memory.plan.framework_bytes` at this moment if left out.
-        parts: of ``settings``, without weights; built if left out.
-        gpu: plan for a GPU, whatever device there is.
+        framework: bytes; the current `owlore_tune.memory.plan.framework_bytes` if omitted.
+        parts: parts of ``settings``, without weights; built if omitted.
+        gpu: plan for a GPU, even on a machine without one.
 
     Raises:
-        ConfigError: if the model does not take rows of ``seq_len`` tokens, or its parts do not go together.
+        ConfigError: if the model does not take rows of ``seq_len`` tokens, or its parts are incompatible.
     """
     parts = build_parts(settings) if parts is None else parts
     if seq_len > parts.model.max_seq_len:
@@ -96,10 +96,10 @@ def plans_of_config(
     """The plan of the config's run and those of other methods, without weights.
 
     Args:
-        seq_len: tokens of the longest row; that of the config's data if left out. If the data or the tokenizer are not
-            there yet, it is ``tokenizer.max_seq_len``.
+        seq_len: tokens of the longest row; read from the config's data if omitted. If data or tokenizer do not exist
+            yet, it is ``tokenizer.max_seq_len``.
         world_size: devices that the model is sharded over. The plan is for one of them.
-        gpu: plan for GPUs, whatever device there is.
+        gpu: plan for GPUs, even on a machine without one.
     """
     if seq_len is None:
         try:
@@ -113,13 +113,13 @@ def plans_of_config(
 
 
 def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, sharding: Sharding | None = None) -> None:
-    """Raise ConfigError if ``plan`` is over ``device_memory_limit``, naming the settings that would bring it under."""
+    """Raise ConfigError, naming settings that would fit, if ``plan`` exceeds ``device_memory_limit``."""
     cfg = settings.cfg
     if cfg.device_memory_limit is None or plan.total <= (limit := 1e9 * float(cfg.device_memory_limit)):
         return
 
     def planned_with(overrides: Sequence[str]) -> float:
-        """Bytes of the plan with some fields changed; infinite if the model does not allow it."""
+        """Bytes of the plan with ``overrides``; infinite if they are invalid."""
         devices = sharding and replace(sharding, cpu_offload=sharding.cpu_offload or OFFLOAD in overrides)
         try:
             other = TrainingSettings.from_config(
@@ -139,14 +139,14 @@ def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, shar
             found.append(" ".join(overrides))
     if not found and planned_with(together) <= limit:
         found.append(" ".join(together))
-    way_out = f"it fits with {', or with '.join(found)}" if found else "no setting that is tried here makes it fit"
+    way_out = f"it fits with {', or with '.join(found)}" if found else "none of the settings tried makes it fit"
     raise ConfigError(
         f"device_memory_limit={cfg.device_memory_limit} GB, and the plan is {plan.total / 1e9:.2f} GB; {way_out}"
     )
 
 
 def savings(settings: TrainingSettings, sharding: Sharding | None) -> list[tuple[str, ...]]:
-    """The overrides that are tried on a plan over its limit."""
+    """The overrides to try if a plan exceeds its limit."""
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
     offload = [(OFFLOAD,)] if sharding is not None and settings.device.type != "cpu" else []
     return [("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS, *offload]

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions of packages, and the machine."""
+"""The origin of a result: package versions and the machine."""
 
 import importlib.metadata
 import os
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The device and processor that ran."""
+    """The device and machine that ran."""
     facts: dict[str, Any] = {"device": str(device), "platform": platform.platform(), "cpus": os.cpu_count()}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""The time of a step's phases."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 
 
 class PhaseClock:
-    """Seconds of a step's phases, on the device's own clock where it works on while Python goes ahead (CUDA)."""
+    """Measures the seconds of a step's phases. On CUDA it uses events, because kernels run asynchronously."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -17,7 +17,7 @@ class PhaseClock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the block to ``phase``; blocks of one phase add up."""
+        """Add the block's time to ``phase``."""
         if self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -30,7 +30,7 @@ class PhaseClock:
             self._add(phase, time.perf_counter() - started)
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase since the last read. The device has to be done with all of them: synchronize it before."""
+        """Seconds by phase since the last read. Synchronize the device first."""
         for phase, begin, end in self._events:
             self._add(phase, begin.elapsed_time(end) / 1e3)
         seconds, self._seconds, self._events = self._seconds, {}, []

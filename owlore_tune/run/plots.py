@@ -1,4 +1,4 @@
-"""Pictures of a run. Colours are Okabe and Ito's, told apart by colour-blind people and, with hatches, in grey."""
+"""Pictures of a run, in the color-blind-safe palette of Okabe and Ito. Hatches distinguish colors in gray."""
 
 import json
 import math
@@ -20,11 +20,11 @@ PALETTE = (
 )  # fmt: skip
 HATCHES = ("", "//", "", "\\\\", "", "xx", "..", "", "oo", "--")
 PHASES = ("forward", "backward", "refresh", "optimizer", "data", "other")
-MOST_BARS = 120  # of the picture of step times; several steps share one where there are more
+MOST_BARS = 120  # in the picture of step times; longer runs have several steps per bar
 
 
 def plot_run(run: Path) -> list[Path]:
-    """All pictures that a training run's files allow, written beside them; it may still be going on.
+    """Draw all pictures of a training run into its directory. The run may still be in progress.
 
     Returns:
         The pictures: scores, draws, loss, memory and step times.
@@ -51,7 +51,7 @@ def plot_run(run: Path) -> list[Path]:
 
 
 def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: Sequence[float] | None = None) -> None:
-    """A bar for each layer's score, with its inclusion probability on a second axis where given."""
+    """Draw a bar for each layer's score, and its inclusion probability on a second axis if given."""
     figure, axes = _figure(9, 3.5)
     percent = score == "outlier"
     axes.bar(range(len(scores)), [100 * s if percent else s for s in scores], color=BLUE, label="score")
@@ -68,7 +68,7 @@ def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: 
 
 
 def plot_draws(path: Path, draws: Sequence[tuple[int, Sequence[int]]], num_layers: int, num_steps: int) -> None:
-    """A map of which layers trained when.
+    """Draw which layers train at which step.
 
     Args:
         draws: (step drawn at, active layers) of each draw, in order.
@@ -90,7 +90,7 @@ def plot_draws(path: Path, draws: Sequence[tuple[int, Sequence[int]]], num_layer
 def plot_loss(
     path: Path, steps: Sequence[Mapping[str, float]], held_out: Sequence[tuple[int, float]], draws: Sequence[int]
 ) -> None:
-    """Training loss of each step and held-out loss where it was measured, with draws marked.
+    """Draw the training loss of each step and the measured held-out losses, with draws marked.
 
     Args:
         steps: records with ``step`` and ``loss``.
@@ -117,7 +117,7 @@ def held_out_by_step(losses: Mapping[str, float], num_steps: int) -> list[tuple[
 
 
 def plot_step_times(path: Path, steps: Sequence[Mapping[str, float]], draws: Sequence[int]) -> None:
-    """A bar for each step's seconds, stacked of its phases; medians of several steps where there are many."""
+    """Draw a bar for each step's seconds, stacked by phase. In long runs a bar is the median of several steps."""
     figure, axes = _figure(9, 3.8)
     width = math.ceil(len(steps) / MOST_BARS) or 1
     groups = [steps[i : i + width] for i in range(0, len(steps), width)]
@@ -139,15 +139,15 @@ def plot_step_times(path: Path, steps: Sequence[Mapping[str, float]], draws: Seq
 
 
 def phase_seconds(step: Mapping[str, float]) -> dict[str, float]:
-    """A step's seconds by phase; ``backward`` without the refreshes of bases in it, ``other`` is what no clock saw."""
+    """A step's seconds by phase. ``backward`` excludes basis refreshes; ``other`` is the unmeasured rest."""
     seconds = {phase: step.get(f"{phase}_seconds", 0.0) for phase in PHASES[:-1]}
     seconds["backward"] = max(seconds["backward"] - seconds["refresh"], 0.0)
-    in_step = sum(seconds.values()) - seconds["data"]  # step_seconds begins when its data is there
+    in_step = sum(seconds.values()) - seconds["data"]  # step_seconds excludes loading the data
     return seconds | {"other": max(step["step_seconds"] - in_step, 0.0)}
 
 
 def plot_radar(path: Path, values: Mapping[str, float], highest: float) -> None:
-    """Values from 0 to ``highest`` around a circle, one direction for each name."""
+    """Draw a radar chart of values from 0 to ``highest``."""
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
     axes = figure.subplots(subplot_kw={"projection": "polar"})
     angles = [2 * math.pi * i / len(values) for i in range(len(values))]
@@ -161,21 +161,21 @@ def plot_radar(path: Path, values: Mapping[str, float], highest: float) -> None:
 
 
 def memory_bars(planned: Mapping[str, int], measured: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """A run's planned and measured bytes, for `plot_memory`; what was not measured apart is ``not told apart``."""
+    """A run's planned and measured bytes, for `plot_memory`; ``uncategorized`` is the rest of the measured total."""
     known = {category: measured[category] for category in measured if category != "total"}
     rest = max(measured["total"] - sum(known.values()), 0)
     plan = {category: planned[category] for category in planned if category != "total"}
     return {
-        "planned": plan | {"not told apart": 0},
-        "measured": dict.fromkeys(plan, 0) | known | {"not told apart": rest},
+        "planned": plan | {"uncategorized": 0},
+        "measured": dict.fromkeys(plan, 0) | known | {"uncategorized": rest},
     }
 
 
 def plot_memory(path: Path, plans: Mapping[str, Mapping[str, int]], limit: float | None = None) -> None:
-    """A bar for each plan, stacked of its categories.
+    """Draw a bar for each plan, stacked by category.
 
     Args:
-        plans: bytes by category, for each name.
+        plans: bytes by category, for each name of a plan.
         limit: GB to mark with a line.
     """
     figure, axes = _figure(2.5 + 1.3 * len(plans), 4.5)
@@ -206,7 +206,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _mark_draws(axes: Axes, draws: Sequence[int], label: str | None = None) -> None:
-    """Thin lines where layers were drawn; none where they would be closer than a line is wide."""
+    """Mark draws with thin lines, unless they would be closer than the width of a line."""
     if len(draws) > 1 and min(later - earlier for earlier, later in pairwise(draws)) * 400 < draws[-1]:
         return
     for i, start in enumerate(draws):

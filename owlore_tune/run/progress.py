@@ -1,4 +1,4 @@
-"""How far a run is."""
+"""The progress of a run."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,11 +9,11 @@ class Progress:
     """Counters of a run."""
 
     step: int = 0  # optimizer steps done, skipped ones included
-    skipped_steps: int = 0  # without an update, as a loss or gradient was not finite
-    skipped_in_a_row: int = 0  # up to now
+    skipped_steps: int = 0  # without an update, because the loss or a gradient was not finite
+    skipped_in_a_row: int = 0  # up to the current step
 
     def is_due(self, every: int | None) -> bool:
-        """Whether something that happens every so many steps happens after this one; never if None."""
+        """Whether the number of steps is a multiple of ``every``; False if None."""
         return every is not None and self.step % every == 0
 
     def state_dict(self) -> dict[str, Any]:

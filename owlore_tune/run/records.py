@@ -1,4 +1,4 @@
-"""Records of a run's steps and draws, in files that grow with it and in every checkpoint."""
+"""Records of a run's steps and draws, appended to files and saved in every checkpoint."""
 
 import json
 import statistics
@@ -13,24 +13,24 @@ from owlore_tune.files import to_json
 log = get_logger("INFO")
 
 STEPS, DRAWS = "steps.jsonl", "draws.jsonl"
-PICTURES = ("scores", "draws", "loss", "memory", "step_times")  # of a run, without their ending
+PICTURES = ("scores", "draws", "loss", "memory", "step_times")  # of a run, without extension
 
 
 class Records:
     """Records of steps, draws, held-out losses and phases of a run.
 
-    A checkpoint holds all of them, so that a resumed run has the records of the whole run. Its files are then written
-    anew, without the records of steps after that checkpoint, which are about to be repeated.
+    A checkpoint contains all of them, so a resumed run has the records of the whole run. It rewrites the files without
+    the steps after that checkpoint, because it repeats those.
 
     Args:
-        directory: of ``steps.jsonl`` and ``draws.jsonl``; None writes no files.
+        directory: directory of ``steps.jsonl`` and ``draws.jsonl``; None writes no files.
 
     Attributes:
         steps: measurements of each optimizer step by name, with ``step`` from 1.
         draws: for each draw, the ``step`` it was made at, the layers ``active``, the number of ``trainable``
             parameters, and the seconds and captured energy of the bases made until the next draw.
-        losses: held-out loss by when it was measured: ``before``, ``step N``, ``after``.
-        seconds: of whole phases: ``load``, ``score``, ``train``, ``save``.
+        losses: held-out loss by time of measurement: ``before``, ``step N``, ``after``.
+        seconds: seconds of whole phases: ``load``, ``score``, ``train``, ``save``.
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -42,7 +42,7 @@ class Records:
         self._energies: list[float] = []  # of the bases made since the last draw
 
     def start(self) -> None:
-        """Write both files with all that is known: nothing, or the records of a checkpoint."""
+        """Write both files: empty ones, or with the records of a checkpoint."""
         for name, records in ((STEPS, self.steps), (DRAWS, [d for d in self.draws if "captured_energy" in d])):
             if self._directory is not None:
                 (self._directory / name).write_text("".join(to_json(record) + "\n" for record in records))
@@ -72,7 +72,7 @@ class Records:
         return statistics.median(step["step_seconds"] for step in self.steps) if self.steps else None
 
     def tokens_per_second(self) -> float | None:
-        """Over all steps together."""
+        """The mean over the time of all steps."""
         if not self.steps:
             return None
         tokens = sum(step["tokens_per_second"] * step["step_seconds"] for step in self.steps)
@@ -84,7 +84,7 @@ class Records:
         try:
             with (self._directory / name).open("a") as file:
                 file.write(to_json(record) + "\n")
-        except OSError as error:  # a full disk need not end the run; the records are in the next checkpoint
+        except OSError as error:  # a full disk does not end the run; the next checkpoint has the records
             log.warning(f"{self._directory / name} cannot be written: {error}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,6 +95,6 @@ class Records:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The records of a file of `Records`; none if there is no file. A last line that is half-written is left out."""
+    """The records in a file of `Records`; empty if there is no file. An incomplete last line is skipped."""
     lines = file.read_text().split("\n")[:-1] if file.is_file() else []
     return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""What a run tells the user: metrics, records, a manifest, a progress bar and a summary."""
+"""The output of a run for the user: metrics, records, a manifest, a progress bar and a summary."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +28,14 @@ from owlore_tune.run.settings import TrainingSettings
 
 log = get_logger("INFO")
 
-# The files of a run besides checkpoints. torchtune's loggers write the config file.
+# The files of a run except checkpoints. torchtune's loggers write the config file.
 OUTPUT_FILES = (MANIFEST, STEPS, DRAWS, SCORES_FILE, "torchtune_config.yaml", *(f"{name}.png" for name in PICTURES))
 
 
 class Report:
-    """Metrics to the logger, records and the manifest to files, progress and a summary to the console.
+    """Sends metrics to the logger, writes records and the manifest to files, prints progress and a summary.
 
-    On every process but the first of ``world`` it only keeps records.
+    Processes of ``world`` except the first one only keep records.
 
     Args:
         directory: the run's output directory.
@@ -60,14 +60,14 @@ class Report:
         """Open the metric logger, log the config through it, and write the files of the records.
 
         Args:
-            plan: of memory.
-            probabilities: that a draw includes each layer.
-            measure_memory: bytes by category, see `measured_bytes`.
+            plan: memory plan.
+            probabilities: each layer's probability to be in a draw.
+            measure_memory: returns bytes by category, see `measured_bytes`.
         """
         cfg = settings.cfg
-        with redirect_stdout(StringIO()):  # some print where they write, which docs/runs.md says
+        with redirect_stdout(StringIO()):  # some print their path; docs/runs.md documents it
             self._logger = build_with("metric_logger", cfg.metric_logger, LOGGER_METHODS)
-        # Other loggers resolve the config before they send it elsewhere, and values of the environment may be secret.
+        # Other loggers resolve the config before they send it elsewhere, but environment variables may be secret.
         keeps_interpolations = isinstance(self._logger, DiskLogger | StdoutLogger | TensorBoardLogger)
         self._logger.log_config(cfg if keeps_interpolations else printable(cfg))
         self._plan, self._measure_memory = plan, measure_memory
@@ -89,14 +89,14 @@ class Report:
 
     @contextmanager
     def progress_bar(self, progress: Progress, num_steps: int) -> Iterator[None]:
-        """Show the steps of the block."""
+        """Show a progress bar of the steps in the block."""
         with tqdm(
             total=num_steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=not self._is_first
         ) as self._bar:
             yield
 
     def draw(self, step: int, active: list[int], trainable: int) -> None:
-        """Note new active layers, and log the draw that they replace."""
+        """Record new active layers, and log the draw that they replace."""
         self.close_draw()
         self.records.open_draw(step, active, trainable)
 
@@ -109,11 +109,11 @@ class Report:
         self.log(metrics, len(self.records.steps))
 
     def step(self, metrics: dict[str, float], refreshes: Sequence[Refresh], *, is_logged: bool) -> None:
-        """Note an optimizer step.
+        """Record an optimizer step.
 
         Args:
-            metrics: with ``step``.
-            refreshes: bases that the step made.
+            metrics: metrics of the step, with the key ``step``.
+            refreshes: basis refreshes of the step.
             is_logged: whether the metric logger gets ``metrics``.
         """
         metrics = metrics | {"refresh_seconds": sum(refresh.seconds for refresh in refreshes)}
@@ -129,7 +129,7 @@ class Report:
             self.log(metrics, int(metrics["step"]))
 
     def held_out_loss(self, when: str, step: int, loss: float, num_tokens: int) -> None:
-        """Note a held-out loss.
+        """Record and log a held-out loss.
 
         Args:
             when: ``before``, ``step N`` or ``after``.
@@ -145,7 +145,7 @@ class Report:
     def write_manifest(self, progress: Progress, checkpoint: Path, *, finished: bool = False) -> None:
         """
         Args:
-            checkpoint: of the last step; it is named if it exists.
+            checkpoint: checkpoint of the last step; recorded if it exists.
         """
         if not self._is_first:
             return
@@ -201,7 +201,7 @@ class Report:
 
 
 def measured_bytes(model: nn.Module, optimizer: OwLoreAdamW, device: Any) -> dict[str, int]:
-    """Bytes in use on this process by category, and ``total``, the most that was in use so far."""
+    """Bytes in use on this process by category, and their peak so far as ``total``."""
     return {
         "weights": sum(local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers())),
         "moments": optimizer.state_bytes("exp_avg", "exp_avg_sq"),

@@ -1,4 +1,4 @@
-"""Where a run resumes, and whether it continues the same computation."""
+"""Find the checkpoint to resume from, and check that a resumed run continues the same computation."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -26,9 +26,9 @@ log = get_logger("INFO")
 
 
 def find_checkpoint(run: RunDirectory, wanted: bool | str, world: World = ALONE) -> Path | None:
-    """Claim the run's directory, and return the verified checkpoint to resume from; None to start at the beginning.
+    """Claim the run's directory, and return the verified checkpoint to resume from; None to start from the beginning.
 
-    The first process of ``world`` does it, and shares the run's id.
+    The first process of ``world`` does this, and shares the result and the run's id.
 
     Args:
         wanted: the config's ``resume_from_checkpoint``.
@@ -70,7 +70,7 @@ def _claim(run: RunDirectory, wanted: bool | str) -> Path | None:
 
 
 def identity(settings: TrainingSettings, inputs: Inputs, world: World = ALONE) -> dict[str, Any]:
-    """Facts about a run that must hold when it resumes; saved in every checkpoint."""
+    """Facts about a run, saved in every checkpoint and compared on resume."""
     digests = world.share(world.attempt(lambda: input_digests(settings, inputs), first_alone=True))
     return {
         "config": plain(settings.cfg),
@@ -94,14 +94,14 @@ def input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
 
 
 def check_settings(saved: dict[str, Any], settings: TrainingSettings, checkpoint: Path) -> None:
-    """Raise ConfigError if a field that decides the result of the run is not that of the checkpoint's `identity`."""
+    """Raise ConfigError if a field that affects the result differs from the checkpoint's `identity`."""
     fixed = {*REQUIRED, *DEFAULTS} - FREE
     old, new = ({key: config.get(key) for key in fixed} for config in (saved["config"], plain(settings.cfg)))
     _refuse(changed_fields(old, new), checkpoint)
 
 
 def check_inputs(saved: dict[str, Any], found: dict[str, Any], checkpoint: Path) -> None:
-    """Raise ConfigError if data, tokenizer, weights or rows per step differ between two `identity`."""
+    """Raise ConfigError if data, tokenizer, weights or rows per step differ between two results of `identity`."""
     old, new = ({"rows per step": facts["rows_per_step"]} for facts in (saved, found))
     _refuse(changed_fields(old, new), checkpoint)
     old, new = saved["digests"], found["digests"]
@@ -128,11 +128,11 @@ def _new_run(checkpoint: Path) -> str:
 
 
 def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: Callable[[], None] | None) -> str:
-    """After an error, save the state if that is possible and of use; says where the newest state is.
+    """After an error, save the state if possible and useful. Returns a message with the newest checkpoint.
 
     Args:
-        step: the last complete one.
-        save: saves ``step``; None if weights and optimizer are not those after it.
+        step: the last complete step.
+        save: saves ``step``; None if weights or optimizer are in the middle of the next step.
     """
     own = run.steps.own()
     if isinstance(error, DivergedError):
@@ -141,7 +141,7 @@ def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: C
     newest = max(own, key=step_of, default=None)
     if newest is not None and step_of(newest) == step:
         return f"The state after step {step} is in {newest}: {HOW_TO_RESUME}"
-    alone = world.size > 1 and not is_known_to_all(error)  # the others may never come
+    alone = world.size > 1 and not is_known_to_all(error)  # other processes might never join the save
     if step and save is not None and not alone:
         try:
             save()
@@ -150,5 +150,5 @@ def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: C
         else:
             return f"The state after step {step} is saved in {run.steps.path(step)}: {HOW_TO_RESUME}"
     if newest is None:
-        return "No checkpoint was saved before."
+        return "No checkpoint was saved."
     return f"The newest checkpoint is {newest}: {HOW_TO_RESUME}"

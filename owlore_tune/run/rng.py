@@ -10,7 +10,7 @@ from owlore_tune.distributed.world import ALONE, World
 
 
 class RngState:
-    """The generators of all processes of ``world``, as a part of a run's state."""
+    """The random generators of all processes of ``world``, as part of a run's state."""
 
     def __init__(self, world: World = ALONE) -> None:
         self._world = world
@@ -36,7 +36,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `get_rng_state` returned; devices that are not there any more are passed over."""
+    """Restore the states of `get_rng_state`. CUDA states are skipped if the number of devices has changed."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""The scores of a run's layers: read from a file, or made from its training data."""
+"""The scores of a run's layers, read from a file or computed."""
 
 from collections.abc import Iterator
 
@@ -18,10 +18,10 @@ def read_scores(settings: TrainingSettings, fingerprint: str, num_layers: int) -
     """The scores of ``owlore.scores_file``; None if it is not set.
 
     Args:
-        fingerprint: of the model's weights.
+        fingerprint: fingerprint of the model's weights.
 
     Raises:
-        ConfigError: if the file cannot be read, or was made for another model or score.
+        ConfigError: if the file cannot be read, or belongs to another model or score.
     """
     owlore = settings.owlore
     if owlore.scores_file is None:
@@ -45,7 +45,7 @@ def score_layers(
     fingerprint: str,
     world: World = ALONE,
 ) -> LayerScores:
-    """Score the layers of ``model``, on the first batches of the training data if the score needs data.
+    """Score the layers of ``model``, using the first batches of the training data if the score needs data.
 
     Raises:
         RunError: if weights or activations are not finite.

@@ -1,4 +1,4 @@
-"""The settings of a training run: the fields of its config, checked once, and what they stand for."""
+"""The settings of a training run: the fields of its config, checked and parsed once."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "dataset_val": None,
     "collate_fn": "torchtune.data.padded_collate_sft",
     "batch_size": 1,
-    "batch_size_val": None,  # as batch_size
+    "batch_size_val": None,  # same as batch_size
     "gradient_accumulation_steps": 1,
     "shuffle": True,
     "seed": 42,
@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler": None,  # constant
     "loss": {"_component_": "owlore_tune.loss.LinearCrossEntropyLoss"},
     "clip_grad_norm": 1.0,
-    "device": None,  # the best there is
+    "device": None,  # the best available
     "device_memory_limit": None,  # GB
     "dtype": "bf16",
     "compile": False,
@@ -52,7 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 1,
     "run_val_every_n_steps": None,
     "profiler": None,
-    "save_every_n_steps": None,  # besides the end of each epoch
+    "save_every_n_steps": None,  # in addition to the end of each epoch
     "keep_last_n": None,  # all
     "resume_from_checkpoint": False,
     "max_skipped_steps": 10,
@@ -61,14 +61,14 @@ COUNTS = ("batch_size", "epochs", "gradient_accumulation_steps", "max_skipped_st
 OPTIONAL_COUNTS = (
     "batch_size_val", "max_steps_per_epoch", "save_every_n_steps", "run_val_every_n_steps", "keep_last_n"
 )  # fmt: skip
-LARGEST_SEED = 2**31  # torchtune adds the rank, and NumPy takes 32 bits
+LARGEST_SEED = 2**31  # torchtune adds the rank, and NumPy seeds have 32 bits
 SWITCHES = ("shuffle", "compile", "enable_activation_checkpointing", "fsdp_cpu_offload", "fsdp_reshard_after_forward")
-# Arguments that the run passes to components itself.
+# Arguments that the recipe passes to components.
 SUPPLIED = {
     "dataset": ("*",), "dataset_val": ("*",), "optimizer": ("*",),
     "lr_scheduler": ("*", "num_training_steps", "last_epoch"),
 }  # fmt: skip
-# Fields that a resumed run may change: they say where and how it runs, not what it computes. Another device or a
+# Fields that can change on resume. They affect where and how a run executes, not what it computes. Another device or a
 # compiled model rounds differently, so the result is then no longer bit-identical.
 FREE = frozenset(
     (
@@ -86,7 +86,7 @@ class OwLoreConfig:
     """The ``owlore:`` block of a training config, checked on construction.
 
     Raises:
-        ConfigError: if a value has the wrong type or is out of its range.
+        ConfigError: if a value has the wrong type or is out of range.
     """
 
     num_active_layers: int | None = 5  # γ; null for all layers
@@ -131,10 +131,10 @@ class OwLoreConfig:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """A training config, checked, with its values parsed once.
+    """A checked training config with parsed values.
 
     Attributes:
-        cfg: all fields of REQUIRED and DEFAULTS; functions that build components take their blocks from it.
+        cfg: all fields of REQUIRED and DEFAULTS. Components are built from its blocks.
         clip_grad_norm: infinity for null.
     """
 
@@ -149,7 +149,7 @@ class TrainingSettings:
     def from_config(cls, cfg: DictConfig) -> "TrainingSettings":
         """
         Raises:
-            ConfigError: if a key is unknown or missing, or a value cannot work.
+            ConfigError: if a key is unknown or missing, or a value is invalid.
         """
         cfg = check_config(cfg, REQUIRED, DEFAULTS, SUPPLIED)
         owlore = OwLoreConfig.from_config(cfg.owlore)
@@ -157,13 +157,13 @@ class TrainingSettings:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
         check_counts(cfg, COUNTS, OPTIONAL_COUNTS)
-        check_type("seed", cfg.seed, int)  # a run without one could be neither repeated nor resumed
+        check_type("seed", cfg.seed, int)  # without a seed, a run cannot be repeated or resumed
         if not 0 <= cfg.seed <= LARGEST_SEED:
             raise ConfigError(f"seed={cfg.seed}; it must be 0 to {LARGEST_SEED:,}")
         check_positive("device_memory_limit", cfg.device_memory_limit)
         if cfg.device_memory_limit is not None and owlore.draw == "bernoulli":
             raise ConfigError(
-                "device_memory_limit cannot be kept with owlore.draw=bernoulli, which may draw all layers"
+                "device_memory_limit cannot be guaranteed with owlore.draw=bernoulli, which may draw all layers"
             )
         for key in SWITCHES:
             check_type(key, cfg[key], bool)
@@ -176,7 +176,7 @@ class TrainingSettings:
         return cls(cfg, owlore, device, dtype, Path(cfg.output_dir).absolute(), clip_grad_norm)
 
     def check_launch(self, *, sharded: bool) -> None:
-        """Raise ConfigError for a value that does not go with one device, or with a sharded model."""
+        """Raise ConfigError for a value that does not work on one device, or with a sharded model."""
         if sharded and self.cfg.compile:
             raise ConfigError("compile=true; it works on one device only: set it to false")
         if not sharded and self.cfg.fsdp_cpu_offload:
@@ -185,6 +185,6 @@ class TrainingSettings:
             )
 
     def sharding(self, world_size: int, *, gpu: bool = False) -> Sharding:
-        """How FSDP2 divides the model over ``world_size`` devices; on GPUs if ``gpu``, whatever device there is."""
-        offload = self.cfg.fsdp_cpu_offload and (gpu or self.device.type != "cpu")  # on a CPU all is in host memory
+        """FSDP2 settings for ``world_size`` devices; for GPUs if ``gpu``, even on a machine without one."""
+        offload = self.cfg.fsdp_cpu_offload and (gpu or self.device.type != "cpu")  # a CPU only has host memory
         return Sharding(world_size, offload, self.cfg.fsdp_reshard_after_forward)

@@ -1,4 +1,4 @@
-"""Stops by SIGTERM and SIGINT: at once, or once what must be complete is."""
+"""Stop on SIGTERM and SIGINT: at once, or at the end of a block that must be complete."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ ONE_REQUEST = 2.0  # seconds
 
 
 class Stop(KeyboardInterrupt):
-    """A signal that ends the program. A ``KeyboardInterrupt``, since asyncio and others let those through."""
+    """A signal that ends the program. It is a ``KeyboardInterrupt``, because asyncio and others do not catch those."""
 
     def __init__(self, number: int, message: str = "stopped") -> None:
         super().__init__(message)
@@ -21,10 +21,10 @@ class Stop(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Within its block, SIGTERM and SIGINT raise `Stop`, or wait in ``signal`` for the end of a `deferred` block.
+    """In its block, SIGTERM and SIGINT raise `Stop`. In a `deferred` block they are kept in ``signal`` until its end.
 
-    A second signal ends the process at once. One within `ONE_REQUEST` seconds of the first is the same request: a
-    scheduler signals torchrun and its processes alike, and torchrun passes its own signal on to them.
+    A second signal ends the process at once. One within `ONE_REQUEST` seconds of the first counts as the same request,
+    because a scheduler signals both torchrun and its processes, and torchrun forwards its signal to them.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the block end before a signal takes effect. Its code may look at ``signal`` and end early."""
+        """Delay a signal until the block ends. Code in the block can check ``signal`` and end early."""
         self._num_deferred += 1
         try:
             yield
@@ -66,7 +66,7 @@ _stop = StopRequest()
 
 @contextmanager
 def obey_signals() -> Iterator[None]:
-    """End the program by one line and status 128 + signal, whichever part of the block a signal meets."""
+    """On a signal in the block, print one line and exit with status 128 + signal."""
     try:
         with _stop:
             yield
@@ -78,5 +78,5 @@ def obey_signals() -> Iterator[None]:
 
 
 def stop_request() -> StopRequest:
-    """The program's own, for parts that must be complete; without `obey_signals` it never asks to stop."""
+    """The program's `StopRequest`, for blocks that must be complete. It is inactive outside `obey_signals`."""
     return _stop

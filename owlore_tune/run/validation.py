@@ -1,4 +1,4 @@
-"""Whether training goes well: the held-out loss, and finite weights and gradients."""
+"""Checks during training: the held-out loss, and finite weights and gradients."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from owlore_tune.optim.adamw import OwLoreAdamW
 def held_out_loss(
     model: nn.Module, loss_fn: Any, data: HeldOutData, device: torch.device, world: World = ALONE
 ) -> tuple[float, int]:
-    """The mean loss over all tokens to predict, and their number, over all processes of ``world`` together.
+    """The mean loss over all tokens to predict, and their number, over all processes of ``world``.
 
     Raises:
         ConfigError: if there are no tokens to predict.
@@ -33,7 +33,7 @@ def held_out_loss(
         labels[num_rows:] = loss_fn.ignore_index
         count = int((labels != loss_fn.ignore_index).sum())
         if not count:
-            labels[0, 0] = 0  # other processes wait for this forward
+            labels[0, 0] = 0  # run forward anyway, because other processes wait for it
         total += mean_loss(model, loss_fn, batch, labels, device).double() * count
         num_here += count
     model.train(was_training)
@@ -55,7 +55,7 @@ def check_finite_weights(model: nn.Module, step: int, world: World = ALONE) -> N
 
 
 def bad_gradients(model: nn.Module, optimizer: OwLoreAdamW, world: World = ALONE) -> list[str]:
-    """The parts of ``model``, such as ``layers.3``, with a gradient that is not finite on any process of ``world``."""
+    """The parts of ``model``, such as ``layers.3``, with a non-finite gradient on any process of ``world``."""
     bad = {parameter for parameter, grad in optimizer.step_grads().items() if not grad.isfinite().all()}
     names = (plain_name(name) for name, parameter in model.named_parameters() if parameter in bad)
     here = {".".join(name.split(".")[:2]) for name in names}
