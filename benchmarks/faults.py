@@ -32,6 +32,7 @@ from owlore_tune.checkpoints.sealed import verify
 from owlore_tune.config import load_config
 from owlore_tune.models.smollm2 import fetch
 from owlore_tune.run.directory import RunDirectory
+from owlore_tune.run.settings import TrainingSettings
 
 
 def small_model(directory: Path) -> None:
@@ -78,7 +79,8 @@ def start(config: dict, output_dir: Path) -> int:
     status = 1
     try:
         with redirect_stdout(log), redirect_stderr(log):
-            recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config | {"output_dir": str(output_dir)}))
+            cfg = OmegaConf.create(config | {"output_dir": str(output_dir)})
+            recipe = OwLoreFullFinetuneRecipe(TrainingSettings.from_config(cfg))
             recipe.setup()
             recipe.train()
             recipe.cleanup()

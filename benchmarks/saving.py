@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.config import load_config
 from owlore_tune.models.smollm2 import fetch
+from owlore_tune.run.settings import TrainingSettings
 
 NUM_SAVES = 9
 
@@ -33,7 +34,7 @@ def train(steps: int, every: int | None, output_dir: str) -> OwLoreFullFinetuneR
     ]  # fmt: skip
     cfg = load_config("smollm2/135M_owlore", overrides)
     cfg.max_steps_per_epoch = None
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(cfg))
+    recipe = OwLoreFullFinetuneRecipe(TrainingSettings.from_config(OmegaConf.create(cfg)))
     recipe.setup()
     report = recipe._report.step
 

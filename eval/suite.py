@@ -102,9 +102,6 @@ class Suite:
     def _leaf_tasks(self) -> list[Task]:
         return [leaf for t in self._tasks for leaf in (t.get_all_tasks() if isinstance(t, Group) else [t])]
 
-    def build_lm(self, model: TransformerDecoder, tokenizer: HFChatTokenizer) -> TorchtuneLM:
-        return build_lm(self.cfg, model, tokenizer)
-
     def run(
         self, lm: LM, model_id: str, directory: Path, *, use_cache: bool = False, log_samples: bool = True
     ) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def validate(args: argparse.Namespace) -> None:
             from owlore_tune.run.settings import TrainingSettings
 
             print(describe(TrainingSettings.from_config(cfg)))
-        elif "tasks" in cfg:
+        elif "tasks" in cfg or "data_files" in cfg:
             from owlore_eval import OwLoreEvalRecipe
 
             print(OwLoreEvalRecipe(cfg).validate())

@@ -114,8 +114,7 @@ def check_config(
         # torchtune parses `dataset_val=null` on the command line as the component's name.
         if isinstance(node, DictConfig) and "_component_" in node and node["_component_"] is None:
             cfg[key] = None
-    components = [key for key, default in defaults.items() if isinstance(default, Mapping)]
-    if missing := [key for key in (*required, *components) if cfg.get(key) is None]:
+    if missing := [key for key in required if cfg.get(key) is None]:
         raise ConfigError(f"missing in the config: {', '.join(missing)}")
     check_type("output_dir", cfg.output_dir, str)
     check_components(cfg, supplied or {})
@@ -126,7 +125,7 @@ def _fill_in(cfg: DictConfig, defaults: Mapping[str, Any]) -> None:
     """Add missing defaults to ``cfg``. A block without ``_component_`` changes fields of the default block."""
     for key, default in defaults.items():
         node = cfg._get_node(key)
-        if key not in cfg:
+        if key not in cfg.keys():  # noqa: SIM118  (a key whose value is ??? is in keys(), and not in the config itself)
             cfg[key] = default
         elif isinstance(default, Mapping) and isinstance(node, DictConfig) and "_component_" not in node:
             cfg[key] = OmegaConf.merge(default, node)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._errors import InstantiationError
@@ -43,5 +44,8 @@ def errors_in_one_line() -> Iterator[None]:
     """Exit with ``error: ...`` on a problem with the config, its files or the run that the user can solve."""
     try:
         yield
-    except (ConfigError, RunError, CheckpointError, InstantiationError, OmegaConfBaseException, OSError) as error:
+    except (
+        ConfigError, RunError, CheckpointError, InstantiationError, OmegaConfBaseException, OSError,
+        torch.OutOfMemoryError,
+    ) as error:  # fmt: skip
         sys.exit(f"error: {' '.join(str(error).split())}")

@@ -152,7 +152,6 @@ def recipe_main(cfg: DictConfig) -> None:
     if training.is_distributed():
         join_process_group("gloo")  # ranks exchange only Python objects
     recipe = OwLoreEvalRecipe(cfg=cfg)
-    log.info(f"Running OwLoreEvalRecipe with config:\n\n{OmegaConf.to_yaml(cfg)}")
     try:
         recipe.setup()
         recipe.evaluate()

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -34,8 +35,7 @@ from owlore_tune.memory.measure import peak_memory_bytes, return_freed_memory
 from owlore_tune.models.decoder import find_layers
 from owlore_tune.optim.adamw import OwLoreAdamW, Refresh
 from owlore_tune.program import parse
-from owlore_tune.run import build as parts
-from owlore_tune.run import resume
+from owlore_tune.run import build, resume
 from owlore_tune.run.directory import RunDirectory, shared_directory
 from owlore_tune.run.limit import check_limit, plan_run
 from owlore_tune.run.phases import PhaseClock
@@ -65,18 +65,18 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     ``max_skipped_steps`` of them in a row stop the run.
 
     Args:
-        cfg: the parsed config; its fields are those of `owlore_tune.run.settings`.
+        settings: of the run; see `owlore_tune.run.settings` for the fields of its config.
 
     Raises:
-        ConfigError: if a key is unknown or a value is invalid.
+        ConfigError: if a setting does not go with the number of processes.
     """
 
     _loss_fn: Any
     _model: TransformerDecoder
     _optimizer: OwLoreAdamW
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self._settings = settings = TrainingSettings.from_config(cfg)
+    def __init__(self, settings: TrainingSettings) -> None:
+        self._settings = settings
         self._cfg, self._device = settings.cfg, settings.device
         self._is_sharded = dist.is_initialized()
         settings.check_launch(sharded=self._is_sharded)
@@ -94,51 +94,52 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         settings, cfg, world = self._settings, self._cfg, self._world
         shared_directory(cfg.output_dir, world)
         self._resume_dir = resume.find_checkpoint(self._run, cfg.resume_from_checkpoint, world)
-        saved = None
-        if self._resume_dir is not None:
-            saved = load_state(self._resume_dir, world)
-            resume.check_settings(saved["identity"], settings, self._resume_dir)
+        saved = load_state(self._resume_dir, world) if self._resume_dir else None
         self._setup_inputs(saved)
         self._setup_model()
-        fingerprint, num_layers = self._checkpointer.fingerprint(), len(find_layers(self._model))
+        fingerprint, num_layers = self._identity["digests"][resume.BASE_WEIGHTS], len(find_layers(self._model))
         known_scores = LayerScores(**saved["scores"]) if saved else read_scores(settings, fingerprint, num_layers)
         self.load_checkpoint()
         with self._report.timed("score"):
             self._scores = known_scores or score_layers(settings, self._model, self._data, fingerprint, world)
         self._setup_active_layers()
         if cfg.compile:  # after scoring, whose hooks would be compiled too
-            self._loss_fn = parts.compile_parts(self._loss_fn, self._model)
-        self._lr_scheduler = parts.build_lr_scheduler(settings, self._optimizer, self._data.num_steps)
+            self._loss_fn = build.compile_parts(self._loss_fn, self._model)
+        self._lr_scheduler = build.build_lr_scheduler(settings, self._optimizer, self._data.num_steps)
         if saved is not None:
             self._restore(saved)
         world.attempt(self._start_run, first_alone=True)
-        self._profiler = parts.build_profiler(settings)
+        self._profiler = build.build_profiler(settings)
 
     def _setup_inputs(self, saved: dict[str, Any] | None) -> None:
-        """Build and check data, tokenizer and checkpointer."""
-        settings, world = self._settings, self._world
-        now = None if saved is None else datetime.fromisoformat(saved["identity"]["now"])
-        self._inputs = inputs = parts.build_inputs(settings, world, now)
-        self._checkpointer, _, self._data, self._held_out = inputs
-        self._identity = resume.identity(settings, inputs, world)
-        if saved is not None and self._resume_dir is not None:
+        """Build data, tokenizer and checkpointer, and check that they are those of the checkpoint to resume from."""
+        settings, now = self._settings, None
+        if saved is not None:
+            resume.check_settings(saved["identity"], settings, self._resume_dir)
+            now = datetime.fromisoformat(saved["identity"]["now"])
+        self._inputs = build.build_inputs(settings, self._world, now)
+        self._checkpointer, _, self._data, self._held_out = self._inputs
+        self._identity = resume.identity(settings, self._inputs, self._world)
+        if saved is not None:
             resume.check_inputs(saved["identity"], self._identity, self._resume_dir)
 
     def _setup_model(self) -> None:
         """Build loss, model and optimizer without weights, and check their memory plan against the limit."""
         settings, cfg = self._settings, self._cfg
-        parts.check_late_components(settings)
-        self._loss_fn, self._model = parts.build_model(settings)
-        parts.check_row_lengths(self._inputs, self._model.max_seq_len)
-        seq_len = parts.row_length(settings, self._inputs)
+        build.check_late_components(settings)
+        self._loss_fn, self._model, self._optimizer = built = build.build_parts(settings)
+        build.limit_row_lengths(self._inputs, self._model.max_seq_len)
+        seq_len = build.row_length(settings, self._inputs)
         sharding = settings.sharding(self._world.size) if self._is_sharded else None
-        self._plan = plan_run(settings, seq_len, sharding)
+        self._plan = plan_run(settings, seq_len, sharding, parts=built)
         check_limit(settings, self._plan, seq_len, sharding)
         if cfg.enable_activation_checkpointing:
             layer_types = {type(layer) for layer in find_layers(self._model)}
             training.set_activation_checkpointing(self._model, auto_wrap_policy=layer_types)
-        self._weights_device = shard_model(self._model, self._device, sharding) if sharding else self._device
-        self._optimizer = parts.build_optimizer(settings, self._model)
+        self._weights_device = self._device
+        if sharding is not None:  # which replaces the parameters
+            self._weights_device = shard_model(self._model, self._device, sharding)
+            self._optimizer = build.build_optimizer(settings, self._model)
 
     def load_checkpoint(self) -> None:
         """Load the weights, from the checkpoint to resume from if there is one."""
@@ -154,7 +155,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _setup_active_layers(self) -> None:
         """Create the schedule of active layers. All layers are frozen until the first draw."""
         owlore = self._settings.owlore
-        self._sampler = parts.build_sampler(self._settings, self._scores.scores)
+        self._sampler = build.build_sampler(self._settings, self._scores.scores)
         self._active_layers = ActiveLayers(
             self._model,
             self._optimizer,
@@ -188,19 +189,16 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Mark the directory as this run's, then write its first files."""
         self._run.start()
         self._scores.save(self._settings.output_dir / SCORES_FILE)
-        probabilities = self._sampler.probabilities.tolist()
-        self._report.start(self._settings, self._plan, probabilities, self._measure_memory)
+        measure = partial(measured_bytes, self._model, self._optimizer, self._device)
+        self._report.start(self._settings, self._plan, self._sampler.probabilities.tolist(), measure)
         self._write_manifest()
-
-    def _measure_memory(self) -> dict[str, int]:
-        return measured_bytes(self._model, self._optimizer, self._device)
 
     def train(self) -> None:
         try:
             if self._progress.step == 0:
                 self._validate("before")
             # A signal takes effect after the end of a step and its checkpoint.
-            with stop_request().deferred(), self._profiler, self._report.timed("train"):
+            with stop_request().deferred(), self._profiler:
                 self._train_loop()
             self._finish()
         except Exception as error:
@@ -229,7 +227,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 metrics, refreshes = self._train_step(micro_batches)
                 progress.step += 1
                 self._is_complete = True
-                if not progress.skipped_in_a_row:
+                if metrics["trained_tokens_per_second"] and not progress.skipped_in_a_row:
                     self._prune_checkpoints()
                 self._report.step(
                     {"step": progress.step, **metrics}, refreshes, is_logged=progress.is_due(cfg.log_every_n_steps)
@@ -288,6 +286,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             loss += micro_loss.detach()
         lr = get_lr(self._optimizer)
         grad_norm = self._optimizer.clip_grad_norm_(self._settings.clip_grad_norm).item()
+        self._is_complete = False  # until the step is counted
         refreshes = self._update(self._world.sum_(loss).item(), grad_norm, sum(num_trained))
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
@@ -316,7 +315,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         elif math.isfinite(loss) and math.isfinite(grad_norm):
             if self._active_layers.drawn_at == progress.step:
                 return_freed_memory(self._device)  # else new optimizer state adds to it
-            self._is_complete = False  # until the step is counted
             with self._clock("optimizer"):
                 self._optimizer.step()
             refreshes = self._optimizer.last_refreshes
@@ -379,8 +377,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._report.write_manifest(self._progress, self._step_dir(), finished=finished)
 
     def cleanup(self) -> None:
-        self._report.close()
-        self._run.release()
+        try:
+            self._report.close()
+        finally:
+            self._run.release()
 
 
 @parse
@@ -388,7 +388,7 @@ def recipe_main(cfg: DictConfig) -> None:
     """Fine-tune with OwLore; see `OwLoreFullFinetuneRecipe`."""
     settings = TrainingSettings.from_config(cfg)
     with process_group(settings.device, settings.cfg.dist_timeout_s, cpu_offload=settings.sharding(1).cpu_offload):
-        recipe = OwLoreFullFinetuneRecipe(cfg=cfg)
+        recipe = OwLoreFullFinetuneRecipe(settings)
         try:
             recipe.setup()
             recipe.train()

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.distributed.launch import process_group
+from owlore_tune.run.settings import TrainingSettings
 
 
 def train(files: list[str]) -> None:
@@ -70,7 +71,7 @@ def poison(file: str) -> None:
     """Train with non-finite gradients at step 4, only on the last rank."""
     cfg = DictConfig(OmegaConf.load(file))
     with process_group(torch.device(cfg.device), 600):
-        recipe = OwLoreFullFinetuneRecipe(cfg)
+        recipe = OwLoreFullFinetuneRecipe(TrainingSettings.from_config(cfg))
         recipe.setup()
         optimizer, clip = recipe._optimizer, recipe._optimizer.clip_grad_norm_
 

@@ -10,11 +10,16 @@ from safetensors.torch import load_file
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.run.directory import RunDirectory
+from owlore_tune.run.settings import TrainingSettings
+
+
+def recipe_of(config: dict) -> OwLoreFullFinetuneRecipe:
+    return OwLoreFullFinetuneRecipe(TrainingSettings.from_config(OmegaConf.create(config)))
 
 
 def prepare(config: dict) -> OwLoreFullFinetuneRecipe:
     """Build the recipe and set it up."""
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(config))
+    recipe = recipe_of(config)
     recipe.setup()
     return recipe
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
+from runs import recipe_of
 
-from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune import cli
 from owlore_tune.catalog import find_config
 from owlore_tune.models import smollm2
@@ -54,7 +54,7 @@ def test_cp_copies_recipes_too_and_names_near_ones(monkeypatch, tmp_path):
 @pytest.mark.pictures
 def test_plot_draws_a_run_from_its_files(monkeypatch, tmp_path, tiny_config, capsys):
     """Also an unfinished run, killed after some steps while it writes a line."""
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"run_val_every_n_steps": 2}))
+    recipe = recipe_of(tiny_config | {"run_val_every_n_steps": 2})
     recipe.setup()
     run = Path(tiny_config["output_dir"])
     owlore(monkeypatch, "plot", str(run))  # before the first step

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from runs import recipe_of
 from torchtune import config as tune_config
 
-from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune import cli
 from owlore_tune.catalog import find_config, packaged_configs
 from owlore_tune.checkpoints.hf import HFCheckpointer
@@ -46,6 +46,7 @@ def test_the_table_of_planned_memory(row):
     assert plan.on_gpu().total / 1e9 == pytest.approx(float(told), abs=0.06)
 
 
+OPTIMIZER = "owlore_tune.optim.OwLoreAdamW"
 REFERENCES = ("smollm2/135M_owlore", "llama2/7B_owlore")
 
 
@@ -142,21 +143,16 @@ MODEL_FIELDS = {"model", "tokenizer", "checkpointer", "batch_size", "gradient_ac
 
 
 def filled_in(name: str) -> dict:
-    """Load a config and fill in all defaults."""
-    parameters = inspect.signature(OwLoreAdamW).parameters
-    cfg = OmegaConf.to_container(check_config(load_config(name), REQUIRED, DEFAULTS, SUPPLIED), resolve=False)
-    cfg["owlore"] = dataclasses.asdict(OwLoreConfig(**cfg["owlore"]))
-    defaults = {key: parameter.default for key, parameter in parameters.items() if key != "params"}
-    cfg["optimizer"] = defaults | {"betas": [0.9, 0.999]} | cfg["optimizer"]
-    for block in ("dataset", "profiler"):  # their default is null
-        cfg[block] = {key: value for key, value in (cfg[block] or {}).items() if value not in (None, False)}
+    """A config with all its defaults."""
+    cfg = OmegaConf.to_container(TrainingSettings.from_config(load_config(name, ["device=cpu"])).cfg)
+    cfg["dataset"] = {key: value for key, value in cfg["dataset"].items() if value not in (None, False)}
     return cfg
 
 
 def changed(one: str, other: str, depth: int) -> set[str]:
     """Return the fields that differ between two configs, by the first ``depth`` parts of their paths."""
     paths = {change.split("=")[0] for change in changed_fields(filled_in(one), filled_in(other))}
-    return {".".join(path.split(".")[:depth]) for path in paths if path.split(".")[0] not in ("output_dir", "profiler")}
+    return {".".join(path.split(".")[:depth]) for path in paths if path.split(".")[0] != "output_dir"}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -171,7 +167,7 @@ def test_a_config_differs_in_its_model_or_method_alone(name):
 
 
 def run(config: dict) -> None:
-    OwLoreFullFinetuneRecipe(OmegaConf.create(config)).setup()
+    recipe_of(config).setup()
 
 
 def other_scores(path, **changes) -> str:
@@ -184,7 +180,8 @@ BAD = {
     "unknown key": ({"learning_rate": 1}, "unknown key learning_rate"),
     "unknown owlore key": ({"owlore.num_actve_layers": 2}, "owlore.num_actve_layers; did you mean num_active_layers"),
     "unknown optimizer key": ({"optimizer.update_gp": 2}, "optimizer.update_gp; did you mean update_gap"),
-    "missing key": ({"loss": None}, "missing in the config: loss"),
+    "missing key": ({"dataset": None}, "missing in the config: dataset"),
+    "no loss": ({"loss": None}, "loss=null; the run needs one"),
     "more layers than there are": ({"owlore.num_active_layers": 40}, "num_active_layers=40; the model has 4 layers"),
     "no layers": ({"owlore.num_active_layers": 0}, "owlore.num_active_layers=0; it must be above 0"),
     "negative layers": ({"owlore.num_active_layers": -1}, "owlore.num_active_layers=-1"),
@@ -284,6 +281,39 @@ def test_a_list_of_datasets_is_checked_too(tiny_config):
     tiny_config["dataset"] = [tiny_config["dataset"], tiny_config["dataset"] | {"packd": True}]
     with pytest.raises(ConfigError, match=r"unknown key dataset\.1\.packd; did you mean packed"):
         check_config(OmegaConf.create(tiny_config), REQUIRED, DEFAULTS, SUPPLIED)
+
+
+def test_a_value_that_is_left_open_is_refused(tiny_config):
+    with pytest.raises(ConfigError, match=r"Missing mandatory value: epochs"):
+        TrainingSettings.from_config(OmegaConf.create(tiny_config | {"epochs": "???"}))
+
+
+def test_a_block_without_a_component_changes_fields_of_the_default_one():
+    overrides = ["profiler.enabled=true", "metric_logger.log_dir=elsewhere", "loss.chunk_size=64"]
+    cfg = TrainingSettings.from_config(load_config("smollm2/135M_full", overrides)).cfg
+    assert cfg.profiler._component_ == "torchtune.training.setup_torch_profiler"
+    assert (cfg.metric_logger._component_.rpartition(".")[2], cfg.metric_logger.log_dir) == ("DiskLogger", "elsewhere")
+    assert cfg.loss == {"_component_": "owlore_tune.loss.LinearCrossEntropyLoss", "chunk_size": 64}
+
+
+def test_a_default_that_is_written_out_is_the_same_config(tiny_config):
+    """So a run may resume with a config that states a default, and notices if a later release changes one."""
+    implicit = tiny_config | {"owlore": {"num_active_layers": 2}, "optimizer": {"_component_": OPTIMIZER}}
+    explicit = tiny_config | {"owlore": {"num_active_layers": 2, "resample_every": 50}}
+    explicit |= {"optimizer": {"_component_": OPTIMIZER, "rank": 128}}
+    one, other = (TrainingSettings.from_config(OmegaConf.create(config)).cfg for config in (implicit, explicit))
+    assert changed_fields(OmegaConf.to_container(one), OmegaConf.to_container(other)) == []
+
+
+def test_an_evaluation_of_data_files_alone_is_validated(monkeypatch, tmp_path):
+    config = OmegaConf.load(find_config("eval/local_choices"))
+    del config.tasks
+    config.scorng = "generate"
+    OmegaConf.save(config, tmp_path / "eval.yaml")
+    overrides = ["data_files.mine=mine.json"]
+    monkeypatch.setattr(sys, "argv", ["owlore", "validate", "--config", str(tmp_path / "eval.yaml"), *overrides])
+    with pytest.raises(SystemExit, match="unknown key scorng; did you mean scoring"):
+        cli.main()
 
 
 def test_overrides_and_files(tmp_path):

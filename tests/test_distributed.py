@@ -16,12 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from runs import finetune, variant, weights
+from runs import finetune, recipe_of, variant, weights
 from safetensors.torch import load_file
+from test_sealed import small_disk  # noqa: F401
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.distributed.fsdp import shard_model
 from owlore_tune.distributed.world import current_world
 from owlore_tune.errors import ConfigError
@@ -438,6 +438,19 @@ def test_a_signal_to_torchrun_and_its_ranks_alike_is_one_request(number, config)
     assert saved is not None and f"{number.name}: stopped after step {saved.name[5:]}, saved in {saved}" in errors
 
 
+@pytest.mark.slow
+def test_a_full_disk_ends_all_ranks_with_its_message(config, small_disk):  # noqa: F811
+    run = on_ranks(2, config | {"output_dir": str(small_disk / "run")}, "full", save_every_n_steps=1)
+    run["output_dir"] = str(small_disk / "run")
+    file = Path(config["output_dir"]).with_suffix(".yaml")
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(run | {"dataset_val": None})))
+    started = time.monotonic()
+    result = torchrun(2, "-m", "owlore_full_finetune", "--config", file)
+    assert result.returncode == 1 and time.monotonic() - started < 100
+    assert re.search(r"error: cannot save .*step_\d+, which needs .* bytes", result.stderr), result.stderr[-2000:]
+    assert "another process" not in result.stderr
+
+
 @pytest.fixture
 def fake_ranks():
     """A fake process group of two ranks; its collectives do nothing."""
@@ -463,14 +476,14 @@ def test_an_optimizer_that_needs_whole_gradients_is_refused(changes, message, co
 
 def test_values_that_do_not_go_with_several_ranks_are_refused(config, fake_ranks):
     with pytest.raises(ConfigError, match="compile=true; it works on one device only"):
-        OwLoreFullFinetuneRecipe(OmegaConf.create(config | {"compile": True}))
+        recipe_of(config | {"compile": True})
     with pytest.raises(ConfigError, match="samples, less than one optimizer step of batch_size=21 .* 2 processes"):
         build_inputs(TrainingSettings.from_config(OmegaConf.create(config | {"batch_size": 21})), current_world())
 
 
 def test_a_value_for_several_ranks_is_refused_on_one_device(config):
     with pytest.raises(ConfigError, match="fsdp_cpu_offload=true; it needs FSDP2: launch with tune run --nproc_per"):
-        OwLoreFullFinetuneRecipe(OmegaConf.create(config | {"fsdp_cpu_offload": True}))
+        recipe_of(config | {"fsdp_cpu_offload": True})
 
 
 @pytest.mark.slow
@@ -488,7 +501,7 @@ def test_another_number_of_rows_per_step_is_another_run(config):
     finetune(config)
     changed = variant(config, "changed", batch_size=3, resume_from_checkpoint=f"{config['output_dir']}/step_12")
     with pytest.raises(ConfigError, match="rows per step=6 -> 3"):
-        OwLoreFullFinetuneRecipe(OmegaConf.create(changed)).setup()
+        recipe_of(changed).setup()
 
 
 @pytest.mark.slow

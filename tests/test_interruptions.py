@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import after_step, checkpoints, finetune, prepare, scale_loss, variant, weights
+from runs import after_step, checkpoints, finetune, prepare, recipe_of, scale_loss, variant, weights
 from safetensors.torch import load_file
 
 import owlore_full_finetune
@@ -240,7 +240,7 @@ def test_a_signal_in_the_last_save_is_obeyed(tiny_config, monkeypatch, capsys):
 
     monkeypatch.setattr(OwLoreFullFinetuneRecipe, "save_checkpoint", interrupted)
     monkeypatch.setattr(OwLoreFullFinetuneRecipe, "_finish", lambda self: pytest.fail("went on"))
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config))
+    recipe = recipe_of(tiny_config)
     with pytest.raises(SystemExit), obey_signals():
         recipe.setup()
         recipe.train()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from omegaconf import OmegaConf
+from runs import recipe_of
 from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
@@ -155,7 +156,7 @@ def limited(config: dict, tmp_path, limit: float) -> str:
     """Return the message of a run under a limit in GB. Its weights cannot be read."""
     config = config | {"output_dir": str(tmp_path / "limited"), "batch_size": 40, "device_memory_limit": limit}
     with pytest.raises(ConfigError) as refused:
-        OwLoreFullFinetuneRecipe(OmegaConf.create(config)).setup()
+        recipe_of(config).setup()
     return str(refused.value)
 
 
@@ -171,7 +172,7 @@ def test_a_plan_over_the_limit_is_refused_before_weights_load(tiny_config, tmp_p
 
 
 def test_a_plan_within_the_limit_runs(tiny_config):
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"device_memory_limit": 1000}))
+    recipe = recipe_of(tiny_config | {"device_memory_limit": 1000})
     recipe.setup()
     recipe.train()
     manifest = json.loads((recipe._settings.output_dir / "manifest.json").read_text())
@@ -184,13 +185,13 @@ def test_a_plan_within_the_limit_runs(tiny_config):
 def test_no_limit_is_promised_where_draws_vary(tiny_config):
     owlore = tiny_config["owlore"] | {"draw": "bernoulli"}
     with pytest.raises(ConfigError, match="bernoulli, which may draw all layers"):
-        OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"device_memory_limit": 1, "owlore": owlore}))
+        recipe_of(tiny_config | {"device_memory_limit": 1, "owlore": owlore})
 
 
 @pytest.mark.parametrize("limit", [0, -1, "much"])
 def test_a_limit_that_is_none_is_refused(tiny_config, limit):
     with pytest.raises(ConfigError, match="device_memory_limit=.*must be a number above 0"):
-        OwLoreFullFinetuneRecipe(OmegaConf.create(tiny_config | {"device_memory_limit": limit}))
+        recipe_of(tiny_config | {"device_memory_limit": limit})
 
 
 def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
@@ -225,7 +226,7 @@ def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
 def test_rows_longer_than_the_model_takes_are_refused(tiny_config):
     config = tiny_config | {"model": tiny_config["model"] | {"max_seq_len": 8}}
     with pytest.raises(ConfigError, match="row 0 has .* tokens, and the model takes 8; set tokenizer.max_seq_len"):
-        OwLoreFullFinetuneRecipe(OmegaConf.create(config)).setup()
+        recipe_of(config).setup()
 
 
 def test_a_plan_for_gpus_counts_what_they_offload_wherever_it_is_made(tiny_config):

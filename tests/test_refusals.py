@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY_MODEL, save_tokenizer
 from omegaconf import OmegaConf
+from runs import recipe_of
 
 import owlore_eval
 import owlore_full_finetune
@@ -537,7 +538,7 @@ def test_home_is_meant_by_its_sign(place, monkeypatch):
     """Regression: with ``output_dir=~/x``, the metric logger made a directory named ``~``."""
     monkeypatch.setenv("HOME", str(place / "home"))
     rewrite("train.yaml", lambda text: text.replace("output_dir: run", "output_dir: ~/x"))
-    recipe = owlore_full_finetune.OwLoreFullFinetuneRecipe(OmegaConf.load("train.yaml"))
+    recipe = recipe_of(OmegaConf.load("train.yaml"))
     assert recipe._cfg.metric_logger.log_dir == str(place / "home" / "x" / "logs")
     assert recipe._settings.output_dir == place / "home" / "x"
 

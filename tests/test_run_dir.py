@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from runs import checkpoints, finetune, variant, weights
+from runs import checkpoints, finetune, finetune_until, prepare, recipe_of, variant, weights
 
-from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.checkpoints.sealed import read_seal
 from owlore_tune.errors import ConfigError
 from owlore_tune.run.directory import LOCK_FILE, RUN_FILE, RunDirectory
@@ -87,17 +86,26 @@ def test_nothing_of_the_users_is_removed_or_written_over(tiny_config):
     assert (output_dir / "step_10").is_symlink() and content(moved) == before
 
 
+def test_a_checkpoint_that_only_lacks_its_name_is_resumed_from(tiny_config):
+    """Killed between seal and rename. The run must not train these steps again and then find the name taken."""
+    config = variant(tiny_config, "killed", save_every_n_steps=4)
+    finetune_until(config, 9)
+    (_, newest) = checkpoints(config)
+    run_id = json.loads((newest / "checkpoint.json").read_text())["run_id"]
+    newest.rename(newest.with_name(f"step_8.{run_id}.12345678.partial"))
+    recipe = prepare(config | {"resume_from_checkpoint": True})
+    assert recipe._progress.step == 8
+    recipe.train()
+    recipe.cleanup()
+    assert [d.name for d in checkpoints(config)] == ["step_4", "step_8", "step_10"]
+
+
 def test_an_earlier_abandoned_checkpoint_stays(tiny_config):
     config = variant(tiny_config, "branch", save_every_n_steps=5)
     output_dir = Path(config["output_dir"])
     finetune(config)
     for _ in range(2):
-        recipe = OwLoreFullFinetuneRecipe(
-            OmegaConf.create(config | {"resume_from_checkpoint": str(output_dir / "step_5")})
-        )
-        recipe.setup()
-        recipe.train()
-        recipe.cleanup()
+        finetune(config | {"resume_from_checkpoint": str(output_dir / "step_5")})
     assert sorted(d.name for d in output_dir.glob("*step_*")) == [
         "abandoned_step_10", "abandoned_step_10_2", "step_10", "step_5"
     ]  # fmt: skip
@@ -147,7 +155,7 @@ def test_a_branch_without_a_checkpoint_does_not_begin_anew(tiny_config):
     a = variant(tiny_config, "a", save_every_n_steps=5)
     finetune(a)
     branch = variant(a, "branch", resume_from_checkpoint=f"{a['output_dir']}/step_5")
-    recipe = OwLoreFullFinetuneRecipe(OmegaConf.create(branch))
+    recipe = recipe_of(branch)
     recipe.setup()  # killed after this
     recipe.cleanup()
     with pytest.raises(ConfigError, match=r"has no checkpoint of its own yet; .* resume_from_checkpoint=.*a/step_5"):

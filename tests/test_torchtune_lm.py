@@ -250,6 +250,7 @@ def test_bos_is_added_once_if_asked_for(real):
     assert ours.chat_template(True) == theirs.tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_300_log_likelihoods_of_real_questions_equal_the_harness(real):
     """MMLU dev questions in ARC format, and in MMLU format with 5 examples: all choices agree."""
     ours, theirs = real

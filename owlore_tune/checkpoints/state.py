@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.checkpoints.sealed import sealed_directory
 from owlore_tune.checkpoints.sharded import load_sharded, save_sharded
-from owlore_tune.distributed.world import ALONE, RankError, World
+from owlore_tune.distributed.world import ALONE, RankError, World, known_to_all
 from owlore_tune.errors import CheckpointError
 from owlore_tune.optim import low_bits
 
@@ -52,8 +52,8 @@ def save_checkpoint(
                 state = {**state, "optimizer": sharded}
             world.attempt(lambda: _write_state(state, partial_dir), first_alone=True)
             world.attempt(stack.close, first_alone=True)
-    except (OSError, RankError) as error:
-        raise CheckpointError(str(error)) from error
+    except (OSError, RankError, CheckpointError) as error:  # all of them raised on all processes, by `World.attempt`
+        raise known_to_all(CheckpointError(str(error))) from error
 
 
 def load_state(directory: Path, world: World = ALONE) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torchtune import training
 from torchtune.utils import get_logger
 
 from owlore_tune.distributed.world import RankError
-from owlore_tune.errors import RunError
+from owlore_tune.errors import CheckpointError, RunError
 
 # Parts of torch.distributed's error messages if a process died or does not answer.
 LOST_PROCESS = (
@@ -50,6 +50,8 @@ def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = Fa
         if dist.get_rank() > 0:
             get_logger("INFO").setLevel(logging.ERROR)  # only rank 0 logs
         yield
+    except (RunError, CheckpointError):
+        raise
     except RankError as error:
         raise RunError(str(error)) from error
     except RuntimeError as error:

@@ -95,8 +95,7 @@ class World:
                 error = raised
         messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
-            vars(error)["known_to_all"] = True
-            raise error
+            raise known_to_all(error)
         failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
         if failed:
             raise RankError(f"rank {failed[0][0]} failed: {failed[0][1]}")
@@ -109,6 +108,12 @@ class World:
 
 
 ALONE = World()
+
+
+def known_to_all(error: Exception) -> Exception:
+    """Mark ``error`` as one that all processes have; see `is_known_to_all`."""
+    vars(error)["known_to_all"] = True
+    return error
 
 
 def is_known_to_all(error: Exception) -> bool:

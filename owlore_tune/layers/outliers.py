@@ -45,7 +45,7 @@ def outlier_scores(
     layers = find_layers(model)
     norms = input_norms(model, batches, world)
     scores = []
-    for i, layer in enumerate(tqdm(layers, desc="Outliers", unit="layer", leave=False)):
+    for i, layer in enumerate(tqdm(layers, desc="Outliers", unit="layer", leave=False, disable=world.rank > 0)):
         try:
             linears = [(linear.weight, norms[i][name]) for name, linear in find_linears(layer)]
             scores.append(outlier_share(linears, threshold, world))
@@ -69,7 +69,7 @@ def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world
     model.eval()
     num_batches = 0
     try:
-        for batch in tqdm(batches, desc="Scoring layers", unit="batch", leave=False):
+        for batch in tqdm(batches, desc="Scoring layers", unit="batch", leave=False, disable=world.rank > 0):
             inputs = dict(batch)
             valid = inputs.pop("valid", None)
             counted.valid = None if valid is None or valid.all() else valid.flatten()

@@ -62,7 +62,10 @@ def layer_scores(
     per_layer = {"weight_norm": weight_norm, "heavy_tail": heavy_tail}.get(score)
     if per_layer is None:
         raise ValueError(f"score={score!r}; choose one of {', '.join(SCORES)}")
-    scores = [per_layer(layer) for layer in tqdm(layers, desc=f"Scoring by {score}", unit="layer", leave=False)]
+    scores = [
+        per_layer(layer)
+        for layer in tqdm(layers, desc=f"Scoring by {score}", unit="layer", leave=False, disable=world.rank > 0)
+    ]
     if bad := [layer for layer, value in enumerate(scores) if not math.isfinite(value)]:
         raise ValueError(f"layer {bad[0]}: its weights are not finite; is the checkpoint damaged?")
     return scores

@@ -123,7 +123,7 @@ def row_length(settings: TrainingSettings, inputs: Inputs) -> int:
         raise ConfigError(str(error)) from error
 
 
-def check_row_lengths(inputs: Inputs, max_tokens: int) -> None:
+def limit_row_lengths(inputs: Inputs, max_tokens: int) -> None:
     """Make the datasets raise, naming the row, when a row longer than ``max_tokens`` is read."""
     refuse_longer_than(inputs.data.dataset, max_tokens)
     if inputs.held_out is not None:

@@ -55,6 +55,8 @@ class RunDirectory:
         """
         self._lock()
         self._read()
+        if self._is_known:  # before anyone looks for the newest checkpoint: a complete one may get its name only now
+            remove_leftovers(self.path, self.run_id)
 
     @classmethod
     def existing(cls, path: Path, kind: str = "training") -> "RunDirectory":
@@ -150,7 +152,6 @@ class RunDirectory:
             }  # fmt: skip
             write_json(self.path / RUN_FILE, content)
             self._is_known = True
-        remove_leftovers(self.path, self.run_id)
 
     def resume_from(self, directory: Path) -> None:
         """Verify a checkpoint, of this or another run, and record that the run resumes from it.

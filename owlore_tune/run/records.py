@@ -52,6 +52,7 @@ class Records:
         self._append(STEPS, record)
         self._energies += energies
         self.draws[-1]["refresh_seconds"] += record["refresh_seconds"]
+        self.add_seconds("train", record["step_seconds"])
 
     def open_draw(self, step: int, active: list[int], trainable: int) -> None:
         self.draws.append({"step": step, "active": active, "trainable": trainable, "refresh_seconds": 0.0})

@@ -84,8 +84,10 @@ class Report:
     def timed(self, phase: str) -> Iterator[None]:
         """Add the seconds of the block to ``phase``."""
         started = time.perf_counter()
-        yield
-        self.records.add_seconds(phase, time.perf_counter() - started)
+        try:
+            yield
+        finally:
+            self.records.add_seconds(phase, time.perf_counter() - started)
 
     @contextmanager
     def progress_bar(self, progress: Progress, num_steps: int) -> Iterator[None]:

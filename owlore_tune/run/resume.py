@@ -20,6 +20,7 @@ from owlore_tune.run.manifest import versions
 from owlore_tune.run.report import OUTPUT_FILES
 from owlore_tune.run.settings import DEFAULTS, FREE, REQUIRED, TrainingSettings
 
+BASE_WEIGHTS = "base weights (checkpointer.checkpoint_dir)"  # name of their digest, for messages too
 HOW_TO_RESUME = "resume with the same command and resume_from_checkpoint=true"
 
 log = get_logger("INFO")
@@ -85,7 +86,7 @@ def input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
     """Digests of data, tokenizer, chat template and base weights, by name."""
     digests = {
         "dataset": dataset_digest(inputs.data.dataset),
-        "base weights (checkpointer.checkpoint_dir)": inputs.checkpointer.fingerprint(),
+        BASE_WEIGHTS: inputs.checkpointer.fingerprint(),
     }
     if isinstance(inputs.tokenizer, HFChatTokenizer):
         return digests | inputs.tokenizer.digests()
@@ -93,14 +94,16 @@ def input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
     return digests | ({"tokenizer": files_digest([path])} if path.is_file() else {})
 
 
-def check_settings(saved: dict[str, Any], settings: TrainingSettings, checkpoint: Path) -> None:
+def check_settings(saved: dict[str, Any], settings: TrainingSettings, checkpoint: Path | None) -> None:
     """Raise ConfigError if a field that affects the result differs from the checkpoint's `identity`."""
     fixed = {*REQUIRED, *DEFAULTS} - FREE
     old, new = ({key: config.get(key) for key in fixed} for config in (saved["config"], plain(settings.cfg)))
     _refuse(changed_fields(old, new), checkpoint)
+    if changes := changed_fields(saved["versions"], versions()):
+        log.warning(f"Versions changed, so the resumed run may not be bit-identical: {'; '.join(changes)}")
 
 
-def check_inputs(saved: dict[str, Any], found: dict[str, Any], checkpoint: Path) -> None:
+def check_inputs(saved: dict[str, Any], found: dict[str, Any], checkpoint: Path | None) -> None:
     """Raise ConfigError if data, tokenizer, weights or rows per step differ between two results of `identity`."""
     old, new = ({"rows per step": facts["rows_per_step"]} for facts in (saved, found))
     _refuse(changed_fields(old, new), checkpoint)
@@ -112,7 +115,7 @@ def check_inputs(saved: dict[str, Any], found: dict[str, Any], checkpoint: Path)
         )
 
 
-def _refuse(changes: list[str], checkpoint: Path) -> None:
+def _refuse(changes: list[str], checkpoint: Path | None) -> None:
     if changes:
         raise ConfigError(
             f"the config differs from that of {checkpoint}: {'; '.join(changes)}; set them back, or "
@@ -120,7 +123,7 @@ def _refuse(changes: list[str], checkpoint: Path) -> None:
         )
 
 
-def _new_run(checkpoint: Path) -> str:
+def _new_run(checkpoint: Path | None) -> str:
     return (
         f"start a new run from its weights: checkpointer.checkpoint_dir={checkpoint}, another output_dir, "
         "resume_from_checkpoint=false"

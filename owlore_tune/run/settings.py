@@ -1,6 +1,7 @@
 """The settings of a training run: the fields of its config, checked and parsed once."""
 
-from dataclasses import dataclass, fields
+import inspect
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.layers.sampler import DRAWS
 from owlore_tune.layers.scores import SCORES
-from owlore_tune.optim.adamw import INACTIVE_STATES
+from owlore_tune.optim.adamw import INACTIVE_STATES, OwLoreAdamW
 
 REQUIRED = (
     "model", "tokenizer", "checkpointer", "dataset", "owlore", "optimizer", "output_dir"
@@ -51,7 +52,10 @@ DEFAULTS: dict[str, Any] = {
     },
     "log_every_n_steps": 1,
     "run_val_every_n_steps": None,
-    "profiler": None,
+    "profiler": {
+        "_component_": "torchtune.training.setup_torch_profiler", "enabled": False,
+        "output_dir": "${output_dir}/profiling",
+    },
     "save_every_n_steps": None,  # in addition to the end of each epoch
     "keep_last_n": None,  # all
     "resume_from_checkpoint": False,
@@ -129,6 +133,13 @@ class OwLoreConfig:
         }
 
 
+def optimizer_defaults() -> dict[str, Any]:
+    """The options of `OwLoreAdamW` with their defaults."""
+    parameters = inspect.signature(OwLoreAdamW).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "params"}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """A checked training config with parsed values.
@@ -152,7 +163,13 @@ class TrainingSettings:
             ConfigError: if a key is unknown or missing, or a value is invalid.
         """
         cfg = check_config(cfg, REQUIRED, DEFAULTS, SUPPLIED)
+        for key in ("loss", "metric_logger"):
+            if cfg[key] is None:
+                raise ConfigError(f"{key}=null; the run needs one: leave the field out for the default")
         owlore = OwLoreConfig.from_config(cfg.owlore)
+        cfg.owlore = OmegaConf.merge(asdict(OwLoreConfig()), cfg.owlore)
+        if cfg.optimizer.get("_component_") == "owlore_tune.optim.OwLoreAdamW":
+            cfg.optimizer = OmegaConf.merge(optimizer_defaults(), cfg.optimizer)
         device, dtype = device_and_dtype(cfg)
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
