@@ -10,6 +10,7 @@ from owlore_tune.data.loader import Batch
 from owlore_tune.loss import mean_loss, shift_labels
 from owlore_tune.optim.adamw import Refresh
 from owlore_tune.program import parse
+from owlore_tune.run.settings import TrainingSettings
 
 
 class FloorRecipe(OwLoreFullFinetuneRecipe):
@@ -40,7 +41,7 @@ class FloorRecipe(OwLoreFullFinetuneRecipe):
 
 @parse
 def recipe_main(cfg: DictConfig) -> None:
-    recipe = FloorRecipe(cfg=cfg)
+    recipe = FloorRecipe(TrainingSettings.from_config(cfg))
     recipe.setup()
     recipe.train()
     recipe.cleanup()
