@@ -29,7 +29,7 @@ def train(files: list[str]) -> None:
 
 
 def finetune(cfg: DictConfig, recipe_class=OwLoreFullFinetuneRecipe) -> None:
-    recipe = recipe_class(cfg)
+    recipe = recipe_class(TrainingSettings.from_config(cfg))
     recipe.setup()
     recipe.train()
     recipe.cleanup()

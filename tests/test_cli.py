@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
-from runs import recipe_of
 
 from owlore_tune import cli
 from owlore_tune.catalog import find_config
 from owlore_tune.models import smollm2
+from runs import recipe_of
 
 
 def owlore(monkeypatch, *arguments: str) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from runs import recipe_of
 from torchtune import config as tune_config
 
 from owlore_tune import cli
@@ -20,6 +19,7 @@ from owlore_tune.errors import ConfigError
 from owlore_tune.optim import OwLoreAdamW
 from owlore_tune.run.limit import plan_run
 from owlore_tune.run.settings import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig, TrainingSettings
+from runs import recipe_of
 
 CONFIGS = [name for name, _ in packaged_configs()]
 EVALS = [name for name in CONFIGS if name.startswith("eval/")]

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from runs import finetune, recipe_of, variant, weights
 from safetensors.torch import load_file
 from test_sealed import small_disk  # noqa: F401
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -29,6 +28,7 @@ from owlore_tune.optim.projection import OVERSAMPLING
 from owlore_tune.run.build import build_inputs, build_model, build_optimizer
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.settings import TrainingSettings
+from runs import finetune, recipe_of, variant, weights
 
 PROGRAMS = Path(__file__).parent / "distributed_programs.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

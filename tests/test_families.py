@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import save_tokenizer
 from omegaconf import OmegaConf
-from runs import changed_by_draw, finetune
 from torchtune import config as tune_config
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
 from owlore_tune.catalog import packaged_configs
 from owlore_tune.config import load_config
 from owlore_tune.models.decoder import find_linears
+from runs import changed_by_draw, finetune
 
 SIZES = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

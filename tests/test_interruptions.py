@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import after_step, checkpoints, finetune, prepare, recipe_of, scale_loss, variant, weights
 from safetensors.torch import load_file
 
 import owlore_full_finetune
@@ -24,6 +23,7 @@ from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.run import build, limit
 from owlore_tune.run.report import Report
 from owlore_tune.run.signals import Stop, obey_signals
+from runs import after_step, checkpoints, finetune, prepare, recipe_of, scale_loss, variant, weights
 
 
 def broken_at(config: dict, step: int, place: str, error: BaseException) -> OwLoreFullFinetuneRecipe:

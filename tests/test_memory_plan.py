@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import tiny_llama
 from omegaconf import OmegaConf
-from runs import recipe_of
 from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
@@ -23,6 +22,7 @@ from owlore_tune.memory.plan import MemoryPlan, StepShape, peer_plans, plan_memo
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
 from owlore_tune.run.limit import plans_of_config, savings
 from owlore_tune.run.settings import TrainingSettings
+from runs import recipe_of
 
 CPU = torch.device("cpu")
 SHAPE = StepShape(batch_size=4, seq_len=32)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import changed_by_draw, finetune, variant, weights
 from transformers import AutoModelForCausalLM
 
 from owlore_tune.layers.scores import LayerScores
 from owlore_tune.run.scoring import score_model
 from owlore_tune.run.settings import TrainingSettings
+from runs import changed_by_draw, finetune, variant, weights
 
 
 def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import TINY_MODEL, save_tokenizer
 from omegaconf import OmegaConf
-from runs import recipe_of
 
 import owlore_eval
 import owlore_full_finetune
 from owlore_tune import cli
 from owlore_tune.catalog import find_config
 from owlore_tune.checkpoints.hf import HFCheckpointer
+from runs import recipe_of
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ OVERRIDES = {
     "owlore.num_actve_layers=2": "did you mean num_active_layers?",
     "optimizer.rnk=2": "unknown key optimizer.rnk; did you mean rank?",
     "dataset.packd=true": "unknown key dataset.packd",
-    "loss=null": "missing in the config: loss",
+    "loss=null": "loss=null; the run needs one",
     "optimizer=null": "missing in the config: optimizer",
     "owlore=5": "owlore=5",
     "~owlore": "missing in the config: owlore",

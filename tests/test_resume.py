@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import checkpoints, finetune, finetune_until, poison, prepare, variant, weights
 from safetensors.torch import load_file
 from test_sealed import small_disk  # noqa: F401
 from transformers import AutoModelForCausalLM
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from owlore_tune.checkpoints.sealed import verify
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.run.rng import get_rng_state, set_rng_state
+from runs import checkpoints, finetune, finetune_until, poison, prepare, variant, weights
 
 
 def assert_same_bits(one: dict, other: dict) -> None:

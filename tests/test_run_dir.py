@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from runs import checkpoints, finetune, finetune_until, prepare, recipe_of, variant, weights
 
 from owlore_tune.checkpoints.sealed import read_seal
 from owlore_tune.errors import ConfigError
 from owlore_tune.run.directory import LOCK_FILE, RUN_FILE, RunDirectory
+from runs import checkpoints, finetune, finetune_until, prepare, recipe_of, variant, weights
 
 
 def content(directory: Path) -> dict[str, bytes]:
