@@ -22,8 +22,13 @@ RUN = [
     "owlore.calibration_batches=1", "optimizer.rank=128", "device=cpu",
 ]  # fmt: skip
 LISA = ["owlore.num_active_layers=2", "owlore.score=uniform", "optimizer.rank=null"]
+INT8 = ["owlore.frozen_weights=int8", "owlore.frozen_products=int8"]
+NF4 = ["owlore.frozen_weights=nf4"]
 ROWS = {
     "OwLore, γ=5, rank 128": [],
+    "OwLore, γ=5, rank 128, frozen layers in int8": INT8,
+    "OwLore, γ=5, rank 128, frozen layers in NF4": NF4,
+    "OwLore, γ=2, rank 128, frozen layers in NF4": [*NF4, "owlore.num_active_layers=2"],
     "LISA, γ=2": LISA,
     "LISA, γ=2, 8-bit moments": [*LISA, "optimizer.state_bits=8"],
 }

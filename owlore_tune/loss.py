@@ -117,7 +117,11 @@ def mean_loss(model: nn.Module, loss_fn: Any, batch: dict[str, Tensor], labels: 
     """
     utils.batch_to_device(batch, device)
     labels = labels.to(device)
-    outputs = model(**batch)  # hidden states, chunks of logits or all logits, depending on the loss
+    return loss_of_outputs(loss_fn, model(**batch), labels)
+
+
+def loss_of_outputs(loss_fn: Any, outputs: Any, labels: Tensor) -> Tensor:
+    """The mean loss of a model's outputs: hidden states, chunks of logits or all logits, depending on the loss."""
     if torch.is_tensor(outputs) and not hasattr(loss_fn, "set_model_output"):
         outputs, labels = outputs.flatten(0, 1), labels.flatten()
     return loss_fn(outputs, labels)

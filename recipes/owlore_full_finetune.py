@@ -28,7 +28,6 @@ from owlore_tune.distributed.fsdp import shard_model
 from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world
 from owlore_tune.errors import CheckpointError, DivergedError, RunError
-from owlore_tune.layers.active import ActiveLayers
 from owlore_tune.layers.scores import SCORES_FILE, LayerScores
 from owlore_tune.loss import mean_loss, shift_labels
 from owlore_tune.memory.measure import peak_memory_bytes, return_freed_memory
@@ -42,10 +41,11 @@ from owlore_tune.run.phases import PhaseClock
 from owlore_tune.run.progress import Progress
 from owlore_tune.run.report import Report, measured_bytes
 from owlore_tune.run.rng import RngState
-from owlore_tune.run.scoring import read_scores, score_layers
+from owlore_tune.run.scoring import read_scores
 from owlore_tune.run.settings import TrainingSettings
 from owlore_tune.run.signals import Stop, stop_request
 from owlore_tune.run.validation import bad_gradients, check_finite_weights, held_out_loss
+from owlore_tune.run.weights import Source, load_weights, weight_writer
 
 log = utils.get_logger("INFO")
 
@@ -97,12 +97,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         saved = load_state(self._resume_dir, world) if self._resume_dir else None
         self._setup_inputs(saved)
         self._setup_model()
-        fingerprint, num_layers = self._identity["digests"][resume.BASE_WEIGHTS], len(find_layers(self._model))
-        known_scores = LayerScores(**saved["scores"]) if saved else read_scores(settings, fingerprint, num_layers)
+        self._known_scores = LayerScores(**saved["scores"]) if saved else self._read_scores()
         self.load_checkpoint()
-        with self._report.timed("score"):
-            self._scores = known_scores or score_layers(settings, self._model, self._data, fingerprint, world)
-        self._setup_active_layers()
+        self._sampler = build.build_sampler(settings, self._scores.scores)
+        self._active_layers = build.build_active_layers(
+            settings, self._model, self._optimizer, self._sampler, self._frozen, world
+        )
         if cfg.compile:  # after scoring, whose hooks would be compiled too
             self._loss_fn = build.compile_parts(self._loss_fn, self._model)
         self._lr_scheduler = build.build_lr_scheduler(settings, self._optimizer, self._data.num_steps)
@@ -141,29 +141,21 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._weights_device = shard_model(self._model, self._device, sharding)
             self._optimizer = build.build_optimizer(settings, self._model)
 
-    def load_checkpoint(self) -> None:
-        """Load the weights, from the checkpoint to resume from if there is one."""
-        with self._report.timed("load"):
-            self._checkpointer.load_checkpoint(
-                self._model,
-                dtype=self._settings.dtype,
-                device=self._device,
-                weights_device=self._weights_device,
-                directory=self._resume_dir,
-            )
+    def _read_scores(self) -> LayerScores | None:
+        fingerprint = self._identity["digests"][resume.BASE_WEIGHTS]
+        return read_scores(self._settings, fingerprint, len(find_layers(self._model)))
 
-    def _setup_active_layers(self) -> None:
-        """Create the schedule of active layers. All layers are frozen until the first draw."""
-        owlore = self._settings.owlore
-        self._sampler = build.build_sampler(self._settings, self._scores.scores)
-        self._active_layers = ActiveLayers(
+    def load_checkpoint(self) -> None:
+        """Load the weights, from the checkpoint to resume from if there is one, and score the layers."""
+        self._frozen, self._scores = load_weights(
+            self._settings,
+            self._inputs,
             self._model,
-            self._optimizer,
-            self._sampler,
-            resample_every=owlore.resample_every,
-            inactive_state=owlore.inactive_state,
-            project_in_backward=owlore.project_in_backward,
-            world=self._world,
+            self._report,
+            Source(self._run, self._resume_dir, self._weights_device),
+            self._known_scores,
+            self._identity["digests"][resume.BASE_WEIGHTS],
+            self._world,
         )
 
     def _stateful(self) -> dict[str, Any]:
@@ -189,7 +181,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Mark the directory as this run's, then write its first files."""
         self._run.start()
         self._scores.save(self._settings.output_dir / SCORES_FILE)
-        measure = partial(measured_bytes, self._model, self._optimizer, self._device)
+        measure = partial(measured_bytes, self._model, self._optimizer, self._device, self._frozen)
         self._report.start(self._settings, self._plan, self._sampler.probabilities.tolist(), measure)
         self._write_manifest()
 
@@ -202,9 +194,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 self._train_loop()
             self._finish()
         except Exception as error:
-            note = resume.rescue(
-                error, self._run, self._progress.step, self._world, self.save_checkpoint if self._is_complete else None
-            )
+            can_save = self._is_complete and not self._active_layers.is_changing
+            save = self.save_checkpoint if can_save else None
+            note = resume.rescue(error, self._run, self._progress.step, self._world, save)
             if isinstance(error, EXPECTED_ERRORS):
                 raise RunError(f"{error}. {note}") from error
             print(note, file=sys.stderr)
@@ -331,7 +323,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Log the held-out loss, if there is held-out data."""
         if self._held_out is None:
             return
-        loss, num_tokens = held_out_loss(self._model, self._loss_fn, self._held_out, self._device, self._world)
+        frozen = self._frozen if when in ("before", "after") else None  # these two are measured in full precision
+        data, device = self._held_out, self._device
+        loss, num_tokens = held_out_loss(self._model, self._loss_fn, data, device, self._world, frozen)
         self._report.held_out_loss(when, self._progress.step, loss, num_tokens)
         if not math.isfinite(loss):
             self._write_manifest()
@@ -348,7 +342,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             check_finite_weights(self._model, self._progress.step, self._world)
             state = {name: owner.state_dict() for name, owner in self._stateful().items()}
             state |= {"identity": self._identity, "scores": asdict(self._scores)}
-            save_checkpoint(self._step_dir(), self._run.run_id, self._checkpointer, self._model, state, self._world)
+            writer = weight_writer(self._inputs, self._model, self._frozen, self._world)
+            save_checkpoint(self._step_dir(), self._run.run_id, *writer, state, self._world)
         self._has_unproven_checkpoint = True
         self._write_manifest()
 

@@ -90,7 +90,7 @@ def weights(config: dict) -> dict[str, torch.Tensor]:
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    loaded = load_file(directory / "model.safetensors")
+    loaded = {name: w for file in sorted(directory.glob("*.safetensors")) for name, w in load_file(file).items()}
     return {name: weight.clone() for name, weight in loaded.items()}  # detach from the memory-mapped file
 
 

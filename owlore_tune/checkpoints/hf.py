@@ -161,7 +161,7 @@ class HFCheckpointer:
         """
         self._write_shards(model, directory, shard_bytes, world)
         dtype = next(model.parameters()).dtype
-        world.attempt(lambda: self._copy_companions(directory, dtype), first_alone=True)
+        world.attempt(lambda: self.copy_companions(directory, dtype), first_alone=True)
 
     def _write_shards(self, model: nn.Module, directory: Path, shard_bytes: int, world: World) -> None:
         weight_map: dict[str, str] = {}
@@ -177,20 +177,24 @@ class HFCheckpointer:
                 if world.rank == 0:
                     whole[key] = value.cpu()
                 del value
-            names = world.attempt(partial(self._write_weights, whole, directory / name), first_alone=True)
+            names = world.attempt(partial(self.write_tensors, whole, directory / name), first_alone=True)
             weight_map.update(dict.fromkeys(names or (), name))
         if len(pieces) > 1:
             total_size = sum(p.nbytes for p in model.parameters())
             index = json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2)
             world.attempt(lambda: (directory / "model.safetensors.index.json").write_text(index), first_alone=True)
 
-    def _write_weights(self, weights: StateDict, file: Path) -> list[str]:
+    def to_tune(self, name: str, tensor: Tensor) -> StateDict:
+        """A tensor of a file in torchtune's layout."""
+        return _converted(self._to_tune, name, tensor, self.checkpoint_dir)
+
+    def write_tensors(self, weights: StateDict, file: Path) -> list[str]:
         """Write ``weights`` in Hugging Face's layout; returns their names there."""
         tensors = {key: value.contiguous() for key, value in self._to_hf(weights).items()}
         save_file(tensors, file, metadata={"format": "pt"})
         return list(tensors)
 
-    def _copy_companions(self, directory: Path, dtype: torch.dtype) -> None:
+    def copy_companions(self, directory: Path, dtype: torch.dtype) -> None:
         for file in (self.checkpoint_dir / name for name in COMPANIONS):
             if not file.is_file():
                 continue

@@ -1,14 +1,14 @@
 """A checkpoint of a run: weights in Hugging Face's layout, and the state for an exact resume."""
 
 import pickle
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.checkpoints.sealed import sealed_directory
 from owlore_tune.checkpoints.sharded import load_sharded, save_sharded
 from owlore_tune.distributed.world import ALONE, RankError, World, known_to_all
@@ -22,12 +22,12 @@ SHARDED = "optimizer"  # directory of the optimizer's state, if several processe
 def save_checkpoint(
     directory: Path,
     run_id: str,
-    checkpointer: HFCheckpointer,
-    model: nn.Module,
+    write_weights: Callable[[Path], None],
+    num_weight_bytes: int,
     state: dict[str, Any],
     world: World = ALONE,
 ) -> None:
-    """Write the weights of ``model`` and ``state`` into ``directory``.
+    """Write a model's weights and ``state`` into ``directory``.
 
     The directory gets its name only when it is complete, checksummed and on disk. If the model is sharded, all
     processes call this together. Weights are gathered one by one and written by the first process. Each process writes
@@ -35,18 +35,20 @@ def save_checkpoint(
 
     Args:
         directory: must not exist.
+        write_weights: writes them into the directory that it is given; all processes call it.
+        num_weight_bytes: about how many bytes that takes.
         state: tensors, numbers, text, and lists and dicts of them. ``state["optimizer"]`` differs by process.
 
     Raises:
         CheckpointError: if ``directory`` exists or cannot be written, for example on a full disk.
     """
-    num_bytes = sum(p.nbytes for p in model.parameters()) + sum(world.gather(_tensor_bytes(state)))
+    num_bytes = num_weight_bytes + sum(world.gather(_tensor_bytes(state)))
     try:
         with ExitStack() as stack:
             writing = sealed_directory(directory, num_bytes, run_id)
             partial_dir = world.share(world.attempt(lambda: stack.enter_context(writing), first_alone=True))
             assert partial_dir is not None
-            checkpointer.write(model, partial_dir, world=world)
+            write_weights(partial_dir)
             if world.size > 1:
                 sharded = world.attempt(lambda: save_sharded(state["optimizer"], partial_dir / SHARDED, world))
                 state = {**state, "optimizer": sharded}

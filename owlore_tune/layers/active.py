@@ -1,6 +1,6 @@
 """The set of active layers, and switching between sets."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -9,6 +9,16 @@ from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.models.decoder import model_parts
 from owlore_tune.optim.adamw import INACTIVE_STATES, OwLoreAdamW
+
+
+class QuantizedLayers(Protocol):
+    """Layers that are quantized while they don't train, such as `owlore_tune.frozen.layers.FrozenLayers`."""
+
+    def keep(self, indices: set[int]) -> None: ...
+
+    def freeze(self, index: int) -> None: ...
+
+    def thaw(self, index: int) -> None: ...
 
 
 class ActiveLayers:
@@ -30,7 +40,13 @@ class ActiveLayers:
             the authors' code. ``offload``: like ``keep``, in host memory.
         project_in_backward: reduce gradients in hooks. At most one projected weight's full gradient is then alive.
             Without it, call ``optimizer.project_grads()`` after each backward; the result is the same.
+        frozen: quantizes the layers that are not active.
         world: processes that train together; all use rank 0's draw.
+
+    Attributes:
+        active: the active layers, ascending.
+        drawn_at: the step of the last draw.
+        is_changing: whether a draw is not complete. A checkpoint would then not be consistent.
 
     Raises:
         ValueError: if ``resample_every`` or ``inactive_state`` is out of range.
@@ -45,6 +61,7 @@ class ActiveLayers:
         resample_every: int,
         inactive_state: str = "drop",
         project_in_backward: bool = True,
+        frozen: QuantizedLayers | None = None,
         world: World = ALONE,
     ) -> None:
         if not resample_every >= 1:
@@ -57,10 +74,12 @@ class ActiveLayers:
         self._resample_every = resample_every
         self._inactive_state = inactive_state
         self._project_in_backward = project_in_backward
+        self._frozen = frozen
         self._world = world
         self._hooks: dict[int, list[torch.utils.hooks.RemovableHandle]] = {}
         self.active: list[int] = []
         self.drawn_at: int | None = None
+        self.is_changing = False
 
         self._layers = [list(layer.values()) for layer in model_parts(model).layers]
         trained = {p for group in optimizer.param_groups for p in group["params"]}
@@ -80,8 +99,17 @@ class ActiveLayers:
         """
         if self.drawn_at is not None and step - self.drawn_at < self._resample_every:
             return None
-        self._set_active(self._world.share(self._sampler.draw()))
-        self.drawn_at = step
+        before = self._sampler.state_dict()
+        layers = self._world.share(self._sampler.draw())
+        try:
+            if self._frozen is not None:
+                self._frozen.keep(set(self.active) - set(layers))
+        except BaseException:
+            self._sampler.load_state_dict(before)  # nothing has changed: a checkpoint may be saved
+            raise
+        self.is_changing = True  # stays so after an error, since some layers may have changed
+        self._set_active(layers)
+        self.drawn_at, self.is_changing = step, False
         return self.active
 
     def num_trainable(self) -> int:
@@ -94,7 +122,11 @@ class ActiveLayers:
                 hook.remove()
             self._freeze(self._layers[index])
             self._optimizer.deactivate(self._layers[index], self._inactive_state)
+            if self._frozen is not None:
+                self._frozen.freeze(index)
         for index in set(layers) - set(self.active):
+            if self._frozen is not None:
+                self._frozen.thaw(index)
             self._optimizer.activate(self._layers[index])
             for parameter in self._layers[index]:
                 parameter.requires_grad_(True)

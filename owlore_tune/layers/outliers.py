@@ -6,7 +6,7 @@ D = share of entries with A_ij > τ · mean(A).
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +57,7 @@ def outlier_scores(
 @torch.no_grad()
 def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world: World = ALONE) -> InputNorms:
     """‖X_:,j‖₂ of the inputs of every Linear, over the batches of all processes, in one forward pass per batch."""
-    layers = find_layers(model)
-    squares: InputNorms = [{} for _ in layers]
-    counted = _Counted()
-    handles = [
-        hook
-        for layer, layer_squares in zip(layers, squares, strict=True)
-        for hook in _count_squares(layer, layer_squares, counted)
-    ]
+    layers = [InputSquares(layer) for layer in find_layers(model)]
     was_training = model.training
     model.eval()
     num_batches = 0
@@ -72,50 +65,67 @@ def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world
         for batch in tqdm(batches, desc="Scoring layers", unit="batch", leave=False, disable=world.rank > 0):
             inputs = dict(batch)
             valid = inputs.pop("valid", None)
-            counted.valid = None if valid is None or valid.all() else valid.flatten()
+            for layer in layers:
+                layer.valid = valid
             model(**inputs)
             num_batches += 1
     finally:
         model.train(was_training)
         reshard(model)
-        for handle in handles:
-            handle.remove()
+        for layer in layers:
+            layer.remove()
     if num_batches == 0:
         raise ValueError("no calibration batches; outlier scores need at least one")
-    return [{name: world.sum_(total.clone()).sqrt() for name, total in layer.items()} for layer in squares]
+    return [layer.norms(world) for layer in layers]
 
 
-@dataclass
-class _Counted:
-    """Positions of the current batch that count: (b · s,) bool, or None for all."""
+class InputSquares:
+    """Sums the squared inputs of a layer's Linears over the forward passes of the layer, until `remove`.
 
-    valid: Tensor | None = None
+    Attributes:
+        valid: (b, s) bool, positions of the next forward pass that count; None for all.
+    """
 
+    def __init__(self, layer: nn.Module) -> None:
+        self._squares: dict[str, Tensor] = {}
+        self._positions: Tensor | None = None  # (b · s,)
+        # The query, key and value projections share an input, as do gate and up. Each input is measured once.
+        self._last_input: Tensor | None = None
+        self._last_squares: Tensor | None = None
+        self._handles = [
+            linear.register_forward_pre_hook(partial(self._measure, name)) for name, linear in find_linears(layer)
+        ]
+        self._handles.append(layer.register_forward_hook(self._forget))
 
-def _count_squares(
-    layer: nn.Module, squares: dict[str, Tensor], counted: _Counted
-) -> list[torch.utils.hooks.RemovableHandle]:
-    # The query, key and value projections share an input, as do gate and up. Each input is measured once.
-    last: dict[str, Tensor | None] = {"input": None, "squares": None}
+    @property
+    def valid(self) -> Tensor | None:
+        return self._positions
 
-    def measure(name: str):
-        def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0] is not last["input"]:
-                x = args[0].reshape(-1, args[0].shape[-1])
-                x = x if counted.valid is None else x[counted.valid]
-                dtype = torch.promote_types(x.dtype, torch.float32)
-                last["input"] = args[0]
-                last["squares"] = torch.linalg.vector_norm(x, dim=0, dtype=dtype).double().square()
-            assert last["squares"] is not None
-            squares[name] = squares[name] + last["squares"] if name in squares else last["squares"]
+    @valid.setter
+    def valid(self, valid: Tensor | None) -> None:
+        self._positions = None if valid is None or valid.all() else valid.flatten()
 
-        return hook
+    def _measure(self, name: str, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0] is not self._last_input:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            x = x if self._positions is None else x[self._positions]
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            self._last_input = args[0]
+            self._last_squares = torch.linalg.vector_norm(x, dim=0, dtype=dtype).double().square()
+        assert self._last_squares is not None
+        known = self._squares.get(name)
+        self._squares[name] = self._last_squares if known is None else known + self._last_squares
 
-    def forget(*_: object) -> None:
-        last.update(input=None, squares=None)
+    def _forget(self, *_: object) -> None:
+        self._last_input = self._last_squares = None
 
-    handles = [linear.register_forward_pre_hook(measure(name)) for name, linear in find_linears(layer)]
-    return [*handles, layer.register_forward_hook(forget)]
+    def norms(self, world: World = ALONE) -> dict[str, Tensor]:
+        """‖X_:,j‖₂ of each Linear by its name, (in,) float64, over all processes."""
+        return {name: world.sum_(total.clone()).sqrt() for name, total in self._squares.items()}
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 @torch.no_grad()

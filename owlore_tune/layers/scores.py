@@ -53,22 +53,26 @@ def layer_scores(
             raise ValueError(f"score={score!r} needs calibration batches")
         shares = outlier_scores(model, batches(), threshold, world)
         return shares if score == "outlier" else [max(shares) - share for share in shares]
-    if score == "uniform":
-        return [1.0] * num_layers
-    if score == "increase":
-        return [float(i + 1) for i in range(num_layers)]
-    if score == "decrease":
-        return [float(num_layers - i) for i in range(num_layers)]
+    progress = tqdm(layers, desc=f"Scoring by {score}", unit="layer", leave=False, disable=world.rank > 0)
+    return [score_of_layer(layer, score, index, num_layers) for index, layer in enumerate(progress)]
+
+
+def score_of_layer(layer: nn.Module, score: str, index: int, num_layers: int) -> float:
+    """One number of `layer_scores`, for a score that needs no data.
+
+    Raises:
+        ValueError: if ``score`` is unknown, or the weights of the layer are not finite.
+    """
+    by_position = {"uniform": 1.0, "increase": index + 1.0, "decrease": float(num_layers - index)}
+    if score in by_position:
+        return by_position[score]
     per_layer = {"weight_norm": weight_norm, "heavy_tail": heavy_tail}.get(score)
     if per_layer is None:
         raise ValueError(f"score={score!r}; choose one of {', '.join(SCORES)}")
-    scores = [
-        per_layer(layer)
-        for layer in tqdm(layers, desc=f"Scoring by {score}", unit="layer", leave=False, disable=world.rank > 0)
-    ]
-    if bad := [layer for layer, value in enumerate(scores) if not math.isfinite(value)]:
-        raise ValueError(f"layer {bad[0]}: its weights are not finite; is the checkpoint damaged?")
-    return scores
+    value = per_layer(layer)
+    if not math.isfinite(value):
+        raise ValueError(f"layer {index}: its weights are not finite; is the checkpoint damaged?")
+    return value
 
 
 @torch.no_grad()

@@ -18,13 +18,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torchtune import training
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TiedLinear, TransformerDecoder
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import LoRALinear
 
 from owlore_tune.distributed.fsdp import Sharding
+from owlore_tune.frozen.formats import empty
+from owlore_tune.frozen.linear import attach
 from owlore_tune.memory.measure import resident_bytes
-from owlore_tune.models.decoder import find_layers, init_rope, model_parts
+from owlore_tune.models.decoder import find_layers, find_linears, init_rope, model_parts
 from owlore_tune.optim import low_bits
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
 from owlore_tune.optim.projection import OVERSAMPLING, project
@@ -74,6 +76,8 @@ class StepShape:
     packed: bool = False  # rows come with masks and positions
     accumulates: bool = False  # several micro-batches per step: gradients exist when the next forward begins
     checkpointing: bool = False  # activation checkpointing
+    frozen_weights: str = "full"  # format of layers that do not train, see `owlore_tune.frozen.formats`
+    frozen_products: str = "full"
 
 
 def plan_memory(
@@ -199,7 +203,7 @@ def step_bytes(
         init_rope(fake)  # it reads its own values, so it cannot run without data
     tracker = _Tracker()
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
-        originals = _materialize(fake, model, device)
+        originals = _materialize(fake, model, device, shape, trained)
         if shape.checkpointing:
             training.set_activation_checkpointing(fake, auto_wrap_policy={type(layer) for layer in find_layers(fake)})
         gradients: dict[Tensor, Tensor] = {}
@@ -254,19 +258,40 @@ def _forward_backward(
     loss.backward()
 
 
-def _materialize(fake: nn.Module, model: nn.Module, device: torch.device) -> dict[Tensor, Tensor]:
-    """Give ``fake`` parameters and buffers on ``device`` without data. Returns new parameter → that of ``model``."""
+def _materialize(
+    fake: nn.Module, model: nn.Module, device: torch.device, shape: StepShape, trained: set[Tensor]
+) -> dict[Tensor, Tensor]:
+    """Give ``fake`` parameters and buffers on ``device``, without data; returns them with those of ``model``."""
     originals: dict[Tensor, Tensor] = {}
-    for module, source in zip(fake.modules(), model.modules(), strict=True):
+    quantized = _quantized(model, trained) if shape.frozen_weights != "full" else set()
+    pairs: Any = zip(fake.modules(), model.modules(), strict=True)
+    for module, source in pairs:
+        is_quantized = source in quantized
         for name, parameter in source._parameters.items():
             if parameter is not None:
-                made = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
+                size = (0,) if is_quantized and name == "weight" else parameter.shape
+                made = nn.Parameter(torch.empty(size, dtype=parameter.dtype, device=device))
                 module._parameters[name] = made
                 originals[made] = parameter
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        if is_quantized:
+            in_layer = isinstance(source, nn.Linear) and source is not model.output
+            kind, products = (shape.frozen_weights, shape.frozen_products) if in_layer else ("int8", "full")
+            attach(module, empty(source.weight.shape, kind, device), products, source.weight.dtype)
     return originals
+
+
+def _quantized(model: Any, trained: set[Tensor]) -> set[nn.Module]:
+    """The modules whose weights `owlore_tune.frozen.layers.FrozenLayers` quantizes."""
+    found: set[nn.Module] = set()
+    for layer in find_layers(model):
+        if not trained.intersection(layer.parameters()):
+            found.update(linear for _, linear in find_linears(layer))
+    if not isinstance(model.output, TiedLinear):
+        found.update(m for m in (model.tok_embeddings, model.output) if m.weight not in trained)
+    return found
 
 
 def _adamw_plan(

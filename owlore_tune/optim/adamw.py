@@ -71,6 +71,7 @@ class _Slot:
     """Fixed properties of a parameter in the optimizer."""
 
     index: int  # over all groups
+    shape: torch.Size  # also while a frozen layer has no values on the device
     group: int
     projected: bool
     right: bool  # projected on the right side
@@ -157,7 +158,7 @@ class OwLoreAdamW(Optimizer):
                 raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not contiguous")
             projected = _is_projected(parameter, group["rank"])
             right = projected and is_right(parameter.shape, group["side"])
-            slot = _Slot(len(self._slots), len(self.param_groups) - 1, projected, right)
+            slot = _Slot(len(self._slots), parameter.shape, len(self.param_groups) - 1, projected, right)
             self._slots[parameter] = slot
             if World.of(parameter).size > 1 and slot.projected:
                 _check_sharded(group, slot.right)
@@ -421,15 +422,18 @@ class OwLoreAdamW(Optimizer):
         """A copy of a saved state tensor. If moments were saved unsharded, copy only this process's rows."""
         if key not in _MOMENT_KEYS:
             return low_bits.copy_to(value, device)
-        group, own = self.group_of(parameter), local(parameter)
-        projected, right = self.is_projected(parameter), self.is_right(parameter)
-        low_shape = (own.shape[0], group["rank"]) if right else (group["rank"], own.shape[-1])
-        shape, by_column = (low_shape, right) if projected else (own.shape, False)
+        slot, group, own = self._slots[parameter], self.group_of(parameter), local(parameter)
+        is_sharded = World.of(parameter).size > 1
+        num_rows = own.shape[0] if is_sharded else slot.shape[0]
+        low_shape = (num_rows, group["rank"]) if slot.right else (group["rank"], slot.shape[-1])
+        shape, by_column = (low_shape, slot.right) if slot.projected else ((num_rows, *slot.shape[1:]), False)
         wanted = _zero_moments(own.to("meta"), shape, group, by_column)[key]
         if type(value) is type(wanted) and value.shape == wanted.shape:
             return low_bits.copy_to(value, device)
-        first, last = rows_of(parameter)
-        rows = low_bits.restore(value, _compute_dtype(parameter), by_column=by_column)[first:last]
+        rows = low_bits.restore(value, _compute_dtype(parameter), by_column=by_column)
+        if is_sharded:
+            first, last = rows_of(parameter)
+            rows = rows[first:last]
         made = _zero_moments(own if device is not None else own.to("cpu"), shape, group, by_column)[key]
         low_bits.update(made, rows.to(made.device), by_column=by_column)
         return made

@@ -21,6 +21,8 @@ from owlore_tune.data.samples import check_samples, longest_row, refuse_longer_t
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError
+from owlore_tune.frozen.layers import FrozenLayers
+from owlore_tune.layers.active import ActiveLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.models.decoder import find_layers, model_parts
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
@@ -230,6 +232,28 @@ def build_sampler(settings: TrainingSettings, scores: list[float]) -> LayerSampl
     if never := [layer for layer, score in enumerate(scores) if score == 0]:
         log.warning(f"Layers {never} have score 0 and will never be trained.")
     return sampler
+
+
+def build_active_layers(
+    settings: TrainingSettings,
+    model: TransformerDecoder,
+    optimizer: OwLoreAdamW,
+    sampler: LayerSampler,
+    frozen: FrozenLayers | None = None,
+    world: World = ALONE,
+) -> ActiveLayers:
+    """The schedule of active layers. All layers are frozen until the first draw."""
+    owlore = settings.owlore
+    return ActiveLayers(
+        model,
+        optimizer,
+        sampler,
+        resample_every=owlore.resample_every,
+        inactive_state=owlore.inactive_state,
+        project_in_backward=owlore.project_in_backward,
+        frozen=frozen,
+        world=world,
+    )
 
 
 def check_late_components(settings: TrainingSettings) -> None:

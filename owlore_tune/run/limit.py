@@ -60,7 +60,11 @@ def plan_run(
         parts.model,
         parts.loss_fn,
         parts.optimizer,
-        _step_shape(settings.cfg, seq_len),
+        replace(
+            _step_shape(settings.cfg, seq_len),
+            frozen_weights=owlore.frozen_weights,
+            frozen_products=owlore.frozen_products,
+        ),
         device=settings.device,
         num_active=owlore.num_active_layers,
         holds_all_state=owlore.inactive_state != "drop" and not offloads_state,

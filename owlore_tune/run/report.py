@@ -16,6 +16,7 @@ from tqdm import tqdm
 from owlore_tune.config import build_with, plain, printable
 from owlore_tune.distributed.world import ALONE, World, local
 from owlore_tune.files import write_json
+from owlore_tune.frozen.layers import FrozenLayers
 from owlore_tune.layers.scores import SCORES_FILE
 from owlore_tune.memory.measure import peak_memory_bytes
 from owlore_tune.memory.plan import MemoryPlan
@@ -202,10 +203,13 @@ class Report:
         self.records.load_state_dict(state_dict)
 
 
-def measured_bytes(model: nn.Module, optimizer: OwLoreAdamW, device: Any) -> dict[str, int]:
+def measured_bytes(
+    model: nn.Module, optimizer: OwLoreAdamW, device: Any, frozen: FrozenLayers | None = None
+) -> dict[str, int]:
     """Bytes in use on this process by category, and their peak so far as ``total``."""
     return {
-        "weights": sum(local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "weights": sum(local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
+        + (0 if frozen is None else frozen.nbytes()),
         "moments": optimizer.state_bytes("exp_avg", "exp_avg_sq"),
         "bases": optimizer.state_bytes("basis"),
         "total": peak_memory_bytes(device),

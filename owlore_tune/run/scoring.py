@@ -50,7 +50,7 @@ def score_layers(
     Raises:
         RunError: if weights or activations are not finite.
     """
-    owlore, cfg = settings.owlore, settings.cfg
+    owlore = settings.owlore
 
     def batches() -> Iterator[Batch]:
         for batch in data.calibration_batches(owlore.calibration_batches):
@@ -61,6 +61,12 @@ def score_layers(
         scores = layer_scores(model, owlore.score, batches=batches, threshold=owlore.outlier_threshold, world=world)
     except ValueError as error:
         raise RunError(f"the layers cannot be scored: {error}") from error
+    return scores_of(settings, scores, fingerprint, world)
+
+
+def scores_of(settings: TrainingSettings, scores: list[float], fingerprint: str, world: World = ALONE) -> LayerScores:
+    """``scores`` with their origin."""
+    owlore, cfg = settings.owlore, settings.cfg
     origin = {
         "dataset": plain(cfg.dataset),
         "batches": owlore.calibration_batches,

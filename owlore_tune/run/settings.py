@@ -19,6 +19,8 @@ from owlore_tune.config import (
 )
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
+from owlore_tune.frozen.formats import FORMATS
+from owlore_tune.frozen.linear import PRODUCTS
 from owlore_tune.layers.sampler import DRAWS
 from owlore_tune.layers.scores import SCORES
 from owlore_tune.optim.adamw import INACTIVE_STATES, OwLoreAdamW
@@ -105,17 +107,28 @@ class OwLoreConfig:
     train_output: bool = False
     train_norm: bool = False
     project_in_backward: bool = True
+    frozen_weights: str = "full"
+    frozen_products: str = "full"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             check_type(f"owlore.{field.name}", getattr(self, field.name), field.type)
-        for key, choices in (("score", SCORES), ("draw", DRAWS), ("inactive_state", INACTIVE_STATES)):
+        choices_of = {
+            "score": SCORES, "draw": DRAWS, "inactive_state": INACTIVE_STATES,
+            "frozen_weights": ("full", *FORMATS), "frozen_products": PRODUCTS,
+        }  # fmt: skip
+        for key, choices in choices_of.items():
             if getattr(self, key) not in choices:
                 raise ConfigError(f"owlore.{key}={getattr(self, key)}; choose one of {', '.join(choices)}")
         for key in ("num_active_layers", "resample_every", "outlier_threshold", "calibration_batches"):
             value = getattr(self, key)
             if value is not None and not 0 < value <= LARGEST_COUNT:
                 raise ConfigError(f"owlore.{key}={value}; it must be above 0, and at most {LARGEST_COUNT:,}")
+
+        if self.frozen_products == "int8" and self.frozen_weights != "int8":
+            raise ConfigError(
+                f"owlore.frozen_products=int8 needs owlore.frozen_weights=int8, not {self.frozen_weights}"
+            )
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "OwLoreConfig":
@@ -186,6 +199,8 @@ class TrainingSettings:
             check_type(key, cfg[key], bool)
         check_type("dist_timeout_s", cfg.dist_timeout_s, float)
         check_positive("dist_timeout_s", cfg.dist_timeout_s)
+        if owlore.frozen_weights != "full" and cfg.compile:
+            raise ConfigError(f"owlore.frozen_weights={owlore.frozen_weights} cannot be compiled; set compile=false")
         if cfg.profiler is not None:
             check_type("profiler.enabled", cfg.profiler.get("enabled", False), bool)
         check_type("resume_from_checkpoint", cfg.resume_from_checkpoint, bool | str)
@@ -196,6 +211,10 @@ class TrainingSettings:
         """Raise ConfigError for a value that does not work on one device, or with a sharded model."""
         if sharded and self.cfg.compile:
             raise ConfigError("compile=true; it works on one device only: set it to false")
+        if sharded and self.owlore.frozen_weights != "full":
+            raise ConfigError(
+                f"owlore.frozen_weights={self.owlore.frozen_weights}; it works on one device only: set it to full"
+            )
         if not sharded and self.cfg.fsdp_cpu_offload:
             raise ConfigError(
                 "fsdp_cpu_offload=true; it needs FSDP2: launch with tune run --nproc_per_node N, or set it to false"

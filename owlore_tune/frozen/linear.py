@@ -1,0 +1,120 @@
+"""Linears whose weights are quantized while they are frozen."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from owlore_tune.frozen.formats import FrozenWeight, Int8Weight, quantize
+
+PRODUCTS = ("full", "int8")
+_PIECE = 2**25  # values of a weight that are in full precision at once; a layer's Linear of 7B has more
+
+
+def freeze(module: Any, kind: str, products: str = "full") -> None:
+    """Quantize the weight of a Linear or of an embedding, and free it.
+
+    Its parameter stays, without values, so that an optimizer keeps its reference. The product of a Linear is
+    differentiable in the input only, and backward needs no saved activations.
+
+    Args:
+        kind: of `owlore_tune.frozen.formats.FORMATS`.
+        products: ``full``: dequantize the weight, a piece at a time. ``int8``: quantize the input by row as well, and
+            multiply 8-bit integers, in backward too; the weight must be int8.
+    """
+    weight = module.weight.detach()
+    attach(module, quantize(weight, kind), products, weight.dtype)
+    set_value(module.weight, weight.new_empty(0))
+
+
+def attach(module: Any, frozen: FrozenWeight, products: str, dtype: torch.dtype) -> None:
+    """Make ``module`` compute with a quantized weight, in ``dtype``."""
+    module.frozen_weight = frozen
+    if isinstance(module, nn.Embedding):
+        module.forward = partial(_rows, frozen, dtype)  # type: ignore[method-assign]
+        return
+    function = int8_linear if products == "int8" and isinstance(frozen, Int8Weight) else frozen_linear
+    module.forward = partial(_linear, module, function)
+
+
+def thaw(module: Any, weight: Tensor) -> None:
+    """Undo `freeze` with the full-precision ``weight``."""
+    set_value(module.weight, weight)
+    if "forward" in vars(module):
+        del module.forward, module.frozen_weight
+
+
+def set_value(parameter: Tensor, value: Tensor) -> None:
+    """Give ``parameter`` another value, of any shape and on any device; it stays the same object."""
+    torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
+
+
+def _rows(frozen: FrozenWeight, dtype: torch.dtype, tokens: Tensor) -> Tensor:
+    """The embeddings of ``tokens``."""
+    return frozen.dequantize(dtype, tokens.flatten()).view(*tokens.shape, -1)
+
+
+def _linear(linear: nn.Linear, function: Any, x: Tensor) -> Tensor:
+    product = function(x, linear.frozen_weight)
+    return product if linear.bias is None else product + linear.bias
+
+
+def frozen_linear(x: Tensor, weight: FrozenWeight) -> Tensor:
+    """``x`` (..., n) · weight (m, n)ᵀ → (..., m), with the weight dequantized."""
+    return _FrozenLinear.apply(x, weight)
+
+
+def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
+    """``x`` (..., n) · weight (m, n)ᵀ → (..., m) with 8-bit products, exact sums and float32 scales."""
+    num_rows = x.numel() // x.shape[-1]
+    if x.is_cuda and (num_rows <= 16 or any(size % 8 for size in weight.shape)):  # sizes that cuBLAS does not take
+        return frozen_linear(x, weight)
+    return _Int8Linear.apply(x, weight)
+
+
+def _pieces(weight: FrozenWeight) -> list[slice]:
+    rows = max(1, _PIECE // weight.shape[1])
+    return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        products = [F.linear(x, weight.dequantize(x.dtype, rows)) for rows in _pieces(weight)]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight = ctx.weight
+        total = None
+        for rows in _pieces(weight):
+            part = grad[..., rows] @ weight.dequantize(grad.dtype, rows)
+            total = part if total is None else total.add_(part)
+        return total, None
+
+
+class _Int8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        rows = x.reshape(-1, x.shape[-1])
+        product = _int8_product(rows, weight.codes.t(), weight.scale.view(1, -1))
+        return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight = ctx.weight
+        # The scales of the weight's rows run along the sum, so they go into the gradient before it is quantized.
+        rows = grad.reshape(-1, grad.shape[-1]) * weight.scale.view(1, -1).to(grad.dtype)
+        return _int8_product(rows, weight.codes, None).to(grad.dtype).view(*grad.shape[:-1], -1), None
+
+
+def _int8_product(x: Tensor, codes: Tensor, column_scale: Tensor | None) -> Tensor:
+    """``x`` (t, k), quantized by row, times ``codes`` (k, l) int8 → (t, l) float32."""
+    scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+    quantized = (x / scale).round_().to(torch.int8)
+    product = torch._int_mm(quantized, codes).float().mul_(scale)
+    return product if column_scale is None else product.mul_(column_scale)

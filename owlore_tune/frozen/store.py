@@ -1,0 +1,192 @@
+"""Full-precision weights of every layer, on disk.
+
+A store begins with the files of a model directory. A layer that has trained gets a file of its own, which never changes
+again. So a checkpoint consists of hard links to these files and of the layers that train now.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.errors import ConfigError
+
+OUTSIDE = -1  # the index of everything outside the layers
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _BaseTensor:
+    """A tensor of the model directory."""
+
+    file: Path
+    name: str
+    numel: int
+
+
+class LayerStore:
+    """Weights by layer, in Hugging Face's layout and the run's dtype.
+
+    Args:
+        checkpointer: converts the layout.
+        files: weights of a model directory, or of a checkpoint of this run.
+        directory: of the store's own files. No other run has it; it is made when there is a file.
+        dtype: of the run.
+
+    Raises:
+        ConfigError: if a file is not in the safetensors format, or two have a tensor in common.
+    """
+
+    def __init__(
+        self, checkpointer: HFCheckpointer, files: Iterable[Path], directory: Path, dtype: torch.dtype
+    ) -> None:
+        self._checkpointer = checkpointer
+        self._directory = directory
+        self._dtype = dtype
+        self._generation = 0
+        self._files: dict[int, Path] = {}  # of layers with a file of their own
+        self._base: dict[int, list[_BaseTensor]] = {}  # of all others
+        self._base_files: dict[Path, tuple[int, int]] = {}  # size and modification time
+        names: set[str] = set()
+        for file in files:
+            if file.suffix != ".safetensors":
+                raise ConfigError(f"{file}: owlore.frozen_weights needs safetensors; convert the model directory first")
+            self._base_files[file] = _identity(file)
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    if name in names:
+                        raise ConfigError(f"{file} has {name}, which another file has too; set checkpoint_files")
+                    names.add(name)
+                    numel = math.prod(opened.get_slice(name).get_shape())
+                    self._base.setdefault(layer_of(name), []).append(_BaseTensor(file, name, numel))
+
+    def indices(self) -> set[int]:
+        """The layers that have weights; OUTSIDE is one of them."""
+        return {*self._base, *self._files}
+
+    def adopt(self) -> None:
+        """Link to the files of a checkpoint with a file for each layer, so that the checkpoint may be removed."""
+        for index, tensors in self._base.items():
+            (file,) = {tensor.file for tensor in tensors}
+            target = self._new_file(index)
+            _link(file, target)
+            self._files[index] = target
+        self._base.clear()
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The weights of a layer, or of OUTSIDE, by torchtune's names.
+
+        Raises:
+            OSError: if a file of the model directory changed since the start.
+        """
+        weights: dict[str, Tensor] = {}
+        for name, tensor in self._read(index):
+            converted = self._checkpointer.to_tune(name, tensor)
+            weights |= {key: value.to(self._dtype, copy=True) for key, value in converted.items()}
+        return weights
+
+    def write(self, index: int, weights: dict[str, Tensor]) -> None:
+        """Keep new weights of a layer. The file of its earlier ones is removed; checkpoints still have it.
+
+        Raises:
+            OSError: if the disk is full or refuses; the earlier file is then still in use.
+        """
+        file = self._write(index, weights)
+        if (old := self._files.get(index)) is not None:
+            old.unlink()
+        self._files[index] = file
+
+    def bytes_to_copy(self) -> int:
+        """Bytes that the next checkpoint copies from the model directory."""
+        tensors = (tensor for index, some in self._base.items() if index not in self._files for tensor in some)
+        return sum(tensor.numel for tensor in tensors) * self._dtype.itemsize
+
+    def write_checkpoint(
+        self, directory: Path, active: dict[int, dict[str, Tensor]], names: dict[int, set[str]]
+    ) -> None:
+        """Write a model directory's weights: links to the store's files, and layers that train from memory.
+
+        Args:
+            active: weights by torchtune's names of each layer, or of OUTSIDE, that trains now.
+            names: torchtune's names of the model's weights, by layer. Layers without a file of their own get one with
+                these, the first time.
+        """
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number, index in enumerate(sorted(names), start=1):
+            file = directory / f"model-{number:05}-of-{len(names):05}.safetensors"
+            if index in active:
+                self._save(active[index], file)
+            else:
+                if index not in self._files:
+                    weights = self.read(index)
+                    self._files[index] = self._write(index, {name: weights[name] for name in names[index]})
+                _link(self._files[index], file)
+            with safe_open(file, framework="pt") as opened:
+                weight_map.update(dict.fromkeys(opened.keys(), file.name))
+            total += file.stat().st_size
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
+
+    def remove_leftovers(self) -> None:
+        """Remove files in the store's directory that it does not use, such as those of an interrupted process."""
+        for file in self._directory.glob("*"):
+            if file not in self._files.values():
+                file.unlink()
+
+    def _read(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        if index in self._files:
+            with safe_open(self._files[index], framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    yield name, opened.get_tensor(name)
+            return
+        for tensor in self._base.get(index, ()):
+            if _identity(tensor.file) != self._base_files[tensor.file]:
+                raise OSError(f"{tensor.file} changed during the run; its weights belong to another model now")
+            with safe_open(tensor.file, framework="pt") as opened:  # anew, or pages of the file count as memory
+                yield tensor.name, opened.get_tensor(tensor.name)
+
+    def _write(self, index: int, weights: dict[str, Tensor]) -> Path:
+        file = self._new_file(index)
+        self._save(weights, file)
+        os.chmod(file, 0o444)  # checkpoints share it
+        return file
+
+    def _save(self, weights: dict[str, Tensor], file: Path) -> None:
+        try:
+            self._checkpointer.write_tensors({key: value.detach().cpu() for key, value in weights.items()}, file)
+        except SafetensorError as error:  # its way to report a full disk
+            raise OSError(str(error)) from error
+
+    def _new_file(self, index: int) -> Path:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._generation += 1
+        name = "outside" if index == OUTSIDE else f"layer_{index}"
+        return self._directory / f"{name}.{self._generation}.safetensors"
+
+
+def layer_of(name: str) -> int:
+    """The layer that a weight belongs to, by its name in Hugging Face's layout; OUTSIDE if it is in none."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else OUTSIDE
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(file, target)

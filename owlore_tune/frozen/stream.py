@@ -1,0 +1,100 @@
+"""Forward passes with one layer at a time: to score layers while they load, and to measure the loss of all weights."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+from tqdm import tqdm
+
+from owlore_tune.frozen.layers import FrozenLayers
+from owlore_tune.layers.outliers import InputSquares, outlier_share
+from owlore_tune.layers.scores import NEEDS_DATA, score_of_layer
+from owlore_tune.models.decoder import find_layers, find_linears
+
+Batch = Mapping[str, Tensor]
+Run = Callable[[Callable[[Batch], None] | None], None]
+
+
+@torch.no_grad()
+def forward_by_layer(
+    model: TransformerDecoder, batches: Sequence[Batch], visit: Callable[[int, Run], None], what: str
+) -> list[Tensor]:
+    """Run ``batches`` through the layers, all of them through one layer before any goes through the next.
+
+    Args:
+        batches: keyword arguments of the model's forward, on its device; other keys are ignored.
+        visit: is called with the index of each layer and a function that runs it. The layer needs weights only then.
+            The function calls its argument, if there is one, before each batch.
+        what: label of the progress bar.
+
+    Returns:
+        The hidden states (b, s, d) of each batch before the final norm.
+    """
+    was_training = model.training
+    model.eval()
+    hidden = [model.tok_embeddings(batch["tokens"]) for batch in batches]
+    for index, layer in enumerate(tqdm(find_layers(model), desc=what, unit="layer", leave=False)):
+
+        def run(before: Callable[[Batch], None] | None = None, layer: Any = layer) -> None:
+            for number, batch in enumerate(batches):
+                if before is not None:
+                    before(batch)
+                extra = {key: batch[key] for key in ("mask", "input_pos") if key in batch}
+                hidden[number] = layer(hidden[number], **extra)
+
+        visit(index, run)
+    model.train(was_training)
+    return hidden
+
+
+def load_and_score(
+    model: TransformerDecoder,
+    frozen: FrozenLayers,
+    device: torch.device,
+    score: str | None,
+    batches: Callable[[], Iterable[Batch]],
+    threshold: float,
+) -> list[float] | None:
+    """Load, score and quantize the layers one by one, from the bottom.
+
+    The scores equal those of `owlore_tune.layers.scores.layer_scores` on the whole model.
+
+    Args:
+        score: a name of `layer_scores`; None only loads and quantizes.
+        batches: the calibration batches.
+        threshold: of the outlier score.
+
+    Raises:
+        ValueError: as `layer_scores`.
+    """
+    scores: list[float] = []
+    layers = find_layers(model)
+    calibration = list(batches()) if score in NEEDS_DATA else []
+
+    def visit(index: int, run: Run) -> None:
+        layer = layers[index]
+        frozen.load(index, device)
+        if score in NEEDS_DATA:
+            inputs = InputSquares(layer)
+
+            def before(batch: Batch) -> None:
+                inputs.valid = batch.get("valid")
+
+            run(before)
+            inputs.remove()
+            norms = inputs.norms()
+            linears = [(linear.weight, norms[name]) for name, linear in find_linears(layer)]
+            try:
+                scores.append(outlier_share(linears, threshold))
+            except ValueError as error:
+                raise ValueError(f"layer {index}: {error}") from error
+        elif score is not None:
+            scores.append(score_of_layer(layer, score, index, len(layers)))
+        frozen.freeze(index)
+
+    forward_by_layer(model, calibration, visit, "Loading layers" if score is None else "Loading and scoring layers")
+    if score == "reverse":
+        return [max(scores) - value for value in scores]
+    return scores if score is not None else None

@@ -1,0 +1,126 @@
+"""The weights of a run: how they are loaded, scored on the way, kept on the device, and written."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchtune import utils
+from torchtune.modules import TransformerDecoder
+
+from owlore_tune.checkpoints.hf import weight_files
+from owlore_tune.data.loader import Batch
+from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.frozen.layers import FrozenLayers
+from owlore_tune.frozen.store import OUTSIDE, LayerStore
+from owlore_tune.frozen.stream import load_and_score
+from owlore_tune.layers.scores import LayerScores
+from owlore_tune.models.decoder import init_rope
+from owlore_tune.run.build import Inputs
+from owlore_tune.run.directory import RunDirectory
+from owlore_tune.run.report import Report
+from owlore_tune.run.scoring import score_layers, scores_of
+from owlore_tune.run.settings import TrainingSettings
+
+STORE = "weights"  # directory of the full-precision layers
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run's weights are, and where they go."""
+
+    run: RunDirectory
+    checkpoint: Path | None  # to resume from; None for the model directory
+    weights_device: torch.device  # where they are kept
+
+
+def load_weights(
+    settings: TrainingSettings,
+    inputs: Inputs,
+    model: TransformerDecoder,
+    report: Report,
+    source: Source,
+    known: LayerScores | None,
+    fingerprint: str,
+    world: World = ALONE,
+) -> tuple[FrozenLayers | None, LayerScores]:
+    """Fill ``model``, on the meta device, and score its layers.
+
+    Args:
+        known: scores, which are then not made anew.
+        fingerprint: of the weights, for new scores.
+
+    Returns:
+        The layers that are quantized while they are frozen, None if they are not; and the scores.
+
+    Raises:
+        ConfigError: if the weights do not fit the model.
+        RunError: if weights or activations are not finite.
+    """
+    if settings.owlore.frozen_weights != "full":
+        with report.timed("load"):
+            return _load_quantized(settings, inputs, model, source, known, fingerprint)
+    with report.timed("load"):
+        inputs.checkpointer.load_checkpoint(
+            model,
+            dtype=settings.dtype,
+            device=settings.device,
+            weights_device=source.weights_device,
+            directory=source.checkpoint,
+        )
+    with report.timed("score"):
+        return None, known or score_layers(settings, model, inputs.data, fingerprint, world)
+
+
+def _load_quantized(
+    settings: TrainingSettings,
+    inputs: Inputs,
+    model: TransformerDecoder,
+    source: Source,
+    known: LayerScores | None,
+    fingerprint: str,
+) -> tuple[FrozenLayers, LayerScores]:
+    """Load, score and quantize the layers one by one, so that one of them at a time is in full precision."""
+    owlore, checkpointer = settings.owlore, inputs.checkpointer
+    files = checkpointer.files if source.checkpoint is None else weight_files(source.checkpoint)
+    store = LayerStore(checkpointer, files, source.run.path / STORE / source.run.run_id, settings.dtype)
+    store.remove_leftovers()
+    if source.checkpoint is not None:
+        store.adopt()
+    frozen = FrozenLayers(model, store, owlore.frozen_weights, owlore.frozen_products)
+    frozen.load(OUTSIDE, settings.device)
+    with torch.device(settings.device):
+        init_rope(model)
+
+    def batches() -> Iterator[Batch]:
+        for batch in inputs.data.calibration_batches(owlore.calibration_batches):
+            utils.batch_to_device(batch, settings.device)
+            yield batch
+
+    score = None if known else owlore.score
+    try:
+        made = load_and_score(model, frozen, settings.device, score, batches, owlore.outlier_threshold)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise RunError(f"the layers cannot be scored: {error}") from error
+    frozen.freeze_outside(embeddings=not owlore.train_embeddings, output=not owlore.train_output)
+    return frozen, known or scores_of(settings, made or [], fingerprint)
+
+
+def weight_writer(
+    inputs: Inputs, model: TransformerDecoder, frozen: FrozenLayers | None, world: World = ALONE
+) -> tuple[Callable[[Path], None], int]:
+    """The function that writes the weights of a checkpoint, and about how many bytes it writes."""
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    num_bytes += 0 if frozen is None else frozen.store.bytes_to_copy()
+
+    def write(directory: Path) -> None:
+        if frozen is None:
+            inputs.checkpointer.write(model, directory, world=world)
+            return
+        frozen.write_checkpoint(directory)
+        inputs.checkpointer.copy_companions(directory, next(model.parameters()).dtype)
+
+    return write, num_bytes

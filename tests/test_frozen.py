@@ -1,0 +1,222 @@
+"""Frozen layers in few bits: what is trained and saved stays in full precision, bit for bit."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.frozen.formats import Int8Weight, NF4Weight, quantize
+from owlore_tune.frozen.linear import freeze, thaw
+from runs import after_step, changed, checkpoints, finetune, finetune_until, prepare, variant, weights
+
+KINDS = {"int8": ("int8", "full"), "int8 products": ("int8", "int8"), "nf4": ("nf4", "full")}
+
+
+def frozen_config(config: dict, kind: str, name: str = "frozen", **changes) -> dict:
+    weights_kind, products = KINDS[kind]
+    return variant(config, name, owlore__frozen_weights=weights_kind, owlore__frozen_products=products, **changes)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("nf4", 0.1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_format_is_near_the_weight_and_small(kind, most, dtype):
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    stored = quantize(weight, kind)
+    back = stored.dequantize(dtype)
+    assert back.dtype == dtype and back.shape == stored.shape == weight.shape
+    assert torch.linalg.vector_norm((back - weight).float()) < most * torch.linalg.vector_norm(weight.float())
+    assert torch.equal(stored.dequantize(dtype, slice(5, 9)), back[5:9])
+    assert stored.nbytes <= weight.numel() * (1.04 if kind == "int8" else 0.54)
+
+
+def test_zeros_and_widths_that_blocks_do_not_divide():
+    assert not Int8Weight.quantize(torch.zeros(4, 8)).dequantize(torch.float32).any()
+    assert not NF4Weight.quantize(torch.zeros(4, 64)).dequantize(torch.float32).any()
+    assert isinstance(quantize(torch.randn(4, 48), "nf4"), Int8Weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_linear_is_the_linear_of_its_dequantized_weight(kind):
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 96)
+    parameter, weight = linear.weight, linear.weight.detach().clone()
+    x = torch.randn(2, 7, 128, requires_grad=True)
+    freeze(linear, *KINDS[kind])
+    assert linear.weight is parameter and parameter.numel() == 0
+    product = linear(x)
+    gradient = torch.randn_like(product)
+    (got,) = torch.autograd.grad(product, x, gradient)
+    stored = linear.frozen_weight.dequantize(torch.float32)
+    tolerance = 0.02 if kind == "int8 products" else 1e-6
+    for ours, expected in ((product, x @ stored.T + linear.bias), (got, gradient @ stored)):
+        assert torch.linalg.vector_norm(ours - expected) < tolerance * torch.linalg.vector_norm(expected)
+    thaw(linear, weight)
+    assert linear.weight is parameter and torch.equal(linear(x), nn.functional.linear(x, weight, linear.bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_never_trained_are_saved_bit_for_bit(kind, tiny_config, tiny_dir):
+    config = frozen_config(tiny_config, kind, dataset_val=None)
+    recipe = finetune(config)
+    layers, outside = changed(tiny_dir, checkpoints(config)[-1])
+    assert layers == sorted({layer for draw in recipe._report.records.draws for layer in draw["active"]})
+    assert outside == []
+
+
+@pytest.mark.parametrize("score", ["outlier", "reverse", "weight_norm", "heavy_tail", "increase"])
+def test_scores_equal_those_of_the_whole_model(score, tiny_config):
+    plain = prepare(variant(tiny_config, "plain", owlore__score=score))
+    frozen = prepare(frozen_config(tiny_config, "nf4", owlore__score=score))
+    assert frozen._scores.scores == plain._scores.scores
+
+
+@pytest.mark.parametrize(("kind", "state"), [(kind, "drop") for kind in KINDS] + [("nf4", "keep"), ("int8", "offload")])
+def test_a_resumed_run_equals_the_unbroken_one(kind, state, tiny_config):
+    changes = {"owlore__inactive_state": state, "epochs": 2, "dataset_val": None}
+    config = frozen_config(tiny_config, kind, "unbroken", **changes)
+    broken = variant(config, "broken", save_every_n_steps=3, keep_last_n=1)
+    finetune(config)
+    finetune_until(broken, 4)
+    finetune_until(broken | {"resume_from_checkpoint": True}, 17)
+    finetune(broken | {"resume_from_checkpoint": True})
+    for name, weight in weights(config).items():
+        assert torch.equal(weight, weights(broken)[name]), name
+
+
+LOSSES = ("owlore_tune.loss.LinearCrossEntropyLoss", "torchtune.modules.loss.CEWithChunkedOutputLoss")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_final_loss_is_that_of_the_saved_weights(kind, loss, tiny_config):
+    """In full precision, whatever is quantized on the device; and so is the loss before training."""
+    config = frozen_config(tiny_config, kind, loss={"_component_": loss})
+    losses = finetune(config)._report.records.losses
+    final = losses["after"]
+    whole = finetune(variant(tiny_config, "whole", max_steps_per_epoch=1))._report.records.losses
+    assert losses["before"] == pytest.approx(whole["before"], abs=1e-6)
+    saved = variant(tiny_config, "saved", max_steps_per_epoch=1)
+    saved["checkpointer"]["checkpoint_dir"] = str(checkpoints(config)[-1])
+    assert finetune(saved)._report.records.losses["before"] == pytest.approx(final, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_counts_the_quantized_weights(kind, tiny_config):
+    recipe = finetune(frozen_config(tiny_config, kind))
+    measured, plan = recipe._report._measure_memory(), recipe._plan
+    for category in ("weights", "moments", "bases"):
+        assert measured[category] == getattr(plan, category) > 0
+    whole = finetune(variant(tiny_config, "whole"))._plan
+    assert plan.weights < 0.8 * whole.weights  # 2 of 4 layers, in float32
+
+
+def test_what_does_not_go_together_is_refused(tiny_config):
+    for changes, message in (
+        ({"owlore__frozen_weights": "int4"}, "owlore.frozen_weights=int4; choose one of full, int8, nf4"),
+        ({"owlore__frozen_weights": "nf4", "owlore__frozen_products": "int8"}, "needs owlore.frozen_weights=int8"),
+        ({"owlore__frozen_weights": "int8", "compile": True}, "cannot be compiled; set compile=false"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare(variant(tiny_config, "refused", **changes))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_training_equals_that_with_fake_quantized_frozen_layers(kind, tiny_config, monkeypatch):
+    """Bit for bit: a run whose frozen weights are in full precision, but rounded to the format's values."""
+    real = frozen_config(tiny_config, kind, "real", dataset_val=None)
+    finetune(real)
+
+    def fake(linear, stored, products, dtype):
+        whole = stored.dequantize(dtype)
+        linear.frozen_weight = stored
+        rows = (lambda tokens: whole[tokens]) if isinstance(linear, nn.Embedding) else None
+        linear.forward = rows or (lambda x: nn.functional.linear(x, whole))
+
+    monkeypatch.setattr("owlore_tune.frozen.linear.attach", fake)
+    pretended = frozen_config(tiny_config, kind, "fake", dataset_val=None)
+    finetune(pretended)
+    for name, weight in weights(real).items():
+        assert torch.equal(weight, weights(pretended)[name]), name
+
+
+def test_accumulation_checkpointing_and_all_kinds_of_state(tiny_config):
+    config = frozen_config(
+        tiny_config, "nf4", "all", batch_size=2, gradient_accumulation_steps=2, enable_activation_checkpointing=True,
+        owlore__inactive_state="keep", owlore__train_embeddings=True, owlore__train_output=True,
+        owlore__train_norm=True, dtype="bf16",
+    )  # fmt: skip
+    recipe = finetune(config)
+    assert recipe._report.records.losses["after"] < recipe._report.records.losses["before"]
+
+
+def test_only_the_named_files_are_read(tiny_config, tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    other = {name: torch.zeros_like(w) for name, w in load_file(tiny_dir / "model.safetensors").items()}
+    save_file(other, tmp_path / "model" / "z_ema.safetensors")
+    config = frozen_config(tiny_config, "nf4", dataset_val=None)
+    config["checkpointer"] |= {"checkpoint_dir": str(tmp_path / "model"), "checkpoint_files": ["model.safetensors"]}
+    finetune(config)
+    assert all(weight.any() for weight in weights(config).values())
+    config["checkpointer"] |= {"checkpoint_files": None}
+    with pytest.raises(ConfigError, match="z_ema.safetensors has .*, which another file has too"):
+        prepare(variant(config, "both"))
+
+
+def test_a_model_with_fewer_layers_than_its_files_is_refused(tiny_config):
+    config = frozen_config(tiny_config, "nf4")
+    config["model"]["num_layers"] = 3
+    with pytest.raises(ConfigError, match="the model has 3 layers, and its files have layer 3"):
+        prepare(config)
+
+
+def test_weights_that_are_not_finite_are_not_kept(tiny_config):
+    config = frozen_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=2)
+    recipe = prepare(config)
+
+    @torch.no_grad()
+    def spoil():
+        for layer in recipe._active_layers.active:
+            recipe._model.layers[layer].mlp.w1.weight[0, 0] = float("inf")
+
+    after_step(recipe, 3, spoil)  # the last before a draw
+    with pytest.raises(RunError, match="weights are not finite: layers.*mlp.w1.weight; lower optimizer.lr"):
+        recipe.train()
+    recipe.cleanup()
+    assert all(weight.isfinite().all() for weight in weights(config).values())
+
+
+def test_a_disk_that_fills_up_at_a_draw_loses_no_step(tiny_config, monkeypatch):
+    """The layers that leave are written before anything changes, so the state after the last step can be saved."""
+    config = frozen_config(tiny_config, "int8", "full", dataset_val=None)
+    recipe = prepare(config)
+    write = recipe._frozen.store.write
+
+    def full_disk(index, layer_weights):
+        if recipe._progress.step == 6:
+            raise OSError("No space left on device")
+        write(index, layer_weights)
+
+    monkeypatch.setattr(recipe._frozen.store, "write", full_disk)
+    with pytest.raises(RunError, match="No space left on device. The state after step 6 is saved in"):
+        recipe.train()
+    recipe.cleanup()
+    finetune(config | {"resume_from_checkpoint": True})
+    unbroken = frozen_config(tiny_config, "int8", "unbroken", dataset_val=None)
+    finetune(unbroken)
+    for name, weight in weights(unbroken).items():
+        assert torch.equal(weight, weights(config)[name]), name
+
+
+def test_checkpoints_share_the_files_of_frozen_layers(tiny_config):
+    config = frozen_config(tiny_config, "nf4", dataset_val=None, save_every_n_steps=2)
+    recipe = finetune(config)
+    last_two = checkpoints(config)[-2:]
+    files = [{file.stat().st_ino for file in directory.glob("model-*.safetensors")} for directory in last_two]
+    assert len(files[0] & files[1]) >= 1 + 4 - 2 - 2  # the outside, and layers that trained in neither interval
+    store = Path(config["output_dir"]) / "weights"
+    assert {f.stat().st_ino for f in store.rglob("*.safetensors")} & files[1]
+    assert recipe._frozen.store.bytes_to_copy() == 0
