@@ -1,5 +1,6 @@
 """Load lm-evaluation-harness tasks by name, from the hub or from local copies, and run them."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from owlore_evals.local_choices import SCORINGS, local_choices_task
 from owlore_evals.local_math import local_math_task
 from owlore_tune.errors import ConfigError
+
+# The harness warns of settings that are ours: num_fewshot, and metadata that no task here takes.
+logging.getLogger("lm_eval.evaluator").addFilter(lambda r: not str(r.msg).startswith("Overwriting default num_fewshot"))
+logging.getLogger("lm_eval.api.task").addFilter(lambda r: "Custom kwargs can be passed" not in str(r.msg))
 
 LAST_NUMBER = "last_number"  # scoring for arithmetic problems
 OWN_TASKS = Path(__file__).parent / "tasks"
