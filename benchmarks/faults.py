@@ -1,6 +1,6 @@
 """Kill runs at random moments, resume them until they finish, and compare with an uninterrupted run.
 
-    python benchmarks/faults.py [--runs 30] [--signal KILL] [--model small|smollm2] [--seed 0] [--output FILE]
+    python benchmarks/faults.py [--runs 30] [--signal KILL] [--model small|smollm2] [--frozen FORMAT] [--output FILE]
 
 Half of the kills come at a random time, half during a save. Final weights must be bit-identical, and the newest
 checkpoint must be readable after every kill. Runs are forked from a process that has already imported everything, which
@@ -48,7 +48,7 @@ def small_model(directory: Path) -> None:
             shutil.copy(file, directory)
 
 
-def config_for(model: str, scratch: Path) -> dict:
+def config_for(model: str, scratch: Path, frozen_weights: str = "full") -> dict:
     """Config of 12 steps with gradient accumulation: checkpoint every 2, draw every 3, basis refresh every 2."""
     overrides = [
         "dataset_val=null", "batch_size=1", "gradient_accumulation_steps=2", "max_steps_per_epoch=6", "epochs=2",
@@ -67,6 +67,7 @@ def config_for(model: str, scratch: Path) -> dict:
         }  # fmt: skip
         config["optimizer"]["rank"] = 8
         config["owlore"]["num_active_layers"] = 2
+    config["owlore"]["frozen_weights"] = frozen_weights
     return config
 
 
@@ -122,7 +123,8 @@ def exited(child: int) -> bool:
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(RunDirectory.existing(output_dir).steps.own()[-1] / "model.safetensors")
+    files = sorted(RunDirectory.existing(output_dir).steps.own()[-1].glob("*.safetensors"))
+    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def main() -> None:
@@ -130,6 +132,7 @@ def main() -> None:
     arguments.add_argument("--runs", type=int, default=30)
     arguments.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     arguments.add_argument("--model", choices=["small", "smollm2"], default="small")
+    arguments.add_argument("--frozen", choices=["full", "int8", "nf4"], default="full", help="frozen layers")
     arguments.add_argument("--seed", type=int, default=0)
     args = arguments.parse_args()
     number = signal.Signals[f"SIG{args.signal}"]
@@ -141,7 +144,7 @@ def main() -> None:
     counts = {"kills": 0, "kills in a save": 0, "unreadable newest checkpoints": 0, "runs not bit-equal": 0}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        config = config_for(args.model, scratch)
+        config = config_for(args.model, scratch, args.frozen)
         started = time.monotonic()
         assert os.waitstatus_to_exitcode(os.waitpid(start(config, scratch / "unbroken"), 0)[1]) == 0
         seconds = time.monotonic() - started
@@ -175,7 +178,7 @@ def main() -> None:
     lines = [
         f"# {args.runs} runs of a {args.model} model under SIG{args.signal}",
         "",
-        f"Seed {args.seed}, up to 4 kills per run; {machine()}. Command: `python benchmarks/faults.py`.",
+        f"Frozen layers: {args.frozen}. Seed {args.seed}, up to 4 kills per run; {machine()}. Command: `python benchmarks/faults.py`.",
         "",
         "| | |",
         "|---|---|",

@@ -116,5 +116,5 @@ def _int8_product(x: Tensor, codes: Tensor, column_scale: Tensor | None) -> Tens
     """``x`` (t, k), quantized by row, times ``codes`` (k, l) int8 → (t, l) float32."""
     scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
     quantized = (x / scale).round_().to(torch.int8)
-    product = torch._int_mm(quantized, codes).float().mul_(scale)
+    product = torch.mul(torch._int_mm(quantized, codes), scale)  # int32 · float32 → float32, in one pass
     return product if column_scale is None else product.mul_(column_scale)
