@@ -178,7 +178,8 @@ def main() -> None:
     lines = [
         f"# {args.runs} runs of a {args.model} model under SIG{args.signal}",
         "",
-        f"Frozen layers: {args.frozen}. Seed {args.seed}, up to 4 kills per run; {machine()}. Command: `python benchmarks/faults.py`.",
+        f"Frozen layers: {args.frozen}. Seed {args.seed}, up to 4 kills per run; {machine()}. Command: "
+        "`python benchmarks/faults.py`.",
         "",
         "| | |",
         "|---|---|",
