@@ -31,13 +31,15 @@ pictures: install  # of 60 steps on SmolLM2, for docs/runs.md
 	mkdir -p docs/pictures
 	cp $(RUN)/*.png docs/pictures
 
-PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadgroup
+PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2
 
 test: install
 	$(PYTEST) -m 'not slow'
 
-check: lint  # and all tests: documented commands, the wheel, kills, real models on several ranks
-	$(PYTEST) --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
+# All tests: also documented commands, the wheel, kills, and real models on several ranks. The tests of a file run on one
+# worker, because documented commands use files that earlier ones wrote.
+check: lint
+	$(PYTEST) --dist loadfile --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
 
 lint: install
 	ruff check .

@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-# Commands use files that earlier commands wrote, so they run in order and in one process.
-pytestmark = pytest.mark.xdist_group("docs")
-
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]  # docs/ first, for the trial run's model
 PROGRAMS = ("make", "tune", "owlore", "python", "pip", "git", "hf", "export", "tensorboard")
