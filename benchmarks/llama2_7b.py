@@ -17,7 +17,8 @@ from report import machine, parser, publish
 from tune_run import tune_run
 
 RUN = [
-    "dataset=owlore_tune.data.mmlu_dev_dataset", "dataset.packed=true", "tokenizer.max_seq_len=512", "batch_size=1",
+    "dataset=owlore_tune.data.mmlu_dev_dataset", "~dataset.source", "~dataset.data_files", "dataset.packed=true",
+    "tokenizer.max_seq_len=512", "batch_size=1",
     "gradient_accumulation_steps=1", "max_steps_per_epoch=3", "save_every_n_steps=null", "owlore.resample_every=2",
     "owlore.calibration_batches=1", "optimizer.rank=128", "device=cpu",
 ]  # fmt: skip
