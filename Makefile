@@ -61,7 +61,6 @@ bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and other
 	python benchmarks/faults_distributed.py --output benchmarks/faults_distributed.md
 ifdef DATA
 	python benchmarks/evaluation.py --data $(DATA) --output benchmarks/evaluation.md
-	python benchmarks/commonsense.py --data $(DATA) --output benchmarks/commonsense.md
 endif
 
 clean:

@@ -279,14 +279,15 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         lr = get_lr(self._optimizer)
         grad_norm = self._optimizer.clip_grad_norm_(self._settings.clip_grad_norm).item()
         self._is_complete = False  # until the step is counted
-        refreshes = self._update(self._world.sum_(loss).item(), grad_norm, sum(num_trained))
+        loss_value = self._world.sum_(loss).item()
+        refreshes = self._update(loss_value, grad_norm, sum(num_trained))
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the time below must cover the whole step
         seconds = time.perf_counter() - started
         metrics = {
-            "loss": loss.item(),
+            "loss": loss_value,
             "lr": lr,
             "grad_norm": grad_norm,
             "skipped_steps": self._progress.skipped_steps,

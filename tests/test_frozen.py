@@ -220,3 +220,15 @@ def test_checkpoints_share_the_files_of_frozen_layers(tiny_config):
     store = Path(config["output_dir"]) / "weights"
     assert {f.stat().st_ino for f in store.rglob("*.safetensors")} & files[1]
     assert recipe._frozen.store.bytes_to_copy() == 0
+
+
+def test_a_users_file_in_the_store_stays(tiny_config):
+    config = frozen_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=4)
+    finetune_until(config, 5)
+    (store,) = (Path(config["output_dir"]) / "weights").iterdir()
+    (store / "layer_0.999.safetensors").write_text("of an interrupted process")
+    (store / "notes.txt").write_text("mine")
+    (store / "mine").mkdir()
+    finetune(config | {"resume_from_checkpoint": True})
+    assert (store / "notes.txt").read_text() == "mine" and (store / "mine").is_dir()
+    assert not (store / "layer_0.999.safetensors").exists()

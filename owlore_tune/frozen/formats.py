@@ -1,7 +1,7 @@
 """Frozen weights in few bits: int8 with a scale for each row, and NF4 with a scale for each block of 64 values.
 
-torchao's int8 training weight saves its input for backward even if the weight is frozen, and its NF4 tensor takes 6
-times as long to dequantize on a CPU. These formats hold plain tensors that are never trained.
+torchao's int8 training weight saves its input for backward even if the weight is frozen, and its NF4 tensor
+is slow to dequantize on a CPU. These formats hold plain tensors that are never trained.
 """
 
 from dataclasses import dataclass

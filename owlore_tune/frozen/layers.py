@@ -131,9 +131,11 @@ class FrozenLayers:
         names = {id(parameter): name for name, parameter in self._outside()}
         for module in quantized:
             thaw(module, weights[names[id(module.weight)]].to(device))
-        yield
-        for module in quantized:
-            freeze(module, "int8")
+        try:
+            yield
+        finally:
+            for module in quantized:
+                freeze(module, "int8")
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """The parameters of a layer, or of OUTSIDE, by torchtune's names."""

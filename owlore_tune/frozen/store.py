@@ -22,6 +22,7 @@ from owlore_tune.errors import ConfigError
 
 OUTSIDE = -1  # the index of everything outside the layers
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_OWN = re.compile(r"(?:outside|layer_\d+)\.\d+\.safetensors|\.tmp\w{6}")  # safetensors writes to the latter first
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,9 @@ class LayerStore:
         Raises:
             OSError: if the disk is full or refuses; the earlier file is then still in use.
         """
-        file = self._write(index, weights)
-        if (old := self._files.get(index)) is not None:
+        old, self._files[index] = self._files.get(index), self._write(index, weights)
+        if old is not None:
             old.unlink()
-        self._files[index] = file
 
     def bytes_to_copy(self) -> int:
         """Bytes that the next checkpoint copies from the model directory."""
@@ -138,9 +138,9 @@ class LayerStore:
         (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
 
     def remove_leftovers(self) -> None:
-        """Remove files in the store's directory that it does not use, such as those of an interrupted process."""
+        """Remove files that the store does not use: those of an interrupted process, known by their names."""
         for file in self._directory.glob("*"):
-            if file not in self._files.values():
+            if _OWN.fullmatch(file.name) and file.is_file() and file not in self._files.values():
                 file.unlink()
 
     def _read(self, index: int) -> Iterator[tuple[str, Tensor]]:
@@ -151,7 +151,7 @@ class LayerStore:
             return
         for tensor in self._base.get(index, ()):
             if _identity(tensor.file) != self._base_files[tensor.file]:
-                raise OSError(f"{tensor.file} changed during the run; its weights belong to another model now")
+                raise OSError(f"{tensor.file} changed during the run; restore it, then resume")
             with safe_open(tensor.file, framework="pt") as opened:  # anew, or pages of the file count as memory
                 yield tensor.name, opened.get_tensor(tensor.name)
 
@@ -169,9 +169,12 @@ class LayerStore:
 
     def _new_file(self, index: int) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._generation += 1
         name = "outside" if index == OUTSIDE else f"layer_{index}"
-        return self._directory / f"{name}.{self._generation}.safetensors"
+        while True:
+            self._generation += 1
+            file = self._directory / f"{name}.{self._generation}.safetensors"
+            if not os.path.lexists(file):
+                return file
 
 
 def layer_of(name: str) -> int:
@@ -188,5 +191,7 @@ def _identity(file: Path) -> tuple[int, int]:
 def _link(file: Path, target: Path) -> None:
     try:
         os.link(file, target)
+    except FileExistsError:
+        raise
     except OSError:  # another disk, or one without links
         shutil.copyfile(file, target)

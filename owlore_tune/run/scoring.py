@@ -1,6 +1,7 @@
 """The scores of a run's layers, read from a file or computed."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
@@ -52,16 +53,19 @@ def score_layers(
     """
     owlore = settings.owlore
 
-    def batches() -> Iterator[Batch]:
-        for batch in data.calibration_batches(owlore.calibration_batches):
-            utils.batch_to_device(batch, settings.device)
-            yield batch
-
+    batches = partial(calibration_batches, settings, data)
     try:
         scores = layer_scores(model, owlore.score, batches=batches, threshold=owlore.outlier_threshold, world=world)
     except ValueError as error:
         raise RunError(f"the layers cannot be scored: {error}") from error
     return scores_of(settings, scores, fingerprint, world)
+
+
+def calibration_batches(settings: TrainingSettings, data: TrainingData) -> Iterator[Batch]:
+    """The calibration batches of the config, on the device of the run."""
+    for batch in data.calibration_batches(settings.owlore.calibration_batches):
+        utils.batch_to_device(batch, settings.device)
+        yield batch
 
 
 def scores_of(settings: TrainingSettings, scores: list[float], fingerprint: str, world: World = ALONE) -> LayerScores:

@@ -1,15 +1,14 @@
 """The weights of a run: how they are loaded, scored on the way, kept on the device, and written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from owlore_tune.checkpoints.hf import weight_files
-from owlore_tune.data.loader import Batch
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.frozen.layers import FrozenLayers
@@ -20,7 +19,7 @@ from owlore_tune.models.decoder import init_rope
 from owlore_tune.run.build import Inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.report import Report
-from owlore_tune.run.scoring import score_layers, scores_of
+from owlore_tune.run.scoring import calibration_batches, score_layers, scores_of
 from owlore_tune.run.settings import TrainingSettings
 
 STORE = "weights"  # directory of the full-precision layers
@@ -92,12 +91,7 @@ def _load_quantized(
     frozen.load(OUTSIDE, settings.device)
     with torch.device(settings.device):
         init_rope(model)
-
-    def batches() -> Iterator[Batch]:
-        for batch in inputs.data.calibration_batches(owlore.calibration_batches):
-            utils.batch_to_device(batch, settings.device)
-            yield batch
-
+    batches = partial(calibration_batches, settings, inputs.data)
     score = None if known else owlore.score
     try:
         made = load_and_score(model, frozen, settings.device, score, batches, owlore.outlier_threshold)
