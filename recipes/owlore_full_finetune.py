@@ -30,7 +30,7 @@ from owlore_tune.distributed.world import current_world
 from owlore_tune.errors import CheckpointError, DivergedError, RunError
 from owlore_tune.layers.scores import SCORES_FILE, LayerScores
 from owlore_tune.loss import mean_loss, shift_labels
-from owlore_tune.memory.measure import peak_memory_bytes, return_freed_memory
+from owlore_tune.memory.measure import peak_memory_bytes, reuse_freed_memory
 from owlore_tune.models.decoder import find_layers
 from owlore_tune.optim.adamw import OwLoreAdamW, Refresh
 from owlore_tune.program import parse
@@ -89,6 +89,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._has_unproven_checkpoint = False
         self._is_complete = True  # weights, optimizer and counters agree on ``progress.step``
         training.set_seed(seed=settings.cfg.seed)
+        reuse_freed_memory(self._device)
 
     def setup(self) -> None:
         settings, cfg, world = self._settings, self._cfg, self._world
@@ -271,7 +272,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             with self._clock("forward"):
                 share = count / sum(num_trained)
                 micro_loss = mean_loss(self._model, self._loss_fn, batch, batch_labels, self._device) * share
-                return_freed_memory(self._device)  # else gradients add to memory that forward has freed
             with self._clock("backward"):
                 micro_loss.backward()
                 self._optimizer.project_grads()
@@ -306,8 +306,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if not num_trained:
             log.warning(f"Step {progress.step}: no tokens to train on; is tokenizer.max_seq_len too short?")
         elif math.isfinite(loss) and math.isfinite(grad_norm):
-            if self._active_layers.drawn_at == progress.step:
-                return_freed_memory(self._device)  # else new optimizer state adds to it
             with self._clock("optimizer"):
                 self._optimizer.step()
             refreshes = self._optimizer.last_refreshes

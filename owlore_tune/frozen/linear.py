@@ -114,7 +114,9 @@ class _Int8Linear(torch.autograd.Function):
 
 def _int8_product(x: Tensor, codes: Tensor, column_scale: Tensor | None) -> Tensor:
     """``x`` (t, k), quantized by row, times ``codes`` (k, l) int8 → (t, l) float32."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
-    quantized = (x / scale).round_().to(torch.int8)
-    product = torch.mul(torch._int_mm(quantized, codes), scale)  # int32 · float32 → float32, in one pass
+    largest = torch.maximum(x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True).neg_())  # without a copy of x
+    scale = largest.float().clamp_min_(torch.finfo(torch.float32).tiny).div_(127)
+    sums = torch._int_mm((x / scale).round_().to(torch.int8), codes)
+    # float32 in the memory of int32: a second buffer of this size costs as much time as the product, in page faults
+    product = sums.view(torch.float32).copy_(sums).mul_(scale)
     return product if column_scale is None else product.mul_(column_scale)
