@@ -1,6 +1,6 @@
 """Step time and held-out loss with quantized frozen layers, next to full precision, on SmolLM2-135M.
 
-    python benchmarks/frozen.py [--seeds 3] [--epochs 4] [--rounds 3] [--output benchmarks/frozen.md]
+    python benchmarks/frozen.py [--seeds 3] [--rounds 3] [--output benchmarks/frozen.md]
 
 Step time: packed 2 × 512 tokens, float32, rows interleaved, median of the steps after the second. Loss: the demo's
 data, 4 rows per step, measured in full precision at the end, one row for each format and seed. Finished rows are kept
@@ -10,6 +10,8 @@ in frozen.jsonl beside the output and are not run again.
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from report import machine, parser, publish
@@ -19,11 +21,11 @@ from owlore_tune.models.smollm2 import fetch
 
 FORMATS = {
     "full": [],
-    "int8": ["owlore.frozen_weights=int8"],
     "int8, int8 products": ["owlore.frozen_weights=int8", "owlore.frozen_products=int8"],
     "nf4": ["owlore.frozen_weights=nf4"],
 }
-TIMED = ["full", "int8, int8 products", "nf4"]
+PHASES = ["step", "forward", "backward", "optimizer"]
+STEPS = 200  # of a row that measures the loss
 
 
 def run(overrides: list[str]) -> dict:
@@ -42,69 +44,72 @@ def time_steps(kind: str, gamma: int) -> dict:
         "dataset.packed=true", "batch_size=2", "dataset_val=null", "max_steps_per_epoch=10", "owlore.resample_every=4",
         "owlore.calibration_batches=1", f"owlore.num_active_layers={gamma}", *FORMATS[kind],
     ])  # fmt: skip
-    seconds = [step["step_seconds"] for step in manifest["step_records"][2:]]
-    return {"seconds": statistics.median(seconds), "peak": manifest["memory_bytes"]["measured"]["total"] / 1e9}
+    steps = manifest["step_records"][2:]
+    seconds = {name: statistics.median(step[f"{name}_seconds"] for step in steps) for name in PHASES}
+    return {**seconds, "peak": manifest["memory_bytes"]["measured"]["total"] / 1e9}
 
 
-def train(kind: str, seed: int, epochs: int) -> dict:
-    manifest = run([f"seed={seed}", f"epochs={epochs}", *FORMATS[kind]])
+def train(kind: str, seed: int) -> dict:
+    manifest = run([f"seed={seed}", "epochs=4", f"max_steps_per_epoch={STEPS // 4}", *FORMATS[kind]])
     return {"loss": manifest["held_out_loss"]["after"], "steps": manifest["steps"]}
 
 
-def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--seeds", type=int, default=3)
-    arguments.add_argument("--epochs", type=int, default=4, help="of 59 steps")
-    arguments.add_argument("--rounds", type=int, default=3)
-    args = arguments.parse_args()
-    fetch()
-    kept = Path(args.output or "frozen.md").with_suffix(".jsonl")
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+class Rows:
+    """Measurements, kept in a file: each is made once."""
 
-    def once(key: list, measure) -> dict:
-        for row in rows:
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def once(self, key: list, measure: Callable[[], dict]) -> dict:
+        for row in self._rows:
             if row["key"] == key:
                 return row
         row = {"key": key, **measure()}
-        rows.append(row)
-        with kept.open("a") as file:
+        self._rows.append(row)
+        with self._file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
         return row
 
+
+def table_of_steps(rows: Rows, rounds: int) -> list[str]:
     timed: dict[tuple[str, int], list[dict]] = {}
-    for number in range(args.rounds):
+    for number in range(rounds):
         for gamma in (2, 5):
-            for kind in TIMED:
-                row = once(["time", kind, gamma, number], lambda kind=kind, gamma=gamma: time_steps(kind, gamma))
+            for kind in FORMATS:
+                row = rows.once(["time", kind, gamma, number], partial(time_steps, kind, gamma))
                 timed.setdefault((kind, gamma), []).append(row)
-    losses: dict[str, list[float]] = {}
-    for seed in range(args.seeds):
-        for kind in FORMATS:
-            row = once(["loss", kind, seed, args.epochs], lambda kind=kind, seed=seed: train(kind, seed, args.epochs))
-            losses.setdefault(kind, []).append(row["loss"])
     lines = [
-        "# Quantized frozen layers",
-        "",
-        f"SmolLM2-135M, rank 128, the rest in float32; {machine()}. Command: `python benchmarks/frozen.py`.",
-        "",
         "## Steps",
         "",
-        f"Packed 2 × 512 tokens; {args.rounds} interleaved rounds of 10 steps over 3 draws. The ratio divides the step "
-        "time by that of full precision in the same round; it is the median over the rounds.",
+        f"Packed 2 × 512 tokens; {rounds} interleaved rounds of 10 steps over 3 draws. The ratio divides the step time "
+        "by that of full precision in the same round. All figures are medians over the rounds.",
         "",
-        "| frozen layers | γ | median step, s | step / full | peak memory, GB |",
-        "|---|---|---|---|---|",
+        "| frozen layers | γ | step, s | step / full | forward, s | backward, s | optimizer, s | peak memory, GB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (kind, gamma), found in timed.items():
-        ratios = [row["seconds"] / full["seconds"] for row, full in zip(found, timed["full", gamma], strict=True)]
-        seconds, peak = (statistics.median(row[key] for row in found) for key in ("seconds", "peak"))
-        lines.append(f"| {kind} | {gamma} | {seconds:.2f} | {statistics.median(ratios):.2f} | {peak:.2f} |")
-    lines += [
+        ratios = [row["step"] / full["step"] for row, full in zip(found, timed["full", gamma], strict=True)]
+        middle = {key: statistics.median(row[key] for row in found) for key in (*PHASES, "peak")}
+        lines.append(
+            f"| {kind} | {gamma} | {middle['step']:.2f} | {statistics.median(ratios):.2f} | {middle['forward']:.2f} "
+            f"| {middle['backward']:.2f} | {middle['optimizer']:.2f} | {middle['peak']:.2f} |"
+        )
+    return lines
+
+
+def table_of_losses(rows: Rows, seeds: int) -> list[str]:
+    losses: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        for kind in FORMATS:
+            row = rows.once(["loss", kind, seed, STEPS], partial(train, kind, seed))
+            losses.setdefault(kind, []).append(row["loss"])
+    lines = [
         "",
         "## Loss",
         "",
-        f"γ=5, {59 * args.epochs} steps of 4 rows, {args.seeds} seeds. Held-out loss, measured in full precision.",
+        f"γ=5, {STEPS} steps of 4 rows, {seeds} seeds. Held-out loss, measured in full precision.",
         "",
         "| frozen layers | held-out loss by seed | mean | mean / full |",
         "|---|---|---|---|",
@@ -113,6 +118,24 @@ def main() -> None:
     for kind, found in losses.items():
         mean = statistics.mean(found)
         lines.append(f"| {kind} | {', '.join(f'{loss:.4f}' for loss in found)} | {mean:.4f} | {mean / whole:.4f} |")
+    return lines
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--seeds", type=int, default=3, help="0: no table of losses")
+    arguments.add_argument("--rounds", type=int, default=3)
+    args = arguments.parse_args()
+    fetch()
+    rows = Rows(Path(args.output or "frozen.md").with_suffix(".jsonl"))
+    lines = [
+        "# Quantized frozen layers",
+        "",
+        f"SmolLM2-135M, rank 128, the rest in float32; {machine()}. Command: `python benchmarks/frozen.py`.",
+        "",
+        *table_of_steps(rows, args.rounds),
+        *(table_of_losses(rows, args.seeds) if args.seeds else []),
+    ]
     publish(lines, args.output)
 
 
