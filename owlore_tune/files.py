@@ -13,6 +13,7 @@ import xxhash
 from torchtune.utils import get_logger
 
 log = get_logger("INFO")
+_checksums: dict[tuple[int, ...], str] = {}  # by identity of a file
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -52,6 +53,15 @@ def checksum(file: Path) -> str:
         while count := opened.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
+
+
+def known_checksum(file: Path) -> str:
+    """The `checksum` of a file, read only once by this process while the file, under any name, does not change."""
+    status = file.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if identity not in _checksums:
+        _checksums[identity] = checksum(file)
+    return _checksums[identity]
 
 
 def files_digest(files: Iterable[Path], *, use_cache: bool = True) -> str:

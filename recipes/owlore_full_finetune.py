@@ -181,6 +181,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _start_run(self) -> None:
         """Mark the directory as this run's, then write its first files."""
         self._run.start()
+        if self._frozen is not None:
+            self._frozen.fill_store()
         self._scores.save(self._settings.output_dir / SCORES_FILE)
         measure = partial(measured_bytes, self._model, self._optimizer, self._device, self._frozen)
         self._report.start(self._settings, self._plan, self._sampler.probabilities.tolist(), measure)

@@ -213,13 +213,30 @@ def test_a_disk_that_fills_up_at_a_draw_loses_no_step(tiny_config, monkeypatch):
 
 def test_checkpoints_share_the_files_of_frozen_layers(tiny_config):
     config = frozen_config(tiny_config, "nf4", dataset_val=None, save_every_n_steps=2)
-    recipe = finetune(config)
+    finetune(config)
     last_two = checkpoints(config)[-2:]
     files = [{file.stat().st_ino for file in directory.glob("model-*.safetensors")} for directory in last_two]
     assert len(files[0] & files[1]) >= 1 + 4 - 2 - 2  # the outside, and layers that trained in neither interval
     store = Path(config["output_dir"]) / "weights"
     assert {f.stat().st_ino for f in store.rglob("*.safetensors")} & files[1]
-    assert recipe._frozen.store.bytes_to_copy() == 0
+
+
+def test_a_checkpoint_writes_only_the_layers_that_train(tiny_config):
+    """All others, also those that never trained, are files of the store, and are not read again for their checksum."""
+    config = frozen_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=2)
+    finetune_until(config, 3)
+    (first,) = checkpoints(config)
+    own = [file for file in first.glob("model-*.safetensors") if file.stat().st_nlink == 1]
+    assert len(own) == config["owlore"]["num_active_layers"]
+
+
+def test_a_disk_too_small_for_the_store_is_refused(tiny_config, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(
+        RunError, match="weights/.* needs .* bytes for the weights of the frozen layers, and only 1,000"
+    ):
+        prepare(frozen_config(tiny_config, "int8"))
 
 
 def test_a_users_file_in_the_store_stays(tiny_config):

@@ -13,7 +13,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from owlore_tune.errors import CheckpointError
-from owlore_tune.files import checksum
+from owlore_tune.files import checksum, known_checksum
 
 SEAL = "checkpoint.json"  # the run's id; name, size and checksum of every other file; written last
 _PARTIAL = ".partial"
@@ -70,7 +70,7 @@ def _seal(directory: Path, run_id: str) -> None:
             synced.append(syncing.submit(_sync, file))
             if file.is_file():
                 name = file.relative_to(directory).as_posix()
-                files[name] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
+                files[name] = {"bytes": file.stat().st_size, "xxh3_128": known_checksum(file)}
         for sync in synced:
             sync.result()
     (directory / SEAL).write_text(json.dumps({"format": 1, "run_id": run_id, "files": files}, indent=2) + "\n")

@@ -141,15 +141,18 @@ class FrozenLayers:
         """The parameters of a layer, or of OUTSIDE, by torchtune's names."""
         return {name: parameter.detach() for name, parameter in self._named(index)}
 
+    def fill_store(self) -> None:
+        """Copy the model directory's layers to the store; see `LayerStore.fill`."""
+        indices = (OUTSIDE, *range(len(self._layers)))
+        self.store.fill({index: {name for name, _ in self._named(index)} for index in indices})
+
     def write_checkpoint(self, directory: Path) -> None:
         """Write the model's weights: links to the store's files, and the weights that train now."""
         active = {index: self.weights(index) for index in self._changed}
         trained = {name: parameter.detach() for name, parameter in self._outside() if parameter.requires_grad}
-        names = {index: {name for name, _ in self._named(index)} for index in (OUTSIDE, *range(len(self._layers)))}
         if trained:
-            saved = self.store.read(OUTSIDE)
-            active[OUTSIDE] = {name: trained.get(name, saved[name]) for name in names[OUTSIDE]}
-        self.store.write_checkpoint(directory, active, names)
+            active[OUTSIDE] = self.store.read(OUTSIDE) | trained
+        self.store.write_checkpoint(directory, active)
 
     def nbytes(self) -> int:
         """Bytes of the quantized weights."""

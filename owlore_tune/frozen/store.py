@@ -1,7 +1,8 @@
 """Full-precision weights of every layer, on disk.
 
-A store begins with the files of a model directory. A layer that has trained gets a file of its own, which never changes
-again. So a checkpoint consists of hard links to these files and of the layers that train now.
+A store begins with the files of a model directory. Then each layer gets a file of its own, which never changes again; a
+layer that has trained gets a new one. So a checkpoint consists of hard links to these files and of the layers that train
+now.
 """
 
 import json
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from owlore_tune.checkpoints.hf import HFCheckpointer
-from owlore_tune.errors import ConfigError
+from owlore_tune.errors import ConfigError, RunError
 
 OUTSIDE = -1  # the index of everything outside the layers
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -105,31 +107,42 @@ class LayerStore:
         if old is not None:
             old.unlink()
 
-    def bytes_to_copy(self) -> int:
-        """Bytes that the next checkpoint copies from the model directory."""
-        tensors = (tensor for index, some in self._base.items() if index not in self._files for tensor in some)
-        return sum(tensor.numel for tensor in tensors) * self._dtype.itemsize
+    def fill(self, names: dict[int, set[str]]) -> None:
+        """Copy layers of the model directory to files of their own. Checkpoints then copy only the layers that train.
 
-    def write_checkpoint(
-        self, directory: Path, active: dict[int, dict[str, Tensor]], names: dict[int, set[str]]
-    ) -> None:
+        Args:
+            names: torchtune's names of the model's weights, by layer.
+
+        Raises:
+            RunError: if the disk has too little space.
+            OSError: if it refuses, or the model directory changed.
+        """
+        tensors = (tensor for index, some in self._base.items() if index not in self._files for tensor in some)
+        if num_bytes := sum(tensor.numel for tensor in tensors) * self._dtype.itemsize:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            if (free := shutil.disk_usage(self._directory).free) < num_bytes:
+                raise RunError(
+                    f"{self._directory} needs {num_bytes:,} bytes for the weights of the frozen layers, and only "
+                    f"{free:,} are free; choose another output_dir"
+                )
+        for index in tqdm(sorted(names.keys() - self._files), desc="Copying layers", unit="layer", leave=False):
+            weights = self.read(index)
+            self._files[index] = self._write(index, {name: weights[name] for name in names[index]})
+        self._base.clear()
+
+    def write_checkpoint(self, directory: Path, active: dict[int, dict[str, Tensor]]) -> None:
         """Write a model directory's weights: links to the store's files, and layers that train from memory.
 
         Args:
             active: weights by torchtune's names of each layer, or of OUTSIDE, that trains now.
-            names: torchtune's names of the model's weights, by layer. Layers without a file of their own get one with
-                these, the first time.
         """
         weight_map: dict[str, str] = {}
         total = 0
-        for number, index in enumerate(sorted(names), start=1):
-            file = directory / f"model-{number:05}-of-{len(names):05}.safetensors"
+        for number, index in enumerate(sorted(self._files), start=1):
+            file = directory / f"model-{number:05}-of-{len(self._files):05}.safetensors"
             if index in active:
                 self._save(active[index], file)
             else:
-                if index not in self._files:
-                    weights = self.read(index)
-                    self._files[index] = self._write(index, {name: weights[name] for name in names[index]})
                 _link(self._files[index], file)
             with safe_open(file, framework="pt") as opened:
                 weight_map.update(dict.fromkeys(opened.keys(), file.name))

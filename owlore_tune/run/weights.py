@@ -108,7 +108,6 @@ def weight_writer(
 ) -> tuple[Callable[[Path], None], int]:
     """The function that writes the weights of a checkpoint, and about how many bytes it writes."""
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    num_bytes += 0 if frozen is None else frozen.store.bytes_to_copy()
 
     def write(directory: Path) -> None:
         if frozen is None:
