@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,16 +170,15 @@ class TorchtuneLM(TemplateLM):
         waiting = list(make_batches(rows, self.batch_tokens))[::-1]
         while waiting:
             batch = waiting.pop()
-            try:
-                results += score_rows(batch, self._model, self._tokenizer.pad_id)
-            except torch.OutOfMemoryError:
-                if len(batch) == len(batch[0].branches) == 1:
-                    raise
-                half = len(batch) // 2
-                parts = [batch[:half], batch[half:]] if half else [[row] for row in batch[0].split()]
-                self.batch_tokens = max(len(part) * len(part[0]) for part in parts)
-                waiting += reversed(parts)
-                _free_memory()
+            can_split = len(batch) > 1 or len(batch[0].branches) > 1
+            scored = _if_it_fits(partial(score_rows, batch, self._model, self._tokenizer.pad_id), can_split)
+            if scored is not None:
+                results += scored
+                continue
+            half = len(batch) // 2
+            parts = [batch[:half], batch[half:]] if half else [[row] for row in batch[0].split()]
+            self.batch_tokens = max(len(part) * len(part[0]) for part in parts)
+            waiting += reversed(parts)
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -245,21 +245,17 @@ class TorchtuneLM(TemplateLM):
 
     def _generate(self, batch: Prompts) -> list[list[int]]:
         """Generate new tokens for each prompt of ``batch``, in pieces that fit in memory."""
-        generated = []
-        for start in range(0, len(batch.tokens), self.batch_size):
-            part = slice(start, start + self.batch_size)
+        generated: list[list[int]] = []
+        while len(generated) < len(batch.tokens):
+            part = slice(len(generated), len(generated) + self.batch_size)
             piece = dataclasses.replace(batch, tokens=batch.tokens[part], seeds=batch.seeds[part])
-            try:
-                generated += generate(piece, self._model, self._tokenizer, self._ranks.any)
-            except torch.OutOfMemoryError:
-                # Ranks decode in step, so a single rank cannot switch to smaller batches.
-                if len(piece.tokens) == 1 or self._ranks.world_size > 1:
-                    raise
+            # Ranks decode in step, so a single rank cannot switch to smaller batches.
+            can_split = len(piece.tokens) > 1 and self._ranks.world_size == 1
+            made = _if_it_fits(partial(generate, piece, self._model, self._tokenizer, self._ranks.any), can_split)
+            if made is not None:
+                generated += made
+            else:
                 self.batch_size = len(piece.tokens) // 2
-                _free_memory()
-                return generated + self._generate(
-                    dataclasses.replace(batch, tokens=batch.tokens[start:], seeds=batch.seeds[start:])
-                )
         return generated
 
 
@@ -272,6 +268,7 @@ def generation_options(gen_kwargs: dict[str, Any], max_length: int, max_gen_toks
     options = normalize_gen_kwargs(gen_kwargs, max_gen_toks)
     if options["do_sample"] and not gen_kwargs.get("temperature"):
         options["temperature"] = 1.0  # transformers' default
+    options.setdefault("temperature", 0.0)
     neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "num_beams": 1, "min_p": 0.0}
     known = {"until", "do_sample", "temperature", "max_gen_toks"}
     wanted = {key: value for key, value in options.items() if key not in known}
@@ -282,6 +279,19 @@ def generation_options(gen_kwargs: dict[str, Any], max_length: int, max_gen_toks
     return options
 
 
-def _free_memory() -> None:
+def _if_it_fits(compute: Callable[[], list[Any]], can_split: bool) -> list[Any] | None:
+    """The result of ``compute``, or None if it runs out of memory.
+
+    When this returns, the tensors of a failed attempt are free. In an ``except`` block its traceback would keep them.
+
+    Raises:
+        torch.OutOfMemoryError: if the work cannot be split.
+    """
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        if not can_split:
+            raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return None

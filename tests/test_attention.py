@@ -5,15 +5,16 @@ import copy
 import pytest
 import torch
 from torchtune.data import padded_collate_packed
+from torchtune.datasets import PackedDataset
 from torchtune.models.llama3_2 import llama3_2
 
+from owlore_tune.data.samples import collate_packed
 from owlore_tune.models.attention import skip_future_keys
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_skipping_future_keys_changes_no_bit(dtype, monkeypatch):
+def test_skipping_future_keys_changes_no_bit(dtype):
     """Outputs and gradients, with samples of many lengths and rows longer than the kernel's blocks."""
-    monkeypatch.setattr("torchtune.modules.attention_utils._SUPPORTS_FLEX_ATTENTION", False)
     torch.manual_seed(0)
     sizes = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 96}
     model = llama3_2(vocab_size=100, max_seq_len=1200, **sizes).to(dtype)
@@ -29,7 +30,7 @@ def test_skipping_future_keys_changes_no_bit(dtype, monkeypatch):
         }
         for row in lengths
     ]
-    batch = padded_collate_packed(rows)
+    batch = collate_packed(rows)
     del batch["labels"]
     outputs = model(**batch), ours(**batch)
     assert torch.equal(*outputs)
@@ -38,6 +39,19 @@ def test_skipping_future_keys_changes_no_bit(dtype, monkeypatch):
         output.backward(gradient)
     for one, other in zip(model.parameters(), ours.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
+
+
+def test_the_mask_of_packed_rows_does_not_depend_on_the_machine(monkeypatch):
+    """It equals torchtune's on a machine without a GPU, and is a tensor on one with a GPU."""
+    samples = [{"tokens": list(range(n)), "labels": list(range(n))} for n in (3, 5, 2, 6)]
+    rows = list(PackedDataset(samples, max_seq_len=10))
+    monkeypatch.setattr("torchtune.modules.attention_utils._SUPPORTS_FLEX_ATTENTION", False)
+    expected = padded_collate_packed(rows)
+    monkeypatch.setattr("torchtune.modules.attention_utils._SUPPORTS_FLEX_ATTENTION", True)
+    batch = collate_packed(rows)
+    assert batch.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(batch[key], value), key
 
 
 def test_rows_without_a_mask():

@@ -233,9 +233,7 @@ def test_a_checkpoint_writes_only_the_layers_that_train(tiny_config):
 def test_a_disk_too_small_for_the_store_is_refused(tiny_config, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(
-        RunError, match="weights/.* needs .* bytes for the weights of the frozen layers, and only 1,000"
-    ):
+    with pytest.raises(RunError, match="weights/.* needs .* bytes for the weights of .* only 1,000"):
         prepare(frozen_config(tiny_config, "int8"))
 
 

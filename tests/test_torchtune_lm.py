@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import TEMPLATE
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torchtune.models.llama2 import llama2
+from torchtune.modules import KVCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from owlore_evals.generation import _has_stopped
@@ -212,8 +214,35 @@ def test_what_ends_a_turn_ends_generation(tiny_dir, tmp_path):
     assert _has_stopped([5, tokenizer.special_tokens["<|user|>"]], ["<|user|>"], tokenizer)
 
 
+def test_key_value_caches_that_do_not_fit_halve_the_batch(tiny, monkeypatch):
+    """Simulate a small GPU: the caches of the last layers do not fit for more than 2 rows."""
+    ours, _ = tiny
+    prompts = [("2 and 2", {"max_gen_toks": 5, "until": []}), ("it is", {"max_gen_toks": 5, "until": []})] * 3
+    requests = [Instance("generate_until", {}, prompt, i) for i, prompt in enumerate(prompts)]
+    monkeypatch.setattr(ours, "batch_size", 2)
+    expected = ours.generate_until(requests, disable_tqdm=True)
+    monkeypatch.setattr(ours, "batch_size", 6)
+    attempts, failed = [], []
+
+    class SmallCache(KVCache):
+        def __init__(self, batch_size, *args, **kwargs):
+            super().__init__(batch_size, *args, **kwargs)
+            assert not any(cache() for cache in failed if batch_size < attempts[-1]), "a failed attempt is in memory"
+            attempts.append(batch_size)
+            if batch_size > 2:
+                failed.append(weakref.ref(self))
+                if len(failed) % 3 == 0:
+                    raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr("torchtune.modules.attention.KVCache", SmallCache)
+    assert ours.generate_until(requests, disable_tqdm=True) == expected
+    assert attempts[:4] == [6, 6, 6, 3] and ours.batch_size == 1
+    assert not ours._model.caches_are_setup()
+
+
 def test_generation_options():
     assert generation_options({"do_sample": True, "until": []}, 99, 9)["temperature"] == 1.0
+    assert generation_options({"until": []}, 99, 9)["temperature"] == 0.0
     assert generation_options({"temperature": 0.7, "do_sample": False, "top_p": 1.0}, 99, 9)["temperature"] == 0.0
     with pytest.raises(ValueError, match=r"generation with top_p=0\.95 is not supported"):
         generation_options({"do_sample": True, "temperature": 1.0, "top_p": 0.95}, 99, 9)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchtune.datasets import ConcatDataset, PackedDataset
+from torchtune.modules.attention_utils import create_block_causal_mask
 
 from owlore_tune.data.builders import RowsDataset
 
@@ -66,6 +67,16 @@ def dataset_digest(dataset: Any) -> str:
         for row in rows:
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def collate_packed(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of packed rows, with positions and a mask (b, s, s) bool that is causal inside each sample.
+
+    If the machine has a GPU, torchtune's ``padded_collate_packed`` makes a mask for flex attention there. A run on the
+    CPU cannot use it, and neither can the attention of Gemma 2.
+    """
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "input_pos")}
+    return batch | {"mask": create_block_causal_mask([sample["seq_lens"] for sample in samples])}
 
 
 def collate_with_valid(

@@ -1,7 +1,7 @@
 """Full-precision weights of every layer, on disk.
 
-A store begins with the files of a model directory. Then each layer gets a file of its own, which never changes again; a
-layer that has trained gets a new one. So a checkpoint consists of hard links to these files and of the layers that train
+A store begins with the files of a model directory. Then each layer gets a file of its own, which never changes again. A
+layer that has trained gets a new one. So a checkpoint consists of hard links to these files and the layers that train
 now.
 """
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, ListConfig
 from torchtune import training
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
 from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
@@ -17,7 +17,7 @@ from torchtune.utils import get_logger
 from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.config import build, build_ours, build_with, check_attributes, check_type, find_component, plain
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData
-from owlore_tune.data.samples import check_samples, longest_row, refuse_longer_than
+from owlore_tune.data.samples import check_samples, collate_packed, longest_row, refuse_longer_than
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError
@@ -97,7 +97,7 @@ def _build_dataset(cfg: DictConfig, key: str, tokenizer: Any) -> tuple[Any, Coll
     padded = partial(
         find_component("collate_fn", cfg.collate_fn), padding_idx=tokenizer.pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX
     )
-    collate = padded_collate_packed if is_packed(cfg[key]) else padded
+    collate = collate_packed if is_packed(cfg[key]) else padded
     try:
         check_samples(key, dataset, collate, cfg.collate_fn)
     except ValueError as error:
