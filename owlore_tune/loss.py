@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TiedLinear, TransformerDecoder
 
@@ -112,16 +111,33 @@ def mean_loss(model: nn.Module, loss_fn: Any, batch: dict[str, Tensor], labels: 
     """The mean loss over the trained tokens of a micro-batch, ().
 
     Args:
-        batch: keyword arguments of the model's forward.
-        labels: (b, s), already shifted.
+        batch: keyword arguments of the model's forward, in host memory.
+        labels: (b, s), already shifted, in host memory.
     """
-    utils.batch_to_device(batch, device)
-    labels = labels.to(device)
-    return loss_of_outputs(loss_fn, model(**batch), labels)
+    return loss_of_outputs(loss_fn, model(**{key: to_device(value, device) for key, value in batch.items()}), labels)
 
 
 def loss_of_outputs(loss_fn: Any, outputs: Any, labels: Tensor) -> Tensor:
-    """The mean loss of a model's outputs: hidden states, chunks of logits or all logits, depending on the loss."""
+    """The mean loss of a model's outputs: hidden states, chunks of logits or all logits, depending on the loss.
+
+    Args:
+        labels: (b, s), already shifted, in host memory.
+    """
+    device = outputs.device if torch.is_tensor(outputs) else outputs[0].device
+    if isinstance(loss_fn, LinearCrossEntropyLoss):
+        # The positions are found on the host: indices from a mask on a GPU would make the host wait for it.
+        labels = labels.flatten()
+        chosen = (labels != loss_fn.ignore_index).nonzero().flatten()
+        rows = outputs.flatten(0, 1).index_select(0, to_device(chosen, device))
+        return loss_fn.of_rows(rows, to_device(labels[chosen], device))
+    labels = to_device(labels, device)
     if torch.is_tensor(outputs) and not hasattr(loss_fn, "set_model_output"):
         outputs, labels = outputs.flatten(0, 1), labels.flatten()
     return loss_fn(outputs, labels)
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of host memory on ``device``. The host does not wait for a copy to a GPU."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)

@@ -23,6 +23,7 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 
 from owlore_tune.checkpoints.state import load_state, save_checkpoint
+from owlore_tune.clock import Clock
 from owlore_tune.data.loader import Batch
 from owlore_tune.distributed.fsdp import shard_model
 from owlore_tune.distributed.launch import process_group
@@ -31,13 +32,13 @@ from owlore_tune.errors import CheckpointError, DivergedError, RunError
 from owlore_tune.layers.scores import SCORES_FILE, LayerScores
 from owlore_tune.loss import mean_loss, shift_labels
 from owlore_tune.memory.measure import peak_memory_bytes, reuse_freed_memory
+from owlore_tune.models.attention import attend_by_sample
 from owlore_tune.models.decoder import find_layers
 from owlore_tune.optim.adamw import OwLoreAdamW, Refresh
 from owlore_tune.program import parse
 from owlore_tune.run import build, resume
 from owlore_tune.run.directory import RunDirectory, shared_directory
 from owlore_tune.run.limit import check_limit, plan_run
-from owlore_tune.run.phases import PhaseClock
 from owlore_tune.run.progress import Progress
 from owlore_tune.run.report import Report, measured_bytes
 from owlore_tune.run.rng import RngState
@@ -84,7 +85,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._run = RunDirectory(settings.output_dir, "training")
         self._report = Report(settings.output_dir, self._world)
         self._progress = Progress()
-        self._clock = PhaseClock(self._device)
+        self._clock = Clock(self._device)
         self._rng = RngState(self._world)
         self._has_unproven_checkpoint = False
         self._is_complete = True  # weights, optimizer and counters agree on ``progress.step``
@@ -134,6 +135,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         sharding = settings.sharding(self._world.size) if self._is_sharded else None
         self._plan = plan_run(settings, seq_len, sharding, parts=built)
         check_limit(settings, self._plan, seq_len, sharding)
+        if self._device.type == "cpu" and not cfg.compile:
+            attend_by_sample(self._model)
         if cfg.enable_activation_checkpointing:
             layer_types = {type(layer) for layer in find_layers(self._model)}
             training.set_activation_checkpointing(self._model, auto_wrap_policy=layer_types)
@@ -279,14 +282,15 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 self._optimizer.project_grads()
             loss += micro_loss.detach()
         lr = get_lr(self._optimizer)
-        grad_norm = self._optimizer.clip_grad_norm_(self._settings.clip_grad_norm).item()
+        norm = self._optimizer.clip_grad_norm_(self._settings.clip_grad_norm)
         self._is_complete = False  # until the step is counted
-        loss_value = self._world.sum_(loss).item()
+        values = [self._world.sum_(loss).double(), norm.to(self._device).double()]
+        loss_value, grad_norm = torch.stack(values).tolist()  # the step's first wait for the device
         refreshes = self._update(loss_value, grad_norm, sum(num_trained))
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the time below must cover the whole step
+            torch.cuda.synchronize(self._device)  # the second: the time below must cover the whole step
         seconds = time.perf_counter() - started
         metrics = {
             "loss": loss_value,

@@ -174,12 +174,14 @@ def test_the_energy_of_a_refresh_is_that_of_the_whole_step():
 
 
 def test_a_zero_gradient_makes_no_basis():
-    """The first micro-batch has no trained tokens, so the second one makes the basis."""
+    """The next step makes it."""
     weights, steps = weights_and_grads(1)
     parameter = torch.nn.Parameter(weights[0].clone())
     optimizer = OwLoreAdamW([parameter], rank=4)
     parameter.grad = torch.zeros_like(weights[0])
-    optimizer.project_grads()
+    optimizer.step()
+    assert optimizer.last_refreshes == [] and torch.equal(parameter, weights[0])
+    optimizer.zero_grad()
     parameter.grad = steps[0][0].clone()
     optimizer.step()
     expected, _ = range_finder(steps[0][0], 4, generator=torch.Generator().manual_seed(0))
@@ -230,6 +232,7 @@ def test_moments_at_a_refresh(moments, side):
     before = {k: v.clone() if torch.is_tensor(v) else v for k, v in optimizer.state[parameter].items()}
     parameter.grad = steps[2][1].clone()
     optimizer.project_grads()
+    optimizer._settle()
     after = optimizer.state[parameter]
     turn = before["basis"].T @ after["basis"]
     if side == "shape":

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torchao.optim.quant_utils import _fp32_to_bf16_sr
 
+from owlore_tune.clock import Clock
 from owlore_tune.distributed.world import World, local, rows_of
 from owlore_tune.models.decoder import model_parts
 from owlore_tune.optim import low_bits
@@ -63,7 +63,15 @@ class Refresh(NamedTuple):
     """A basis computed in a step."""
 
     seconds: float
-    energy: Tensor  # () float64, share of the gradient's energy in the basis, estimated from a sketch
+    energy: float  # share of the gradient's energy in the basis, estimated from a sketch
+
+
+class _NewBasis(NamedTuple):
+    """A basis that no step has used yet."""
+
+    energy: Tensor  # () NaN if the gradient gave no basis
+    turn: Tensor | None  # (r, r) old basisᵀ · new basis, if the moments are projected
+    has_moments: bool  # to carry over from an older basis
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,8 @@ class OwLoreAdamW(Optimizer):
         self._slots: dict[Tensor, _Slot] = {}
         self._low_grads: dict[Tensor, Tensor] = {}  # accumulated over micro-batches since the last step
         self._sketches: dict[Tensor, Tensor] = {}  # of the accumulated gradient, for bases computed in this step
-        self._refresh_seconds: dict[Tensor, float] = {}  # in this step
+        self._refreshed: dict[Tensor, _NewBasis] = {}  # since the last step
+        self._clocks: dict[torch.device, Clock] = {}
         self._offload = Offload()
         self.last_refreshes: list[Refresh] = []  # from the last call of `step`
         defaults = dict(
@@ -207,7 +216,7 @@ class OwLoreAdamW(Optimizer):
         low = project(grad, _basis(state, grad.dtype), right)
         gathered = self._low_grads.get(parameter)
         self._low_grads[parameter] = low if gathered is None else gathered.add_(low)
-        if parameter in self._refresh_seconds:
+        if parameter in self._refreshed:
             sketch = sketch_rows(grad if right else grad.T, self._generator(parameter, grad.device, "sketch"))
             self._sketches[parameter] = self._sketches.get(parameter, 0) + sketch
 
@@ -217,30 +226,46 @@ class OwLoreAdamW(Optimizer):
             self.project_grad(parameter)
 
     def _refresh(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Compute a new basis from ``grad`` (m, n) and carry the moments over to it.
+        """Compute a new basis from ``grad`` (m, n).
 
-        A zero or non-finite gradient gives no basis. The next gradient is then used, in this step or a later one.
+        A zero or non-finite gradient gives no basis: the old one stays, and `_settle` makes a refresh due again. The
+        host does not read values here, so it does not wait for a GPU.
         """
-        if grad.is_cuda:
-            torch.cuda.synchronize(grad.device)  # exclude work queued earlier from the timing
-        started = time.perf_counter()
         state = self.state[parameter]
         right = self.is_right(parameter)
-        old = _basis(state, grad.dtype) if state.get("basis_age", math.inf) < math.inf else None
-        if group["basis"] == "svd":
-            new, energy = svd_basis(local(grad), group["rank"], right)
-        else:
-            generator = self._generator(parameter, grad.device)
-            new, energy = range_finder(grad if right else grad.T, group["rank"], generator=generator, start=old)
-        if energy.isnan():
-            if "basis" not in state:  # placeholder to project this gradient with; age `inf` forces a refresh
-                state["basis"] = low_bits.store(new, group["basis_bits"], by_column=True)
-                state["basis_age"] = math.inf
+        with self._clock(grad.device)(parameter):
+            old = _basis(state, grad.dtype) if state.get("basis_age", math.inf) < math.inf else None
+            if group["basis"] == "svd":
+                new, energy = svd_basis(local(grad), group["rank"], right)
+            else:
+                generator = self._generator(parameter, grad.device)
+                new, energy = range_finder(grad if right else grad.T, group["rank"], generator=generator, start=old)
+            turn = None
+            if old is not None:
+                if grad.is_cuda:  # FSDP2 calls hooks on another stream than the one the old basis was allocated on
+                    for part in low_bits.named_parts(state["basis"]).values():
+                        part.record_stream(torch.cuda.current_stream(grad.device))
+                new = torch.where(energy.isnan(), old, new)
+                turn = old.T @ new if group["moments"] == "project" else None
+            state["basis"], state["basis_age"] = low_bits.store(new, group["basis_bits"], by_column=True), 0
+        self._refreshed[parameter] = _NewBasis(energy, turn, old is not None and "step" in state)
+
+    def _settle(self) -> None:
+        """Carry moments over to the new bases, and find the gradients that gave none. Waits for the device once."""
+        if not self._refreshed:
             return
-        if old is not None and "step" in state:
-            _carry_moments(state, old.T @ new, group["moments"], right)
-        state["basis"], state["basis_age"] = low_bits.store(new, group["basis_bits"], by_column=True), 0
-        self._refresh_seconds[parameter] = time.perf_counter() - started
+        missing = torch.stack([refreshed.energy for refreshed in self._refreshed.values()]).isnan().tolist()
+        for (parameter, refreshed), is_missing in zip(list(self._refreshed.items()), missing, strict=True):
+            state = self.state[parameter]
+            if is_missing:
+                state["basis_age"] = math.inf
+                del self._refreshed[parameter]
+                self._sketches.pop(parameter, None)
+            elif refreshed.has_moments:
+                _carry_moments(state, refreshed.turn, self.group_of(parameter)["moments"], self.is_right(parameter))
+
+    def _clock(self, device: torch.device) -> Clock:
+        return self._clocks.setdefault(device, Clock(device))
 
     def _generator(self, parameter: Tensor, device: torch.device, purpose: str = "basis") -> torch.Generator:
         """A generator for this weight and step. It needs no saved state, so a resumed run gets the same one."""
@@ -260,11 +285,9 @@ class OwLoreAdamW(Optimizer):
             inside = sketch @ _basis(self.state[parameter], sketch.dtype)
             energies.append(torch.stack([inside.double().square().sum(), sketch.double().square().sum()]))
         sums = World.of(next(iter(self._sketches))).sum_(torch.stack(energies))
-        shares = (sums[:, 0] / sums[:, 1]).clamp(0, 1)
-        return [
-            Refresh(self._refresh_seconds[parameter], share)
-            for parameter, share in zip(self._sketches, shares, strict=True)
-        ]
+        shares = (sums[:, 0] / sums[:, 1]).clamp(0, 1).tolist()
+        seconds = {parameter: spent for clock in self._clocks.values() for parameter, spent in clock.read().items()}
+        return [Refresh(seconds[parameter], share) for parameter, share in zip(self._sketches, shares, strict=True)]
 
     def step_grads(self) -> dict[Tensor, Tensor]:
         """The gradients for the next step, by parameter: (m, r) if projected, else in the parameter's shape."""
@@ -302,6 +325,7 @@ class OwLoreAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.project_grads()
+        self._settle()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter in self._low_grads:
@@ -366,17 +390,20 @@ class OwLoreAdamW(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
+        self._settle()  # of a step that was skipped
         self._forget_step()
 
     def _forget_step(self) -> None:
-        for gathered in (self._low_grads, self._sketches, self._refresh_seconds):
+        for gathered in (self._low_grads, self._sketches, self._refreshed):
             gathered.clear()
+        for clock in self._clocks.values():
+            clock.read()
 
     def deactivate(self, parameters: Iterable[Tensor], inactive_state: str = "drop") -> None:
         """Discard the gradients of parameters that stop training, and drop, offload or keep their state."""
         for parameter in parameters:
             parameter.grad = None
-            for gathered in (self._low_grads, self._sketches, self._refresh_seconds):
+            for gathered in (self._low_grads, self._sketches, self._refreshed):
                 gathered.pop(parameter, None)
             if inactive_state == "drop":
                 self.state.pop(parameter, None)
@@ -467,14 +494,15 @@ def _zero_moments(parameter: Tensor, shape: Sequence[int], group: dict[str, Any]
     }
 
 
-def _carry_moments(state: dict[str, Any], turn: Tensor, moments: str, right: bool) -> None:
+def _carry_moments(state: dict[str, Any], turn: Tensor | None, moments: str, right: bool) -> None:
     """Carry the moments of a weight over a refresh. ``turn`` (r, r) is old basisᵀ · new basis."""
     if moments == "reset":
         state["step"] = 0
         for key in _MOMENT_KEYS:
-            moment = low_bits.restore(state[key], turn.dtype, by_column=right)
+            moment = low_bits.restore(state[key], torch.float32, by_column=right)
             low_bits.update(state[key], torch.zeros_like(moment), by_column=right)
     elif moments == "project":
+        assert turn is not None
         for key, matrix in zip(_MOMENT_KEYS, (turn, turn.square()), strict=True):
             moment = low_bits.restore(state[key], turn.dtype, by_column=right)
             low_bits.update(state[key], moment @ matrix if right else matrix.T @ moment, by_column=right)

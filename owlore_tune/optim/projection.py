@@ -75,11 +75,20 @@ def range_finder(
     scale = _scale(low, world)
     low = low / scale
     gram = world.sum_(low.T @ low)
-    if not gram.isfinite().all():
-        return torch.eye(n, rank, device=grad.device, dtype=grad.dtype), grad.new_tensor(math.nan)
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # ascending
+    is_finite = gram.isfinite().all()  # stays on the device: the host does not wait for it
+    eigenvalues, eigenvectors = _eigh(torch.where(is_finite, gram, 0.0))  # ascending
     basis = orthonormal @ eigenvectors[:, -rank:].flip(1)
-    return world.from_first_(fix_signs(basis)), _share(eigenvalues[-rank:].sum(), grad, scale, world)
+    basis = torch.where(is_finite, fix_signs(basis), torch.eye(n, rank, device=grad.device, dtype=grad.dtype))
+    share = _share(eigenvalues[-rank:].sum(), grad, scale, world)
+    return world.from_first_(basis), torch.where(is_finite, share, math.nan)
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors; eigenvalues are NaN if the algorithm does not converge."""
+    try:
+        return tuple(torch.linalg.eigh(gram))
+    except torch.linalg.LinAlgError:
+        return torch.full_like(gram[0], math.nan), torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tensor]:

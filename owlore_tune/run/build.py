@@ -24,7 +24,6 @@ from owlore_tune.errors import ConfigError
 from owlore_tune.frozen.layers import FrozenLayers
 from owlore_tune.layers.active import ActiveLayers
 from owlore_tune.layers.sampler import LayerSampler
-from owlore_tune.models.attention import skip_future_keys
 from owlore_tune.models.decoder import find_layers, model_parts
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
 from owlore_tune.run.settings import TrainingSettings
@@ -170,8 +169,6 @@ def build_model(settings: TrainingSettings) -> tuple[Any, TransformerDecoder]:
         raise ConfigError(str(error)) from error
     if (num_active := settings.owlore.num_active_layers) is not None and num_active > num_layers:
         raise ConfigError(f"owlore.num_active_layers={num_active}; the model has {num_layers} layers")
-    if settings.device.type == "cpu":
-        skip_future_keys(model)
     if hasattr(loss_fn, "set_model_output"):
         loss_fn.set_model_output(model)
     elif hasattr(loss_fn, "num_output_chunks"):

@@ -120,7 +120,7 @@ class Report:
             is_logged: whether the metric logger gets ``metrics``.
         """
         metrics = metrics | {"refresh_seconds": sum(refresh.seconds for refresh in refreshes)}
-        self.records.add_step(metrics, [float(refresh.energy) for refresh in refreshes])
+        self.records.add_step(metrics, [refresh.energy for refresh in refreshes])
         if self._bar is not None:
             self._bar.update()
             active = ",".join(map(str, self.records.draws[-1]["active"]))

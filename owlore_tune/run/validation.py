@@ -84,7 +84,7 @@ def _full_precision_loss(
 def _groups(
     data: HeldOutData, ignore_index: int, device: torch.device
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[Tensor]]]:
-    """Batches and shifted labels on ``device``, `MOST_TOKENS` at a time: their hidden states are in memory at once."""
+    """Batches on ``device`` and their shifted labels, `MOST_TOKENS` at a time, whose hidden states fit in memory."""
     batches: list[dict[str, Tensor]] = []
     labels: list[Tensor] = []
     for batch, num_rows in data:
@@ -92,7 +92,7 @@ def _groups(
         batch_labels[num_rows:] = ignore_index
         utils.batch_to_device(batch, device)
         batches.append(batch)
-        labels.append(batch_labels.to(device))
+        labels.append(batch_labels)
         if sum(some.numel() for some in labels) >= MOST_TOKENS:
             yield batches, labels
             batches, labels = [], []

@@ -1,0 +1,67 @@
+"""Planned memory of OwLore and other methods for LLaMA-2-7B on one GPU: a table and a picture.
+
+    python benchmarks/memory_7b.py [--output benchmarks/memory_7b.md] [--picture docs/pictures/memory_7b.png]
+
+No weights are needed: the plans run the model's forward and backward on tensors without data. OwLore's plans are
+measured by llama2_7b.py, on a CPU.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from report import parser, publish
+
+from owlore_tune.config import load_config
+from owlore_tune.memory.plan import MemoryPlan
+from owlore_tune.run.limit import plan_run, plans_of_config
+from owlore_tune.run.plots import plot_memory
+from owlore_tune.run.settings import TrainingSettings
+
+CONFIG = "llama2/7B_owlore"
+SEQ_LEN = 512
+RUN = ["device=cpu", "batch_size=1", "gradient_accumulation_steps=1", "dataset.packed=true", "optimizer.rank=128"]
+INT8 = ["owlore.frozen_weights=int8", "owlore.frozen_products=int8"]
+NF4 = ["owlore.frozen_weights=nf4"]
+OWN = {
+    "OwLore, γ=5, bf16": [],
+    "OwLore, γ=5, int8": INT8,
+    "OwLore, γ=5, NF4": NF4,
+    "OwLore, γ=2, NF4": [*NF4, "owlore.num_active_layers=2"],
+}
+CARDS = (8, 12, 16, 24, 48, 80)  # GB of common GPUs
+FREE_SHARE = 0.9  # the rest is for the CUDA context and fragmentation
+
+
+def plans() -> dict[str, MemoryPlan]:
+    settings = {name: TrainingSettings.from_config(load_config(CONFIG, [*RUN, *some])) for name, some in OWN.items()}
+    peers = plans_of_config(settings["OwLore, γ=5, bf16"], SEQ_LEN, gpu=True)
+    del peers["this config"]
+    return peers | {name: plan_run(some, SEQ_LEN, gpu=True) for name, some in settings.items()}
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--picture", type=Path, help="also draw the plans to this PNG file")
+    args = arguments.parse_args()
+    found = plans()
+    lines = [
+        "# Memory of LLaMA-2-7B on one GPU, planned",
+        "",
+        f"bfloat16, 1 × {SEQ_LEN} tokens, activation checkpointing; embeddings and head frozen, except for full "
+        "fine-tuning. Plans count torch's allocations. A card fits if the plan is at most "
+        f"{FREE_SHARE:.0%} of its memory. Command: `python benchmarks/memory_7b.py`.",
+        "",
+        "| method | weights, GB | optimizer state, GB | total, GB | smallest card, GB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, plan in found.items():
+        card = next((size for size in CARDS if plan.total / 1e9 <= FREE_SHARE * size), None)
+        state = (plan.moments + plan.bases) / 1e9
+        lines.append(f"| {name} | {plan.weights / 1e9:.2f} | {state:.2f} | {plan.total / 1e9:.2f} | {card or '-'} |")
+    publish(lines, args.output)
+    if args.picture:
+        plot_memory(args.picture, {name: asdict(plan) for name, plan in found.items()})
+
+
+if __name__ == "__main__":
+    main()
