@@ -16,11 +16,11 @@ from owlore_tune.run.settings import TrainingSettings
 class FloorRecipe(OwLoreFullFinetuneRecipe):
     """Adds ``floor_seconds`` to the recipe's metrics."""
 
-    def _train_step(self, micro_batches: list[Batch]) -> tuple[dict[str, float], list[Refresh]]:
+    def _train_step(self, micro_batches: list[Batch], started: float) -> tuple[dict[str, float], list[Refresh]]:
         (batch,) = map(dict, micro_batches)  # copy: the step removes the labels
         before = self._progress.step % 2 == 0
         seconds = self._floor(batch) if before else 0.0
-        metrics, refreshes = super()._train_step(micro_batches)
+        metrics, refreshes = super()._train_step(micro_batches, started + seconds)
         return metrics | {"floor_seconds": seconds if before else self._floor(batch)}, refreshes
 
     def _floor(self, batch: Batch) -> float:

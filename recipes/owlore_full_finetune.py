@@ -218,11 +218,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         progress, cfg, num_steps = self._progress, self._cfg, self._data.num_steps
         with self._report.progress_bar(progress, num_steps):
             while progress.step < num_steps:
-                if (active := self._active_layers.maybe_redraw(progress.step)) is not None:
-                    self._report.draw(progress.step, active, self._active_layers.num_trainable())
+                started = time.perf_counter()
+                with self._clock("redraw"):
+                    if (active := self._active_layers.maybe_redraw(progress.step)) is not None:
+                        self._report.draw(progress.step, active, self._active_layers.num_trainable())
                 with self._clock("data"):
                     micro_batches = self._data.micro_batches()
-                metrics, refreshes = self._train_step(micro_batches)
+                metrics, refreshes = self._train_step(micro_batches, started)
                 progress.step += 1
                 self._is_complete = True
                 if metrics["trained_tokens_per_second"] and not progress.skipped_in_a_row:
@@ -259,9 +261,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         number = self._world.largest(stop_request().signal or 0, self._device)
         return Signals(number) if number else None
 
-    def _train_step(self, micro_batches: list[Batch]) -> tuple[dict[str, float], list[Refresh]]:
-        """One optimizer step over ``micro_batches``; returns its metrics and basis refreshes."""
-        started = time.perf_counter()
+    def _train_step(self, micro_batches: list[Batch], started: float) -> tuple[dict[str, float], list[Refresh]]:
+        """One optimizer step over ``micro_batches``, ``started`` before its draw; returns its metrics and refreshes."""
         ignore_index = self._loss_fn.ignore_index
         labels = [shift_labels(batch.pop("labels"), ignore_index) for batch in micro_batches]
         counts = [int((batch_labels != ignore_index).sum()) for batch_labels in labels]

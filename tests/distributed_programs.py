@@ -55,9 +55,9 @@ def count(output: str, file: str) -> None:
     records = []
 
     class Counting(OwLoreFullFinetuneRecipe):
-        def _train_step(self, micro_batches):
+        def _train_step(self, micro_batches, started):
             with SentBytes() as sent:
-                outcome = super()._train_step(micro_batches)
+                outcome = super()._train_step(micro_batches, started)
             records.append({"sent": sent.counts, "state_bytes": self._optimizer.state_bytes()})
             return outcome
 

@@ -19,7 +19,7 @@ PALETTE = (
     BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999", "#000000", "#882255",
 )  # fmt: skip
 HATCHES = ("", "//", "", "\\\\", "", "xx", "..", "", "oo", "--")
-PHASES = ("forward", "backward", "refresh", "optimizer", "data", "other")
+PHASES = ("forward", "backward", "refresh", "optimizer", "redraw", "data", "other")
 MOST_BARS = 120  # in the picture of step times; longer runs have several steps per bar
 
 
@@ -142,8 +142,7 @@ def phase_seconds(step: Mapping[str, float]) -> dict[str, float]:
     """A step's seconds by phase. ``backward`` excludes basis refreshes; ``other`` is the unmeasured rest."""
     seconds = {phase: step.get(f"{phase}_seconds", 0.0) for phase in PHASES[:-1]}
     seconds["backward"] = max(seconds["backward"] - seconds["refresh"], 0.0)
-    in_step = sum(seconds.values()) - seconds["data"]  # step_seconds excludes loading the data
-    return seconds | {"other": max(step["step_seconds"] - in_step, 0.0)}
+    return seconds | {"other": max(step["step_seconds"] - sum(seconds.values()), 0.0)}
 
 
 def plot_radar(path: Path, values: Mapping[str, float], highest: float) -> None:
