@@ -30,7 +30,9 @@ class Clock:
             self._add(part, time.perf_counter() - started)
 
     def read(self) -> dict[Hashable, float]:
-        """Seconds by part since the last read. The device must have finished them."""
+        """Seconds by part since the last read. Waits until the device has finished them."""
+        if self._events:
+            self._events[-1][2].synchronize()
         for part, begin, end in self._events:
             self._add(part, begin.elapsed_time(end) / 1e3)
         seconds, self._seconds, self._events = self._seconds, {}, []

@@ -31,7 +31,7 @@ from owlore_tune.distributed.world import current_world
 from owlore_tune.errors import CheckpointError, DivergedError, RunError
 from owlore_tune.layers.scores import SCORES_FILE, LayerScores
 from owlore_tune.loss import mean_loss, shift_labels
-from owlore_tune.memory.measure import peak_memory_bytes, reuse_freed_memory
+from owlore_tune.memory.measure import PeakMemory, reuse_freed_memory
 from owlore_tune.models.attention import attend_by_sample
 from owlore_tune.models.decoder import find_layers
 from owlore_tune.optim.adamw import OwLoreAdamW, Refresh
@@ -91,6 +91,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._is_complete = True  # weights, optimizer and counters agree on ``progress.step``
         training.set_seed(seed=settings.cfg.seed)
         reuse_freed_memory(self._device)
+        self._memory = PeakMemory(self._device)
 
     def setup(self) -> None:
         settings, cfg, world = self._settings, self._cfg, self._world
@@ -187,7 +188,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if self._frozen is not None:
             self._frozen.fill_store()
         self._scores.save(self._settings.output_dir / SCORES_FILE)
-        measure = partial(measured_bytes, self._model, self._optimizer, self._device, self._frozen)
+        measure = partial(measured_bytes, self._model, self._optimizer, self._memory, self._frozen)
         self._report.start(self._settings, self._plan, self._sampler.probabilities.tolist(), measure)
         self._write_manifest()
 
@@ -195,6 +196,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         try:
             if self._progress.step == 0:
                 self._validate("before")
+            self._memory.start()
             # A signal takes effect after the end of a step and its checkpoint.
             with stop_request().deferred(), self._profiler:
                 self._train_loop()
@@ -266,8 +268,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         ignore_index = self._loss_fn.ignore_index
         labels = [shift_labels(batch.pop("labels"), ignore_index) for batch in micro_batches]
         counts = [int((batch_labels != ignore_index).sum()) for batch_labels in labels]
-        num_tokens_here = sum(batch["tokens"].numel() for batch in micro_batches)
-        *num_trained, num_tokens = self._world.sums([*counts, num_tokens_here], self._device)
+        num_tokens = sum(batch["tokens"].numel() for batch in micro_batches)
+        *num_trained, num_tokens = self._world.sums([*counts, num_tokens], self._device)
         loss = torch.zeros((), device=self._device)
         for batch, batch_labels, count, all_count in zip(micro_batches, labels, counts, num_trained, strict=True):
             if all_count == 0:
@@ -282,29 +284,26 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 micro_loss.backward()
                 self._optimizer.project_grads()
             loss += micro_loss.detach()
-        lr = get_lr(self._optimizer)
         norm = self._optimizer.clip_grad_norm_(self._settings.clip_grad_norm)
         self._is_complete = False  # until the step is counted
-        values = [self._world.sum_(loss).double(), norm.to(self._device).double()]
-        loss_value, grad_norm = torch.stack(values).tolist()  # the step's first wait for the device
+        loss_value, grad_norm = torch.stack([self._world.sum_(loss), norm.to(loss)]).tolist()
         refreshes = self._update(loss_value, grad_norm, sum(num_trained))
-        if self._lr_scheduler is not None:
-            self._lr_scheduler.step()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the second: the time below must cover the whole step
+        phases = self._clock.read()  # waits for the device, as `tolist` above
         seconds = time.perf_counter() - started
         metrics = {
             "loss": loss_value,
-            "lr": lr,
+            "lr": get_lr(self._optimizer),
             "grad_norm": grad_norm,
             "skipped_steps": self._progress.skipped_steps,
             "step_seconds": seconds,
-            **{f"{phase}_seconds": spent for phase, spent in self._clock.read().items()},
+            **{f"{phase}_seconds": spent for phase, spent in phases.items()},
             "tokens_per_second": num_tokens / seconds,
             "trained_tokens_per_second": sum(num_trained) / seconds,
-            "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
+            **self._memory.metrics(),
             "optimizer_state_gb": self._optimizer.state_bytes() / 1e9,
         }
+        if self._lr_scheduler is not None:
+            self._lr_scheduler.step()
         return metrics, refreshes
 
     def _update(self, loss: float, grad_norm: float, num_trained: int) -> list[Refresh]:
@@ -331,7 +330,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             return
         frozen = self._frozen if when in ("before", "after") else None  # these two are measured in full precision
         data, device = self._held_out, self._device
-        loss, num_tokens = held_out_loss(self._model, self._loss_fn, data, device, self._world, frozen)
+        with self._memory.paused():
+            loss, num_tokens = held_out_loss(self._model, self._loss_fn, data, device, self._world, frozen)
         self._report.held_out_loss(when, self._progress.step, loss, num_tokens)
         if not math.isfinite(loss):
             self._write_manifest()

@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from owlore_tune.data.builders import mmlu_dev_dataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
@@ -90,3 +92,25 @@ def test_energy_on_real_gradients_of_smollm2(smollm2_dir):
         _, energy = range_finder(grad, 128, generator=generator())
         _, best = svd_basis(grad, 128)
         assert energy / best >= 0.99
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_16_bit_gradient_on_cuda_is_not_copied_to_float32(right):
+    """With tensors that have no data, so that no GPU is needed."""
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            output = func(*args, **(kwargs or {}))
+            if torch.is_tensor(output) and output.dtype == torch.float32:
+                largest = max(largest, output.numel())
+            return output
+
+    with FakeTensorMode():
+        grad = torch.empty(64, 48, dtype=torch.bfloat16, device="cuda")
+        basis = torch.empty(48 if right else 64, 8, device="cuda")
+        with Sizes():
+            low = project(grad, basis, right)
+    assert low.dtype == torch.float32 and low.shape == ((64, 8) if right else (8, 48))
+    assert largest == low.numel()

@@ -3,6 +3,8 @@
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +18,39 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+class PeakMemory:
+    """Peak memory of training on a device. It excludes loading and evaluation, except on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._earlier = 0
+
+    def start(self) -> None:
+        """Forget the peak so far, for example that of loading."""
+        self._earlier = 0
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the block."""
+        earlier = self.read()
+        yield
+        self.start()
+        self._earlier = earlier
+
+    def read(self) -> int:
+        """Bytes, as `peak_memory_bytes`."""
+        return max(self._earlier, peak_memory_bytes(self._device))
+
+    def metrics(self) -> dict[str, float]:
+        """The peak in GB. On CUDA also what torch has reserved, which includes fragmentation."""
+        if self._device.type != "cuda":
+            return {"peak_memory_gb": self.read() / 1e9}
+        reserved = torch.cuda.max_memory_reserved(self._device)
+        return {"peak_memory_gb": self.read() / 1e9, "reserved_memory_gb": reserved / 1e9}
 
 
 def resident_bytes() -> int:

@@ -208,12 +208,15 @@ class OwLoreAdamW(Optimizer):
         group = self.group_of(parameter)
         state = self.state[parameter]
         right = self.is_right(parameter)
-        grad = parameter.grad.to(_compute_dtype(parameter))
+        grad, dtype = parameter.grad, _compute_dtype(parameter)
         parameter.grad = None
-        if state.get("basis_age", math.inf) >= group["update_gap"]:
+        is_due = state.get("basis_age", math.inf) >= group["update_gap"]
+        if is_due or parameter in self._refreshed:
+            grad = grad.to(dtype)
+        if is_due:
             self._refresh(parameter, grad, group)
         grad = local(grad)
-        low = project(grad, _basis(state, grad.dtype), right)
+        low = project(grad, _basis(state, dtype), right)
         gathered = self._low_grads.get(parameter)
         self._low_grads[parameter] = low if gathered is None else gathered.add_(low)
         if parameter in self._refreshed:

@@ -29,10 +29,18 @@ def side_factor(shape: torch.Size) -> float:
 
 def project(
     grad: Tensor,  # (m, n)
-    basis: Tensor,  # right (n, r), left (m, r)
+    basis: Tensor,  # right (n, r), left (m, r), in float32 or float64
     right: bool,
-) -> Tensor:  # right (m, r), left (r, n)
-    """The low-rank coordinates of a gradient."""
+) -> Tensor:  # right (m, r), left (r, n), in the basis' dtype
+    """The low-rank coordinates of a gradient.
+
+    On CUDA, a 16-bit gradient is multiplied with the rounded basis, and sums are float32. A float32 copy of the
+    gradient would need twice its memory, and its rounding is as large as that of the basis.
+    """
+    if grad.is_cuda and grad.dtype != basis.dtype:
+        factors = (grad, basis.to(grad.dtype)) if right else (basis.T.to(grad.dtype), grad)
+        return torch.mm(*factors, out_dtype=basis.dtype)
+    grad = grad.to(basis.dtype)
     return grad @ basis if right else basis.T @ grad
 
 

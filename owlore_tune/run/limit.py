@@ -23,6 +23,10 @@ SAVINGS = (
     ("optimizer.rank=128",),
     ("dtype=bf16",),
 )
+QUANTIZED = (  # on one device
+    ("owlore.frozen_weights=int8", "owlore.frozen_products=int8"),
+    ("owlore.frozen_weights=nf4", "owlore.frozen_products=full"),
+)
 OFFLOAD = "fsdp_cpu_offload=true"
 
 log = get_logger("INFO")
@@ -133,16 +137,16 @@ def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, shar
         except ConfigError:
             return math.inf
 
-    together: list[str] = []
+    together: dict[str, str] = {}  # the last override of each field
     found: list[str] = []
     for overrides in savings(settings, sharding):
         saved = planned_with(overrides)
         if saved < plan.total:
-            together += overrides
+            together |= {override.partition("=")[0]: override for override in overrides}
         if saved <= limit:
             found.append(" ".join(overrides))
-    if not found and planned_with(together) <= limit:
-        found.append(" ".join(together))
+    if not found and planned_with(list(together.values())) <= limit:
+        found.append(" ".join(together.values()))
     way_out = f"it fits with {', or with '.join(found)}" if found else "none of the settings tried makes it fit"
     raise ConfigError(
         f"device_memory_limit={cfg.device_memory_limit} GB, and the plan is {plan.total / 1e9:.2f} GB; {way_out}"
@@ -152,8 +156,9 @@ def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, shar
 def savings(settings: TrainingSettings, sharding: Sharding | None) -> list[tuple[str, ...]]:
     """The overrides to try if a plan exceeds its limit."""
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
+    quantized = QUANTIZED if sharding is None else ()
     offload = [(OFFLOAD,)] if sharding is not None and settings.device.type != "cpu" else []
-    return [("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS, *offload]
+    return [("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS[:2], *quantized, *SAVINGS[2:], *offload]
 
 
 def _step_shape(cfg: DictConfig, seq_len: int) -> StepShape:

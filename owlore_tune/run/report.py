@@ -18,7 +18,7 @@ from owlore_tune.distributed.world import ALONE, World, local
 from owlore_tune.files import write_json
 from owlore_tune.frozen.layers import FrozenLayers
 from owlore_tune.layers.scores import SCORES_FILE
-from owlore_tune.memory.measure import peak_memory_bytes
+from owlore_tune.memory.measure import PeakMemory
 from owlore_tune.memory.plan import MemoryPlan
 from owlore_tune.optim.adamw import OwLoreAdamW, Refresh
 from owlore_tune.run.build import LOGGER_METHODS
@@ -204,7 +204,7 @@ class Report:
 
 
 def measured_bytes(
-    model: nn.Module, optimizer: OwLoreAdamW, device: Any, frozen: FrozenLayers | None = None
+    model: nn.Module, optimizer: OwLoreAdamW, peak: PeakMemory, frozen: FrozenLayers | None = None
 ) -> dict[str, int]:
     """Bytes in use on this process by category, and their peak so far as ``total``."""
     return {
@@ -212,5 +212,5 @@ def measured_bytes(
         + (0 if frozen is None else frozen.nbytes()),
         "moments": optimizer.state_bytes("exp_avg", "exp_avg_sq"),
         "bases": optimizer.state_bytes("basis"),
-        "total": peak_memory_bytes(device),
+        "total": peak.read(),
     }
