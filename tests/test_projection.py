@@ -113,4 +113,4 @@ def test_a_16_bit_gradient_on_cuda_is_not_copied_to_float32(right):
         with Sizes():
             low = project(grad, basis, right)
     assert low.dtype == torch.float32 and low.shape == ((64, 8) if right else (8, 48))
-    assert largest == low.numel()
+    assert largest < grad.numel()
