@@ -18,11 +18,13 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_sealed import small_disk  # noqa: F401
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from owlore_tune.distributed.fsdp import shard_model
-from owlore_tune.distributed.world import current_world
+from owlore_tune.distributed.world import current_world, shard_like
 from owlore_tune.errors import ConfigError
 from owlore_tune.optim.projection import OVERSAMPLING
 from owlore_tune.run.build import build_inputs, build_model, build_optimizer
@@ -472,6 +474,15 @@ def test_an_optimizer_that_needs_whole_gradients_is_refused(changes, message, co
     shard_model(model, settings.device, settings.sharding(2))
     with pytest.raises(ConfigError, match=message):
         build_optimizer(settings, model)
+
+
+def test_rows_of_other_ranks_never_reach_the_device(fake_ranks):
+    mesh = init_device_mesh("cpu", (2,))
+    like = distribute_tensor(torch.empty(5, 3, device="meta"), mesh, [Shard(0)], src_data_rank=None)
+    value = torch.arange(15.0).view(5, 3)
+    own = shard_like(value, like)
+    assert own.shape == value.shape and torch.equal(own.to_local(), value[:3])
+    assert own.to_local().data_ptr() == value.data_ptr()  # a view: nothing was copied
 
 
 def test_values_that_do_not_go_with_several_ranks_are_refused(config, fake_ranks):

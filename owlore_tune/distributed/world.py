@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -137,10 +137,17 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Shard ``value`` like ``like``. Returns ``value`` itself if ``like`` is a plain tensor."""
+    """This process's rows of ``value``, sharded like ``like``, as a view on the device of ``value``.
+
+    ``distribute_tensor`` would copy the whole ``value`` to the mesh's device. Returns ``value`` itself if ``like`` is a
+    plain tensor.
+    """
     if not isinstance(like, DTensor):
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # no communication
+    first, end = rows_of(like)
+    return DTensor.from_local(
+        value[first:end], like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def rows_of(tensor: Tensor) -> tuple[int, int]:
