@@ -63,8 +63,8 @@ def main() -> None:
         f"score, 3 steps over 2 draws, save; {machine()}. Peak memory covers the whole process from start to "
         "exit. Command: `python benchmarks/llama2_7b.py`.",
         "",
-        "The time of a step is the median without its draw. Loading includes scoring and quantizing. A redraw writes and "
-        "reads layers, and quantizes those that stop training.",
+        "The time of a step is the median without its draw. Loading includes scoring and quantizing. A redraw writes "
+        "and reads layers, and quantizes those that stop training.",
         "",
         "| run | peak memory, GB | planned, GB | measured / planned | optimizer state, GB | step, s | loading, s "
         "| redraw, s |",

@@ -80,6 +80,7 @@ def _imports() -> Iterator[Finding]:
         properties = torch.cuda.get_device_properties(device)
         memory = properties.total_memory / 1e9
         yield Finding("ok", "device", f"{properties.name}, {memory:.0f} GB; torch {torch.__version__}")
+        yield from fits(properties.total_memory)
         bf16 = torch.cuda.is_bf16_supported()
     else:
         text = f"{device.type}, {os.cpu_count()} cores; torch {torch.__version__}"
@@ -95,6 +96,15 @@ def _imports() -> Iterator[Finding]:
         yield Finding("ok", "bf16", "supported")
     else:
         yield Finding("note", "bf16", "not supported by this device", "set dtype=fp32")
+
+
+def fits(card_bytes: float) -> Iterator[Finding]:
+    """The largest packaged models that a card can train. Takes some seconds."""
+    from owlore_tune.run.cards import SEQ_LEN, largest_that_fit
+
+    for config, overrides, memory in largest_that_fit(card_bytes):
+        how = f" with {' '.join(overrides)}" if overrides else ""
+        yield Finding("ok", "fits", f"{config}{how}: {memory / 1e9:.1f} GB planned, rows of {SEQ_LEN} tokens")
 
 
 def _disk(directory: Path) -> Finding:

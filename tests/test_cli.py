@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 
 from owlore_tune import cli
 from owlore_tune.catalog import find_config
+from owlore_tune.doctor import fits
 from owlore_tune.models import smollm2
 from runs import recipe_of
 
@@ -155,3 +157,13 @@ def test_lora_builder_matches_the_full_model():
         lora = smollm2.lora_smollm2_135m(["q_proj", "v_proj"], apply_lora_to_mlp=True)
         full = smollm2.smollm2_135m()
     assert {name for name, _ in full.named_parameters()} <= {name for name, _ in lora.named_parameters()}
+
+
+def test_doctor_lists_the_largest_models_that_fit_a_card():
+    lines = [finding.text for finding in fits(24e9)]
+    assert [line.split(":")[0] for line in lines] == [
+        "llama3/8B_owlore",
+        "llama2/13B_owlore with owlore.frozen_weights=int8 owlore.frozen_products=int8",
+    ]
+    assert all(float(re.search(r": ([\d.]+) GB planned", line)[1]) < 0.9 * 24 for line in lines)
+    assert list(fits(1e9)) == []

@@ -69,4 +69,4 @@ def reuse_freed_memory(device: torch.device) -> None:
     """
     if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(_M_MMAP_THRESHOLD, 2**25)
-        mallopt(_M_TRIM_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**28)  # bytes that each thread's heap may keep at its end

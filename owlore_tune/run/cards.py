@@ -1,0 +1,49 @@
+"""The largest packaged models that fit on a card."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from owlore_tune.catalog import packaged_configs
+from owlore_tune.config import load_config
+from owlore_tune.run.build import build_model
+from owlore_tune.run.limit import QUANTIZED, plan_run
+from owlore_tune.run.settings import TrainingSettings
+
+SEQ_LEN = 512
+FREE_SHARE = 0.9  # of a card's memory; the rest is for the CUDA context and fragmentation
+INT8, NF4 = QUANTIZED
+# Overrides, from the most exact to the smallest, with the least bytes per weight.
+SAVINGS = (((), 2.0), (INT8, 1.0), (NF4, 0.5), ((*NF4, "owlore.num_active_layers=2"), 0.5))
+
+
+class Fit(NamedTuple):
+    """A config that fits."""
+
+    config: str
+    overrides: tuple[str, ...]
+    memory: int  # planned bytes
+
+
+def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
+    """For each of `SAVINGS`, the OwLore config of the largest model that one card of ``card_bytes`` can train.
+
+    Rows have `SEQ_LEN` tokens. A saving that fits no larger model than the one before it is left out.
+    """
+    names = [name for name, _ in packaged_configs() if name.endswith("_owlore")]
+    sizes = {name: sum(p.numel() for p in build_model(_settings(name))[1].parameters()) for name in names}
+    largest = 0
+    for overrides, least in SAVINGS:
+        for name in sorted(sizes, key=lambda name: -sizes[name]):
+            if sizes[name] <= largest:
+                break
+            if least * sizes[name] > FREE_SHARE * card_bytes:
+                continue  # without a plan, which takes seconds
+            plan = plan_run(_settings(name, overrides), SEQ_LEN, gpu=True)
+            if plan.total <= FREE_SHARE * card_bytes:
+                yield Fit(name, overrides, plan.total)
+                largest = sizes[name]
+                break
+
+
+def _settings(name: str, overrides: tuple[str, ...] = ()) -> TrainingSettings:
+    return TrainingSettings.from_config(load_config(name, ["device=cpu", "dtype=bf16", *overrides]))
