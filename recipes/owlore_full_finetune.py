@@ -61,7 +61,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     sets up the schedule of active layers. `train` draws new layers from that schedule every K steps. Full fine-tuning,
     LISA and GaLore are settings of the ``owlore`` and ``optimizer`` blocks; see configs/smollm2.
 
-    An interrupted run continues with ``resume_from_checkpoint=true``. Resumed on the same number of ranks, it is
+    An interrupted run continues with ``resume_from_checkpoint=true``. Resumed on the same number of CPU ranks, it is
     bit-identical to an uninterrupted one. A step whose loss or gradient is not finite is skipped;
     ``max_skipped_steps`` of them in a row stop the run.
 
