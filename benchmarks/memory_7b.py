@@ -13,23 +13,20 @@ from report import parser, publish
 
 from owlore_tune.config import load_config
 from owlore_tune.memory.plan import MemoryPlan
+from owlore_tune.run.cards import FREE_SHARE, INT8, NF4, SEQ_LEN
 from owlore_tune.run.limit import plan_run, plans_of_config
 from owlore_tune.run.plots import plot_memory
 from owlore_tune.run.settings import TrainingSettings
 
 CONFIG = "llama2/7B_owlore"
-SEQ_LEN = 512
 RUN = ["device=cpu", "batch_size=1", "gradient_accumulation_steps=1", "dataset.packed=true", "optimizer.rank=128"]
-INT8 = ["owlore.frozen_weights=int8", "owlore.frozen_products=int8"]
-NF4 = ["owlore.frozen_weights=nf4"]
 OWN = {
-    "OwLore, γ=5, bf16": [],
+    "OwLore, γ=5, bf16": (),
     "OwLore, γ=5, int8": INT8,
     "OwLore, γ=5, NF4": NF4,
-    "OwLore, γ=2, NF4": [*NF4, "owlore.num_active_layers=2"],
+    "OwLore, γ=2, NF4": (*NF4, "owlore.num_active_layers=2"),
 }
-CARDS = (8, 12, 16, 24, 48, 80)  # GB of common GPUs
-FREE_SHARE = 0.9  # the rest is for the CUDA context and fragmentation
+CARDS = (6, 8, 12, 16, 24, 48, 80)  # GB of common GPUs
 
 
 def plans() -> dict[str, MemoryPlan]:
@@ -60,7 +57,7 @@ def main() -> None:
         lines.append(f"| {name} | {plan.weights / 1e9:.2f} | {state:.2f} | {plan.total / 1e9:.2f} | {card or '-'} |")
     publish(lines, args.output)
     if args.picture:
-        plot_memory(args.picture, {name: asdict(plan) for name, plan in found.items()})
+        plot_memory(args.picture, {name.replace(", ", "\n"): asdict(plan) for name, plan in found.items()})
 
 
 if __name__ == "__main__":

@@ -38,15 +38,20 @@ class LinearCrossEntropyLoss(nn.Module):
         self,
         hidden: Tensor,  # (b, s, d)
         labels: Tensor,  # (b, s), already shifted
+        chosen: Tensor | None = None,  # (n,), indices in b · s of the positions with a label
     ) -> Tensor:  # ()
         """
+        Args:
+            chosen: found on the device if omitted. On a GPU, the host would wait for it.
+
         Raises:
             RuntimeError: if ``set_model_output`` was not called.
         """
         if self._head is None:
             raise RuntimeError("call set_model_output(model) before the first forward")
-        chosen = labels != self.ignore_index
-        return self.of_rows(hidden[chosen], labels[chosen])
+        if chosen is None:
+            chosen = (labels.flatten() != self.ignore_index).nonzero().flatten()
+        return self.of_rows(hidden.flatten(0, 1).index_select(0, chosen), labels.flatten().index_select(0, chosen))
 
     def of_rows(
         self,
@@ -125,11 +130,8 @@ def loss_of_outputs(loss_fn: Any, outputs: Any, labels: Tensor) -> Tensor:
     """
     device = outputs.device if torch.is_tensor(outputs) else outputs[0].device
     if isinstance(loss_fn, LinearCrossEntropyLoss):
-        # The positions are found on the host: indices from a mask on a GPU would make the host wait for it.
-        labels = labels.flatten()
-        chosen = (labels != loss_fn.ignore_index).nonzero().flatten()
-        rows = outputs.flatten(0, 1).index_select(0, to_device(chosen, device))
-        return loss_fn.of_rows(rows, to_device(labels[chosen], device))
+        chosen = (labels.flatten() != loss_fn.ignore_index).nonzero().flatten()
+        return loss_fn(outputs, to_device(labels, device), to_device(chosen, device))
     labels = to_device(labels, device)
     if torch.is_tensor(outputs) and not hasattr(loss_fn, "set_model_output"):
         outputs, labels = outputs.flatten(0, 1), labels.flatten()
