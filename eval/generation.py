@@ -1,14 +1,13 @@
 """Batched generation with a key-value cache, left padding and stop strings."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.common_utils import delete_kv_caches
+from torchtune.modules.common_utils import local_kv_cache
 
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.decoder import hidden_states
@@ -50,7 +49,13 @@ def generate(
     generators = [torch.Generator(tokens.device).manual_seed(seed) for seed in prompts.seeds]
     generated: list[list[int]] = [[] for _ in prompts.tokens]
     running = set(range(len(generated)))
-    with _kv_cache(model, len(generated), total):
+    with local_kv_cache(
+        model,
+        batch_size=len(generated),
+        device=parameter.device,
+        dtype=parameter.dtype,
+        decoder_max_seq_len=total,
+    ):
         for seen in range(longest, total + 1):
             hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
             following = _next_tokens(model.output(hidden[:, -1]).float(), prompts.temperature, generators)
@@ -67,19 +72,6 @@ def generate(
             tokens, positions = following[:, None], positions[:, -1:] + 1
             mask = (valid & (torch.arange(total, device=tokens.device) <= seen))[:, None, :]
     return generated
-
-
-@contextmanager
-def _kv_cache(model: TransformerDecoder, batch_size: int, num_slots: int) -> Iterator[None]:
-    """torchtune's ``local_kv_cache``, which leaves caches behind if there is no memory for all of them."""
-    parameter = next(model.parameters())
-    try:
-        with parameter.device:
-            model.setup_caches(batch_size, parameter.dtype, decoder_max_seq_len=num_slots)
-        yield
-    finally:
-        if model.caches_are_setup():
-            delete_kv_caches(model)
 
 
 def _left_padded(prompts: list[list[int]], total: int, pad_id: int) -> tuple[Tensor, Tensor]:

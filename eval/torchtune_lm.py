@@ -19,6 +19,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
+from torchtune.modules.common_utils import delete_kv_caches
 from tqdm import tqdm
 
 from owlore_evals.generation import Prompts, generate
@@ -171,7 +172,7 @@ class TorchtuneLM(TemplateLM):
         while waiting:
             batch = waiting.pop()
             can_split = len(batch) > 1 or len(batch[0].branches) > 1
-            scored = _if_it_fits(partial(score_rows, batch, self._model, self._tokenizer.pad_id), can_split)
+            scored = self._if_it_fits(partial(score_rows, batch, self._model, self._tokenizer.pad_id), can_split)
             if scored is not None:
                 results += scored
                 continue
@@ -251,12 +252,32 @@ class TorchtuneLM(TemplateLM):
             piece = dataclasses.replace(batch, tokens=batch.tokens[part], seeds=batch.seeds[part])
             # Ranks decode in step, so a single rank cannot switch to smaller batches.
             can_split = len(piece.tokens) > 1 and self._ranks.world_size == 1
-            made = _if_it_fits(partial(generate, piece, self._model, self._tokenizer, self._ranks.any), can_split)
+            made = self._if_it_fits(partial(generate, piece, self._model, self._tokenizer, self._ranks.any), can_split)
             if made is not None:
                 generated += made
             else:
                 self.batch_size = len(piece.tokens) // 2
         return generated
+
+    def _if_it_fits(self, compute: Callable[[], list[Any]], can_split: bool) -> list[Any] | None:
+        """The result of ``compute``, or None if it runs out of memory.
+
+        When this returns, the tensors of a failed attempt are free. In an ``except`` block its traceback would keep
+        them.
+
+        Raises:
+            torch.OutOfMemoryError: if the work cannot be split.
+        """
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            if not can_split:
+                raise
+        if self._model.caches_are_setup():  # torchtune leaves them if there is no memory for all layers
+            delete_kv_caches(self._model)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
 
 
 def generation_options(gen_kwargs: dict[str, Any], max_length: int, max_gen_toks: int = 256) -> dict[str, Any]:
@@ -277,21 +298,3 @@ def generation_options(gen_kwargs: dict[str, Any], max_length: int, max_gen_toks
     if options["max_gen_toks"] >= max_length:
         raise ValueError(f"max_gen_toks={options['max_gen_toks']} leaves no room in {max_length} tokens for a prompt")
     return options
-
-
-def _if_it_fits(compute: Callable[[], list[Any]], can_split: bool) -> list[Any] | None:
-    """The result of ``compute``, or None if it runs out of memory.
-
-    When this returns, the tensors of a failed attempt are free. In an ``except`` block its traceback would keep them.
-
-    Raises:
-        torch.OutOfMemoryError: if the work cannot be split.
-    """
-    try:
-        return compute()
-    except torch.OutOfMemoryError:
-        if not can_split:
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None

@@ -264,7 +264,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         return Signals(number) if number else None
 
     def _train_step(self, micro_batches: list[Batch], started: float) -> tuple[dict[str, float], list[Refresh]]:
-        """One optimizer step over ``micro_batches``, ``started`` before its draw; returns its metrics and refreshes."""
+        """One optimizer step; returns its metrics and refreshes. Its time counts from ``started``, before its draw."""
         ignore_index = self._loss_fn.ignore_index
         labels = [shift_labels(batch.pop("labels"), ignore_index) for batch in micro_batches]
         counts = [int((batch_labels != ignore_index).sum()) for batch_labels in labels]

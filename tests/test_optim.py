@@ -248,6 +248,25 @@ def test_moments_at_a_refresh(moments, side):
     torch.testing.assert_close(after["exp_avg_sq"], expected_sq)
 
 
+def test_moments_are_carried_over_a_refresh_without_a_gradient():
+    """A zero gradient when a refresh is due keeps the basis. The refresh of the next step starts from it."""
+    weights, steps = weights_and_grads(3)
+    parameter = torch.nn.Parameter(weights[1].clone())
+    optimizer = OwLoreAdamW([parameter], rank=4, update_gap=1, moments="project")
+    run(optimizer, [parameter], [grads[1:2] for grads in steps[:2]])
+    basis = optimizer.state[parameter]["basis"].clone()
+    run(optimizer, [parameter], [[torch.zeros_like(parameter)]])
+    before = {k: v.clone() if torch.is_tensor(v) else v for k, v in optimizer.state[parameter].items()}
+    assert torch.equal(before["basis"], basis)
+    parameter.grad = steps[2][1].clone()
+    optimizer.project_grads()
+    optimizer._settle()
+    after = optimizer.state[parameter]
+    turn = basis.T @ after["basis"]
+    assert not torch.equal(after["basis"], basis)
+    torch.testing.assert_close(after["exp_avg"], before["exp_avg"] @ turn)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reloaded_twin_takes_bit_equal_steps(dtype):
     weights, steps = weights_and_grads(9)

@@ -117,6 +117,6 @@ def _int8_product(x: Tensor, codes: Tensor, column_scale: Tensor | None) -> Tens
     largest = torch.maximum(x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True).neg_())  # without a copy of x
     scale = largest.float().clamp_min_(torch.finfo(torch.float32).tiny).div_(127)
     sums = torch._int_mm((x / scale).round_().to(torch.int8), codes)
-    # float32 in the memory of int32: a second buffer of this size costs as much time as the product, in page faults
+    # float32 in the memory of int32: on a CPU, a second buffer of this size costs page faults
     product = sums.view(torch.float32).copy_(sums).mul_(scale)
     return product if column_scale is None else product.mul_(column_scale)

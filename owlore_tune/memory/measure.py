@@ -64,8 +64,8 @@ def resident_bytes() -> int:
 def reuse_freed_memory(device: torch.device) -> None:
     """On a CPU, make glibc keep freed blocks of up to 32 MB for reuse. Does nothing on other devices.
 
-    By default it returns most of them to the system. Each activation then gets new pages, and page faults take up to a
-    fifth of a step. Larger blocks, such as the weights of a 7B model, are still returned.
+    By default it returns most of them to the system, and each activation then causes page faults. Larger blocks, such
+    as the weights of a 7B model, are still returned.
     """
     if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(_M_MMAP_THRESHOLD, 2**25)

@@ -12,8 +12,8 @@ from torchtune.modules import MultiHeadAttention
 def attend_by_sample(model: nn.Module) -> None:
     """Make ``model`` compute the attention of each sample of a packed row on its own.
 
-    With a mask, torch computes the products of all pairs of tokens in a row, also those of two samples. On a CPU this
-    takes up to a third of a step. Attention of other kinds, such as Gemma 2's, does not change.
+    With a mask, torch computes the products of all pairs of tokens in a row, also those of two samples. Attention of
+    other kinds, such as Gemma 2's, does not change.
     """
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):

@@ -71,7 +71,7 @@ class _NewBasis(NamedTuple):
 
     energy: Tensor  # () NaN if the gradient gave no basis
     turn: Tensor | None  # (r, r) old basisᵀ · new basis, if the moments are projected
-    has_moments: bool  # to carry over from an older basis
+    replaces_one: bool  # whether there was a basis before
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class OwLoreAdamW(Optimizer):
                 new = torch.where(energy.isnan(), old, new)
                 turn = old.T @ new if group["moments"] == "project" else None
             state["basis"], state["basis_age"] = low_bits.store(new, group["basis_bits"], by_column=True), 0
-        self._refreshed[parameter] = _NewBasis(energy, turn, old is not None and "step" in state)
+        self._refreshed[parameter] = _NewBasis(energy, turn, old is not None)
 
     def _settle(self) -> None:
         """Carry moments over to the new bases, and find the gradients that gave none. Waits for the device once."""
@@ -259,13 +259,13 @@ class OwLoreAdamW(Optimizer):
             return
         missing = torch.stack([refreshed.energy for refreshed in self._refreshed.values()]).isnan().tolist()
         for (parameter, refreshed), is_missing in zip(list(self._refreshed.items()), missing, strict=True):
-            state = self.state[parameter]
-            if is_missing:
-                state["basis_age"] = math.inf
+            state, group = self.state[parameter], self.group_of(parameter)
+            if is_missing:  # an age of `inf` says that there is no basis to start from
+                state["basis_age"] = group["update_gap"] if refreshed.replaces_one else math.inf
                 del self._refreshed[parameter]
                 self._sketches.pop(parameter, None)
-            elif refreshed.has_moments:
-                _carry_moments(state, refreshed.turn, self.group_of(parameter)["moments"], self.is_right(parameter))
+            elif refreshed.replaces_one and "step" in state:
+                _carry_moments(state, refreshed.turn, group["moments"], self.is_right(parameter))
 
     def _clock(self, device: torch.device) -> Clock:
         return self._clocks.setdefault(device, Clock(device))

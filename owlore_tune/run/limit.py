@@ -13,19 +13,20 @@ from owlore_tune.memory.plan import MemoryPlan, StepShape, peer_plans, plan_memo
 from owlore_tune.run.build import Parts, build_inputs, build_parts, is_packed, row_length
 from owlore_tune.run.settings import TrainingSettings
 
+QUANTIZED = (  # on one device
+    ("owlore.frozen_weights=int8", "owlore.frozen_products=int8"),
+    ("owlore.frozen_weights=nf4", "owlore.frozen_products=full"),
+)
 # Overrides to try if a plan exceeds device_memory_limit: first each one, then all helpful ones together.
 SAVINGS = (
     ("enable_activation_checkpointing=true",),
     ("optimizer.state_bits=8", "optimizer.basis_bits=16"),
+    *QUANTIZED,
     ("owlore.train_embeddings=false", "owlore.train_output=false"),
     ("owlore.inactive_state=drop", "owlore.project_in_backward=true"),
     ("owlore.num_active_layers=2",),
     ("optimizer.rank=128",),
     ("dtype=bf16",),
-)
-QUANTIZED = (  # on one device
-    ("owlore.frozen_weights=int8", "owlore.frozen_products=int8"),
-    ("owlore.frozen_weights=nf4", "owlore.frozen_products=full"),
 )
 OFFLOAD = "fsdp_cpu_offload=true"
 
@@ -156,9 +157,9 @@ def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, shar
 def savings(settings: TrainingSettings, sharding: Sharding | None) -> list[tuple[str, ...]]:
     """The overrides to try if a plan exceeds its limit."""
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
-    quantized = QUANTIZED if sharding is None else ()
+    possible = [overrides for overrides in SAVINGS if sharding is None or overrides not in QUANTIZED]
     offload = [(OFFLOAD,)] if sharding is not None and settings.device.type != "cpu" else []
-    return [("batch_size=1", f"gradient_accumulation_steps={rows}"), *SAVINGS[:2], *quantized, *SAVINGS[2:], *offload]
+    return [("batch_size=1", f"gradient_accumulation_steps={rows}"), *possible, *offload]
 
 
 def _step_shape(cfg: DictConfig, seq_len: int) -> StepShape:
