@@ -11,6 +11,7 @@ from torch import Tensor
 
 FORMATS = ("int8", "nf4")
 BLOCK = 64  # values of NF4 that share a scale
+ALL = slice(None)
 _PIECE = 2**20  # values that are quantized at once, so that float32 temporaries stay small
 # Quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314, appendix E).
 NF4_LEVELS = (
@@ -36,9 +37,9 @@ class Int8Weight:
             some_codes.copy_((piece.float() / some_scale).round_())
         return cls(codes, scale)
 
-    def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = slice(None)) -> Tensor:
-        """Rows of the weight in ``dtype``."""
-        return self.codes[rows].to(dtype).mul_(self.scale[rows].to(dtype))
+    def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = ALL, columns: slice = ALL) -> Tensor:
+        """A part of the weight in ``dtype``."""
+        return self.codes[rows, columns].to(dtype).mul_(self.scale[rows].to(dtype))
 
     @property
     def shape(self) -> torch.Size:
@@ -75,9 +76,13 @@ class NF4Weight:
             some_codes.copy_((pairs[:, 0] * 16 + pairs[:, 1]).view(some_codes.shape))
         return cls(codes, scale)
 
-    def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = slice(None)) -> Tensor:
-        """Rows of the weight in ``dtype``: two values at a time, from a table of all 256 pairs."""
-        codes, scale = self.codes[rows], self.scale[rows]
+    def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = ALL, columns: slice = ALL) -> Tensor:
+        """A part of the weight in ``dtype``: two values at a time, from a table of all 256 pairs.
+
+        Args:
+            columns: whole blocks.
+        """
+        codes, scale = self.codes[rows, _divided(columns, 2)], self.scale[rows, _divided(columns, BLOCK)]
         levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2)
         whole = {2: torch.int32, 4: torch.int64}[dtype.itemsize]  # one number that holds a pair
@@ -91,6 +96,11 @@ class NF4Weight:
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes
+
+
+def _divided(columns: slice, size: int) -> slice:
+    """``columns``, if ``size`` of them are stored as one."""
+    return slice(*(bound if bound is None else bound // size for bound in (columns.start, columns.stop)))
 
 
 FrozenWeight = Int8Weight | NF4Weight

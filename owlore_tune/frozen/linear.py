@@ -4,13 +4,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from owlore_tune.frozen.formats import FrozenWeight, Int8Weight, quantize
+from owlore_tune.frozen.formats import BLOCK, FrozenWeight, Int8Weight, quantize
 
 PRODUCTS = ("full", "int8")
-_PIECE = 2**25  # values of a weight that are in full precision at once; a layer's Linear of 7B has more
+# Values of a weight that are in full precision at once. On a CPU, `owlore_tune.memory.measure.reuse_freed_memory` does
+# not keep larger blocks.
+_PIECE = {"cpu": 2**22}
+_LARGE_PIECE = 2**25
 
 
 def freeze(module: Any, kind: str, products: str = "full") -> None:
@@ -74,26 +76,30 @@ def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
     return _Int8Linear.apply(x, weight)
 
 
-def _pieces(weight: FrozenWeight) -> list[slice]:
-    rows = max(1, _PIECE // weight.shape[1])
-    return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+def _pieces(length: int, width: int, device: torch.device) -> list[slice]:
+    """Split ``length`` rows or columns of ``width`` values each, at whole blocks."""
+    each = max(1, _PIECE.get(device.type, _LARGE_PIECE) // width // BLOCK) * BLOCK
+    return [slice(start, min(start + each, length)) for start in range(0, length, each)]
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.weight = weight
-        products = [F.linear(x, weight.dequantize(x.dtype, rows)) for rows in _pieces(weight)]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        m, n = weight.shape
+        inputs, product = x.reshape(-1, n), x.new_empty(*x.shape[:-1], m)
+        for rows in _pieces(m, n, x.device):
+            torch.mm(inputs, weight.dequantize(x.dtype, rows).T, out=product.view(-1, m)[:, rows])
+        return product
 
     @staticmethod
     def backward(ctx, grad):
         weight = ctx.weight
-        total = None
-        for rows in _pieces(weight):
-            part = grad[..., rows] @ weight.dequantize(grad.dtype, rows)
-            total = part if total is None else total.add_(part)
-        return total, None
+        m, n = weight.shape
+        grads, product = grad.reshape(-1, m), grad.new_empty(*grad.shape[:-1], n)
+        for columns in _pieces(n, m, grad.device):  # not rows: their products would be summed in 16 bits
+            torch.mm(grads, weight.dequantize(grad.dtype, columns=columns), out=product.view(-1, n)[:, columns])
+        return product, None
 
 
 class _Int8Linear(torch.autograd.Function):

@@ -29,7 +29,7 @@ from owlore_tune.memory.measure import resident_bytes
 from owlore_tune.models.decoder import find_layers, find_linears, init_rope, model_parts
 from owlore_tune.optim import low_bits
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
-from owlore_tune.optim.projection import OVERSAMPLING, project
+from owlore_tune.optim.projection import OVERSAMPLING, project, times
 
 # Replaces a full gradient in backward with a smaller one; returns None to keep it.
 Reduce = Callable[[Tensor, Tensor], Tensor | None]  # (the model's parameter, its gradient without data)
@@ -76,6 +76,7 @@ class StepShape:
     packed: bool = False  # rows come with masks and positions
     accumulates: bool = False  # several micro-batches per step: gradients exist when the next forward begins
     checkpointing: bool = False  # activation checkpointing
+    compiled: bool = False  # layers are compiled: one returns all gradients of its weights at once
     frozen_weights: str = "full"  # format of layers that do not train, see `owlore_tune.frozen.formats`
     frozen_products: str = "full"
 
@@ -116,12 +117,12 @@ def plan_memory(
     def reduce(parameter: Tensor, grad: Tensor) -> Tensor | None:
         if not projects_in_backward or not optimizer.is_projected(parameter):
             return None
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         right, rank = optimizer.is_right(parameter), optimizer.group_of(parameter)["rank"]
         # The memory of a refresh. `range_finder` itself reads values, but fake tensors have none.
         rows = grad if right else grad.T
-        sketch = rows.new_empty(rows.shape[1], rank + OVERSAMPLING)
-        basis = torch.linalg.qr(rows.T @ (rows @ sketch)).Q[:, :rank].contiguous()
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        sketch = rows.new_empty(rows.shape[1], rank + OVERSAMPLING, dtype=dtype)
+        basis = torch.linalg.qr(times(rows.T, times(rows, sketch))).Q[:, :rank].contiguous()
         return project(grad, basis, right)
 
     return _plan(
@@ -207,8 +208,15 @@ def step_bytes(
         if shape.checkpointing:
             training.set_activation_checkpointing(fake, auto_wrap_policy={type(layer) for layer in find_layers(fake)})
         gradients: dict[Tensor, Tensor] = {}
+        together = _trained_by_layer(fake, originals, trained) if shape.compiled else {}
 
         def hook(parameter: Tensor) -> None:
+            layer = together.get(parameter, [parameter])
+            if all(other.grad is not None for other in layer):
+                for other in layer:
+                    keep(other)
+
+        def keep(parameter: Tensor) -> None:
             grad = parameter.grad
             assert grad is not None
             reduced = reduce(originals[parameter], grad)
@@ -227,7 +235,7 @@ def step_bytes(
                 parameter.register_post_accumulate_grad_hook(hook)
                 if shape.accumulates:  # from the first micro-batch
                     parameter.grad = torch.empty_like(parameter)
-                    hook(parameter)
+                    keep(parameter)
         _forward_backward(fake, copy.copy(loss_fn), shape, device, tracker)
     return {label: tracker.largest[label] for label in _LABELS}
 
@@ -292,6 +300,14 @@ def _quantized(model: Any, trained: set[Tensor]) -> set[nn.Module]:
     if not isinstance(model.output, TiedLinear):
         found.update(m for m in (model.tok_embeddings, model.output) if m.weight not in trained)
     return found
+
+
+def _trained_by_layer(
+    fake: Any, originals: dict[Tensor, Tensor], trained: set[Tensor]
+) -> dict[Tensor, list[nn.Parameter]]:
+    """For each parameter of a layer that trains, all of them."""
+    layers = ([p for p in layer.parameters() if originals[p] in trained] for layer in find_layers(fake))
+    return {parameter: layer for layer in layers for parameter in layer}
 
 
 def _adamw_plan(

@@ -211,8 +211,6 @@ class OwLoreAdamW(Optimizer):
         grad, dtype = parameter.grad, _compute_dtype(parameter)
         parameter.grad = None
         is_due = state.get("basis_age", math.inf) >= group["update_gap"]
-        if is_due or parameter in self._refreshed:
-            grad = grad.to(dtype)
         if is_due:
             self._refresh(parameter, grad, group)
         grad = local(grad)
@@ -237,7 +235,7 @@ class OwLoreAdamW(Optimizer):
         state = self.state[parameter]
         right = self.is_right(parameter)
         with self._clock(grad.device)(parameter):
-            old = _basis(state, grad.dtype) if state.get("basis_age", math.inf) < math.inf else None
+            old = _basis(state, _compute_dtype(parameter)) if state.get("basis_age", math.inf) < math.inf else None
             if group["basis"] == "svd":
                 new, energy = svd_basis(local(grad), group["rank"], right)
             else:

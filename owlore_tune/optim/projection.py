@@ -14,6 +14,7 @@ from owlore_tune.distributed.world import ALONE, World, local, peak, rows_of
 SIDES = ("right", "shape")
 BASES = ("randomized", "svd")
 OVERSAMPLING = 8
+_PIECE = 2**22  # values of a gradient that are copied to another dtype at once
 SKETCH_ROWS = 16  # enough to estimate the energy outside a basis to a few percent
 
 
@@ -40,8 +41,23 @@ def project(
     if grad.is_cuda and grad.dtype != basis.dtype:
         factors = (grad, basis.to(grad.dtype)) if right else (basis.T.to(grad.dtype), grad)
         return torch.mm(*factors, out_dtype=basis.dtype)
-    grad = grad.to(basis.dtype)
-    return grad @ basis if right else basis.T @ grad
+    return times(grad, basis) if right else times(grad.T, basis).T
+
+
+def times(grad: Tensor, columns: Tensor) -> Tensor:  # (m, n) · (n, k) → (m, k)
+    """A product in the dtype of ``columns``. Of a 16-bit ``grad``, a few rows at a time are copied to that dtype."""
+    if grad.dtype == columns.dtype:
+        return grad @ columns
+    product = columns.new_empty(grad.shape[0], columns.shape[1])
+    first = 0
+    for rows in _pieces(grad):
+        torch.mm(rows.to(columns.dtype), columns, out=product[first : first + len(rows)])
+        first += len(rows)
+    return product
+
+
+def _pieces(grad: Tensor) -> tuple[Tensor, ...]:
+    return grad.split(max(1, _PIECE // max(1, grad.shape[1])))
 
 
 def range_finder(
@@ -65,28 +81,30 @@ def range_finder(
     all columns are arbitrary and the share is NaN.
     """
     num_rows, n = grad.shape
+    dtype = torch.promote_types(grad.dtype, torch.float32)
     world, (first_row, end_row) = World.of(grad), rows_of(grad)
     grad = local(grad)
     width = min(rank + OVERSAMPLING, num_rows, n)
     extra = width - (0 if start is None else min(start.shape[1], width))
     if start is None:
         # Every process draws all rows and uses its own, as if the gradient were not sharded.
-        omega = torch.randn(num_rows, width, generator=generator, device=grad.device, dtype=grad.dtype)
-        columns = _unit_scale(world.sum_(grad.T @ omega[first_row:end_row]))
+        omega = torch.randn(num_rows, width, generator=generator, device=grad.device, dtype=dtype)
+        columns = _unit_scale(world.sum_(times(grad.T, omega[first_row:end_row])))
     else:
-        noise = torch.randn(n, extra, generator=generator, device=grad.device, dtype=grad.dtype)
+        noise = torch.randn(n, extra, generator=generator, device=grad.device, dtype=dtype)
         columns = torch.cat([start[:, : width - extra], noise / n**0.5], dim=1)
     # One power iteration: a plain sketch loses much more energy if the spectrum decays slowly.
-    columns = _unit_scale(world.sum_(grad.T @ _unit_scale(grad @ torch.linalg.qr(columns).Q, world)))
+    rows = _unit_scale(times(grad, torch.linalg.qr(columns).Q), world)
+    columns = _unit_scale(world.sum_(times(grad.T, rows)))
     orthonormal = torch.linalg.qr(columns).Q
-    low = grad @ orthonormal  # (m, width)
+    low = times(grad, orthonormal)  # (m, width)
     scale = _scale(low, world)
     low = low / scale
     gram = world.sum_(low.T @ low)
     is_finite = gram.isfinite().all()  # stays on the device: the host does not wait for it
     eigenvalues, eigenvectors = _eigh(torch.where(is_finite, gram, 0.0))  # ascending
     basis = orthonormal @ eigenvectors[:, -rank:].flip(1)
-    basis = torch.where(is_finite, fix_signs(basis), torch.eye(n, rank, device=grad.device, dtype=grad.dtype))
+    basis = torch.where(is_finite, fix_signs(basis), torch.eye(n, rank, device=grad.device, dtype=dtype))
     share = _share(eigenvalues[-rank:].sum(), grad, scale, world)
     return world.from_first_(basis), torch.where(is_finite, share, math.nan)
 
@@ -101,6 +119,7 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tensor]:
     """The exact basis from a full SVD (slow). Signs are those of LAPACK, as in GaLore."""
+    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     if not grad.isfinite().all():
         return torch.eye(grad.shape[1 if right else 0], rank).to(grad), grad.new_tensor(math.nan)
     left_vectors, singular, right_vectors = torch.linalg.svd(grad, full_matrices=False)
@@ -111,8 +130,9 @@ def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tens
 
 def sketch_rows(grad: Tensor, generator: torch.Generator) -> Tensor:  # (m, n) → (SKETCH_ROWS, n)
     """Random combinations of the gradient's rows. With the same generator state, sketches add like their gradients."""
-    weights = torch.randn(SKETCH_ROWS, grad.shape[0], generator=generator, device=grad.device, dtype=grad.dtype)
-    return weights @ grad
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    weights = torch.randn(SKETCH_ROWS, grad.shape[0], generator=generator, device=grad.device, dtype=dtype)
+    return times(grad.T, weights.T).T
 
 
 def fix_signs(basis: Tensor) -> Tensor:
@@ -123,7 +143,9 @@ def fix_signs(basis: Tensor) -> Tensor:
 
 def _share(captured: Tensor, grad: Tensor, scale: Tensor, world: World = ALONE) -> Tensor:
     """``captured``, in units of scale², as a share of ‖grad‖²; NaN for a zero gradient."""
-    total = world.sum_((torch.linalg.vector_norm(grad, dtype=torch.float64) / scale).square())
+    # In pieces: on a CPU, this norm needs a copy in float64.
+    norms = torch.stack([torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in _pieces(grad)])
+    total = world.sum_((torch.linalg.vector_norm(norms) / scale).square())
     return (captured / total).clamp(0, 1)
 
 

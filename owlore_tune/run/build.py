@@ -30,6 +30,7 @@ from owlore_tune.run.settings import TrainingSettings
 
 TRIED_STEPS = 10_000  # steps of the trial schedule; longer than any warm-up, to test the steps after it too
 LOGGER_METHODS = ("log_dict", "log_config", "close")
+RECOMPILE_LIMIT = 32  # graphs that all compiled layers share
 SCHEDULER_METHODS = ("step", "get_last_lr", "state_dict", "load_state_dict")
 
 log = get_logger("INFO")
@@ -197,7 +198,15 @@ def build_optimizer(settings: TrainingSettings, model: TransformerDecoder) -> Ow
 
 
 def compile_parts(loss_fn: Any, model: TransformerDecoder) -> Any:
-    """Compile ``model`` in place, layer by layer; returns the loss, compiled if possible."""
+    """Compile ``model`` in place, layer by layer; returns the loss, compiled if possible.
+
+    All layers share their graphs. There is one for each kind of layer and pass: trained or frozen, with or without a
+    gradient to its input, and without any gradients in validation. A draw compiles nothing once each kind exists.
+    """
+    # Kinds times row lengths (one, then any) times batch sizes can exceed torch's limit of 8. Beyond the limit, layers
+    # would run uncompiled without an error.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     training.compile_model(model)
     # A loss that takes the model's head computes gradients inside forward.
     return loss_fn if hasattr(loss_fn, "set_model_output") else training.compile_loss(loss_fn)

@@ -209,8 +209,6 @@ class TrainingSettings:
 
     def check_launch(self, *, sharded: bool) -> None:
         """Raise ConfigError for a value that does not work on one device, or with a sharded model."""
-        if sharded and self.cfg.compile:
-            raise ConfigError("compile=true; it works on one device only: set it to false")
         if sharded and self.owlore.frozen_weights != "full":
             raise ConfigError(
                 f"owlore.frozen_weights={self.owlore.frozen_weights}; it works on one device only: set it to full"
