@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import KVCache, TransformerDecoder
 from torchtune.modules.common_utils import local_kv_cache
 
 from owlore_tune.data.tokenizer import HFChatTokenizer
@@ -56,6 +56,9 @@ def generate(
         dtype=parameter.dtype,
         decoder_max_seq_len=total,
     ):
+        for module in model.modules():
+            if isinstance(module, KVCache):
+                module.__class__ = _Cache  # torchtune builds them itself
         for seen in range(longest, total + 1):
             hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
             following = _next_tokens(model.output(hidden[:, -1]).float(), prompts.temperature, generators)
@@ -72,6 +75,17 @@ def generate(
             tokens, positions = following[:, None], positions[:, -1:] + 1
             mask = (valid & (torch.arange(total, device=tokens.device) <= seen))[:, None, :]
     return generated
+
+
+class _Cache(KVCache):
+    """torchtune's cache without its check of the length, which waits for a GPU in every layer and step."""
+
+    def update(self, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:  # (b, h, s, d)
+        positions = self.cache_pos[: k_val.shape[2]]
+        self.k_cache.index_copy_(2, positions, k_val)
+        self.v_cache.index_copy_(2, positions, v_val)
+        self.cache_pos.add_(k_val.shape[2])
+        return self.k_cache, self.v_cache
 
 
 def _left_padded(prompts: list[list[int]], total: int, pad_id: int) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,14 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
+    def smallest(self, number: int | None) -> int | None:
+        """The smallest ``number`` of all ranks, or None if they have none."""
+        if self._group is None or number is None:
+            return number
+        least = torch.tensor(number)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self._group)
+        return int(least)
+
     def any(self, flag: bool) -> bool:
         """Return whether ``flag`` is true on any rank."""
         if self._group is None:

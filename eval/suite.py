@@ -33,7 +33,7 @@ SUITE: dict[str, Any] = {
     "add_bos": None,  # None: as the model's tokenizer does
     "max_length": None,  # None: the model's limit
     "batch_tokens": None,  # None: depends on the device
-    "batch_size": 8,
+    "batch_size": None,  # None: depends on the device
     "seed": 0,
 }
 
@@ -141,7 +141,7 @@ def build_lm(cfg: DictConfig, model: TransformerDecoder, tokenizer: HFChatTokeni
 
 def check_suite(cfg: DictConfig) -> None:
     """Raise ConfigError if a value has the wrong type or is out of range."""
-    check_counts(cfg, ("batch_size", "max_new_tokens"), ("limit", "max_length", "batch_tokens"))
+    check_counts(cfg, ("max_new_tokens",), ("limit", "max_length", "batch_tokens", "batch_size"))
     check_type("num_fewshot", cfg.num_fewshot, int | None)
     if cfg.num_fewshot is not None and cfg.num_fewshot < 0:
         raise ConfigError(f"num_fewshot={cfg.num_fewshot}; it must be at least 0, or null")

@@ -22,6 +22,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import delete_kv_caches
 from tqdm import tqdm
 
+from owlore_evals.batch_sizes import free_bytes, sequences_at_once, tokens_at_once
 from owlore_evals.generation import Prompts, generate
 from owlore_evals.ranks import Ranks
 from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows
@@ -41,9 +42,9 @@ class TorchtuneLM(TemplateLM):
     Args:
         model: the model with loaded weights, on its device.
         tokenizer: the model's tokenizer.
-        batch_tokens: positions per forward pass, including padding. None starts with 2,048 on the CPU and 65,536
-            elsewhere. Halved on out-of-memory errors until it fits.
-        batch_size: sequences per generation batch; halved in the same way.
+        batch_tokens: positions per forward pass, including padding. None starts with what fits in the memory of the
+            device, see `owlore_evals.batch_sizes`. Halved on out-of-memory errors until it fits.
+        batch_size: sequences per generation batch. None starts with what fits; halved in the same way.
         max_length: longest input in tokens; None is the model's limit. Longer inputs are truncated on the left.
         add_bos: prepend BOS to every text that does not start with it. None follows the model's tokenizer in
             transformers.
@@ -57,7 +58,7 @@ class TorchtuneLM(TemplateLM):
         tokenizer: HFChatTokenizer,
         *,
         batch_tokens: int | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         max_length: int | None = None,
         add_bos: bool | None = None,
         max_gen_toks: int = 256,
@@ -65,16 +66,17 @@ class TorchtuneLM(TemplateLM):
     ) -> None:
         super().__init__()
         self._model = model.eval()
+        self._ranks = Ranks()
         self._tokenizer = tokenizer
         parameter = next(model.parameters())
         self._dtype = parameter.dtype
-        self.batch_tokens = batch_tokens or (2_048 if parameter.device.type == "cpu" else 65_536)
-        self.batch_size = batch_size
         self.max_length = min(max_length or model.max_seq_len, model.max_seq_len)
+        free = self._ranks.smallest(free_bytes(parameter.device))
+        self.batch_tokens = batch_tokens or tokens_at_once(model, free)
+        self.batch_size = batch_size or sequences_at_once(model, self.max_length, free)
         self.add_bos = tokenizer.adds_bos if add_bos is None else add_bos
         self.max_gen_toks = max_gen_toks
         self._seed = seed
-        self._ranks = Ranks()
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the settings that can affect a score, even if only by rounding. The harness saves them."""

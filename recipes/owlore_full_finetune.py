@@ -107,7 +107,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             settings, self._model, self._optimizer, self._sampler, self._frozen, world
         )
         if cfg.compile:  # after scoring, whose hooks would be compiled too
-            self._loss_fn = build.compile_parts(self._loss_fn, self._model)
+            self._loss_fn = build.compile_parts(self._loss_fn, self._model, self._optimizer)
         self._lr_scheduler = build.build_lr_scheduler(settings, self._optimizer, self._data.num_steps)
         if saved is not None:
             self._restore(saved)

@@ -23,7 +23,8 @@ from owlore_tune.run.settings import TrainingSettings
 
 def train(files: list[str]) -> None:
     configs = [DictConfig(OmegaConf.load(file)) for file in files]
-    with process_group(torch.device(configs[0].device), configs[0].get("dist_timeout_s", 600)):
+    offloads = any(cfg.get("fsdp_cpu_offload") and cfg.device != "cpu" for cfg in configs)
+    with process_group(torch.device(configs[0].device), configs[0].get("dist_timeout_s", 600), cpu_offload=offloads):
         for cfg in configs:
             finetune(cfg)
 

@@ -18,14 +18,17 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_sealed import small_disk  # noqa: F401
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from owlore_tune.distributed.fsdp import shard_model
 from owlore_tune.distributed.world import current_world, shard_like
 from owlore_tune.errors import ConfigError
+from owlore_tune.optim.adamw import OwLoreAdamW
 from owlore_tune.optim.projection import OVERSAMPLING
 from owlore_tune.run.build import build_inputs, build_model, build_optimizer
 from owlore_tune.run.directory import RunDirectory
@@ -198,6 +201,18 @@ def test_on_cuda_one_rank_trains_as_the_recipe_for_one_device(offload, config):
     lines = (Path(rank["output_dir"]) / "steps.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses == pytest.approx([step["loss"] for step in steps], rel=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("offload", [False, True])
+def test_two_gpus_train_as_one_save_and_resume(offload, config):
+    config |= {"device": "cuda", "save_every_n_steps": 4}
+    finetune(config)
+    two = on_ranks(2, config, "two", fsdp_cpu_offload=offload)
+    again = on_ranks(2, config, "again", fsdp_cpu_offload=offload, resume_from_checkpoint=f"{two['output_dir']}/step_4")
+    train_together(2, two, again)
+    assert furthest(config, two) < 1e-4
+    assert furthest(two, again) < 1e-4
 
 
 @pytest.mark.slow
@@ -484,6 +499,47 @@ def test_rows_of_other_ranks_never_reach_the_device(fake_ranks):
     own = shard_like(value, like)
     assert own.shape == value.shape and torch.equal(own.to_local(), value[:3])
     assert own.to_local().data_ptr() == value.data_ptr()  # a view: nothing was copied
+
+
+class Collectives(TorchDispatchMode):
+    """The devices of the tensors that collectives get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: set[str] = set()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("c10d."):
+            self.names.add(func.overloadpacket.__name__)
+            self.devices |= {leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_gradients_are_projected_and_sent_on_the_device_that_computes(offload, fake_ranks, monkeypatch):
+    """Rows of a weight on a mesh of meta devices: NCCL would not take a tensor of another device.
+
+    With ``offload``, FSDP2 keeps weight and gradient in host memory. Their projection and its state are on the device.
+    """
+    mesh = DeviceMesh.from_group(dist.group.WORLD, "meta")
+    stored = torch.device("cpu" if offload else "meta")
+
+    def rows() -> DTensor:
+        part = torch.ones(32, 48, device=stored)
+        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=(64, 48), stride=(48, 1))
+
+    weight = torch.nn.Parameter(rows())
+    optimizer = OwLoreAdamW([weight], rank=8)
+    monkeypatch.setattr(optimizer, "_generator", lambda *args: None)  # there are none on the meta device
+    weight.grad = rows()
+    with Collectives() as seen:
+        optimizer.project_grads()
+        assert optimizer.clip_grad_norm_(1.0).device.type == "meta"
+    assert seen.devices == {"meta"}
+    assert seen.names == {"allreduce_", "broadcast_"}
+    assert optimizer.state[weight]["basis"].device.type == "meta"
+    assert optimizer.state_bytes() == 48 * 8 * 4
 
 
 def test_values_that_do_not_go_with_several_ranks_are_refused(config, fake_ranks):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+from owlore_tune.optim.adamw import OwLoreAdamW, _noise_for, _round_to, parameter_groups
 from owlore_tune.optim.projection import range_finder
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
@@ -400,3 +400,44 @@ def test_warm_start_needs_fewer_columns_than_it_has():
     start = torch.linalg.qr(torch.randn(10, 10)).Q
     basis, _ = range_finder(grad, 9, generator=torch.Generator(), start=start)
     torch.testing.assert_close(basis.T @ basis, torch.eye(9), atol=1e-5, rtol=0)
+
+
+def test_stochastic_rounding_goes_to_a_neighbor_and_is_exact_on_average():
+    torch.manual_seed(0)
+    lower, upper = torch.tensor([1.0, -1.0]), torch.tensor([1.0078125, -1.0078125])  # neighbors in bfloat16
+    values = (lower + 0.3 * (upper - lower)).repeat(50_001)  # no multiple of 4
+    weight = torch.zeros(len(values), dtype=torch.bfloat16)
+    _round_to(weight, values.clone(), _noise_for(weight, {"stochastic_rounding": True}))
+    for sign, low, high in zip((0, 1), lower, upper, strict=True):
+        rounded = weight[sign::2].float()
+        assert set(rounded.tolist()) == {low.item(), high.item()}
+        assert (rounded == high).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    exact = torch.tensor([0.0, 1.5, -3.0, torch.inf, -torch.inf] * 100)
+    weight = torch.zeros(len(exact), dtype=torch.bfloat16)
+    _round_to(weight, exact.clone(), _noise_for(weight, {"stochastic_rounding": True}))
+    assert torch.equal(weight.float(), exact)
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_weights_updated_together_are_updated_as_alone(state_bits, monkeypatch):
+    """Several weights per call of AdamW, with other step counts and shapes, in batches that do not hold all."""
+    monkeypatch.setattr("owlore_tune.optim.adamw._TOGETHER", {"cpu": 600})  # values: two or three weights
+    torch.manual_seed(0)
+    shapes = [(40, 24), (24, 40), (40, 24), (32, 64)]
+    start = [torch.randn(shape) for shape in shapes]
+    grads = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+
+    def train(together: bool) -> list[torch.Tensor]:
+        weights = [torch.nn.Parameter(value.clone()) for value in start]
+        optimizer = OwLoreAdamW(weights, rank=8, state_bits=state_bits, lr=1e-2)
+        for step, some in enumerate(grads):
+            for weight, grad in zip(weights, some, strict=True):
+                if step or weight is not weights[0]:  # the first one begins later
+                    weight.grad = grad.clone()
+            if not together:
+                optimizer._batches = lambda group: [[p] for p in group["params"] if p in optimizer._low_grads]
+            optimizer.step()
+            optimizer.zero_grad()
+        return [weight.detach() for weight in weights]
+
+    assert all(torch.equal(one, other) for one, other in zip(train(True), train(False), strict=True))

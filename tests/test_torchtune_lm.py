@@ -9,11 +9,14 @@ import torch
 from conftest import TEMPLATE
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torchtune import training
 from torchtune.models.llama2 import llama2
+from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import KVCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from owlore_evals.generation import _has_stopped
+from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
+from owlore_evals.generation import _Cache, _has_stopped
 from owlore_evals.harness import load_tasks
 from owlore_evals.shared_prefix import make_rows
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
@@ -238,6 +241,30 @@ def test_key_value_caches_that_do_not_fit_halve_the_batch(tiny, monkeypatch):
     assert ours.generate_until(requests, disable_tqdm=True) == expected
     assert attempts[:4] == [6, 6, 6, 3] and ours.batch_size == 1
     assert not ours._model.caches_are_setup()
+
+
+def test_batches_follow_the_free_memory_of_a_gpu():
+    with torch.device("meta"), training.set_default_dtype(torch.bfloat16):
+        model = llama3_2(vocab_size=100, num_layers=4, num_heads=8, num_kv_heads=2, embed_dim=512, max_seq_len=64)
+    a_cache = 4 * 2 * 2 * 64 * 1000 * 2  # layers, keys and values, heads, head_dim, tokens, bytes
+    assert sequences_at_once(model, 1000, free=2 * 10 * a_cache) == 10
+    assert sequences_at_once(model, 1000, free=1) == 1
+    assert sequences_at_once(model, 1000, free=None) == 8
+    one, two = (tokens_at_once(model, free) for free in (10**8, 2 * 10**8))
+    assert 2_048 < one < 65_536 and two == pytest.approx(2 * one, abs=1)
+    assert tokens_at_once(model, 10**12) == 65_536
+    assert tokens_at_once(model, None) == 2_048
+
+
+def test_a_cache_is_filled_without_reading_its_position():
+    """Reading a value of a meta tensor is an error; on a GPU, the host would wait for it."""
+    with torch.device("meta"):
+        theirs = KVCache(2, 8, 2, 4, torch.float32)
+        keys = torch.empty(2, 2, 3, 4)
+    with pytest.raises(RuntimeError):
+        theirs.update(keys, keys)
+    theirs.__class__ = _Cache
+    assert theirs.update(keys, keys)[0].shape == (2, 2, 8, 4)
 
 
 def test_generation_options():

@@ -15,7 +15,7 @@ class Sharding:
     """How FSDP2 shards a model."""
 
     world_size: int = 1
-    cpu_offload: bool = False  # parameters, gradients and optimizer state are in host memory
+    cpu_offload: bool = False  # parameters, gradients and full-rank optimizer state are in host memory
     reshard_after_forward: bool = True  # keep only shards of a layer between forward and backward
 
 

@@ -32,7 +32,7 @@ def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = Fa
     Args:
         device: the device of this process; it determines the backend.
         timeout_s: seconds to wait for other processes.
-        cpu_offload: also communicate tensors in host memory.
+        cpu_offload: also communicate tensors in host memory, and use all CPU cores; torchrun sets one per process.
 
     Raises:
         RunError: if another process died, or did not answer within ``timeout_s``.
@@ -42,6 +42,8 @@ def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = Fa
         return
     backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=cpu_offload)
     rank = os.environ["RANK"]
+    if cpu_offload:
+        training.set_torch_num_threads()
     try:
         join_process_group(backend, timedelta(seconds=timeout_s))
     except RuntimeError as error:

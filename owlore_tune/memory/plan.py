@@ -112,7 +112,9 @@ def plan_memory(
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     highest = len(layers) - (num_active or len(layers)) + 1
     trained = held.difference(*layers).union(layers[0], *layers[highest:])
-    states = [optimizer.meta_state(parameter) for parameter in (held if holds_all_state else trained)]
+    on_host = sharding is not None and sharding.cpu_offload
+    kept = [p for p in (held if holds_all_state else trained) if optimizer.is_projected(p) or not on_host]
+    states = [optimizer.meta_state(parameter) for parameter in kept]
 
     def reduce(parameter: Tensor, grad: Tensor) -> Tensor | None:
         if not projects_in_backward or not optimizer.is_projected(parameter):
@@ -319,7 +321,8 @@ def _adamw_plan(
     sharding: Sharding | None,
     trained: set[Tensor],
 ) -> MemoryPlan:
-    moments = 2 * sum(parameter.nbytes for parameter in trained)
+    on_host = sharding is not None and sharding.cpu_offload
+    moments = 0 if on_host else 2 * sum(parameter.nbytes for parameter in trained)
     step = step_bytes(model, loss_fn, shape, device, trained)
     return _plan(model, device, framework, sharding, trained, moments=moments, bases=0, **step)
 
@@ -341,7 +344,9 @@ def _sharded(
     divided = {"weights": num_bytes, "moments": parts["moments"], "gradients": parts["gradients"] - whole_gradients}
     own = {key: -(-value // sharding.world_size) for key, value in divided.items()} | {"bases": parts["bases"]}
     if sharding.cpu_offload:
-        own = dict.fromkeys(own, 0)
+        own["weights"] = 0
+        if not parts["bases"]:  # else gradients are low-rank, and stay on the device with their state
+            own["gradients"] = 0
     own["weights"] += buffers
     own["gradients"] += whole_gradients
     gathered_layers = 2 * max(layers) if sharding.reshard_after_forward else sum(layers)

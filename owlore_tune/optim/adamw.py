@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
-from torchao.optim.quant_utils import _fp32_to_bf16_sr
 
 from owlore_tune.clock import Clock
-from owlore_tune.distributed.world import World, local, rows_of
+from owlore_tune.distributed.world import World, compute_device, local, moved_to, rows_of
 from owlore_tune.models.decoder import model_parts
 from owlore_tune.optim import low_bits
 from owlore_tune.optim.offload import Offload
@@ -37,6 +36,9 @@ BASIS_BITS = (32, 16, 8)
 # GPU it is large enough to amortize a kernel launch.
 _PIECE = {"cpu": 2**20}
 _LARGE_PIECE = 2**22
+# Values of low-rank gradients that one call of AdamW takes together, and of a 16-bit weight that are moved at once.
+_TOGETHER = {"cpu": 2**22}
+_MANY_TOGETHER = 2**25
 _MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 
@@ -149,6 +151,7 @@ class OwLoreAdamW(Optimizer):
         self._sketches: dict[Tensor, Tensor] = {}  # of the accumulated gradient, for bases computed in this step
         self._refreshed: dict[Tensor, _NewBasis] = {}  # since the last step
         self._clocks: dict[torch.device, Clock] = {}
+        self._round_to = _round_to
         self._offload = Offload()
         self.last_refreshes: list[Refresh] = []  # from the last call of `step`
         defaults = dict(
@@ -208,7 +211,7 @@ class OwLoreAdamW(Optimizer):
         group = self.group_of(parameter)
         state = self.state[parameter]
         right = self.is_right(parameter)
-        grad, dtype = parameter.grad, _compute_dtype(parameter)
+        grad, dtype = moved_to(parameter.grad, compute_device(parameter)), _compute_dtype(parameter)
         parameter.grad = None
         is_due = state.get("basis_age", math.inf) >= group["update_gap"]
         if is_due:
@@ -316,7 +319,9 @@ class OwLoreAdamW(Optimizer):
             norm = world.sum_(norm.square()).sqrt()
         if math.isfinite(max_norm):
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, torch.where(norm.isfinite(), factor, 1.0))  # else they turn NaN
+            factor = torch.where(norm.isfinite(), factor, 1.0)  # else they turn NaN
+            for device in {grad.device for grad in grads}:
+                torch._foreach_mul_([grad for grad in grads if grad.device == device], factor.to(device))
         return norm
 
     @torch.no_grad()
@@ -328,37 +333,77 @@ class OwLoreAdamW(Optimizer):
         self.project_grads()
         self._settle()
         for group in self.param_groups:
+            for parameters in self._batches(group):
+                self._step_projected(parameters, group)
             for parameter in group["params"]:
-                if parameter in self._low_grads:
-                    self._step_projected(parameter, self._low_grads[parameter], group)
-                elif parameter.grad is not None:
+                if parameter.grad is not None:
                     self._step_full_rank(parameter, local(parameter.grad), group)
         self.last_refreshes = self._refreshes_of_step()
         self._forget_step()
         return loss
 
-    def _step_projected(self, parameter: Tensor, low_grad: Tensor, group: dict[str, Any]) -> None:
-        """Update ``parameter`` (m, n) from its low-rank gradient: (m, r) on the right, else (r, n)."""
-        right = self.is_right(parameter)
-        state = self._advance(parameter, low_grad, group, by_column=right)
-        state["basis_age"] += 1
-        moments = _restore_moments([state[key] for key in _MOMENT_KEYS], low_grad.dtype, by_column=right)
-        direction = torch.zeros_like(low_grad)
-        adamw_(direction, low_grad, moments, state["step"], group, lr=-1.0, weight_decay=0.0)
-        for key, moment in zip(_MOMENT_KEYS, moments, strict=True):
-            low_bits.update(state[key], moment, by_column=right)
-        basis = _basis(state, low_grad.dtype)
-        rows, columns = (direction, basis.T) if right else (basis, direction)
+    def compile(self, **kwargs: Any) -> None:
+        """Compile the elementwise part of the update of 16-bit weights; ``kwargs`` as of ``torch.compile``."""
+        self._round_to = torch.compile(_round_to, **kwargs)
+
+    def _batches(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
+        """The parameters with low-rank gradients, in batches that one call of AdamW takes: as many kernels as for one.
+
+        Those of a batch have been updated equally often.
+        """
+        by_step: dict[tuple[Any, ...], list[Tensor]] = {}
+        for parameter in group["params"]:
+            if (low_grad := self._low_grads.get(parameter)) is not None:
+                key = (low_grad.device, low_grad.dtype, self.state[parameter].get("step", 0))
+                by_step.setdefault(key, []).append(parameter)
+        for (device, *_), parameters in by_step.items():
+            batch: list[Tensor] = []
+            size = 0
+            for parameter in parameters:
+                more = self._low_grads[parameter].numel()
+                if batch and size + more > _TOGETHER.get(device.type, _MANY_TOGETHER):
+                    yield batch
+                    batch, size = [], 0
+                batch.append(parameter)
+                size += more
+            yield batch
+
+    def _step_projected(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update weights (m, n) from their low-rank gradients: (m, r) on the right, else (r, n)."""
+        low_grads = [self._low_grads[parameter] for parameter in parameters]
+        dtype, moments = low_grads[0].dtype, []
+        for parameter, low_grad in zip(parameters, low_grads, strict=True):
+            right = self.is_right(parameter)
+            state = self._advance(parameter, low_grad, group, by_column=right)
+            state["basis_age"] += 1
+            moments.append(_restore_moments([state[key] for key in _MOMENT_KEYS], dtype, by_column=right))
+        sizes = [low_grad.numel() for low_grad in low_grads]
+        flat = torch.zeros(sum(sizes), dtype=dtype, device=low_grads[0].device)
+        directions = [some.view_as(grad) for some, grad in zip(flat.split(sizes), low_grads, strict=True)]
+        step = self.state[parameters[0]]["step"]
+        adamw_(directions, low_grads, moments, step, group, lr=-1.0, weight_decay=0.0)
+        for parameter, some_moments, direction in zip(parameters, moments, directions, strict=True):
+            right, state = self.is_right(parameter), self.state[parameter]
+            for key, moment in zip(_MOMENT_KEYS, some_moments, strict=True):
+                low_bits.update(state[key], moment, by_column=right)
+            self._move(parameter, direction, _basis(state, dtype), group)
+
+    def _move(self, parameter: Tensor, direction: Tensor, basis: Tensor, group: dict[str, Any]) -> None:
+        """Update ``parameter`` along a low-rank ``direction``, which may be overwritten."""
+        right, own = self.is_right(parameter), local(parameter)
         decay = 1 - group["lr"] * group["weight_decay"]
         step = group["lr"] * group["scale"] * (side_factor(parameter.shape) if right else 1.0)
-        own = local(parameter)
-        if own.dtype == low_grad.dtype:
+        rows, columns = (direction, basis.T) if right else (basis, direction)
+        if own.dtype == direction.dtype and own.device == direction.device:
             own.addmm_(rows, columns, beta=decay, alpha=-step)
             return
-        pieces = math.ceil(own.numel() / _LARGE_PIECE) or 1
+        direction.mul_(-step)
+        pieces = math.ceil(own.numel() / _TOGETHER.get(own.device.type, _MANY_TOGETHER)) or 1
         for weight, some_rows in zip(own.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
-            moved = weight.to(low_grad.dtype).addmm_(some_rows, columns, beta=decay, alpha=-step)
-            _write_back(weight, moved, group)
+            on_device = weight.to(direction.device)  # the weight itself, unless FSDP2 keeps it in host memory
+            self._round_to(on_device, some_rows @ columns, _noise_for(on_device, group), decay)
+            if on_device is not weight:
+                weight.copy_(on_device)
 
     def _step_full_rank(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """AdamW on the whole weight, piece by piece."""
@@ -373,10 +418,12 @@ class OwLoreAdamW(Optimizer):
             some_grads = grads[start:stop].to(dtype)
             weight = weights[start:stop]
             moved = weight.to(dtype)  # the weight itself if the dtypes match
-            adamw_(moved, some_grads, moments, state["step"], group, lr=group["lr"], weight_decay=group["weight_decay"])
+            lr, weight_decay = group["lr"], group["weight_decay"]
+            adamw_([moved], [some_grads], [moments], state["step"], group, lr=lr, weight_decay=weight_decay)
             for kept, moment in zip(stored, moments, strict=True):
                 low_bits.update(kept, moment)
-            _write_back(weight, moved, group)
+            if moved is not weight:
+                _round_to(weight, moved, _noise_for(weight, group))
 
     def _advance(
         self, parameter: Tensor, grad: Tensor, group: dict[str, Any], by_column: bool = False
@@ -385,7 +432,7 @@ class OwLoreAdamW(Optimizer):
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = 0
-            state |= _zero_moments(parameter, grad.shape, group, by_column)
+            state |= _zero_moments(grad, grad.shape, group, by_column)
         state["step"] += 1
         return state
 
@@ -416,18 +463,22 @@ class OwLoreAdamW(Optimizer):
         for parameter in parameters:
             parameter.grad = None
             if parameter in self.state:
-                self._offload.to_device(self.state[parameter], parameter.device)
+                self._offload.to_device(self.state[parameter], self._state_device(parameter))
+
+    def _state_device(self, parameter: Tensor) -> torch.device:
+        """Low-rank state is where the gradient is projected, even if FSDP2 keeps the weight in host memory."""
+        return compute_device(parameter) if self.is_projected(parameter) else parameter.device
 
     def state_bytes(self, *keys: str) -> int:
         """Bytes of the state's tensors, or only of ``keys``: ``exp_avg``, ``exp_avg_sq``, ``basis``.
 
-        Offloaded state does not count.
+        State in host memory, apart from the device that computes, does not count.
         """
         return sum(
             low_bits.num_bytes(value)
             for parameter, state in self.state.items()
             for key, value in state.items()
-            if torch.is_tensor(value) and value.device == parameter.device and (not keys or key in keys)
+            if torch.is_tensor(value) and value.device == compute_device(parameter) and (not keys or key in keys)
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -440,7 +491,7 @@ class OwLoreAdamW(Optimizer):
         for parameter, slot in self._slots.items():
             if slot.index in state_dict["state"]:
                 # State of a frozen parameter can be offloaded. It stays on its device until the parameter trains again.
-                device = parameter.device if parameter.requires_grad else None
+                device = self._state_device(parameter) if parameter.requires_grad else None
                 self.state[parameter] = {
                     key: self._own(parameter, key, value, device) if torch.is_tensor(value) else value
                     for key, value in state_dict["state"][slot.index].items()
@@ -468,21 +519,24 @@ class OwLoreAdamW(Optimizer):
 
 
 def adamw_(
-    target: Tensor,
-    grad: Tensor,
-    moments: list[Tensor],  # mean and mean square of the gradients, updated in place
+    targets: list[Tensor],
+    grads: list[Tensor],
+    moments: list[list[Tensor]],  # of each target: mean and mean square of its gradients, updated in place
     step: int,  # from 1
     group: dict[str, Any],
     *,
     lr: float,
     weight_decay: float,
 ) -> None:
-    """One step of torch's fused AdamW on ``target``, in place. All tensors share one shape, dtype and device."""
-    exp_avg, exp_avg_sq = moments
+    """One step of torch's fused AdamW on ``targets``, in place. All tensors have one dtype and device.
+
+    The tensors of a target share its shape.
+    """
+    exp_avgs, exp_avg_sqs = (list(each) for each in zip(*moments, strict=True))
     beta1, beta2 = group["betas"]
-    steps_before = torch.full((), step - 1.0, dtype=torch.float32, device=target.device)  # no device sync
+    counts = torch.full((len(targets),), step - 1.0, dtype=torch.float32, device=targets[0].device)  # no device sync
     adamw(
-        [target], [grad], [exp_avg], [exp_avg_sq], [], [steps_before], fused=True, amsgrad=False, maximize=False,
+        targets, grads, exp_avgs, exp_avg_sqs, [], list(counts.unbind()), fused=True, amsgrad=False, maximize=False,
         beta1=beta1, beta2=beta2, eps=group["eps"], lr=lr, weight_decay=weight_decay,
     )  # fmt: skip
 
@@ -525,11 +579,29 @@ def _basis(state: dict[str, Any], dtype: torch.dtype) -> Tensor:
     return low_bits.restore(state["basis"], dtype, by_column=True)
 
 
-def _write_back(weight: Tensor, moved: Tensor, group: dict[str, Any]) -> None:
-    """Copy ``moved``, in the compute dtype, to ``weight``. Both can be the same tensor."""
-    if moved is not weight:
-        stochastic = group["stochastic_rounding"] and weight.dtype == torch.bfloat16
-        weight.copy_(_fp32_to_bf16_sr(moved) if stochastic else moved)
+def _round_to(weight: Tensor, change: Tensor, noise: Tensor | None, decay: float = 0.0) -> None:
+    """``weight`` ← decay · weight + change, computed in the dtype of ``change``, which may be overwritten.
+
+    Args:
+        noise: int16, uniform; rounds up with a probability of the distance to the lower bfloat16 value, in units of the
+            distance between the two. None rounds to the nearest value.
+    """
+    moved = change.add_(weight, alpha=decay) if decay else change
+    if noise is None:
+        weight.copy_(moved)
+        return
+    # The upper 16 bits of a float32 are a bfloat16. Noise of 0 to 65535 in the lower ones carries into them.
+    bits = moved.view(torch.int32).add_(noise).add_(2**15).bitwise_and_(-(2**16))
+    weight.copy_(bits.view(torch.float32))
+
+
+def _noise_for(weight: Tensor, group: dict[str, Any]) -> Tensor | None:
+    """Noise for stochastic rounding: four values from one random number, whose generator is sequential on a CPU."""
+    if not group["stochastic_rounding"] or weight.dtype != torch.bfloat16:
+        return None
+    words = torch.empty(-(-weight.numel() // 4), dtype=torch.int64, device=weight.device)
+    words.random_(torch.iinfo(torch.int64).min, None)
+    return words.view(torch.int16)[: weight.numel()].view(weight.shape)
 
 
 def _compute_dtype(parameter: Tensor) -> torch.dtype:

@@ -41,7 +41,7 @@ def project(
     if grad.is_cuda and grad.dtype != basis.dtype:
         factors = (grad, basis.to(grad.dtype)) if right else (basis.T.to(grad.dtype), grad)
         return torch.mm(*factors, out_dtype=basis.dtype)
-    return times(grad, basis) if right else times(grad.T, basis).T
+    return times(grad, basis) if right else times(grad.T, basis).T.contiguous()  # fused AdamW needs one memory order
 
 
 def times(grad: Tensor, columns: Tensor) -> Tensor:  # (m, n) · (n, k) → (m, k)

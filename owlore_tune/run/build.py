@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple
@@ -197,8 +198,8 @@ def build_optimizer(settings: TrainingSettings, model: TransformerDecoder) -> Ow
     return build_ours("optimizer", settings.cfg.optimizer, OwLoreAdamW, groups)
 
 
-def compile_parts(loss_fn: Any, model: TransformerDecoder) -> Any:
-    """Compile ``model`` in place, layer by layer; returns the loss, compiled if possible.
+def compile_parts(loss_fn: Any, model: TransformerDecoder, optimizer: OwLoreAdamW) -> Any:
+    """Compile ``model``, layer by layer, and ``optimizer`` in place; returns the loss, compiled if possible.
 
     All layers share their graphs. There is one for each kind of layer and pass: trained or frozen, with or without a
     gradient to its input, and without any gradients in validation. A draw compiles nothing once each kind exists.
@@ -208,6 +209,7 @@ def compile_parts(loss_fn: Any, model: TransformerDecoder) -> Any:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     training.compile_model(model)
+    optimizer.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))  # as torchtune's parts
     # A loss that takes the model's head computes gradients inside forward.
     return loss_fn if hasattr(loss_fn, "set_model_output") else training.compile_loss(loss_fn)
 

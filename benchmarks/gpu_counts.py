@@ -1,0 +1,120 @@
+"""What a step of LLaMA-2-7B asks of a GPU, counted without one: kernel launches and waits of the host.
+
+    python benchmarks/gpu_counts.py [--output benchmarks/gpu_counts.md]
+
+The step runs on meta tensors, which have shapes and no values. Each operation that is not a view or an allocation
+counts as one kernel. Each value that the host reads counts as a wait.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from report import parser, publish
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchtune import training
+from torchtune.models.llama2 import llama2_7b
+
+import owlore_tune.optim.adamw as adamw
+from owlore_tune.layers.active import ActiveLayers
+from owlore_tune.layers.sampler import LayerSampler
+from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
+from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+
+META = torch.device("meta")
+ROWS = {
+    "OwLore, γ=5, rank 128": (5, {}),
+    "OwLore, γ=5, rank 128, 8-bit moments, 16-bit bases": (5, {"state_bits": 8, "basis_bits": 16}),
+    "LISA, γ=2": (2, {"rank": None}),
+    "LISA, γ=2, 8-bit moments": (2, {"rank": None, "state_bits": 8}),
+}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"}
+
+
+class Counts(TorchDispatchMode):
+    """Counts kernels and waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name == "_local_scalar_dense" and args[0].device == META:
+            self.waits += 1
+            return 1.0
+        if name == "_to_copy" and args[0].device == META and torch.device(kwargs.get("device", META)).type == "cpu":
+            self.waits += 1
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        if not func.is_view and name not in ALLOCATIONS:
+            self.kernels += 1
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def one_kernel_for_the_elementwise_update() -> Iterator[None]:
+    """Count the compiled update as the one kernel that it compiles to (tests/test_compile.py)."""
+
+    def fused(weight: Tensor, change: Tensor, noise: Tensor | None, decay: float = 0.0) -> None:
+        weight.copy_(change)
+
+    plain, adamw._round_to = adamw._round_to, fused
+    yield
+    adamw._round_to = plain
+
+
+def count(num_active: int, options: dict[str, Any], *, refreshes: bool) -> dict[str, tuple[int, int]]:
+    """Kernels and waits by part of the second step after a draw."""
+    with META, training.set_default_dtype(torch.bfloat16):
+        model = llama2_7b()
+    loss_fn = LinearCrossEntropyLoss()
+    loss_fn.set_model_output(model)
+    optimizer = OwLoreAdamW(parameter_groups(model), update_gap=1 if refreshes else 100, **options)
+    optimizer._generator = lambda *args: None  # type: ignore[method-assign]  # there are none on the meta device
+    ActiveLayers(model, optimizer, LayerSampler([1.0] * 32, num_active=num_active), resample_every=10).maybe_redraw(0)
+    for _ in range(2):
+        parts = {}
+        with Counts() as micro_batch:
+            tokens = torch.randint(32_000, (1, 512))
+            labels = shift_labels(tokens, loss_fn.ignore_index)
+            mean_loss(model, loss_fn, {"tokens": tokens}, labels, META).backward()
+        parts["micro-batch"] = micro_batch
+        with Counts() as step:
+            optimizer.clip_grad_norm_(1.0).tolist()  # the recipe reads loss and norm together
+            optimizer.step()
+            optimizer.zero_grad()
+        parts["optimizer step"] = step
+    return {name: (counts.kernels, counts.waits) for name, counts in parts.items()}
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    lines = [
+        "# Kernels and waits on a GPU, counted without one",
+        "",
+        "LLaMA-2-7B, bfloat16, 1 × 512 tokens, stochastic rounding. A micro-batch is its forward and backward with "
+        "projections. An optimizer step includes the norm of the gradients, and reading it with the loss. Command: "
+        "`python benchmarks/gpu_counts.py`.",
+        "",
+        "| run | kernels of a step | with compile=true | with a refresh | waits of a micro-batch | of a step "
+        "| of a step with a refresh |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, (num_active, options) in ROWS.items():
+        plain, refreshed = (count(num_active, options, refreshes=wanted) for wanted in (False, True))
+        with one_kernel_for_the_elementwise_update():
+            compiled = count(num_active, options, refreshes=False)
+        lines.append(
+            f"| {name} | {plain['optimizer step'][0]} | {compiled['optimizer step'][0]} "
+            f"| {refreshed['optimizer step'][0]} | {refreshed['micro-batch'][1]} | {plain['optimizer step'][1]} "
+            f"| {refreshed['optimizer step'][1]} |"
+        )
+        print(lines[-1], flush=True)
+    publish(lines, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""How much an evaluation computes at once: what fits in a GPU's free memory, or fixed sizes that are fast on a CPU."""
+
+from typing import Any
+
+import torch
+from torchtune.modules import TransformerDecoder
+
+from owlore_tune.models.decoder import find_layers
+
+_SHARE = 0.5  # of the free memory; the rest is for logits, masks and fragmentation
+_CPU_TOKENS, _CPU_SEQUENCES = 2_048, 8
+_MOST_TOKENS = 65_536
+_MOST_SEQUENCES = 256
+
+
+def tokens_at_once(model: TransformerDecoder, free: int | None) -> int:
+    """Positions of a forward pass without gradients.
+
+    Args:
+        free: bytes of free memory on the device, see `free_bytes`; None for a CPU.
+    """
+    if free is None:
+        return _CPU_TOKENS
+    layer = next(iter(find_layers(model)))
+    width = model.tok_embeddings.weight.shape[1]
+    widest = max(parameter.numel() // width for parameter in layer.parameters() if parameter.ndim == 2)
+    each = (8 * width + 4 * widest) * model.tok_embeddings.weight.element_size()
+    return min(max(int(_SHARE * free) // each, _CPU_TOKENS), _MOST_TOKENS)
+
+
+def sequences_at_once(model: TransformerDecoder, length: int, free: int | None) -> int:
+    """Sequences of ``length`` tokens, with the new ones, that are generated together: what their caches leave room for.
+
+    Args:
+        free: as for `tokens_at_once`.
+    """
+    if free is None:
+        return _CPU_SEQUENCES
+    attention: list[Any] = [layer.attn for layer in find_layers(model)]
+    numbers = sum(2 * attn.num_kv_heads * attn.head_dim for attn in attention)
+    each = numbers * length * model.tok_embeddings.weight.element_size()
+    return min(max(int(_SHARE * free) // each, 1), _MOST_SEQUENCES)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a GPU, with what torch has reserved and not allocated; None for other devices."""
+    if device.type != "cuda":
+        return None
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
