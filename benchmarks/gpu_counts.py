@@ -1,9 +1,10 @@
-"""What a step of LLaMA-2-7B asks of a GPU, counted without one: kernel launches and waits of the host.
+"""What training asks of a GPU, counted without one: kernel launches, waits of the host, and compiled graphs.
 
     python benchmarks/gpu_counts.py [--output benchmarks/gpu_counts.md]
 
-The step runs on meta tensors, which have shapes and no values. Each operation that is not a view or an allocation
-counts as one kernel. Each value that the host reads counts as a wait.
+A step of LLaMA-2-7B runs on meta tensors, which have shapes and no values. Each operation that is not a view or an
+allocation counts as one kernel. Each value that the host reads counts as a wait. Graphs are those of a small model on a
+CPU, in 24 draws with validation after each.
 """
 
 from collections.abc import Iterator
@@ -13,15 +14,17 @@ from typing import Any
 import torch
 from report import parser, publish
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune import training
-from torchtune.models.llama2 import llama2_7b
+from torchtune.models.llama2 import llama2, llama2_7b
 
 import owlore_tune.optim.adamw as adamw
 from owlore_tune.layers.active import ActiveLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+from owlore_tune.run.build import RECOMPILE_LIMIT
 
 META = torch.device("meta")
 ROWS = {
@@ -39,6 +42,7 @@ class Counts(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.kernels = self.waits = 0
+        self._has_norms = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,7 +53,10 @@ class Counts(TorchDispatchMode):
         if name == "_to_copy" and args[0].device == META and torch.device(kwargs.get("device", META)).type == "cpu":
             self.waits += 1
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
-        if not func.is_view and name not in ALLOCATIONS:
+        if name == "linalg_vector_norm":  # on a GPU, torch computes those of all gradients together
+            self.kernels += not self._has_norms
+            self._has_norms = True
+        elif not func.is_view and name not in ALLOCATIONS:
             self.kernels += 1
         return func(*args, **kwargs)
 
@@ -90,10 +97,35 @@ def count(num_active: int, options: dict[str, Any], *, refreshes: bool) -> dict[
     return {name: (counts.kernels, counts.waits) for name, counts in parts.items()}
 
 
+def count_graphs(lengths: tuple[int, ...]) -> int:
+    """Graphs that torch compiles for the layers of a small model."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    model = llama2(64, 4, 4, 2, 32, max_seq_len=64, intermediate_dim=48)
+    optimizer = OwLoreAdamW(parameter_groups(model), rank=8)
+    active = ActiveLayers(model, optimizer, LayerSampler([1.0] * 4, num_active=2), resample_every=1)
+    for layer in model.layers:
+        layer.compile(backend=counting)
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    for step in range(24):
+        active.maybe_redraw(step)
+        tokens = torch.randint(64, (2, lengths[step % len(lengths)]))
+        model(tokens).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            model(tokens)
+    return len(graphs)
+
+
 def main() -> None:
     args = parser(__doc__).parse_args()
     lines = [
-        "# Kernels and waits on a GPU, counted without one",
+        "# Kernels, waits and graphs on a GPU, counted without one",
         "",
         "LLaMA-2-7B, bfloat16, 1 × 512 tokens, stochastic rounding. A micro-batch is its forward and backward with "
         "projections. An optimizer step includes the norm of the gradients, and reading it with the loss. Command: "
@@ -113,6 +145,12 @@ def main() -> None:
             f"| {refreshed['optimizer step'][1]} |"
         )
         print(lines[-1], flush=True)
+    fixed, varying = count_graphs((16,)), count_graphs((16, 24, 9))
+    lines += [
+        "",
+        f"Compiled graphs of the layers: {fixed} for rows of one length, {varying} for rows of varying length; torch "
+        f"compiles at most {RECOMPILE_LIMIT}.",
+    ]
     publish(lines, args.output)
 
 

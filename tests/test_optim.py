@@ -421,9 +421,10 @@ def test_stochastic_rounding_goes_to_a_neighbor_and_is_exact_on_average():
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_weights_updated_together_are_updated_as_alone(state_bits, monkeypatch):
     """Several weights per call of AdamW, with other step counts and shapes, in batches that do not hold all."""
-    monkeypatch.setattr("owlore_tune.optim.adamw._TOGETHER", {"cpu": 600})  # values: two or three weights
+    for limits in ("_TOGETHER", "_PIECE"):
+        monkeypatch.setattr(f"owlore_tune.optim.adamw.{limits}", {"cpu": 768})  # values: two or three weights
     torch.manual_seed(0)
-    shapes = [(40, 24), (24, 40), (40, 24), (32, 64)]
+    shapes = [(40, 24), (24, 40), (32,), (40, 24), (512,), (256,), (32, 64)]
     start = [torch.randn(shape) for shape in shapes]
     grads = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
 
@@ -435,7 +436,7 @@ def test_weights_updated_together_are_updated_as_alone(state_bits, monkeypatch):
                 if step or weight is not weights[0]:  # the first one begins later
                     weight.grad = grad.clone()
             if not together:
-                optimizer._batches = lambda group: [[p] for p in group["params"] if p in optimizer._low_grads]
+                optimizer._alike = lambda parameters, grads: [[parameter] for parameter in parameters]
             optimizer.step()
             optimizer.zero_grad()
         return [weight.detach() for weight in weights]

@@ -3,9 +3,9 @@
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,17 @@ from owlore_tune.optim.projection import (
     svd_basis,
 )
 
+T = TypeVar("T")
+
 MOMENTS = ("keep", "project", "reset")
 INACTIVE_STATES = ("drop", "offload", "keep")
 STATE_BITS = (32, 8)
 BASIS_BITS = (32, 16, 8)
 # Values of a weight that are updated at once. This bounds float32 temporaries. A piece fits in the cache of a CPU; on a
 # GPU it is large enough to amortize a kernel launch.
-_PIECE = {"cpu": 2**20}
-_LARGE_PIECE = 2**22
+_PIECE = {"cpu": 2**20, "other": 2**24}
 # Values of low-rank gradients that one call of AdamW takes together, and of a 16-bit weight that are moved at once.
-_TOGETHER = {"cpu": 2**22}
-_MANY_TOGETHER = 2**25
+_TOGETHER = {"cpu": 2**22, "other": 2**25}
 _MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 
@@ -333,11 +333,14 @@ class OwLoreAdamW(Optimizer):
         self.project_grads()
         self._settle()
         for group in self.param_groups:
-            for parameters in self._batches(group):
-                self._step_projected(parameters, group)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_full_rank(parameter, local(parameter.grad), group)
+            projected = [parameter for parameter in group["params"] if parameter in self._low_grads]
+            for alike in self._alike(projected, self._low_grads):
+                sizes = [self._low_grads[parameter].numel() for parameter in alike]
+                for together in _batches(alike, sizes, _limit(_TOGETHER, self._low_grads[alike[0]].device)):
+                    self._step_projected(together, group)
+            grads = {p: local(p.grad) for p in group["params"] if p.grad is not None}
+            for alike in self._alike(grads, grads):
+                self._step_full_rank(alike, grads, group)
         self.last_refreshes = self._refreshes_of_step()
         self._forget_step()
         return loss
@@ -346,84 +349,90 @@ class OwLoreAdamW(Optimizer):
         """Compile the elementwise part of the update of 16-bit weights; ``kwargs`` as of ``torch.compile``."""
         self._round_to = torch.compile(_round_to, **kwargs)
 
-    def _batches(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
-        """The parameters with low-rank gradients, in batches that one call of AdamW takes: as many kernels as for one.
-
-        Those of a batch have been updated equally often.
-        """
-        by_step: dict[tuple[Any, ...], list[Tensor]] = {}
-        for parameter in group["params"]:
-            if (low_grad := self._low_grads.get(parameter)) is not None:
-                key = (low_grad.device, low_grad.dtype, self.state[parameter].get("step", 0))
-                by_step.setdefault(key, []).append(parameter)
-        for (device, *_), parameters in by_step.items():
-            batch: list[Tensor] = []
-            size = 0
-            for parameter in parameters:
-                more = self._low_grads[parameter].numel()
-                if batch and size + more > _TOGETHER.get(device.type, _MANY_TOGETHER):
-                    yield batch
-                    batch, size = [], 0
-                batch.append(parameter)
-                size += more
-            yield batch
+    def _alike(self, parameters: Iterable[Tensor], grads: dict[Tensor, Tensor]) -> Iterable[list[Tensor]]:
+        """Sort parameters into those that one call of AdamW can take: same device, dtypes and number of steps."""
+        found: dict[tuple[Any, ...], list[Tensor]] = {}
+        for parameter in parameters:
+            grad = grads[parameter]
+            key = (grad.device, grad.dtype, parameter.dtype, self.state[parameter].get("step", 0))
+            found.setdefault(key, []).append(parameter)
+        return found.values()
 
     def _step_projected(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Update weights (m, n) from their low-rank gradients: (m, r) on the right, else (r, n)."""
         low_grads = [self._low_grads[parameter] for parameter in parameters]
-        dtype, moments = low_grads[0].dtype, []
+        dtype, moments, lengths = low_grads[0].dtype, [], []
         for parameter, low_grad in zip(parameters, low_grads, strict=True):
             right = self.is_right(parameter)
             state = self._advance(parameter, low_grad, group, by_column=right)
             state["basis_age"] += 1
             moments.append(_restore_moments([state[key] for key in _MOMENT_KEYS], dtype, by_column=right))
+            lengths.append(-group["lr"] * group["scale"] * (side_factor(parameter.shape) if right else 1.0))
         sizes = [low_grad.numel() for low_grad in low_grads]
         flat = torch.zeros(sum(sizes), dtype=dtype, device=low_grads[0].device)
         directions = [some.view_as(grad) for some, grad in zip(flat.split(sizes), low_grads, strict=True)]
         step = self.state[parameters[0]]["step"]
         adamw_(directions, low_grads, moments, step, group, lr=-1.0, weight_decay=0.0)
+        torch._foreach_mul_(directions, lengths)
         for parameter, some_moments, direction in zip(parameters, moments, directions, strict=True):
             right, state = self.is_right(parameter), self.state[parameter]
             for key, moment in zip(_MOMENT_KEYS, some_moments, strict=True):
                 low_bits.update(state[key], moment, by_column=right)
-            self._move(parameter, direction, _basis(state, dtype), group)
+            basis = _basis(state, dtype)
+            self._move(local(parameter), (direction, basis.T) if right else (basis, direction), group)
 
-    def _move(self, parameter: Tensor, direction: Tensor, basis: Tensor, group: dict[str, Any]) -> None:
-        """Update ``parameter`` along a low-rank ``direction``, which may be overwritten."""
-        right, own = self.is_right(parameter), local(parameter)
+    def _move(self, own: Tensor, factors: tuple[Tensor, Tensor], group: dict[str, Any]) -> None:
+        """Decay a weight (m, n) and add the product of ``factors``, (m, r) and (r, n)."""
+        rows, columns = factors
         decay = 1 - group["lr"] * group["weight_decay"]
-        step = group["lr"] * group["scale"] * (side_factor(parameter.shape) if right else 1.0)
-        rows, columns = (direction, basis.T) if right else (basis, direction)
-        if own.dtype == direction.dtype and own.device == direction.device:
-            own.addmm_(rows, columns, beta=decay, alpha=-step)
+        if own.dtype == rows.dtype and own.device == rows.device:
+            own.addmm_(rows, columns, beta=decay)
             return
-        direction.mul_(-step)
-        pieces = math.ceil(own.numel() / _TOGETHER.get(own.device.type, _MANY_TOGETHER)) or 1
+        pieces = math.ceil(own.numel() / _limit(_TOGETHER, own.device)) or 1
         for weight, some_rows in zip(own.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
-            on_device = weight.to(direction.device)  # the weight itself, unless FSDP2 keeps it in host memory
+            on_device = weight.to(rows.device)  # the weight itself, unless FSDP2 keeps it in host memory
             self._round_to(on_device, some_rows @ columns, _noise_for(on_device, group), decay)
             if on_device is not weight:
                 weight.copy_(on_device)
 
-    def _step_full_rank(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """AdamW on the whole weight, piece by piece."""
-        state = self._advance(parameter, grad, group)
-        dtype = _compute_dtype(parameter)
-        weights, grads = local(parameter).view(-1), grad.reshape(-1)
-        size = _PIECE.get(parameter.device.type, _LARGE_PIECE)
-        for start in range(0, len(weights), size):
-            stop = min(start + size, len(weights))
-            stored = [low_bits.piece(state[key], start, stop) for key in _MOMENT_KEYS]
-            moments = _restore_moments(stored, dtype)
-            some_grads = grads[start:stop].to(dtype)
-            weight = weights[start:stop]
-            moved = weight.to(dtype)  # the weight itself if the dtypes match
-            lr, weight_decay = group["lr"], group["weight_decay"]
-            adamw_([moved], [some_grads], [moments], state["step"], group, lr=lr, weight_decay=weight_decay)
-            for kept, moment in zip(stored, moments, strict=True):
-                low_bits.update(kept, moment)
-            if moved is not weight:
-                _round_to(weight, moved, _noise_for(weight, group))
+    def _step_full_rank(self, parameters: list[Tensor], grads: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
+        """AdamW on whole weights, in pieces of bounded size. Small weights share one."""
+        size = _limit(_PIECE, parameters[0].device)
+        pieces = []  # of weight, gradient and moments, (values,) each
+        for parameter in parameters:
+            state = self._advance(parameter, grads[parameter], group)
+            weight, grad = local(parameter).view(-1), grads[parameter].reshape(-1)
+            for start in range(0, len(weight), size):
+                stop = min(start + size, len(weight))
+                stored = [low_bits.piece(state[key], start, stop) for key in _MOMENT_KEYS]
+                pieces.append((weight[start:stop], grad[start:stop], stored))
+        step = self.state[parameters[0]]["step"]
+        for together in _batches(pieces, [len(weight) for weight, *_ in pieces], size):
+            weights, some_grads, moments = (list(each) for each in zip(*together, strict=True))
+            self._step_pieces(weights, some_grads, moments, step, group)
+
+    def _step_pieces(
+        self,
+        weights: list[Tensor],  # (values,) each
+        grads: list[Tensor],
+        stored: list[list[Tensor]],  # moments
+        step: int,
+        group: dict[str, Any],
+    ) -> None:
+        dtype, sizes = _compute_dtype(weights[0]), [len(weight) for weight in weights]
+        moments = [_restore_moments(some, dtype) for some in stored]
+        flat = None if weights[0].dtype == dtype else _joined(weights, dtype)
+        targets = weights if flat is None else list(flat.split(sizes))
+        if grads[0].dtype != dtype:
+            grads = list(_joined(grads, dtype).split(sizes))
+        adamw_(targets, grads, moments, step, group, lr=group["lr"], weight_decay=group["weight_decay"])
+        for kept, some in zip(stored, moments, strict=True):
+            for one, moment in zip(kept, some, strict=True):
+                low_bits.update(one, moment)
+        if flat is not None:
+            rounded = torch.empty_like(flat, dtype=weights[0].dtype)
+            self._round_to(rounded, flat, _noise_for(rounded, group))
+            torch._foreach_copy_(weights, list(rounded.split(sizes)))
 
     def _advance(
         self, parameter: Tensor, grad: Tensor, group: dict[str, Any], by_column: bool = False
@@ -516,6 +525,28 @@ class OwLoreAdamW(Optimizer):
         made = _zero_moments(own if device is not None else own.to("cpu"), shape, group, by_column)[key]
         low_bits.update(made, rows.to(made.device), by_column=by_column)
         return made
+
+
+def _joined(pieces: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(dtype)
+
+
+def _limit(limits: dict[str, int], device: torch.device) -> int:
+    return limits["cpu" if device.type == "cpu" else "other"]
+
+
+def _batches(items: list[T], sizes: list[int], limit: int) -> Iterator[list[T]]:
+    """Split ``items`` into lists whose sizes sum to at most ``limit``, or of one item."""
+    batch: list[T] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if batch and total + size > limit:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size
+    if batch:
+        yield batch
 
 
 def adamw_(
