@@ -179,7 +179,7 @@ def main() -> None:
         f"# {args.runs} runs of a {args.model} model under SIG{args.signal}",
         "",
         f"Frozen layers: {args.frozen}. Seed {args.seed}, up to 4 kills per run; {machine()}. Command: "
-        "`python benchmarks/faults.py`.",
+        f"`python {' '.join(sys.argv[: sys.argv.index('--output')] if '--output' in sys.argv else sys.argv)}`.",
         "",
         "| | |",
         "|---|---|",

@@ -68,9 +68,9 @@ def one_kernel_for_the_elementwise_update() -> Iterator[None]:
     def fused(weight: Tensor, change: Tensor, noise: Tensor | None, decay: float = 0.0) -> None:
         weight.copy_(change)
 
-    plain, adamw._round_to = adamw._round_to, fused
+    plain, adamw.round_to = adamw.round_to, fused
     yield
-    adamw._round_to = plain
+    adamw.round_to = plain
 
 
 def count(num_active: int, options: dict[str, Any], *, refreshes: bool) -> dict[str, tuple[int, int]]:

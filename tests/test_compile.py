@@ -9,7 +9,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.backends.registry import register_backend
 from torch._inductor import metrics
 
-from owlore_tune.optim.adamw import _noise_for, _round_to
+from owlore_tune.optim.rounding import noise_for, round_to
 from owlore_tune.run.build import RECOMPILE_LIMIT
 from owlore_tune.run.limit import plan_run
 from owlore_tune.run.settings import TrainingSettings
@@ -44,12 +44,12 @@ def test_30_draws_with_rows_of_any_length_compile_each_kind_of_layer_once(checkp
 
 def test_the_update_of_a_16_bit_weight_compiles_to_one_kernel():
     weight, change = torch.randn(64, 64).bfloat16(), torch.randn(64, 64)
-    noise = _noise_for(weight, {"stochastic_rounding": True})
+    noise = noise_for(weight, True)
     expected = weight.clone()
-    _round_to(expected, change.clone(), noise, 0.5)
+    round_to(expected, change.clone(), noise, 0.5)
     torch._dynamo.reset()
     metrics.reset()
-    torch.compile(_round_to)(weight, change.clone(), noise, 0.5)
+    torch.compile(round_to)(weight, change.clone(), noise, 0.5)
     assert metrics.generated_kernel_count == 1
     assert torch.equal(weight, expected)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from owlore_tune.optim.adamw import OwLoreAdamW, _noise_for, _round_to, parameter_groups
+from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
 from owlore_tune.optim.projection import range_finder
+from owlore_tune.optim.rounding import noise_for, round_to
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
 
@@ -407,14 +408,14 @@ def test_stochastic_rounding_goes_to_a_neighbor_and_is_exact_on_average():
     lower, upper = torch.tensor([1.0, -1.0]), torch.tensor([1.0078125, -1.0078125])  # neighbors in bfloat16
     values = (lower + 0.3 * (upper - lower)).repeat(50_001)  # no multiple of 4
     weight = torch.zeros(len(values), dtype=torch.bfloat16)
-    _round_to(weight, values.clone(), _noise_for(weight, {"stochastic_rounding": True}))
+    round_to(weight, values.clone(), noise_for(weight, True))
     for sign, low, high in zip((0, 1), lower, upper, strict=True):
         rounded = weight[sign::2].float()
         assert set(rounded.tolist()) == {low.item(), high.item()}
         assert (rounded == high).float().mean().item() == pytest.approx(0.3, abs=0.01)
     exact = torch.tensor([0.0, 1.5, -3.0, torch.inf, -torch.inf] * 100)
     weight = torch.zeros(len(exact), dtype=torch.bfloat16)
-    _round_to(weight, exact.clone(), _noise_for(weight, {"stochastic_rounding": True}))
+    round_to(weight, exact.clone(), noise_for(weight, True))
     assert torch.equal(weight.float(), exact)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -17,9 +16,8 @@ from owlore_tune.distributed.world import World, compute_device, local, moved_to
 from owlore_tune.models.decoder import model_parts
 from owlore_tune.optim import low_bits
 from owlore_tune.optim.offload import Offload
+from owlore_tune.optim.options import check_group, is_projected
 from owlore_tune.optim.projection import (
-    BASES,
-    SIDES,
     is_right,
     project,
     range_finder,
@@ -27,13 +25,11 @@ from owlore_tune.optim.projection import (
     sketch_rows,
     svd_basis,
 )
+from owlore_tune.optim.rounding import noise_for, round_to
 
 T = TypeVar("T")
 
-MOMENTS = ("keep", "project", "reset")
 INACTIVE_STATES = ("drop", "offload", "keep")
-STATE_BITS = (32, 8)
-BASIS_BITS = (32, 16, 8)
 # Values of a weight that are updated at once. This bounds float32 temporaries. A piece fits in the cache of a CPU; on a
 # GPU it is large enough to amortize a kernel launch.
 _PIECE = {"cpu": 2**20, "other": 2**24}
@@ -151,7 +147,7 @@ class OwLoreAdamW(Optimizer):
         self._sketches: dict[Tensor, Tensor] = {}  # of the accumulated gradient, for bases computed in this step
         self._refreshed: dict[Tensor, _NewBasis] = {}  # since the last step
         self._clocks: dict[torch.device, Clock] = {}
-        self._round_to = _round_to
+        self._round_to = round_to
         self._offload = Offload()
         self.last_refreshes: list[Refresh] = []  # from the last call of `step`
         defaults = dict(
@@ -164,11 +160,11 @@ class OwLoreAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_group(group)
+        check_group(group)
         for parameter in group["params"]:
             if not parameter.is_contiguous():
                 raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not contiguous")
-            projected = _is_projected(parameter, group["rank"])
+            projected = is_projected(parameter, group["rank"])
             right = projected and is_right(parameter.shape, group["side"])
             slot = _Slot(len(self._slots), parameter.shape, len(self.param_groups) - 1, projected, right)
             self._slots[parameter] = slot
@@ -347,7 +343,7 @@ class OwLoreAdamW(Optimizer):
 
     def compile(self, **kwargs: Any) -> None:
         """Compile the elementwise part of the update of 16-bit weights; ``kwargs`` as of ``torch.compile``."""
-        self._round_to = torch.compile(_round_to, **kwargs)
+        self._round_to = torch.compile(round_to, **kwargs)
 
     def _alike(self, parameters: Iterable[Tensor], grads: dict[Tensor, Tensor]) -> Iterable[list[Tensor]]:
         """Sort parameters into those that one call of AdamW can take: same device, dtypes and number of steps."""
@@ -391,7 +387,8 @@ class OwLoreAdamW(Optimizer):
         pieces = math.ceil(own.numel() / _limit(_TOGETHER, own.device)) or 1
         for weight, some_rows in zip(own.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
             on_device = weight.to(rows.device)  # the weight itself, unless FSDP2 keeps it in host memory
-            self._round_to(on_device, some_rows @ columns, _noise_for(on_device, group), decay)
+            noise = noise_for(on_device, group["stochastic_rounding"])
+            self._round_to(on_device, some_rows @ columns, noise, decay)
             if on_device is not weight:
                 weight.copy_(on_device)
 
@@ -431,7 +428,7 @@ class OwLoreAdamW(Optimizer):
                 low_bits.update(one, moment)
         if flat is not None:
             rounded = torch.empty_like(flat, dtype=weights[0].dtype)
-            self._round_to(rounded, flat, _noise_for(rounded, group))
+            self._round_to(rounded, flat, noise_for(rounded, group["stochastic_rounding"]))
             torch._foreach_copy_(weights, list(rounded.split(sizes)))
 
     def _advance(
@@ -610,37 +607,8 @@ def _basis(state: dict[str, Any], dtype: torch.dtype) -> Tensor:
     return low_bits.restore(state["basis"], dtype, by_column=True)
 
 
-def _round_to(weight: Tensor, change: Tensor, noise: Tensor | None, decay: float = 0.0) -> None:
-    """``weight`` ← decay · weight + change, computed in the dtype of ``change``, which may be overwritten.
-
-    Args:
-        noise: int16, uniform; rounds up with a probability of the distance to the lower bfloat16 value, in units of the
-            distance between the two. None rounds to the nearest value.
-    """
-    moved = change.add_(weight, alpha=decay) if decay else change
-    if noise is None:
-        weight.copy_(moved)
-        return
-    # The upper 16 bits of a float32 are a bfloat16. Noise of 0 to 65535 in the lower ones carries into them.
-    bits = moved.view(torch.int32).add_(noise).add_(2**15).bitwise_and_(-(2**16))
-    weight.copy_(bits.view(torch.float32))
-
-
-def _noise_for(weight: Tensor, group: dict[str, Any]) -> Tensor | None:
-    """Noise for stochastic rounding: four values from one random number, whose generator is sequential on a CPU."""
-    if not group["stochastic_rounding"] or weight.dtype != torch.bfloat16:
-        return None
-    words = torch.empty(-(-weight.numel() // 4), dtype=torch.int64, device=weight.device)
-    words.random_(torch.iinfo(torch.int64).min, None)
-    return words.view(torch.int16)[: weight.numel()].view(weight.shape)
-
-
 def _compute_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _is_projected(parameter: Tensor, rank: int | None) -> bool:
-    return rank is not None and parameter.ndim == 2 and rank < min(parameter.shape)
 
 
 def _check_sharded(group: dict[str, Any], right: bool) -> None:
@@ -649,48 +617,3 @@ def _check_sharded(group: dict[str, Any], right: bool) -> None:
         raise ValueError(f"side={group['side']} projects sharded weights on their left; set side=right")
     if group["basis"] != "randomized":
         raise ValueError(f"basis={group['basis']} needs whole gradients, but they are sharded; set basis=randomized")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    choices_of = {
-        "side": SIDES, "moments": MOMENTS, "basis": BASES, "state_bits": STATE_BITS, "basis_bits": BASIS_BITS
-    }  # fmt: skip
-    for key, choices in choices_of.items():
-        if group[key] not in choices or isinstance(group[key], float | bool):
-            raise ValueError(f"{key}={group[key]!r}; choose one of {', '.join(map(str, choices))}")
-    for key in ("lr", "eps", "weight_decay", "scale"):
-        if not _is_number(group[key]) or not 0 <= group[key] < math.inf:
-            raise ValueError(f"{key}={group[key]!r}; it must be a finite number >= 0")
-    if len(group["betas"]) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas={group['betas']}; it must have two values, each >= 0 and < 1")
-    if not _is_count(group["update_gap"]):
-        raise ValueError(f"update_gap={group['update_gap']}; it must be an integer >= 1 (optimizer steps)")
-    if not isinstance(group["stochastic_rounding"], bool):
-        raise ValueError(f"stochastic_rounding={group['stochastic_rounding']!r}; it must be true or false")
-    rank = group["rank"]
-    if rank is None:
-        return
-    if not _is_count(rank):
-        raise ValueError(f"rank={rank}; it must be an integer >= 1, or null for full rank")
-    matrices = [parameter for parameter in group["params"] if parameter.ndim == 2]
-    unprojected = [tuple(p.shape) for p in matrices if not _is_projected(p, rank)]
-    if not unprojected:
-        return
-    sides = sorted({min(shape) for shape in unprojected})
-    if len(unprojected) == len(matrices):
-        raise ValueError(
-            f"rank={rank}; no weight's shorter side is above it (shorter sides: {sides}); lower it, or set rank=null"
-        )
-    warnings.warn(
-        f"rank={rank} is not below the shorter side ({', '.join(map(str, sides))}) of {len(unprojected)} of "
-        f"{len(matrices)} weights; these are trained at full rank",
-        stacklevel=3,
-    )
