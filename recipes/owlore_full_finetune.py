@@ -29,9 +29,10 @@ from owlore_tune.distributed.fsdp import shard_model
 from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world
 from owlore_tune.errors import CheckpointError, DivergedError, RunError
+from owlore_tune.heap import reuse_freed_memory
 from owlore_tune.layers.scores import SCORES_FILE, LayerScores
 from owlore_tune.loss import mean_loss, shift_labels
-from owlore_tune.memory.measure import PeakMemory, reuse_freed_memory
+from owlore_tune.memory.measure import PeakMemory
 from owlore_tune.models.attention import attend_by_sample
 from owlore_tune.models.decoder import find_layers
 from owlore_tune.optim.adamw import OwLoreAdamW, Refresh

@@ -26,7 +26,7 @@ def counting(graph: torch.fx.GraphModule, inputs: list):
     return aot_eager(graph, inputs)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_30_draws_with_rows_of_any_length_compile_each_kind_of_layer_once(checkpointing, tiny_config, monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "counting")
     torch._dynamo.reset()
@@ -42,6 +42,7 @@ def test_30_draws_with_rows_of_any_length_compile_each_kind_of_layer_once(checkp
     assert KINDS.total() < RECOMPILE_LIMIT
 
 
+@pytest.mark.slow
 def test_the_update_of_a_16_bit_weight_compiles_to_one_kernel():
     weight, change = torch.randn(64, 64).bfloat16(), torch.randn(64, 64)
     noise = noise_for(weight, True)

@@ -129,6 +129,7 @@ def test_bf16_packed_with_everything_trained(tiny_config):
     assert weights(config)["lm_head.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_alike(tiny_config):
     compiled = variant(tiny_config, "compiled", compile=True)
     finetune(tiny_config)

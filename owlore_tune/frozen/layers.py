@@ -12,6 +12,7 @@ from owlore_tune.distributed.world import is_finite
 from owlore_tune.errors import ConfigError, DivergedError
 from owlore_tune.frozen.linear import freeze, set_value, thaw
 from owlore_tune.frozen.store import OUTSIDE, LayerStore
+from owlore_tune.heap import return_freed_memory
 from owlore_tune.models.decoder import find_layers, plain_name
 
 
@@ -108,6 +109,7 @@ class FrozenLayers:
         self._changed.discard(index)
         for linear in _linears(self._layers[index]):
             freeze(linear, self._kind, self._products)
+        return_freed_memory(next(self._layers[index].parameters()).device)
 
     def thaw(self, index: int) -> None:
         """Give a layer its full-precision weights; it may train now."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from owlore_tune.frozen.formats import BLOCK, FrozenWeight, Int8Weight, quantize
 
 PRODUCTS = ("full", "int8")
-# Values of a weight that are in full precision at once. On a CPU, `owlore_tune.memory.measure.reuse_freed_memory` does
+# Values of a weight that are in full precision at once. On a CPU, `owlore_tune.heap.reuse_freed_memory` does
 # not keep larger blocks.
 _PIECE = {"cpu": 2**22}
 _LARGE_PIECE = 2**25

@@ -1,6 +1,5 @@
 """Measured memory of a run."""
 
-import ctypes
 import resource
 import sys
 from collections.abc import Iterator
@@ -8,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -59,14 +56,3 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_memory_bytes(torch.device("cpu"))
-
-
-def reuse_freed_memory(device: torch.device) -> None:
-    """On a CPU, make glibc keep freed blocks of up to 32 MB for reuse. Does nothing on other devices.
-
-    By default it returns most of them to the system, and each activation then causes page faults. Larger blocks, such
-    as the weights of a 7B model, are still returned.
-    """
-    if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(_M_MMAP_THRESHOLD, 2**25)
-        mallopt(_M_TRIM_THRESHOLD, 2**28)  # bytes that each thread's heap may keep at its end
