@@ -235,9 +235,17 @@ def test_a_plan_for_gpus_counts_what_they_offload_wherever_it_is_made(tiny_confi
     here, there = (plans_of_config(settings, 64, gpu=gpu)["this config"] for gpu in (False, True))
     assert here.moments == 2 * there.moments  # 4 layers against 2
     assert there.framework == there.allocator == 0
-    settings = TrainingSettings.from_config(OmegaConf.create(config | {"fsdp_cpu_offload": True}))
+
+
+@pytest.mark.parametrize(("rank", "stays"), [(8, True), (None, False)])
+def test_offloaded_weights_leave_low_rank_state_on_the_gpu(rank, stays, tiny_config):
+    config = tiny_config | {"device": "cpu", "fsdp_cpu_offload": True}
+    config["optimizer"] = config["optimizer"] | {"rank": rank}
+    settings = TrainingSettings.from_config(OmegaConf.create(config))
     here, there = (plans_of_config(settings, 64, world_size=2, gpu=gpu)["this config"] for gpu in (False, True))
-    assert here.weights > there.weights and here.moments > there.moments == 0
+    assert here.weights > there.weights
+    assert (there.moments > 0) == stays
+    assert here.bases == there.bases and here.moments > there.moments
 
 
 def test_offloading_is_tried_if_it_can_save_memory(tiny_config):
