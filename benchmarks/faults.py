@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -179,7 +180,7 @@ def main() -> None:
         f"# {args.runs} runs of a {args.model} model under SIG{args.signal}",
         "",
         f"Frozen layers: {args.frozen}. Seed {args.seed}, up to 4 kills per run; {machine()}. Command: "
-        f"`python {' '.join(sys.argv[: sys.argv.index('--output')] if '--output' in sys.argv else sys.argv)}`.",
+        f"`python {shlex.join(sys.argv)}`.",
         "",
         "| | |",
         "|---|---|",

@@ -1,4 +1,4 @@
-"""What training asks of a GPU, counted without one: kernel launches, waits of the host, and compiled graphs.
+"""Kernel launches, waits of the host and compiled graphs of training on a GPU, counted without one.
 
     python benchmarks/gpu_counts.py [--output benchmarks/gpu_counts.md]
 
@@ -125,7 +125,7 @@ def count_graphs(lengths: tuple[int, ...]) -> int:
 def main() -> None:
     args = parser(__doc__).parse_args()
     lines = [
-        "# Kernels, waits and graphs on a GPU, counted without one",
+        "# Kernel launches, waits and compiled graphs on a GPU, counted without one",
         "",
         "LLaMA-2-7B, bfloat16, 1 × 512 tokens, stochastic rounding. A micro-batch is its forward and backward with "
         "projections. An optimizer step includes the norm of the gradients, and reading it with the loss. Command: "

@@ -1,4 +1,4 @@
-"""How much an evaluation computes at once: what fits in a GPU's free memory, or fixed sizes that are fast on a CPU."""
+"""Batch sizes of an evaluation: as large as the free memory of a GPU allows, or fixed sizes that are fast on a CPU."""
 
 from typing import Any
 
@@ -29,9 +29,10 @@ def tokens_at_once(model: TransformerDecoder, free: int | None) -> int:
 
 
 def sequences_at_once(model: TransformerDecoder, length: int, free: int | None) -> int:
-    """Sequences of ``length`` tokens, with the new ones, that are generated together: what their caches leave room for.
+    """Sequences that are generated together, so that their key-value caches fit.
 
     Args:
+        length: tokens of the longest sequence, with the new ones.
         free: as for `tokens_at_once`.
     """
     if free is None:

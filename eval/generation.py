@@ -58,7 +58,7 @@ def generate(
     ):
         for module in model.modules():
             if isinstance(module, KVCache):
-                module.__class__ = _Cache  # torchtune builds them itself
+                module.__class__ = _Cache  # torchtune has no argument for the class of its caches
         for seen in range(longest, total + 1):
             hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
             following = _next_tokens(model.output(hidden[:, -1]).float(), prompts.temperature, generators)

@@ -44,7 +44,8 @@ class TorchtuneLM(TemplateLM):
         tokenizer: the model's tokenizer.
         batch_tokens: positions per forward pass, including padding. None starts with what fits in the memory of the
             device, see `owlore_evals.batch_sizes`. Halved on out-of-memory errors until it fits.
-        batch_size: sequences per generation batch. None starts with what fits; halved in the same way.
+        batch_size: sequences per generation batch. None starts with what fits for the longest request; halved in the
+            same way.
         max_length: longest input in tokens; None is the model's limit. Longer inputs are truncated on the left.
         add_bos: prepend BOS to every text that does not start with it. None follows the model's tokenizer in
             transformers.
@@ -71,9 +72,9 @@ class TorchtuneLM(TemplateLM):
         parameter = next(model.parameters())
         self._dtype = parameter.dtype
         self.max_length = min(max_length or model.max_seq_len, model.max_seq_len)
-        free = self._ranks.smallest(free_bytes(parameter.device))
-        self.batch_tokens = batch_tokens or tokens_at_once(model, free)
-        self.batch_size = batch_size or sequences_at_once(model, self.max_length, free)
+        self._free = self._ranks.smallest(free_bytes(parameter.device))
+        self.batch_tokens = batch_tokens or tokens_at_once(model, self._free)
+        self.batch_size = batch_size
         self.add_bos = tokenizer.adds_bos if add_bos is None else add_bos
         self.max_gen_toks = max_gen_toks
         self._seed = seed
@@ -201,13 +202,14 @@ class TorchtuneLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        batch_size = self.batch_size or sequences_at_once(self._model, self._longest(requests), self._free)
         collator = Collator(
             [request.args for request in requests],
             sort_fn=lambda args: (-len(self.tok_encode(args[0])), args[0]),
             group_by="gen_kwargs",
             group_fn=lambda args: args[1],
         )
-        chunks = list(collator.get_batched(n=self.batch_size))
+        chunks = list(collator.get_batched(n=batch_size))
         asked: Counter[str] = Counter()
         batches = [self._prompts(chunk, asked) for chunk in chunks]
         world_size = self._ranks.world_size
@@ -223,6 +225,15 @@ class TorchtuneLM(TemplateLM):
                     self.cache_hook.add_partial("generate_until", (context, options), results[-1])
                     progress.update()
         return collator.get_original(results)
+
+    def _longest(self, requests: list[Instance]) -> int:
+        """Tokens of the longest of ``requests`` at the end of generation."""
+        lengths = (
+            len(self.tok_encode(context))
+            + generation_options(options, self.max_length, self.max_gen_toks)["max_gen_toks"]
+            for context, options in (request.args for request in requests)
+        )
+        return min(max(lengths, default=1), self.max_length)
 
     def _prompts(self, chunk: list[tuple[str, dict[str, Any]]], asked: Counter[str]) -> Prompts:
         """Tokenize a batch of (context, gen_kwargs). Long contexts are truncated on the left.
@@ -250,7 +261,7 @@ class TorchtuneLM(TemplateLM):
         """Generate new tokens for each prompt of ``batch``, in pieces that fit in memory."""
         generated: list[list[int]] = []
         while len(generated) < len(batch.tokens):
-            part = slice(len(generated), len(generated) + self.batch_size)
+            part = slice(len(generated), len(generated) + (self.batch_size or len(batch.tokens)))
             piece = dataclasses.replace(batch, tokens=batch.tokens[part], seeds=batch.seeds[part])
             # Ranks decode in step, so a single rank cannot switch to smaller batches.
             can_split = len(piece.tokens) > 1 and self._ranks.world_size == 1

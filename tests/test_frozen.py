@@ -39,8 +39,10 @@ def test_zeros_and_widths_that_blocks_do_not_divide():
     assert isinstance(quantize(torch.randn(4, 48), "nf4"), Int8Weight)
 
 
+@pytest.mark.parametrize("piece", [2**22, 64 * 96], ids=["whole", "pieces"])  # 64 rows or columns at once
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_linear_is_the_linear_of_its_dequantized_weight(kind):
+def test_a_frozen_linear_is_the_linear_of_its_dequantized_weight(kind, piece, monkeypatch):
+    monkeypatch.setattr("owlore_tune.frozen.linear._PIECE", {"cpu": piece})
     torch.manual_seed(0)
     linear = nn.Linear(128, 96)
     parameter, weight = linear.weight, linear.weight.detach().clone()

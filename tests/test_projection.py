@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from owlore_tune.data.builders import mmlu_dev_dataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.smollm2 import smollm2_135m
-from owlore_tune.optim.projection import fix_signs, is_right, project, range_finder, svd_basis
+from owlore_tune.optim.projection import fix_signs, is_right, project, range_finder, sketch_rows, svd_basis
 
 
 def generator() -> torch.Generator:
@@ -113,4 +113,34 @@ def test_a_16_bit_gradient_on_cuda_is_not_copied_to_float32(right):
         with Sizes():
             low = project(grad, basis, right)
     assert low.dtype == torch.float32 and low.shape == ((64, 8) if right else (8, 48))
+    assert largest < grad.numel()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_16_bit_gradient_is_used_a_few_rows_at_a_time(right, monkeypatch):
+    """Basis, energy, projection and sketch are those of a float32 copy, which never exists as a whole."""
+    gen = torch.Generator().manual_seed(0)
+    grad = torch.randn(70, 48, generator=gen).bfloat16()
+
+    def results(grad: torch.Tensor) -> list[torch.Tensor]:
+        rows = grad if right else grad.T
+        basis, energy = range_finder(rows, 8, generator=torch.Generator().manual_seed(1))
+        return [basis, energy, project(grad, basis, right), sketch_rows(rows, torch.Generator().manual_seed(2))]
+
+    expected = results(grad.float())
+    monkeypatch.setattr("owlore_tune.optim.projection._PIECE", 480)  # 6 or 10 rows
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            output = func(*args, **(kwargs or {}))
+            if torch.is_tensor(output) and output.dtype in (torch.float32, torch.float64):
+                largest = max(largest, output.numel())
+            return output
+
+    with Sizes():
+        found = results(grad)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.to(one), atol=1e-4, rtol=1e-4)
     assert largest < grad.numel()

@@ -256,6 +256,23 @@ def test_batches_follow_the_free_memory_of_a_gpu():
     assert tokens_at_once(model, None) == 2_048
 
 
+def test_generation_batches_are_sized_for_the_longest_request_not_for_the_longest_possible(tiny, monkeypatch):
+    ours, _ = tiny
+    prompts = [(text, {"max_gen_toks": 5, "until": []}) for text in PROMPTS[:7]]
+    requests = [Instance("generate_until", {}, prompt, i) for i, prompt in enumerate(prompts)]
+    expected = ours.generate_until(requests, disable_tqdm=True)
+    longest = max(len(ours.tok_encode(text)) for text, _ in prompts) + 5
+    assert longest < ours.max_length
+    sizes = []
+    generate = ours._generate
+    monkeypatch.setattr(ours, "_generate", lambda batch: sizes.append(len(batch.tokens)) or generate(batch))
+    attention = ours._model.layers[0].attn
+    a_cache = len(ours._model.layers) * 2 * attention.num_kv_heads * attention.head_dim * longest * 4
+    monkeypatch.setattr(ours, "_free", 2 * 3 * a_cache)
+    assert ours.generate_until(requests, disable_tqdm=True) == expected
+    assert sizes == [3, 3, 1]
+
+
 def test_a_cache_is_filled_without_reading_its_position():
     """Reading a value of a meta tensor is an error; on a GPU, the host would wait for it."""
     with torch.device("meta"):

@@ -30,11 +30,11 @@ from owlore_tune.optim.rounding import noise_for, round_to
 T = TypeVar("T")
 
 INACTIVE_STATES = ("drop", "offload", "keep")
-# Values of a weight that are updated at once. This bounds float32 temporaries. A piece fits in the cache of a CPU; on a
-# GPU it is large enough to amortize a kernel launch.
+# Values that one call of AdamW takes. This bounds float32 temporaries. On a CPU they fit in its cache; on a GPU they
+# amortize a kernel launch.
 _PIECE = {"cpu": 2**20, "other": 2**24}
-# Values of low-rank gradients that one call of AdamW takes together, and of a 16-bit weight that are moved at once.
-_TOGETHER = {"cpu": 2**22, "other": 2**25}
+# Values of a 16-bit weight that a low-rank direction updates at once.
+_MOVED = {"cpu": 2**22, "other": 2**25}
 _MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 
@@ -332,7 +332,7 @@ class OwLoreAdamW(Optimizer):
             projected = [parameter for parameter in group["params"] if parameter in self._low_grads]
             for alike in self._alike(projected, self._low_grads):
                 sizes = [self._low_grads[parameter].numel() for parameter in alike]
-                for together in _batches(alike, sizes, _limit(_TOGETHER, self._low_grads[alike[0]].device)):
+                for together in _batches(alike, sizes, _limit(_PIECE, self._low_grads[alike[0]].device)):
                     self._step_projected(together, group)
             grads = {p: local(p.grad) for p in group["params"] if p.grad is not None}
             for alike in self._alike(grads, grads):
@@ -342,7 +342,11 @@ class OwLoreAdamW(Optimizer):
         return loss
 
     def compile(self, **kwargs: Any) -> None:
-        """Compile the elementwise part of the update of 16-bit weights; ``kwargs`` as of ``torch.compile``."""
+        """Compile the elementwise part of the update of 16-bit weights.
+
+        Args:
+            kwargs: passed to ``torch.compile``.
+        """
         self._round_to = torch.compile(round_to, **kwargs)
 
     def _alike(self, parameters: Iterable[Tensor], grads: dict[Tensor, Tensor]) -> Iterable[list[Tensor]]:
@@ -384,7 +388,7 @@ class OwLoreAdamW(Optimizer):
         if own.dtype == rows.dtype and own.device == rows.device:
             own.addmm_(rows, columns, beta=decay)
             return
-        pieces = math.ceil(own.numel() / _limit(_TOGETHER, own.device)) or 1
+        pieces = math.ceil(own.numel() / _limit(_MOVED, own.device)) or 1
         for weight, some_rows in zip(own.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
             on_device = weight.to(rows.device)  # the weight itself, unless FSDP2 keeps it in host memory
             noise = noise_for(on_device, group["stochastic_rounding"])
