@@ -1,6 +1,6 @@
 """Held-out loss and accuracy of OwLore and other methods on SmolLM2, with tuned learning rates and several seeds.
 
-    python benchmarks/quality.py --data DIR [--only methods scores choices commonsense]
+    python benchmarks/quality.py --data DIR [--only methods scores choices commonsense] [--workers N]
 
 DIR holds math/ and commonsense/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
 2 × 512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32. The seed shuffles
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
 COMMONSENSE = ("ARC-Easy", "openbookqa", "boolq")
 STEP_OF_GRID = 10**0.5
 
-# Method: (runner, settings, initial grid of learning rates).
-METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
+# Method: (runner, settings, initial grid of learning rates or the method whose learning rate is used).
+_INT8 = {"owlore.frozen_weights": "int8", "owlore.frozen_products": "int8"}
+METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...] | str]] = {
     "torchtune full": ("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
     "torchtune LoRA, r=16": ("torchtune", {"recipe": "lora_finetune_single_device"}, (1e-4, 3e-4, 1e-3, 3e-3)),
     "galore-torch, r=128": ("peer", {"method": "galore"}, (3e-4, 1e-3, 3e-3, 1e-2)),
@@ -58,6 +60,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "OwLore, γ=5, full rank": ("owlore", {"optimizer.rank": None}, (3e-5, 1e-4, 3e-4, 1e-3)),
     "OwLore, γ=5, r=128": ("owlore", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
     "OwLore, γ=2, r=128": ("owlore", {"owlore.num_active_layers": 2}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "OwLore, γ=5, r=128, int8": ("owlore", _INT8, "OwLore, γ=5, r=128"),
+    "OwLore, γ=2, r=128, int8": ("owlore", {"owlore.num_active_layers": 2, **_INT8}, "OwLore, γ=2, r=128"),
 }
 DEFAULT = "OwLore, γ=5, r=128"
 SCORES = ("outlier", "uniform", "reverse", "decrease", "increase", "weight_norm", "heavy_tail")
@@ -210,20 +214,20 @@ class Study:
                 return grid[best]
 
 
-def runs_of(study: Study, part: str) -> Iterator[Run]:
-    """Yield the final runs of a part of the study. Learning rates are tuned on demand."""
+def runs_of(part: str, lrs: dict[str, float]) -> Iterator[Run]:
+    """Yield the final runs of a part of the study. ``lrs`` has the tuned learning rates by method."""
     if part == "methods":
         for method in METHODS:
-            yield from (Run(method, study.tuned(method), seed) for seed in SEEDS)
+            yield from (Run(method, lrs[method], seed) for seed in SEEDS)
     elif part == "commonsense":
         for method in METHODS:
-            yield from (Run(method, study.tuned(method), seed, "commonsense") for seed in SEEDS)
+            yield from (Run(method, lrs[method], seed, "commonsense") for seed in SEEDS)
     else:
         settings = {score: {"owlore.score": score} for score in SCORES} if part == "scores" else CHOICES
         for changes in settings.values():
             if changes != {"owlore.score": "outlier"}:  # the default
                 seeds = SEEDS if part == "scores" else SEEDS[:2]
-                yield from (Run(DEFAULT, study.tuned(DEFAULT), seed, changes=changes) for seed in seeds)
+                yield from (Run(DEFAULT, lrs[DEFAULT], seed, changes=changes) for seed in seeds)
 
 
 def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
@@ -311,13 +315,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory with math/ and commonsense/")
     parts = ("methods", "scores", "choices", "commonsense")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads per run")
+    parser.add_argument("--threads", type=int, default=1, help="threads per run")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
     study = Study(args.data.resolve(), args.threads)
     study.before()
-    for part in args.only:
-        for run in runs_of(study, part):
-            study.row(run)
+    with ThreadPoolExecutor(args.workers) as pool:
+        tuned = [method for method, (_, _, grid) in METHODS.items() if not isinstance(grid, str)]
+        lrs = dict(zip(tuned, pool.map(study.tuned, tuned), strict=True))
+        lrs |= {method: lrs[grid] for method, (_, _, grid) in METHODS.items() if isinstance(grid, str)}
+        for part in args.only:
+            list(pool.map(study.row, runs_of(part, lrs)))
 
 
 if __name__ == "__main__":
