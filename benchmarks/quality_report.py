@@ -1,0 +1,202 @@
+"""Tables and picture of the accuracy study, from the rows that quality.py has finished so far.
+
+    python benchmarks/quality_report.py
+
+Reads quality.jsonl and, for step time and memory, methods.md. Writes quality.md and quality.png beside them.
+"""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from quality import CHOICES, COMMONSENSE, DEFAULT, METHODS, ROWS, SCORES, SEEDS, STEPS, TUNING_STEPS, mean_loss
+
+from owlore_evals.jsonl import read_lines
+from owlore_tune.run.plots import BLUE, ORANGE
+
+Row = dict[str, Any]
+# Rows of methods.md whose step time and memory are those of a method here.
+MEASURED_AS = {
+    "galore-torch, r=128": "galore-torch",
+    "OwLore, γ=5, r=128": "OwLore, γ=5",
+    "OwLore, γ=2, r=128": "OwLore, γ=2",
+}
+
+
+def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
+    """The lines of quality.md.
+
+    Args:
+        measured: rows of methods.md by name, see `read_table`.
+    """
+    finals = [row for row in rows if row.get("steps") == STEPS]
+    methods = [row for row in finals if not row["changes"]]
+    changed = [row for row in finals if row["changes"]] + [row for row in methods if row["method"] == DEFAULT]
+    lines = [
+        "# Accuracy of OwLore and other methods",
+        "",
+        f"SmolLM2-135M-Instruct, {STEPS} steps of 2 × 512 packed tokens, float32. Learning rates are tuned with runs "
+        f"of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard deviation over seeds. For "
+        "correct answers, it is the standard error of the share, all seeds together. Command: `make quality DATA=DIR`; the "
+        "docstring of [quality.py](quality.py) describes the method, and [quality.jsonl](quality.jsonl) has all "
+        f"{len(rows)} runs. Step time and peak memory are from [methods.md](methods.md).",
+    ]
+    untrained = [row for row in rows if row["key"] == "before"]
+    lines += _section("Arithmetic", _methods_table(untrained + _on(methods, "math"), measured))
+    lines += _section("Commonsense: held-out loss", _commonsense_table(untrained, _on(methods, "commonsense")))
+    by_change = defaultdict(list)
+    for row in _on(changed, "math"):
+        by_change[_name_of(row["changes"])].append(row)
+    for title, names in (("Scores", SCORES), ("One change of a setting", ["default", *CHOICES])):
+        found = {name: by_change["default" if name == "outlier" else name] for name in names}
+        if sum(map(bool, found.values())) > 1:
+            lines += _section(f"{title}: {DEFAULT}", _table(found, _SUMMARY))
+    lines += _section("Tuning of learning rates: held-out loss", _tuning_table(rows))
+    return lines
+
+
+def _on(rows: Iterable[Row], data: str) -> list[Row]:
+    return [row for row in rows if row["data"] == data]
+
+
+def _section(title: str, table: list[str]) -> list[str]:
+    return ["", f"## {title}", "", *table] if table else []
+
+
+def _name_of(changes: dict[str, Any]) -> str:
+    names = {score: {"owlore.score": score} for score in SCORES} | CHOICES
+    return next((name for name, settings in names.items() if settings == changes), "default")
+
+
+def loss_of(rows: list[Row]) -> str:
+    losses = [mean_loss(row) for row in rows]
+    spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+    return f"{statistics.fmean(losses):.4f}{spread}"
+
+
+def correct_of(rows: list[Row]) -> str:
+    """Correct answers of all test files and seeds together, and their share with its standard error."""
+    counts = [count for row in rows for count in row["correct"].values()]
+    correct, total = (sum(numbers) for numbers in zip(*counts, strict=True))
+    share = correct / total
+    return f"{correct} of {total}: {100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / total):.1f} %"
+
+
+_SUMMARY: dict[str, Callable[[list[Row]], str]] = {
+    "seeds": lambda rows: str(len(rows)),
+    "held-out loss": loss_of,
+    "correct answers": correct_of,
+}
+
+
+def _table(groups: dict[str, list[Row]], columns: dict[str, Callable[[list[Row]], str]]) -> list[str]:
+    """One line for each group that has rows."""
+    lines = [" | ".join(["|", *columns, ""]).strip(), "|---" * (len(columns) + 1) + "|"]
+    for name, rows in groups.items():
+        if rows:
+            lines.append(f"| {name} | " + " | ".join(column(rows) for column in columns.values()) + " |")
+    return lines
+
+
+def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    return {name: [row for row in rows if row["method"] == name] for name in ("before", *METHODS)}
+
+
+def _methods_table(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
+    def figure(column: str) -> Callable[[list[Row]], str]:
+        return lambda rows: measured.get(measured_name(rows[0]["method"]), {}).get(column, "")
+
+    columns: dict[str, Callable[[list[Row]], str]] = {
+        "lr": lambda rows: f"{rows[0]['lr']:g}" if "lr" in rows[0] else "",
+        **_SUMMARY,
+        "held-out loss": lambda rows: loss_of([_math_only(row) for row in rows]),
+        "step, s": figure("mean step, s"),
+        "peak memory, GB": figure("peak memory, GB"),
+    }
+    return _table(_by_method(rows), columns)
+
+
+def _math_only(row: Row) -> Row:
+    """``row`` without losses on other data. The untrained model has one row for all data."""
+    return row | {"held_out_loss": {"math": row["held_out_loss"]["math"]}}
+
+
+def measured_name(method: str) -> str:
+    return MEASURED_AS.get(method, method)
+
+
+def _commonsense_table(untrained: list[Row], rows: list[Row]) -> list[str]:
+    def loss_on(task: str) -> Callable[[list[Row]], str]:
+        return lambda rows: loss_of([{"held_out_loss": {task: row["held_out_loss"][task]}} for row in rows])
+
+    columns = {"seeds": _SUMMARY["seeds"]} | {task: loss_on(task) for task in COMMONSENSE}
+    return _table(_by_method(untrained + rows), columns) if rows else []
+
+
+def _tuning_table(rows: list[Row]) -> list[str]:
+    tuning = [row for row in rows if row.get("steps") == TUNING_STEPS]
+    if not tuning:
+        return []
+    lrs = sorted({row["lr"] for row in tuning})
+    lines = [" | ".join(["|", *(f"{lr:g}" for lr in lrs), ""]).strip(), "|---" * (len(lrs) + 1) + "|"]
+    for method, found in _by_method(tuning).items():
+        losses = {row["lr"]: mean_loss(row) for row in found}
+        best = min(losses, key=lambda lr: losses[lr], default=None)
+        cells = (f"{losses[lr]:.4f}" if lr in losses else "" for lr in lrs)
+        marked = (f"**{cell}**" if lr == best else cell for lr, cell in zip(lrs, cells, strict=True))
+        if found:
+            lines.append(f"| {method} | {' | '.join(marked)} |")
+    return lines
+
+
+def read_table(file: Path) -> dict[str, dict[str, str]]:
+    """The rows of the first Markdown table in ``file``, first cell → column → cell."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in file.read_text().splitlines() if "|" in line]
+    head, _, *body = [row for row in cells if row]
+    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in body}
+
+
+def pareto(points: dict[str, tuple[float, float]]) -> list[str]:
+    """The names of the points that no other point beats in both coordinates, by the first one."""
+    front = [
+        name
+        for name, (x, y) in points.items()
+        if not any(u <= x and v <= y and (u, v) != (x, y) for u, v in points.values())
+    ]
+    return sorted(front, key=lambda name: points[name])
+
+
+def draw(rows: list[Row], measured: dict[str, dict[str, str]]) -> Figure | None:
+    """Held-out loss against step time and against peak memory. None while there are no final runs."""
+    finals = [row for row in _on((r for r in rows if r.get("steps") == STEPS), "math") if not row["changes"]]
+    losses = {name: statistics.fmean(map(mean_loss, found)) for name, found in _by_method(finals).items() if found}
+    known = [name for name in losses if measured_name(name) in measured]
+    if not known:
+        return None
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, column in zip(figure.subplots(1, 2, sharey=True), ("mean step, s", "peak memory, GB"), strict=True):
+        points = {name: (float(measured[measured_name(name)][column]), losses[name]) for name in known}
+        front = pareto(points)
+        axes.plot(*zip(*(points[name] for name in front), strict=True), "--", color="gray", label="Pareto front")
+        for name, point in points.items():
+            axes.plot(*point, "o", color=ORANGE if name.startswith("OwLore") else BLUE)
+            axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.set_xlabel(column)
+        axes.legend()
+    figure.axes[0].set_ylabel(f"held-out loss, mean of up to {len(SEEDS)} seeds")
+    return figure
+
+
+def main() -> None:
+    rows, measured = read_lines(ROWS), read_table(ROWS.with_name("methods.md"))
+    ROWS.with_suffix(".md").write_text("\n".join(report(rows, measured)) + "\n")
+    if figure := draw(rows, measured):
+        figure.savefig(ROWS.with_suffix(".png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main()

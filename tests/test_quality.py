@@ -1,0 +1,58 @@
+"""The report of the accuracy study: from its committed rows, and from rows whose tables are known."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from owlore_evals.jsonl import read_lines
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def quality_report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quality_report
+
+    yield quality_report
+    for name in ("quality", "quality_report"):
+        sys.modules.pop(name, None)
+
+
+def test_the_committed_report_is_made_from_the_committed_rows(quality_report):
+    rows = read_lines(BENCHMARKS / "quality.jsonl")
+    measured = quality_report.read_table(BENCHMARKS / "methods.md")
+    assert rows and quality_report.report(rows, measured) == (BENCHMARKS / "quality.md").read_text().splitlines()
+
+
+def row(method, lr, seed, loss, correct, steps=200, data="math", changes=None):
+    return {
+        "key": f"{method}{lr}{seed}{steps}{data}{changes}", "method": method, "lr": lr, "seed": seed, "data": data,
+        "steps": steps, "changes": changes or {}, "held_out_loss": {data: loss},
+        "correct": {"one": [correct, 60], "two": [0, 40]},
+    }  # fmt: skip
+
+
+def test_rows_become_means_errors_and_counts(quality_report):
+    default = quality_report.DEFAULT
+    rows = [
+        row("BAdam", 1e-4, 0, 0.50, 10), row("BAdam", 1e-4, 1, 0.52, 30), row(default, 1e-3, 0, 0.48, 40),
+        row(default, 1e-3, 0, 0.49, 36, changes={"owlore.score": "uniform"}),
+        row(default, 3e-3, 0, 0.55, 0, steps=100), row(default, 1e-3, 0, 0.51, 0, steps=100),
+    ]  # fmt: skip
+    lines = quality_report.report(rows, {"BAdam": {"mean step, s": "2.23", "peak memory, GB": "3.15"}})
+    # 40 of 200 are 20 %, with a standard error of √(0.2 · 0.8 / 200) = 2.8 %
+    assert "| BAdam | 0.0001 | 2 | 0.5100 ± 0.0141 | 40 of 200: 20.0 ± 2.8 % | 2.23 | 3.15 |" in lines
+    assert f"| {default} | 0.001 | 1 | 0.4800 | 40 of 100: 40.0 ± 4.9 % |  |  |" in lines
+    scores = lines[lines.index(f"## Scores: {default}") :]
+    assert scores[4:6] == [
+        "| outlier | 1 | 0.4800 | 40 of 100: 40.0 ± 4.9 % |",
+        "| uniform | 1 | 0.4900 | 36 of 100: 36.0 ± 4.8 % |",
+    ]
+    assert lines[-1] == f"| {default} | **0.5100** | 0.5500 |"
+
+
+def test_the_front_has_every_point_that_no_other_beats(quality_report):
+    points = {"slow": (3.0, 1.0), "fast": (1.0, 2.0), "beaten": (3.0, 1.5), "middle": (2.0, 1.2)}
+    assert quality_report.pareto(points) == ["fast", "middle", "slow"]
