@@ -41,8 +41,8 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
         "",
         f"SmolLM2-135M-Instruct, {STEPS} steps of 2 × 512 packed tokens, float32. Learning rates are tuned with runs "
         f"of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard deviation over seeds. For "
-        "correct answers, it is the standard error of the share, all seeds together. Command: `make quality DATA=DIR`; the "
-        "docstring of [quality.py](quality.py) describes the method, and [quality.jsonl](quality.jsonl) has all "
+        "correct answers, it is the standard error of the share, all seeds together. Command: `make quality DATA=DIR`. "
+        "The docstring of [quality.py](quality.py) describes the method, and [quality.jsonl](quality.jsonl) has all "
         f"{len(rows)} runs. Step time and peak memory are from [methods.md](methods.md).",
     ]
     untrained = [row for row in rows if row["key"] == "before"]

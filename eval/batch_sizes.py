@@ -1,11 +1,8 @@
 """Batch sizes of an evaluation: as large as the free memory of a GPU allows, or fixed sizes that are fast on a CPU."""
 
-from typing import Any
-
 import torch
-from torchtune.modules import TransformerDecoder
 
-from owlore_tune.models.decoder import find_layers
+from owlore_tune.models.decoder import Decoder, cached_values, find_layers
 
 _SHARE = 0.5  # of the free memory; the rest is for logits, masks and fragmentation
 _CPU_TOKENS, _CPU_SEQUENCES = 2_048, 8
@@ -13,7 +10,7 @@ _MOST_TOKENS = 65_536
 _MOST_SEQUENCES = 256
 
 
-def tokens_at_once(model: TransformerDecoder, free: int | None) -> int:
+def tokens_at_once(model: Decoder, free: int | None) -> int:
     """Positions of a forward pass without gradients.
 
     Args:
@@ -28,7 +25,7 @@ def tokens_at_once(model: TransformerDecoder, free: int | None) -> int:
     return min(max(int(_SHARE * free) // each, _CPU_TOKENS), _MOST_TOKENS)
 
 
-def sequences_at_once(model: TransformerDecoder, length: int, free: int | None) -> int:
+def sequences_at_once(model: Decoder, length: int, free: int | None) -> int:
     """Sequences that are generated together, so that their key-value caches fit.
 
     Args:
@@ -37,9 +34,7 @@ def sequences_at_once(model: TransformerDecoder, length: int, free: int | None) 
     """
     if free is None:
         return _CPU_SEQUENCES
-    attention: list[Any] = [layer.attn for layer in find_layers(model)]
-    numbers = sum(2 * attn.num_kv_heads * attn.head_dim for attn in attention)
-    each = numbers * length * model.tok_embeddings.weight.element_size()
+    each = cached_values(model) * length * model.tok_embeddings.weight.element_size()
     return min(max(int(_SHARE * free) // each, 1), _MOST_SEQUENCES)
 
 

@@ -1,16 +1,18 @@
 """Batched generation with a key-value cache, left padding and stop strings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchtune.modules import KVCache, TransformerDecoder
+from torchtune.modules import KVCache
 from torchtune.modules.common_utils import local_kv_cache
 
 from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.models.decoder import hidden_states
+from owlore_tune.models.decoder import Decoder, hidden_states
+from owlore_tune.models.hf import HFDecoder, key_value_cache
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Prompts:
 @torch.inference_mode()
 def generate(
     prompts: Prompts,
-    model: TransformerDecoder,
+    model: Decoder,
     tokenizer: HFChatTokenizer,
     any_rank: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
@@ -49,16 +51,7 @@ def generate(
     generators = [torch.Generator(tokens.device).manual_seed(seed) for seed in prompts.seeds]
     generated: list[list[int]] = [[] for _ in prompts.tokens]
     running = set(range(len(generated)))
-    with local_kv_cache(
-        model,
-        batch_size=len(generated),
-        device=parameter.device,
-        dtype=parameter.dtype,
-        decoder_max_seq_len=total,
-    ):
-        for module in model.modules():
-            if isinstance(module, KVCache):
-                module.__class__ = _Cache  # torchtune has no argument for the class of its caches
+    with _caches(model, len(generated), total):
         for seen in range(longest, total + 1):
             hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
             following = _next_tokens(model.output(hidden[:, -1]).float(), prompts.temperature, generators)
@@ -75,6 +68,27 @@ def generate(
             tokens, positions = following[:, None], positions[:, -1:] + 1
             mask = (valid & (torch.arange(total, device=tokens.device) <= seen))[:, None, :]
     return generated
+
+
+@contextmanager
+def _caches(model: Decoder, batch_size: int, length: int) -> Iterator[None]:
+    """Have key-value caches of ``length`` tokens in ``model`` during the block."""
+    if isinstance(model, HFDecoder):
+        with key_value_cache(model):
+            yield
+        return
+    parameter = next(model.parameters())
+    with local_kv_cache(
+        model,
+        batch_size=batch_size,
+        device=parameter.device,
+        dtype=parameter.dtype,
+        decoder_max_seq_len=length,
+    ):
+        for module in model.modules():
+            if isinstance(module, KVCache):
+                module.__class__ = _Cache  # torchtune has no argument for the class of its caches
+        yield
 
 
 class _Cache(KVCache):

@@ -11,9 +11,8 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torchtune.modules import TransformerDecoder
 
-from owlore_tune.models.decoder import hidden_states
+from owlore_tune.models.decoder import Decoder, hidden_states
 
 Result = tuple[float, bool]  # log-likelihood, whether it is the greedy continuation
 _HEAD_POSITIONS = 512  # per call of the output head, to limit the memory of logits
@@ -116,7 +115,7 @@ def make_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
 
 
 @torch.inference_mode()
-def score_rows(rows: list[Row], model: TransformerDecoder, pad_id: int) -> list[Result]:
+def score_rows(rows: list[Row], model: Decoder, pad_id: int) -> list[Result]:
     """Score all continuations of ``rows`` in one forward pass, in the order of ``Row.requests``.
 
     The output head is applied only to positions that predict a scored token.
@@ -189,7 +188,7 @@ def _tree_mask(branches: Tensor, continuations: Tensor) -> Tensor:  # (b, s), (b
 
 
 def _log_probs(
-    model: TransformerDecoder,
+    model: Decoder,
     hidden: Tensor,  # (positions, d)
     places: Tensor,  # (n,), on the CPU
     targets: Tensor,  # (n,), on the CPU

@@ -7,7 +7,6 @@ from lm_eval.api.group import Group
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from omegaconf import DictConfig, ListConfig
-from torchtune.modules import TransformerDecoder
 
 from owlore_evals.harness import evaluate, load_tasks
 from owlore_evals.judge import JudgeConfig, check_url
@@ -16,6 +15,7 @@ from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
 from owlore_tune.config import check_counts, check_type
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError
+from owlore_tune.models.decoder import Decoder
 
 SUITE: dict[str, Any] = {
     "tasks": [],  # harness tasks, ours in eval/tasks, and mt_bench
@@ -133,7 +133,7 @@ class Suite:
         return results
 
 
-def build_lm(cfg: DictConfig, model: TransformerDecoder, tokenizer: HFChatTokenizer) -> TorchtuneLM:
+def build_lm(cfg: DictConfig, model: Decoder, tokenizer: HFChatTokenizer) -> TorchtuneLM:
     """Build the adapter from a config."""
     settings = ("add_bos", "max_length", "batch_tokens", "batch_size", "seed")
     return TorchtuneLM(model, tokenizer, **{key: cfg[key] for key in settings})

@@ -18,7 +18,6 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torchtune.data import Message
-from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import delete_kv_caches
 from tqdm import tqdm
 
@@ -27,12 +26,13 @@ from owlore_evals.generation import Prompts, generate
 from owlore_evals.ranks import Ranks
 from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.models.decoder import Decoder
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation)
 
 
 class TorchtuneLM(TemplateLM):
-    """Scores and generates with a torchtune ``TransformerDecoder`` for ``lm_eval.simple_evaluate``.
+    """Scores and generates with a decoder of torchtune or transformers for ``lm_eval.simple_evaluate``.
 
     Continuations of one context share one row (shared_prefix.py). Rows are sorted by length to reduce padding. The
     longest come first, so an out-of-memory error shows up early.
@@ -55,7 +55,7 @@ class TorchtuneLM(TemplateLM):
 
     def __init__(
         self,
-        model: TransformerDecoder,
+        model: Decoder,
         tokenizer: HFChatTokenizer,
         *,
         batch_tokens: int | None = None,

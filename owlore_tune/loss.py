@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
-from torchtune.modules import TiedLinear, TransformerDecoder
+from torchtune.modules import TiedLinear
+
+from owlore_tune.models.decoder import Decoder
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -28,11 +30,11 @@ class LinearCrossEntropyLoss(nn.Module):
         self.ignore_index = CROSS_ENTROPY_IGNORE_IDX
         self._head: Any = None
 
-    def set_model_output(self, model: TransformerDecoder) -> None:
+    def set_model_output(self, model: Decoder) -> None:
         """Make ``model`` return its last hidden states after the norm. The loss applies the output head instead."""
         self._head = [model.output]  # in a list, to not register the head as a submodule
         norm = model.norm
-        model.unembed = lambda hidden: norm(hidden)
+        model.unembed = lambda hidden: norm(hidden)  # type: ignore[method-assign]
 
     def forward(
         self,

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torchtune import training, utils
-from torchtune.modules import TransformerDecoder
 from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 
@@ -34,7 +33,7 @@ from owlore_tune.layers.scores import SCORES_FILE, LayerScores
 from owlore_tune.loss import mean_loss, shift_labels
 from owlore_tune.memory.measure import PeakMemory
 from owlore_tune.models.attention import attend_by_sample
-from owlore_tune.models.decoder import find_layers
+from owlore_tune.models.decoder import Decoder, find_layers
 from owlore_tune.optim.adamw import OwLoreAdamW, Refresh
 from owlore_tune.program import parse
 from owlore_tune.run import build, resume
@@ -74,7 +73,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     """
 
     _loss_fn: Any
-    _model: TransformerDecoder
+    _model: Decoder
     _optimizer: OwLoreAdamW
 
     def __init__(self, settings: TrainingSettings) -> None:

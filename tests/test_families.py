@@ -7,7 +7,19 @@ import torch
 from conftest import save_tokenizer
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)  # fmt: skip
 
 from owlore_tune.catalog import packaged_configs
 from owlore_tune.config import load_config
@@ -21,6 +33,7 @@ SIZES = dict(
 BUILDER = dict(
     vocab_size=300, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=32, intermediate_dim=48, max_seq_len=256
 )
+HF = "owlore_tune.models.hf_decoder"
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -58,6 +71,29 @@ FAMILIES = {
         Gemma2Config(**SIZES, head_dim=8, sliding_window=64, query_pre_attn_scalar=8),
     ),
     "phi3": ("phi3/mini_owlore", "torchtune.models.phi3.phi3", {}, Phi3Config(**SIZES)),
+    "qwen3": ("qwen3/8B_owlore", HF, {}, Qwen3Config(**SIZES, head_dim=16)),
+    "qwen3 tied": ("qwen3/0.6B_owlore", HF, {}, Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)),
+    "gemma3": (
+        "gemma3/1B_owlore", HF, {},
+        Gemma3TextConfig(
+            **SIZES, head_dim=8, sliding_window=16, sliding_window_pattern=2, query_pre_attn_scalar=8,
+            final_logit_softcapping=5.0,
+        ),
+    ),
+    "smollm3": (
+        "smollm3/3B_owlore", HF, {}, SmolLM3Config(**SIZES, no_rope_layer_interval=2, tie_word_embeddings=True)
+    ),
+    "olmo2": ("olmo2/7B_owlore", HF, {}, Olmo2Config(**SIZES)),
+    "mistral_nemo": ("mistral_nemo/12B_owlore", HF, {}, MistralConfig(**SIZES, head_dim=16, sliding_window=None)),
+    "mistral with a window": ("hf/any", HF, {}, MistralConfig(**SIZES, sliding_window=16)),
+    "phi4": ("phi4/14B_owlore", HF, {}, Phi3Config(**SIZES)),
+    "granite3": (
+        "granite3/8B_owlore", HF, {},
+        GraniteConfig(
+            **SIZES, embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=4.0,
+            tie_word_embeddings=True,
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -83,9 +119,10 @@ def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
 def test_a_family_is_scored_trained_exported_and_loaded_by_transformers(family, tmp_path, tiny_data):
     shipped, builder, differences, hf_config = FAMILIES[family]
     source = hf_model(hf_config, tmp_path / "source")
+    shape = {"path": str(source)} if builder == HF else BUILDER | differences
     cfg = OmegaConf.to_container(load_config(shipped), resolve=False)
     cfg |= {
-        "output_dir": str(tmp_path / "run"), "model": {"_component_": builder, **BUILDER, **differences},
+        "output_dir": str(tmp_path / "run"), "model": {"_component_": builder, **shape},
         "tokenizer": {"_component_": "owlore_tune.data.HFChatTokenizer", "path": str(source), "max_seq_len": 64},
         "dataset": cfg["dataset"] | {"data_files": str(tiny_data)}, "batch_size": 4, "gradient_accumulation_steps": 1,
         "max_steps_per_epoch": 4, "save_every_n_steps": 2, "lr_scheduler": None, "device": "cpu", "dtype": "fp32",
@@ -117,7 +154,11 @@ PUBLISHED = {  # number of parameters, computed from config.json on the hub
     "llama3_1/8B_owlore": 8_030_261_248, "llama3_2/1B_owlore": 1_235_814_400, "llama3_2/3B_owlore": 3_212_749_824,
     "mistral/7B_owlore": 7_241_732_096, "qwen2_5/0.5B_owlore": 494_032_768, "qwen2_5/1.5B_owlore": 1_543_714_304,
     "qwen2_5/3B_owlore": 3_085_938_688, "qwen2_5/7B_owlore": 7_615_616_512, "gemma2/2B_owlore": 2_614_341_888,
-    "phi3/mini_owlore": 3_821_079_552, "smollm2/135M_owlore": 134_515_008,
+    "phi3/mini_owlore": 3_821_079_552, "smollm2/135M_owlore": 134_515_008, "qwen3/0.6B_owlore": 596_049_920,
+    "qwen3/1.7B_owlore": 1_720_574_976, "qwen3/4B_owlore": 4_022_468_096, "qwen3/8B_owlore": 8_190_735_360,
+    "qwen3/14B_owlore": 14_768_307_200, "gemma3/1B_owlore": 999_885_952, "smollm3/3B_owlore": 3_075_098_624,
+    "olmo2/7B_owlore": 7_298_617_344, "mistral_nemo/12B_owlore": 12_247_782_400, "phi4/14B_owlore": 14_659_507_200,
+    "granite3/8B_owlore": 8_170_864_640,
 }  # fmt: skip
 
 

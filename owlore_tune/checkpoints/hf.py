@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -23,6 +24,7 @@ from owlore_tune.distributed.world import ALONE, World, full, shard_like
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import files_digest
 from owlore_tune.models.decoder import init_rope, plain_name
+from owlore_tune.models.hf import HFDecoder, check_config
 
 SHARD_BYTES = 2 * 10**9
 # Files copied into a checkpoint, if the model directory has them. config.json is rewritten.
@@ -101,8 +103,10 @@ class HFCheckpointer:
             directory: a checkpoint of `save_checkpoint` to load instead of ``checkpoint_dir``.
 
         Raises:
-            ConfigError: if a weight is not in the model or differs in shape, or a weight of the model is missing.
+            ConfigError: if a weight is not in the model or differs in shape, a weight of the model is missing, or the
+                model was built with fields that differ from ``config.json``.
         """
+        check_same_model(model, self.config)
         files = self.files if directory is None else weight_files(directory)
         directory = directory or self.checkpoint_dir
         wanted = {plain_name(name): parameter for name, parameter in model.named_parameters()}
@@ -206,6 +210,15 @@ class HFCheckpointer:
         key = "dtype" if "dtype" in self.config else "torch_dtype"
         config = {**self.config, key: str(dtype).removeprefix("torch.")}
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def check_same_model(model: nn.Module, config: dict[str, Any]) -> None:
+    """Raise ConfigError if ``model`` is of transformers, and was built with a field that differs in ``config``."""
+    if isinstance(model, HFDecoder):
+        try:
+            check_config(model, config)
+        except ValueError as error:
+            raise ConfigError(f"{error}; check that model and checkpointer.checkpoint_dir match") from error
 
 
 def weight_files(directory: Path) -> list[Path]:

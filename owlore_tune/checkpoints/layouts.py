@@ -1,4 +1,4 @@
-"""torchtune's conversions between Hugging Face's weight layout and its own, for each type of model."""
+"""Conversions between Hugging Face's weight layout and that of the model, for each type of model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,8 +8,11 @@ from torch import Tensor
 from torchtune.models import convert_weights
 from torchtune.training.checkpointing import ModelType
 
+from owlore_tune.models.hf import hf_names
+
 StateDict = dict[str, Tensor]
 Convert = Callable[[StateDict], StateDict]
+HF = "HF"  # the model is of transformers; only the names of its parts differ
 # torchtune's weight layouts of causal decoders, and the matching ``model_type`` in config.json.
 ARCHITECTURES = {
     ModelType.LLAMA2: ("llama",), ModelType.LLAMA3: ("llama",), ModelType.LLAMA3_2: ("llama",),
@@ -22,22 +25,25 @@ def converters(model_type: str, config: dict[str, Any]) -> tuple[Convert, Conver
     """The conversions from and to Hugging Face's layout.
 
     Args:
-        model_type: torchtune's name of the layout, such as ``LLAMA2``.
+        model_type: torchtune's name of the layout, such as ``LLAMA2``; ``HF`` for `owlore_tune.models.HFDecoder`.
         config: content of the model's config.json.
 
     Raises:
         ValueError: if ``model_type`` is unknown, not a causal decoder, or does not match ``config``; or if ``config``
             lacks a size or has inconsistent numbers of heads.
     """
+    if model_type == HF:
+        parts = hf_names(config)
+        return partial(_renamed, {theirs: ours for ours, theirs in parts.items()}), partial(_renamed, parts)
     kind = ModelType.__members__.get(str(model_type))
     if kind not in ARCHITECTURES:
         names = ", ".join(known.name for known in ARCHITECTURES)
-        raise ValueError(f"checkpointer.model_type={model_type}; choose one of the causal decoders {names}")
+        raise ValueError(f"checkpointer.model_type={model_type}; choose one of the causal decoders {names}, or {HF}")
     if (found := config.get("model_type")) not in ARCHITECTURES[kind]:
         fitting = ", ".join(known.name for known, types in ARCHITECTURES.items() if found in types)
         raise ValueError(
             f"checkpointer.model_type={model_type} is for config.json's model_type {ARCHITECTURES[kind][0]}, and the "
-            f"model's is {found}; " + (f"choose {fitting}" if fitting else "torchtune has no such decoder")
+            f"model's is {found}; choose {fitting or HF}"
         )
     try:
         heads = {
@@ -70,3 +76,13 @@ def converters(model_type: str, config: dict[str, Any]) -> tuple[Convert, Conver
 
         return partial(hf_to_tune, **heads), partial(tune_to_hf, **heads)
     return partial(convert_weights.hf_to_tune, **heads), partial(convert_weights.tune_to_hf, **heads)
+
+
+def _renamed(names: dict[str, str], weights: StateDict) -> StateDict:
+    """``weights`` with another name for the part at the beginning of each name."""
+
+    def renamed(name: str) -> str:
+        part = next((part for part in names if name.startswith(f"{part}.")), None)
+        return name if part is None else names[part] + name[len(part) :]
+
+    return {renamed(name): weight for name, weight in weights.items()}

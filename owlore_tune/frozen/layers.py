@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchtune.modules import TiedLinear, TransformerDecoder
+from torchtune.modules import TiedLinear
 
 from owlore_tune.distributed.world import is_finite
 from owlore_tune.errors import ConfigError, DivergedError
 from owlore_tune.frozen.linear import freeze, set_value, thaw
 from owlore_tune.frozen.store import OUTSIDE, LayerStore
 from owlore_tune.heap import return_freed_memory
-from owlore_tune.models.decoder import find_layers, plain_name
+from owlore_tune.models.decoder import Decoder, find_layers, plain_name
 
 
 class FrozenLayers:
@@ -26,7 +26,7 @@ class FrozenLayers:
         products: of `owlore_tune.frozen.linear.PRODUCTS`.
     """
 
-    def __init__(self, model: TransformerDecoder, store: LayerStore, kind: str, products: str = "full") -> None:
+    def __init__(self, model: Decoder, store: LayerStore, kind: str, products: str = "full") -> None:
         self._model = model
         self._layers = find_layers(model)
         self.store = store

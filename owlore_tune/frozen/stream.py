@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from owlore_tune.frozen.layers import FrozenLayers
 from owlore_tune.layers.outliers import InputSquares, outlier_share
 from owlore_tune.layers.scores import NEEDS_DATA, score_of_layer
-from owlore_tune.models.decoder import find_layers, find_linears
+from owlore_tune.models.decoder import Decoder, find_layers, find_linears, layer_inputs
 
 Batch = Mapping[str, Tensor]
 Run = Callable[[Callable[[Batch], None] | None], None]
@@ -19,7 +18,7 @@ Run = Callable[[Callable[[Batch], None] | None], None]
 
 @torch.no_grad()
 def forward_by_layer(
-    model: TransformerDecoder, batches: Sequence[Batch], visit: Callable[[int, Run], None], what: str
+    model: Decoder, batches: Sequence[Batch], visit: Callable[[int, Run], None], what: str
 ) -> list[Tensor]:
     """Run ``batches`` through the layers, all of them through one layer before any goes through the next.
 
@@ -34,15 +33,19 @@ def forward_by_layer(
     """
     was_training = model.training
     model.eval()
-    hidden = [model.tok_embeddings(batch["tokens"]) for batch in batches]
+    hidden, arguments = [], []
+    for batch in batches:
+        extra = {key: batch[key] for key in ("mask", "input_pos") if key in batch}
+        first, of_layers = layer_inputs(model, batch["tokens"], **extra)
+        hidden.append(first)
+        arguments.append(of_layers)
     for index, layer in enumerate(tqdm(find_layers(model), desc=what, unit="layer", leave=False)):
 
-        def run(before: Callable[[Batch], None] | None = None, layer: Any = layer) -> None:
+        def run(before: Callable[[Batch], None] | None = None, layer: Any = layer, index: int = index) -> None:
             for number, batch in enumerate(batches):
                 if before is not None:
                     before(batch)
-                extra = {key: batch[key] for key in ("mask", "input_pos") if key in batch}
-                hidden[number] = layer(hidden[number], **extra)
+                hidden[number] = layer(hidden[number], **arguments[number][index])
 
         visit(index, run)
     model.train(was_training)
@@ -50,7 +53,7 @@ def forward_by_layer(
 
 
 def load_and_score(
-    model: TransformerDecoder,
+    model: Decoder,
     frozen: FrozenLayers,
     device: torch.device,
     score: str | None,

@@ -31,7 +31,7 @@ class ActiveLayers:
     Create it after loading weights, because loading can replace parameters.
 
     Args:
-        model: a torchtune ``TransformerDecoder``.
+        model: a decoder of torchtune or transformers.
         optimizer: has the parameters of all layers, see `owlore_tune.optim.adamw.parameter_groups`.
         sampler: draws the layers.
         resample_every: K, in optimizer steps.

@@ -25,7 +25,7 @@ def outlier_scores(
     """The share of outlier weights of each layer of ``model``.
 
     Args:
-        model: a torchtune ``TransformerDecoder``.
+        model: a decoder of torchtune or transformers.
         batches: calibration inputs, keyword arguments of the model's forward (``tokens`` (b, s), and as needed
             ``mask``, ``input_pos``) on its device. The optional key ``valid`` (b, s), bool, is False for padding, which
             does not count. It is not passed to the model.
@@ -36,7 +36,7 @@ def outlier_scores(
         D_l of each layer, bottom first, between 0 and 1.
 
     Raises:
-        TypeError: if ``model`` is not a ``TransformerDecoder``.
+        TypeError: if ``model`` is not such a decoder.
         ValueError: if there are no batches, ``threshold`` is not positive, or weights or inputs of a layer are not
             finite.
     """

@@ -42,7 +42,7 @@ def layer_scores(
         world: processes that shard the weights, each with its own batches.
 
     Raises:
-        TypeError: if ``model`` is not a torchtune ``TransformerDecoder``.
+        TypeError: if ``model`` is not a decoder of torchtune or transformers.
         ValueError: if ``score`` is unknown, if it needs batches and there are none, or if weights or activations of a
             layer are not finite.
     """

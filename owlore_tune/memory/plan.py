@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torchtune import training
-from torchtune.modules import TiedLinear, TransformerDecoder
+from torchtune.modules import TiedLinear
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import LoRALinear
 
@@ -26,7 +26,7 @@ from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.frozen.formats import empty
 from owlore_tune.frozen.linear import attach
 from owlore_tune.memory.measure import resident_bytes
-from owlore_tune.models.decoder import find_layers, find_linears, init_rope, model_parts
+from owlore_tune.models.decoder import Decoder, find_layers, find_linears, init_rope, model_parts
 from owlore_tune.optim import low_bits
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
 from owlore_tune.optim.projection import OVERSAMPLING, project, times
@@ -82,7 +82,7 @@ class StepShape:
 
 
 def plan_memory(
-    model: TransformerDecoder,
+    model: Decoder,
     loss_fn: Any,
     optimizer: OwLoreAdamW,
     shape: StepShape,
@@ -100,7 +100,7 @@ def plan_memory(
     longest. The optimizer step works in small pieces, which take less memory than backward has freed.
 
     Args:
-        model: a torchtune ``TransformerDecoder`` on the meta device, in the dtype of the run.
+        model: a decoder of torchtune or transformers on the meta device, in the dtype of the run.
         optimizer: over the model's parameters; those outside the layers always train.
         num_active: layers that train at once; None for all.
         holds_all_state: optimizer state of inactive layers stays on ``device``.
@@ -140,7 +140,7 @@ def plan_memory(
 
 
 def peer_plans(
-    model: TransformerDecoder,
+    model: Decoder,
     loss_fn: Any,
     shape: StepShape,
     *,
@@ -186,7 +186,7 @@ def framework_bytes(device: torch.device) -> int:
 
 
 def step_bytes(
-    model: TransformerDecoder,
+    model: Decoder,
     loss_fn: Any,
     shape: StepShape,
     device: torch.device,
@@ -243,7 +243,7 @@ def step_bytes(
 
 
 def _forward_backward(
-    model: TransformerDecoder, loss_fn: Any, shape: StepShape, device: torch.device, tracker: "_Tracker"
+    model: Decoder, loss_fn: Any, shape: StepShape, device: torch.device, tracker: "_Tracker"
 ) -> None:
     size = (shape.batch_size, shape.seq_len)
     tracker.label = "activations"
@@ -313,7 +313,7 @@ def _trained_by_layer(
 
 
 def _adamw_plan(
-    model: TransformerDecoder,
+    model: Decoder,
     loss_fn: Any,
     shape: StepShape,
     device: torch.device,
@@ -327,9 +327,7 @@ def _adamw_plan(
     return _plan(model, device, framework, sharding, trained, moments=moments, bases=0, **step)
 
 
-def _sharded(
-    parts: dict[str, int], model: TransformerDecoder, sharding: Sharding, trained: set[Tensor]
-) -> dict[str, int]:
+def _sharded(parts: dict[str, int], model: Decoder, sharding: Sharding, trained: set[Tensor]) -> dict[str, int]:
     """``parts`` on one of several devices: the shards, plus what FSDP2 gathers temporarily.
 
     FSDP2 gathers everything outside the layers from forward to backward. It gathers one layer and the prefetched next
@@ -354,7 +352,7 @@ def _sharded(
 
 
 def _plan(
-    model: TransformerDecoder,
+    model: Decoder,
     device: torch.device,
     framework: int | None,
     sharding: Sharding | None,

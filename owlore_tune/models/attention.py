@@ -15,6 +15,8 @@ def attend_by_sample(model: nn.Module) -> None:
     With a mask, torch computes the products of all pairs of tokens in a row, also those of two samples. Attention of
     other kinds, such as Gemma 2's, does not change.
     """
+    if callable(by_sample := getattr(model, "attend_by_sample", None)):  # of `HFDecoder`
+        by_sample()
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):
             module._attention_call = _attention_by_sample
@@ -32,13 +34,13 @@ def _attention_by_sample(
         return scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
     attend = partial(scaled_dot_product_attention, dropout_p=dropout_p, is_causal=True)
     rows = []
-    for row, lengths in enumerate(_sample_lengths(mask)):
+    for row, lengths in enumerate(sample_lengths(mask)):
         samples = [part[row : row + 1].split(lengths, dim=2) for part in (q, k, v)]
         rows.append(torch.cat(list(map(attend, *samples)), dim=2))
     return torch.cat(rows)
 
 
-def _sample_lengths(mask: Tensor) -> list[list[int]]:
+def sample_lengths(mask: Tensor) -> list[list[int]]:  # (b, s, s)
     """The lengths of each row's samples. The first token of a sample does not attend to the token before it."""
     lengths = []
     for sees_previous in mask.diagonal(-1, 1, 2).tolist():

@@ -45,7 +45,7 @@ def parameter_groups(
     train_output: bool = False,
     train_norm: bool = False,
 ) -> list[dict[str, Any]]:
-    """The parameter groups of `OwLoreAdamW` for a torchtune ``TransformerDecoder``.
+    """The parameter groups of `OwLoreAdamW` for a decoder of torchtune or transformers.
 
     All layers form one group, projected to the optimizer's rank. Other trained parameters form a second group at full
     rank. The remaining parameters are not in the optimizer; freeze them (`ActiveLayers` does).

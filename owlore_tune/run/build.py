@@ -12,7 +12,6 @@ from omegaconf import DictConfig, ListConfig
 from torchtune import training
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
-from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
 
 from owlore_tune.checkpoints.hf import HFCheckpointer
@@ -25,7 +24,7 @@ from owlore_tune.errors import ConfigError
 from owlore_tune.frozen.layers import FrozenLayers
 from owlore_tune.layers.active import ActiveLayers
 from owlore_tune.layers.sampler import LayerSampler
-from owlore_tune.models.decoder import find_layers, model_parts
+from owlore_tune.models.decoder import Decoder, find_layers, model_parts
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
 from owlore_tune.run.settings import TrainingSettings
 
@@ -138,7 +137,7 @@ class Parts(NamedTuple):
     """The parts of a training step, without weights."""
 
     loss_fn: Any
-    model: TransformerDecoder
+    model: Decoder
     optimizer: OwLoreAdamW
 
 
@@ -152,7 +151,7 @@ def build_parts(settings: TrainingSettings) -> Parts:
     return Parts(loss_fn, model, build_optimizer(settings, model))
 
 
-def build_model(settings: TrainingSettings) -> tuple[Any, TransformerDecoder]:
+def build_model(settings: TrainingSettings) -> tuple[Any, Decoder]:
     """The loss, and the model on the meta device, configured for the output that the loss takes.
 
     Returns:
@@ -192,13 +191,13 @@ def _build_loss(cfg: DictConfig) -> Any:
     return loss_fn
 
 
-def build_optimizer(settings: TrainingSettings, model: TransformerDecoder) -> OwLoreAdamW:
+def build_optimizer(settings: TrainingSettings, model: Decoder) -> OwLoreAdamW:
     """The optimizer over all parameters of ``model`` that train with the ``owlore`` block."""
     groups = parameter_groups(model, **settings.owlore.train_outside())
     return build_ours("optimizer", settings.cfg.optimizer, OwLoreAdamW, groups)
 
 
-def compile_parts(loss_fn: Any, model: TransformerDecoder, optimizer: OwLoreAdamW) -> Any:
+def compile_parts(loss_fn: Any, model: Decoder, optimizer: OwLoreAdamW) -> Any:
     """Compile ``model``, layer by layer, and ``optimizer`` in place; returns the loss, compiled if possible.
 
     All layers share their graphs. There is one for each kind of layer and pass: trained or frozen, with or without a
@@ -208,8 +207,10 @@ def compile_parts(loss_fn: Any, model: TransformerDecoder, optimizer: OwLoreAdam
     # would run uncompiled without an error.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    training.compile_model(model)
-    optimizer.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))  # as torchtune's parts
+    backend = os.environ.get("TORCH_COMPILE_BACKEND", "inductor")  # as torchtune's parts
+    for layer in find_layers(model):
+        layer.compile(backend=backend)
+    optimizer.compile(backend=backend)
     # A loss that takes the model's head computes gradients inside forward.
     return loss_fn if hasattr(loss_fn, "set_model_output") else training.compile_loss(loss_fn)
 
@@ -247,7 +248,7 @@ def build_sampler(settings: TrainingSettings, scores: list[float]) -> LayerSampl
 
 def build_active_layers(
     settings: TrainingSettings,
-    model: TransformerDecoder,
+    model: Decoder,
     optimizer: OwLoreAdamW,
     sampler: LayerSampler,
     frozen: FrozenLayers | None = None,

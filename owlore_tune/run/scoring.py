@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from functools import partial
 
 from torchtune import utils
-from torchtune.modules import TransformerDecoder
 
 from owlore_tune.config import plain
 from owlore_tune.data.loader import Batch, TrainingData
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.layers.scores import NEEDS_DATA, LayerScores, layer_scores
+from owlore_tune.models.decoder import Decoder
 from owlore_tune.run.build import build_inputs, build_model
 from owlore_tune.run.settings import TrainingSettings
 
@@ -41,7 +41,7 @@ def read_scores(settings: TrainingSettings, fingerprint: str, num_layers: int) -
 
 def score_layers(
     settings: TrainingSettings,
-    model: TransformerDecoder,
+    model: Decoder,
     data: TrainingData,
     fingerprint: str,
     world: World = ALONE,

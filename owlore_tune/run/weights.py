@@ -6,16 +6,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torchtune.modules import TransformerDecoder
 
-from owlore_tune.checkpoints.hf import weight_files
+from owlore_tune.checkpoints.hf import check_same_model, weight_files
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.frozen.layers import FrozenLayers
 from owlore_tune.frozen.store import OUTSIDE, LayerStore
 from owlore_tune.frozen.stream import load_and_score
 from owlore_tune.layers.scores import LayerScores
-from owlore_tune.models.decoder import init_rope
+from owlore_tune.models.decoder import Decoder, init_rope
 from owlore_tune.run.build import Inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.report import Report
@@ -37,7 +36,7 @@ class Source:
 def load_weights(
     settings: TrainingSettings,
     inputs: Inputs,
-    model: TransformerDecoder,
+    model: Decoder,
     report: Report,
     source: Source,
     known: LayerScores | None,
@@ -75,13 +74,14 @@ def load_weights(
 def _load_quantized(
     settings: TrainingSettings,
     inputs: Inputs,
-    model: TransformerDecoder,
+    model: Decoder,
     source: Source,
     known: LayerScores | None,
     fingerprint: str,
 ) -> tuple[FrozenLayers, LayerScores]:
     """Load, score and quantize the layers one by one, so that one of them at a time is in full precision."""
     owlore, checkpointer = settings.owlore, inputs.checkpointer
+    check_same_model(model, checkpointer.config)
     files = checkpointer.files if source.checkpoint is None else weight_files(source.checkpoint)
     store = LayerStore(checkpointer, files, source.run.path / STORE / source.run.run_id, settings.dtype)
     store.remove_leftovers()
@@ -104,7 +104,7 @@ def _load_quantized(
 
 
 def weight_writer(
-    inputs: Inputs, model: TransformerDecoder, frozen: FrozenLayers | None, world: World = ALONE
+    inputs: Inputs, model: Decoder, frozen: FrozenLayers | None, world: World = ALONE
 ) -> tuple[Callable[[Path], None], int]:
     """The function that writes the weights of a checkpoint, and about how many bytes it writes."""
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())

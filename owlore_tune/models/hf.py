@@ -1,0 +1,375 @@
+"""Decoders of transformers, with the attributes of torchtune's ``TransformerDecoder``.
+
+The model's own code computes the hidden states. Masks and positions are torchtune's.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtune.modules import TiedLinear
+
+from owlore_tune.models.attention import sample_lengths
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+# (mask (b, s, t) or None, positions (b, s) or None, number of tokens in the cache) of the current forward
+_CURRENT: ContextVar[tuple[Tensor | None, Tensor | None, int]] = ContextVar("current")
+
+
+class HFDecoder(nn.Module):
+    """A causal language model of transformers, as a torchtune decoder.
+
+    Args:
+        causal: the model, for example from ``AutoModelForCausalLM.from_config``.
+
+    Attributes:
+        layers: the transformer layers, bottom first.
+        tok_embeddings: token ids (b, s) → (b, s, d).
+        norm: the final norm, (b, s, d) → (b, s, d).
+        output: the output head, (…, d) → logits (…, v). Caps and scales of logits are part of it.
+        config: of transformers.
+        fields: names of the fields of ``config`` that were given.
+        max_seq_len: most tokens of a row.
+        cache: keys and values of earlier tokens; None computes all tokens anew.
+
+    Raises:
+        ValueError: if a part cannot be identified, or if it works in a way that this class does not support.
+    """
+
+    def __init__(self, causal: Any) -> None:
+        super().__init__()
+        names = part_names(causal)
+        base = getattr(causal, causal.base_model_prefix)
+        self.config = causal.config
+        self.fields: tuple[str, ...] = ()
+        self.max_seq_len = int(self.config.max_position_embeddings)
+        self.cache: Any = None
+        self.num_output_chunks = 0
+        self.layers = getattr(base, names["layers"])
+        self.tok_embeddings = getattr(base, names["tok_embeddings"])
+        self.norm = getattr(base, names["norm"])
+        for name, child in base.named_children():
+            if name not in names.values():  # rotary embeddings and the like, without parameters
+                self.add_module(name, child)
+        logits = _Logits(causal, names["output"])
+        if self.config.tie_word_embeddings:
+            self.output: Any = _TiedHead(self.tok_embeddings, logits)
+        else:
+            self.output = causal.get_output_embeddings()
+            if logits.are_changed():
+                self.output.register_forward_hook(lambda head, args, out: logits(out))
+        setattr(base, names["norm"], nn.Identity())
+        self._base = [base]  # in a list, to not register its modules twice
+        self._layers_name = names["layers"]
+
+    def forward(self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Any:
+        """Logits (b, s, v) for ``tokens`` (b, s), or what ``unembed`` makes of the last hidden states.
+
+        Args:
+            mask: (b, s, t), bool, True where a token attends. None for causal attention.
+            input_pos: (b, s), positions. None counts from 0.
+        """
+        return self.unembed(self._decode(tokens, mask, input_pos))
+
+    def unembed(self, hidden: Tensor) -> Any:
+        hidden = self.norm(hidden)
+        if self.num_output_chunks > 0:
+            return [self.output(chunk) for chunk in hidden.tensor_split(self.num_output_chunks, dim=1)]
+        return self.output(hidden).float()
+
+    def set_num_output_chunks(self, num_output_chunks: int) -> None:
+        """Return logits in chunks of positions, as torchtune's decoder does for its chunked losses."""
+        self.num_output_chunks = num_output_chunks
+
+    def hidden_states(self, tokens: Tensor, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
+        return self.norm(self._decode(tokens, mask, input_pos))
+
+    def layer_inputs(
+        self, tokens: Tensor, mask: Tensor | None = None, input_pos: Tensor | None = None
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The input (b, s, d) of the first layer, and the keyword arguments of every layer."""
+        (base,) = self._base
+        recorders = nn.ModuleList(_Recorder(layer) for layer in self.layers)
+        base._modules[self._layers_name] = recorders
+        try:
+            hidden = self._decode(tokens, mask, input_pos)
+        finally:
+            base._modules[self._layers_name] = self.layers
+        return hidden, [recorder.arguments for recorder in recorders]  # type: ignore[misc]
+
+    def attend_by_sample(self) -> None:
+        """Compute the attention of each sample of a packed row on its own; see `owlore_tune.models.attention`."""
+        self.config._attn_implementation = "owlore_by_sample"
+
+    def rope_init(self) -> None:
+        """Initialize buffers on torch's default device. Checkpoints do not contain them."""
+        (base,) = self._base
+        for parameter in self.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers then leaves it alone
+        for module in self.modules():
+            buffers = dict(module.named_buffers(recurse=False))
+            for name, buffer in buffers.items():
+                module._buffers[name] = torch.empty_like(buffer, device=torch.get_default_device())
+            if buffers:
+                base._init_weights(module)
+
+    def caches_are_setup(self) -> bool:
+        return self.cache is not None
+
+    def _decode(self, tokens: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+        (base,) = self._base
+        seen = 0 if self.cache is None else self.cache.get_seq_length()
+        current = _CURRENT.set((mask, input_pos, seen))
+        try:
+            return base(
+                input_ids=tokens,
+                # transformers passes it to `_attention_mask`, which does not read it. Without one, transformers would
+                # read the positions to detect packed rows, and wait for a GPU.
+                attention_mask=torch.ones_like(tokens, dtype=torch.bool),
+                position_ids=input_pos,
+                past_key_values=self.cache,
+                use_cache=False,
+            ).last_hidden_state
+        finally:
+            _CURRENT.reset(current)
+
+
+def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
+    """Build a model of transformers on the default device, with random weights. No code of ``path`` is run.
+
+    Args:
+        path: model directory, whose config.json describes the model.
+        fields: fields of config.json, for a model without a directory; ``model_type`` is required then. With ``path``,
+            they override its fields.
+
+    Raises:
+        ValueError: if transformers has no such causal decoder, or its parts cannot be identified.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    fields = _read_config(path) | fields if path is not None else fields
+    model_type = str(fields.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type={model_type}: the installed transformers has no such model")
+    config = CONFIG_MAPPING[model_type].from_dict(fields)
+    for reason, is_true in {
+        "an encoder and a decoder": getattr(config, "is_encoder_decoder", False),
+        "caps on attention logits": getattr(config, "attn_logit_softcapping", None) is not None,
+        "layers that are neither full nor sliding attention": not LAYER_TYPES.issuperset(
+            getattr(config, "layer_types", None) or ()
+        ),
+    }.items():
+        if is_true:
+            raise ValueError(f"model_type={model_type} has {reason}, which OwLore cannot train")
+    _register_attention()
+    causal = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), attn_implementation="owlore")
+    model = HFDecoder(causal)
+    model.fields = tuple(fields)
+    return model
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    file = Path(path).expanduser() / "config.json"
+    try:
+        fields = json.loads(file.read_text())
+        if not isinstance(fields, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}; download the model first") from error
+    return fields
+
+
+def part_names(causal: Any) -> dict[str, str]:
+    """The names of layers, embeddings and final norm in the base model of ``causal``, and of its output head.
+
+    Raises:
+        ValueError: if a part cannot be identified.
+    """
+    kind = type(causal).__name__
+    base = getattr(causal, causal.base_model_prefix, None)
+    head, embeddings = causal.get_output_embeddings(), causal.get_input_embeddings()
+    if base is None or not isinstance(head, nn.Linear) or not isinstance(embeddings, nn.Embedding):
+        raise ValueError(f"{kind} is not a causal decoder with token embeddings and a Linear as output head")
+    found: dict[str, list[str]] = {"layers": [], "tok_embeddings": [], "norm": []}
+    for name, child in base.named_children():
+        if child is embeddings:
+            found["tok_embeddings"].append(name)
+        elif isinstance(child, nn.ModuleList) and len(child) == causal.config.num_hidden_layers:
+            found["layers"].append(name)
+        elif next(child.parameters(), None) is not None:
+            found["norm"].append(name)
+    for part, names in found.items():
+        if len(names) != 1:
+            raise ValueError(f"{kind}: {part} cannot be identified; its base model has {', '.join(names) or 'none'}")
+    for index, layer in enumerate(getattr(base, found["layers"][0])):
+        if not any(isinstance(module, nn.Linear) for module in layer.modules()):
+            raise ValueError(f"{kind}: layer {index} has no Linear to train")
+        if bad := [name for name, parameter in layer.named_parameters() if parameter.ndim > 2]:
+            raise ValueError(f"{kind}: {bad[0]} of layer {index} is neither a matrix nor a vector")
+    known = {*base.parameters(), *head.parameters()}
+    if other := [name for name, parameter in causal.named_parameters() if parameter not in known]:
+        raise ValueError(f"{kind}: {other[0]} is in no layer, embedding, output head or final norm")
+    (output,) = [name for name, module in causal.named_modules() if module is head]
+    return {part: names[0] for part, names in found.items()} | {"output": output}
+
+
+def check_config(model: HFDecoder, config: dict[str, Any]) -> None:
+    """Raise ValueError if ``model`` was built with a field that differs in ``config``, the content of config.json."""
+    from transformers import CONFIG_MAPPING
+
+    theirs = CONFIG_MAPPING[str(config["model_type"])].from_dict(config)
+    for key in ("model_type", *model.fields, "rope_parameters", "layer_types"):
+        ours = getattr(model.config, key, None)
+        if hasattr(theirs, key) and ours != (found := getattr(theirs, key)):
+            raise ValueError(f"model.{key}={ours}, and config.json has {found}")
+
+
+def hf_names(config: dict[str, Any]) -> dict[str, str]:
+    """The name of each part in a checkpoint of transformers, by its name in `HFDecoder`.
+
+    Args:
+        config: content of config.json.
+
+    Raises:
+        ValueError: as `hf_decoder`.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if (model_type := str(config.get("model_type"))) not in CONFIG_MAPPING:
+        raise ValueError(f"config.json: the installed transformers has no model_type {model_type}")
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(config))
+    names = part_names(causal)
+    prefix = causal.base_model_prefix
+    return {part: name if part == "output" else f"{prefix}.{name}" for part, name in names.items()}
+
+
+class _Logits:
+    """The changes that a causal model makes to the output of its head, such as a scale or a cap."""
+
+    def __init__(self, causal: Any, head_name: str) -> None:
+        self._causal = causal.__class__.__new__(causal.__class__)
+        nn.Module.__init__(self._causal)
+        vars(self._causal).update({k: v for k, v in vars(causal).items() if k not in ("_modules", "_parameters")})
+        self._causal._modules = {causal.base_model_prefix: _PassThrough(), head_name: nn.Identity()}
+        self._causal._parameters = {}
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        rows = logits.reshape(1, -1, logits.shape[-1])
+        return self._causal(inputs_embeds=rows, use_cache=False).logits.view_as(logits)
+
+    def are_changed(self) -> bool:
+        with torch.device("cpu"):
+            sample = torch.linspace(-100, 100, 8).view(1, 8)
+        return not torch.equal(self(sample), sample)
+
+
+class _PassThrough(nn.Module):
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+class _TiedHead(TiedLinear):
+    """An output head that shares the weight of the embeddings."""
+
+    def __init__(self, tied_module: nn.Module, logits: _Logits) -> None:
+        super().__init__(tied_module)
+        self._logits = logits if logits.are_changed() else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product = super().__call__(x)
+        return product if self._logits is None else self._logits(product)
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer: returns its input, and records its other arguments."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = [layer]
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        return hidden
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+
+@cache
+def _register_attention() -> None:
+    """Register this module's attention with transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("owlore", sdpa_attention_forward)
+    AttentionInterface.register("owlore_by_sample", _attention_by_sample)
+    for name in ("owlore", "owlore_by_sample"):
+        AttentionMaskInterface.register(name, _attention_mask)
+
+
+def _attention_mask(
+    batch_size: int, q_length: int, *_: Any, local_size: int | None = None, device: Any = None, **__: Any
+) -> Tensor | None:  # (b, 1, s, t) bool, None for causal attention without a window
+    """The mask of the current forward, in a window of ``local_size`` positions."""
+    mask, positions, seen = _CURRENT.get()
+    length = seen + q_length
+    if mask is not None and seen + q_length < mask.shape[-1]:
+        mask = mask[..., :length]  # a cache for more tokens than there are
+    if local_size is None or length <= local_size:
+        return None if mask is None else mask[:, None]
+    # Keys that are in the cache have the positions of their slots, or all the same offset from them.
+    keys = torch.arange(length, device=device)[None] if positions is None or seen else positions
+    queries = keys[:, seen:]
+    near = queries[:, :, None] - keys[:, None, :] < local_size
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, seen:]
+    return (mask & near)[:, None].expand(batch_size, -1, -1, -1)
+
+
+def _attention_by_sample(
+    module: nn.Module,
+    query: Tensor,  # (b, heads, s, head_dim)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # (b, 1, s, s)
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if attention_mask is None or attention_mask.shape[-1] != attention_mask.shape[-2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    all_lengths = sample_lengths(attention_mask[:, 0])
+    if sliding_window is not None and max(map(max, all_lengths)) > sliding_window:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rows = []
+    for row, lengths in enumerate(all_lengths):
+        samples = zip(*(part[row : row + 1].split(lengths, dim=2) for part in (query, key, value)), strict=True)
+        outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in samples]
+        rows.append(torch.cat(outputs, dim=1))
+    return torch.cat(rows), None
+
+
+@contextmanager
+def key_value_cache(model: HFDecoder) -> Iterator[None]:
+    """Keep keys and values of all tokens that ``model`` gets during the block."""
+    from transformers import DynamicCache
+
+    model.cache = DynamicCache()
+    try:
+        yield
+    finally:
+        model.cache = None
