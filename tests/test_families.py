@@ -24,7 +24,7 @@ from transformers import (
 from owlore_tune.catalog import packaged_configs
 from owlore_tune.config import load_config
 from owlore_tune.models.decoder import find_linears
-from runs import changed_by_draw, finetune
+from runs import changed_by_draw, checkpoints, finetune
 
 SIZES = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -115,21 +115,27 @@ def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()(tokens).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_scored_trained_exported_and_loaded_by_transformers(family, tmp_path, tiny_data):
-    shipped, builder, differences, hf_config = FAMILIES[family]
-    source = hf_model(hf_config, tmp_path / "source")
+def family_config(family: str, source: Path, data: Path) -> dict:
+    """Return the family's shipped config with the tiny model in ``source``, for 4 steps over 2 draws."""
+    shipped, builder, differences, _ = FAMILIES[family]
     shape = {"path": str(source)} if builder == HF else BUILDER | differences
     cfg = OmegaConf.to_container(load_config(shipped), resolve=False)
     cfg |= {
-        "output_dir": str(tmp_path / "run"), "model": {"_component_": builder, **shape},
+        "output_dir": f"{source}_run", "model": {"_component_": builder, **shape},
         "tokenizer": {"_component_": "owlore_tune.data.HFChatTokenizer", "path": str(source), "max_seq_len": 64},
-        "dataset": cfg["dataset"] | {"data_files": str(tiny_data)}, "batch_size": 4, "gradient_accumulation_steps": 1,
+        "dataset": cfg["dataset"] | {"data_files": str(data)}, "batch_size": 4, "gradient_accumulation_steps": 1,
         "max_steps_per_epoch": 4, "save_every_n_steps": 2, "lr_scheduler": None, "device": "cpu", "dtype": "fp32",
     }  # fmt: skip
     cfg["checkpointer"]["checkpoint_dir"] = str(source)
     cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "outlier_threshold": 2.0}
     cfg["optimizer"]["rank"] = 8
+    return cfg
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_scored_trained_exported_and_loaded_by_transformers(family, tmp_path, tiny_data):
+    source = hf_model(FAMILIES[family][-1], tmp_path / "source")
+    cfg = family_config(family, source, tiny_data)
     recipe = finetune(cfg)
 
     assert len(recipe._scores.scores) == 4 and min(recipe._scores.scores) > 0
@@ -139,7 +145,7 @@ def test_a_family_is_scored_trained_exported_and_loaded_by_transformers(family, 
     with torch.no_grad():
         hidden = recipe._model(tokens)  # the loss applies the head
         ours = recipe._model.output(hidden)
-    theirs = hf_logits(tmp_path / "run" / "step_4", tokens)
+    theirs = hf_logits(checkpoints(cfg)[-1], tokens)
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
     assert (theirs - hf_logits(source, tokens)).abs().max() > 1e-3
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from owlore_evals.shared_prefix import make_rows
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
 from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.models.hf import hf_decoder
 from owlore_tune.models.smollm2 import smollm2_135m
 
 QUESTIONS = [
@@ -88,6 +90,12 @@ def real(smollm2_dir):
     return adapter(smollm2_dir, "LLAMA3_2", smollm2_135m), hf(smollm2_dir)
 
 
+@pytest.fixture(scope="module")
+def transformers(smollm2_dir, real):
+    """SmolLM2 as a decoder of transformers."""
+    return adapter(smollm2_dir, "HF", partial(hf_decoder, str(smollm2_dir))), real[1]
+
+
 def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
     return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
@@ -97,7 +105,7 @@ def scored() -> list[Instance]:
     return instances("loglikelihood", pairs[::2] + pairs[1::2])  # answers of one context are not adjacent
 
 
-@pytest.mark.parametrize("which", ["tiny", "real"])
+@pytest.mark.parametrize("which", ["tiny", "real", "transformers"])
 def test_log_likelihoods_equal_the_harness(which, request):
     ours, theirs = request.getfixturevalue(which)
     got = ours.loglikelihood(scored(), disable_tqdm=True)
@@ -148,7 +156,7 @@ def test_contexts_too_long_lose_their_beginning_as_in_the_harness(tiny, tiny_dir
         short.loglikelihood(instances("loglikelihood", [("a", "b" * 40)]), disable_tqdm=True)
 
 
-@pytest.mark.parametrize("which", ["tiny", "real"])
+@pytest.mark.parametrize("which", ["tiny", "real", "transformers"])
 def test_rolling_log_likelihoods_equal_the_harness(which, request):
     ours, theirs = request.getfixturevalue(which)
     texts = instances("loglikelihood_rolling", [("The lazy dog answers questions. " * 30,), ("A fox.",)])
@@ -160,9 +168,9 @@ def test_rolling_log_likelihoods_equal_the_harness(which, request):
         assert a == pytest.approx(b, rel=1e-3)
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_greedy_text_equals_the_harness(real, chat):
-    ours, theirs = real
+@pytest.mark.parametrize(("which", "chat"), [("real", False), ("real", True), ("transformers", True)])
+def test_greedy_text_equals_the_harness(which, chat, request):
+    ours, theirs = request.getfixturevalue(which)
     options = {"until": ["\n\n", "Question:"], "max_gen_toks": 24, "do_sample": False}
     contexts = PROMPTS
     if chat:
@@ -324,9 +332,10 @@ def test_bos_is_added_once_if_asked_for(real):
 
 
 @pytest.mark.slow
-def test_300_log_likelihoods_of_real_questions_equal_the_harness(real):
+@pytest.mark.parametrize("which", ["real", "transformers"])
+def test_300_log_likelihoods_of_real_questions_equal_the_harness(which, request):
     """MMLU dev questions in ARC format, and in MMLU format with 5 examples: all choices agree."""
-    ours, theirs = real
+    ours, theirs = request.getfixturevalue(which)
     (task,) = load_tasks(["mmlu_dev"])
     docs = list(task.test_docs())[:75]
     pairs = [(f"Question: {d['question']}\nAnswer:", f" {choice}") for d in docs for choice in d["choices"]]

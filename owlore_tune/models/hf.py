@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
 from owlore_tune.models.attention import sample_lengths
 
+# transformers takes them for a model without rope_parameters and layer_types, and ignores them otherwise.
+_OLD_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # (mask (b, s, t) or None, positions (b, s) or None, number of tokens in the cache) of the current forward
 _CURRENT: ContextVar[tuple[Tensor | None, Tensor | None, int]] = ContextVar("current")
@@ -149,14 +152,18 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
             they override its fields.
 
     Raises:
-        ValueError: if transformers has no such causal decoder, or its parts cannot be identified.
+        ValueError: if transformers has no such causal decoder or no such field, or parts cannot be identified.
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    fields = _read_config(path) | fields if path is not None else fields
+    given = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in fields.items()}
+    fields = _read_config(path) | given if path is not None else given
     model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type={model_type}: the installed transformers has no such model")
+    known = CONFIG_MAPPING[model_type]().to_dict().keys() | (_OLD_FIELDS if path is None else set())
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"{unknown[0]} is not a field of config.json for model_type={model_type}")
     config = CONFIG_MAPPING[model_type].from_dict(fields)
     for reason, is_true in {
         "an encoder and a decoder": getattr(config, "is_encoder_decoder", False),
@@ -170,7 +177,7 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
     _register_attention()
     causal = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), attn_implementation="owlore")
     model = HFDecoder(causal)
-    model.fields = tuple(fields)
+    model.fields = tuple(given)
     return model
 
 
@@ -211,7 +218,10 @@ def part_names(causal: Any) -> dict[str, str]:
         if not any(isinstance(module, nn.Linear) for module in layer.modules()):
             raise ValueError(f"{kind}: layer {index} has no Linear to train")
         if bad := [name for name, parameter in layer.named_parameters() if parameter.ndim > 2]:
-            raise ValueError(f"{kind}: {bad[0]} of layer {index} is neither a matrix nor a vector")
+            raise ValueError(
+                f"{kind}: {bad[0]} of layer {index} is neither a matrix nor a vector, as in mixtures of experts, which "
+                "OwLore cannot train"
+            )
     known = {*base.parameters(), *head.parameters()}
     if other := [name for name, parameter in causal.named_parameters() if parameter not in known]:
         raise ValueError(f"{kind}: {other[0]} is in no layer, embedding, output head or final norm")
@@ -271,7 +281,7 @@ class _Logits:
 
 
 class _PassThrough(nn.Module):
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, ListConfig
+from torch import nn
 from torchtune import training
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
@@ -209,7 +210,8 @@ def compile_parts(loss_fn: Any, model: Decoder, optimizer: OwLoreAdamW) -> Any:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     backend = os.environ.get("TORCH_COMPILE_BACKEND", "inductor")  # as torchtune's parts
     for layer in find_layers(model):
-        layer.compile(backend=backend)
+        inner: nn.Module = getattr(layer, "_checkpoint_wrapped_module", layer)
+        inner.compile(backend=backend)
     optimizer.compile(backend=backend)
     # A loss that takes the model's head computes gradients inside forward.
     return loss_fn if hasattr(loss_fn, "set_model_output") else training.compile_loss(loss_fn)
