@@ -43,6 +43,10 @@ OURS = {
     "LISA, γ=2": LISA,
     "GaLore": ALL | {"optimizer.side": "shape", "optimizer.update_gap": 10},
     "full": ALL | {"optimizer.rank": None},
+    "OwLore, γ=5, decoder of transformers": {
+        "owlore.num_active_layers": 5, "checkpointer.model_type": "HF",
+        "model": {"_component_": "owlore_tune.models.hf_decoder", "path": "${checkpointer.checkpoint_dir}"},
+    },
 }  # fmt: skip
 TORCHTUNE = {"torchtune full": "full_finetune_single_device", "torchtune LoRA, r=16": "lora_finetune_single_device"}
 # These run on the transformers model. The last is our reimplementation of LISA's published code.

@@ -162,8 +162,8 @@ def test_lora_builder_matches_the_full_model():
 def test_doctor_lists_the_largest_models_that_fit_a_card():
     lines = [finding.text for finding in fits(24e9)]
     assert [line.split(":")[0] for line in lines] == [
-        "llama3/8B_owlore",
-        "llama2/13B_owlore with owlore.frozen_weights=int8 owlore.frozen_products=int8",
+        "qwen3/8B_owlore",
+        "qwen3/14B_owlore with owlore.frozen_weights=int8 owlore.frozen_products=int8",
     ]
     assert all(float(re.search(r": ([\d.]+) GB planned", line)[1]) < 0.9 * 24 for line in lines)
     assert list(fits(1e9)) == []

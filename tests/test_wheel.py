@@ -42,6 +42,10 @@ def test_the_wheel_has_every_recipe_and_config(installed, tmp_path):
         [sys.executable, "-c", "import owlore_tune, owlore_configs; print(owlore_tune.__file__)"], installed, tmp_path
     )
     assert where.startswith(str(installed))
+    # An editable install of the checkout would supply missing modules to the commands above.
+    sources = {file.relative_to(ROOT) for file in (ROOT / "owlore_tune").rglob("*.py")}
+    assert {file.relative_to(installed) for file in (installed / "owlore_tune").rglob("*.py")} == sources
+    assert len(list((installed / "owlore_evals").glob("*.py"))) == len(list((ROOT / "eval").glob("*.py")))
     assert not (installed / "tests").exists() and not (installed / "recipes").exists()
 
 
