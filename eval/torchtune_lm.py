@@ -27,6 +27,7 @@ from owlore_evals.ranks import Ranks
 from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.decoder import Decoder
+from owlore_tune.models.hf import HFDecoder
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation)
 
@@ -82,6 +83,8 @@ class TorchtuneLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Return the settings that can affect a score, even if only by rounding. The harness saves them."""
         return {
+            "model_library": "transformers" if isinstance(self._model, HFDecoder) else "torchtune",
+            "scoring": "shared_prefix",
             "model_dtype": str(self._dtype),
             "add_bos": self.add_bos,
             "max_length": self.max_length,

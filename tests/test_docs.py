@@ -34,6 +34,7 @@ SHORT_EVAL = ["limit=2", "tasks=[mmlu_dev]", "num_fewshot=0"]
 SHORT = {
     "tune run owlore_full_finetune --config smollm2": SHORT_RUN,
     "tune run owlore_full_finetune --config mine.yaml": SHORT_RUN,
+    "tune run owlore_full_finetune --config hf/any": [*SHORT_RUN, "gradient_accumulation_steps=1"],
     "tune run owlore_full_finetune --config llama2/7B_owlore checkpointer.checkpoint_dir=tiny": [],  # the trial run
     "tune run owlore_full_finetune --config llama2": None,  # the model of the trial run, see `shortened`
     "tune run --nproc_per_node 2 owlore_full_finetune --config llama2": None,
@@ -161,6 +162,6 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_python_blocks_are_run_elsewhere():
-    """test_recipe.py runs the code blocks of docs/python.md."""
-    assert [page.name for page in PAGES if "```python" in page.read_text()] == ["python.md"]
+    """test_recipe.py runs the code blocks of docs/python.md, and test_trainer.py those of docs/trainer.md."""
+    assert [page.name for page in PAGES if "```python" in page.read_text()] == ["python.md", "trainer.md"]
     assert shutil.which("tune")

@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from test_distributed import furthest, train_together
 from test_families import FAMILIES, HF, SIZES, family_config, hf_logits, hf_model
 from transformers import (
+    CohereConfig,
     Gemma2Config,
     GPT2Config,
     MambaConfig,
@@ -13,6 +14,7 @@ from transformers import (
     MixtralConfig,
     PhiConfig,
     Qwen3Config,
+    Starcoder2Config,
     T5Config,
 )  # fmt: skip
 
@@ -170,10 +172,10 @@ def test_models_that_cannot_be_trained_are_refused_by_name(config, message):
         hf_decoder(**config.to_dict())
 
 
-def test_parts_are_found_under_any_name(tmp_path):
-    """Phi-2 has another final norm, biases, and dropout modules."""
-    sizes = SIZES | {"layer_norm_eps": 1e-5}
-    source = hf_model(PhiConfig(**sizes), tmp_path / "source")
+@pytest.mark.parametrize("config", [PhiConfig, CohereConfig, Starcoder2Config])
+def test_other_names_and_kinds_of_parts(config, tmp_path):
+    """Another name of the final norm, biases, dropout modules, and logits with a scale."""
+    source = hf_model(config(**SIZES), tmp_path / "source")
     model = loaded(lambda: hf_decoder(str(source)), source, "HF")
     tokens = torch.arange(2, 32)[None]
     with torch.no_grad():

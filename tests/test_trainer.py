@@ -1,16 +1,29 @@
 """OwLore in the Trainer of transformers and in TRL's SFTTrainer, on SmolLM2 and on a tiny model."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from omegaconf import OmegaConf
+from torch.utils.data import SequentialSampler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from owlore_tune.config import load_config
 from owlore_tune.hf import OwLoreCallback, OwLoreOptimizer
 from owlore_tune.layers import outlier_scores
-from runs import Killed
+from owlore_tune.run.build import build_inputs
+from owlore_tune.run.settings import TrainingSettings
+from runs import Killed, checkpoints, finetune
 
 ARGUMENTS = dict(
     per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0, logging_steps=1, report_to=[],
@@ -174,6 +187,101 @@ def test_settings_that_would_train_something_else_are_refused(arguments, message
 def test_numbers_out_of_range_are_refused(options, message, tiny_dir):
     with pytest.raises(ValueError, match=message):
         build(tiny_dir, **options)
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()
+EXAMPLES = [part.split("```")[0] for part in PAGE.split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=["Trainer", "TRL"])
+def test_the_docs_examples_run(code, tiny_dir, tmp_path, monkeypatch):
+    """With smaller numbers for a tiny model, and two steps."""
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("num_active_layers=5", "num_active_layers=2").replace('_layers": 5', '_layers": 2')
+    code = code.replace("rank=128", "rank=8").replace('"lr": 3e-4', '"lr": 3e-4, "rank": 8')
+    code = code.replace("max_grad_norm=0", "max_grad_norm=0, max_steps=2, use_cpu=True, bf16=False, report_to=[]")
+    code = code.replace("(model, calibration_batches)", "(model, calibration_batches, 3.0)")
+    data = rows(300)
+    names = {
+        "directory": tiny_dir,
+        "dataset": data,
+        "calibration_batches": [{"input_ids": torch.tensor(data[:4]["input_ids"])}],
+    }
+    exec(code, names)
+    assert names["trainer"].state.global_step == 2
+    assert (tmp_path / names["trainer"].args.output_dir / "checkpoint-2" / "optimizer.pt").is_file()
+
+
+class InOrder(Trainer):
+    """Does not shuffle."""
+
+    def _get_train_sampler(self, dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.slow
+def test_trainer_on_smollm2_is_as_good_as_the_recipe(smollm2_dir, tmp_path):
+    """The same rows, draws and settings: 20 steps with accumulation, clipping and 10 draws, killed and resumed."""
+    file = tmp_path / "train.json"
+    texts = [{"instruction": f"What is {i} plus {i}?", "input": "", "output": f"It is {2 * i}."} for i in range(110)]
+    file.write_text(json.dumps(texts))
+    cfg = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
+    cfg |= {
+        "output_dir": str(tmp_path / "recipe"), "dataset_val": None, "max_steps_per_epoch": 20, "batch_size": 2,
+        "dataset": {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(file)},
+        "gradient_accumulation_steps": 2, "shuffle": False, "lr_scheduler": None, "clip_grad_norm": 0.5, "seed": 3,
+        "device": "cpu", "dtype": "fp32", "enable_activation_checkpointing": False,
+    }  # fmt: skip
+    cfg["checkpointer"]["checkpoint_dir"] = str(smollm2_dir)
+    cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "score": "uniform"}
+    cfg["optimizer"] |= {"rank": 32, "lr": 1e-3, "seed": 3}
+    recipe = finetune(cfg)
+
+    tokenized = build_inputs(TrainingSettings.from_config(OmegaConf.create(cfg))).data.dataset
+    samples = [tokenized[i] for i in range(len(tokenized))]
+    data = Dataset.from_list([{"input_ids": sample["tokens"], "labels": sample["labels"]} for sample in samples])
+    options = {key: value for key, value in cfg["optimizer"].items() if key != "_component_"}
+
+    def build_trainer(*callbacks):
+        model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+        optimizer = OwLoreOptimizer(
+            model, [1.0] * 30, num_active_layers=2, resample_every=2, max_grad_norm=0.5, **options
+        )
+        watch = Watch(optimizer)
+        arguments = TrainingArguments(str(tmp_path / "trainer"), max_steps=20, save_steps=8, **ARGUMENTS)
+        tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+        return watch, InOrder(
+            model, arguments, train_dataset=data.select(range(80)), optimizers=(optimizer, None),
+            data_collator=DataCollatorForSeq2Seq(tokenizer), callbacks=[OwLoreCallback(optimizer), watch, *callbacks],
+        )  # fmt: skip
+
+    watch, whole = build_trainer()
+    whole.train()
+    assert [set(active) for active in watch.active] == watch.changed
+    assert watch.active[::2] == [draw["active"] for draw in recipe._report.records.draws]
+    assert len(set(watch.state_bytes[::2])) == 1
+    _, broken = build_trainer(Die(13))
+    with pytest.raises(Killed):
+        broken.train()
+    _, resumed = build_trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
+    assert_same_weights(whole.model, resumed.model)
+
+    held_out = [data[i] for i in range(80, 110)]
+    losses = [
+        mean_loss_of(model, held_out)
+        for model in (whole.model, AutoModelForCausalLM.from_pretrained(checkpoints(cfg)[-1], dtype=torch.float32))
+    ]
+    before = mean_loss_of(AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32), held_out)
+    assert losses[0] == pytest.approx(losses[1], rel=0.005)
+    assert losses[0] < 0.5 * before
+
+
+@torch.no_grad()
+def mean_loss_of(model, rows: list[dict]) -> float:
+    model.eval()
+    batches = [{key: torch.tensor([row[key]]) for key in ("input_ids", "labels")} for row in rows]
+    return statistics.fmean(model(**batch).loss.item() for batch in batches)
 
 
 @pytest.mark.slow
