@@ -55,7 +55,7 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
         found = {name: by_change["default" if name == "outlier" else name] for name in names}
         if sum(map(bool, found.values())) > 1:
             lines += _section(f"{title}: {DEFAULT}", _table(found, _SUMMARY))
-    lines += _section("Tuning of learning rates: held-out loss", _tuning_table(rows))
+    lines += _section("Tuning of learning rates: held-out loss, and the best one in bold", _tuning_table(rows))
     return lines
 
 
@@ -147,7 +147,8 @@ def _tuning_table(rows: list[Row]) -> list[str]:
         losses = {row["lr"]: mean_loss(row) for row in found}
         best = min(losses, key=lambda lr: losses[lr], default=None)
         cells = (f"{losses[lr]:.4f}" if lr in losses else "" for lr in lrs)
-        marked = (f"**{cell}**" if lr == best else cell for lr, cell in zip(lrs, cells, strict=True))
+        is_inside = bool(losses) and best not in (min(losses), max(losses))
+        marked = (f"**{cell}**" if lr == best and is_inside else cell for lr, cell in zip(lrs, cells, strict=True))
         if found:
             lines.append(f"| {method} | {' | '.join(marked)} |")
     return lines
