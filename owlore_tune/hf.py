@@ -76,6 +76,10 @@ class OwLoreOptimizer(OwLoreAdamW):
         self._active_layers = ActiveLayers(
             model, self, sampler, resample_every=resample_every, inactive_state=inactive_state
         )
+        self._settings = {
+            "scores": [float(score) for score in scores], "num_active_layers": num_active_layers,
+            "resample_every": resample_every, "draw": draw, "inactive_state": inactive_state,
+        }  # fmt: skip
         self.grad_norm = 0.0
         self.num_steps = 0
         self._active_layers.maybe_redraw(0)
@@ -105,11 +109,22 @@ class OwLoreOptimizer(OwLoreAdamW):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        schedule = {**self._active_layers.state_dict(), "num_steps": self.num_steps}
+        schedule = {**self._active_layers.state_dict(), "num_steps": self.num_steps, "settings": self._settings}
         return {**super().state_dict(), _SCHEDULE: schedule}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: if the state is of another optimizer, or of one with another schedule.
+        """
         rest = dict(state_dict)
+        if _SCHEDULE not in rest:
+            raise ValueError("the checkpoint is of another optimizer; start a new run from its weights")
+        for name, saved in rest[_SCHEDULE]["settings"].items():
+            if saved != self._settings[name]:
+                raise ValueError(
+                    f"{name}={self._settings[name]}, and the checkpoint has {saved}; pass the same value to continue"
+                )
         schedule = tree_map_only(Tensor, Tensor.cpu, rest.pop(_SCHEDULE))  # the generator's state is of the CPU
         self._active_layers.load_state_dict(schedule)  # first, because switching layers can drop state
         self.num_steps = schedule["num_steps"]
@@ -139,7 +154,13 @@ class OwLoreCallback(TrainerCallback):
             raise ValueError(
                 f"the Trainer's optimizer is {type(found).__name__}; pass optimizers=(OwLoreOptimizer(…), None)"
             )
+        if state.global_step != found.num_steps:
+            raise ValueError(
+                f"the Trainer is at step {state.global_step} and OwLoreOptimizer at {found.num_steps}; resume from a "
+                "checkpoint with an optimizer state (save_only_model=False), and make a new optimizer for a new run"
+            )
         self._optimizer = found
+        found.zero_grad()  # of a step that an earlier call of `train` did not finish
         if args.max_grad_norm:
             raise ValueError(
                 f"max_grad_norm={args.max_grad_norm}; the Trainer cannot clip projected gradients: set it to 0, and "

@@ -1,14 +1,19 @@
 """Decoders of transformers: equal to torchtune's on the same weights, in all settings, and what they refuse."""
 
+import json
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 from test_distributed import furthest, train_together
 from test_families import FAMILIES, HF, SIZES, family_config, hf_logits, hf_model
 from transformers import (
+    CodeGenConfig,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GPTJConfig,
+    GraniteSWAConfig,
     MambaConfig,
     MistralConfig,
     MixtralConfig,
@@ -164,8 +169,11 @@ def test_families_resume_bit_for_bit_and_train_on_two_ranks_as_on_one(tmp_path, 
         (Gemma2Config(num_hidden_layers=2), "model_type=gemma2 has caps on attention logits"),
         (MixtralConfig(num_hidden_layers=2), "mlp.experts.gate_up_proj of layer 0 .* mixtures of experts"),
         (GPT2Config(n_layer=2), "norm cannot be identified; its base model has wpe, ln_f"),
+        (CodeGenConfig(n_layer=2), "model_type=codegen is no causal decoder with exchangeable attention"),
+        (GPTJConfig(n_layer=2), "model_type=gptj is no causal decoder with exchangeable attention"),
+        (GraniteSWAConfig(num_hidden_layers=2), "layer 0 has attention sinks"),
     ],
-    ids=["encoder-decoder", "recurrent", "capped attention", "experts", "positions"],
+    ids=["encoder-decoder", "recurrent", "capped attention", "experts", "positions", "codegen", "gptj", "sinks"],
 )
 def test_models_that_cannot_be_trained_are_refused_by_name(config, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
@@ -175,7 +183,8 @@ def test_models_that_cannot_be_trained_are_refused_by_name(config, message):
 @pytest.mark.parametrize("config", [PhiConfig, CohereConfig, Starcoder2Config])
 def test_other_names_and_kinds_of_parts(config, tmp_path):
     """Another name of the final norm, biases, dropout modules, and logits with a scale."""
-    source = hf_model(config(**SIZES), tmp_path / "source")
+    dropout = {"embedding_dropout": 0.5} if config is Starcoder2Config else {}  # in the base model's own forward
+    source = hf_model(config(**SIZES, **dropout), tmp_path / "source")
     model = loaded(lambda: hf_decoder(str(source)), source, "HF")
     tokens = torch.arange(2, 32)[None]
     with torch.no_grad():
@@ -187,12 +196,20 @@ def test_other_names_and_kinds_of_parts(config, tmp_path):
 def test_a_config_that_is_not_the_models_is_refused(tmp_path, tiny_data):
     source = hf_model(Qwen3Config(**SIZES, head_dim=8), tmp_path / "source")
     cfg = family_config("qwen3", source, tiny_data)
+    described = json.loads((source / "config.json").read_text())
+    described = {key: value for key, value in described.items() if value is not None}
     rope = {"rope_type": "default", "rope_theta": 500_000.0}
-    cfg["model"] |= {"rope_parameters": rope}
+    cfg["model"] = {"_component_": HF, **described, "rope_parameters": rope}
     with pytest.raises(ConfigError, match=r"model.rope_parameters=.*500000.0.* and config.json has .*10000.0"):
         prepare(cfg)
-    cfg["model"] = {"_component_": HF, "path": str(source), "rope_theta": 1e6}
-    with pytest.raises(ConfigError, match="rope_theta is not a field of config.json for model_type=qwen3"):
+    cfg["model"] = {"_component_": HF, **described, "hidden_act": "gelu"}
+    with pytest.raises(ConfigError, match="model.hidden_act=gelu, and config.json has silu"):
+        prepare(cfg)
+    cfg["model"] = {"_component_": HF, **described, "hiden_size": 32}
+    with pytest.raises(ConfigError, match="hiden_size is not a field of config.json for model_type=qwen3"):
+        prepare(cfg)
+    cfg["model"] = {"_component_": HF, "path": str(source), "hidden_size": 32}
+    with pytest.raises(ConfigError, match="hidden_size is given, and path too"):
         prepare(cfg)
     cfg["model"] = {"_component_": HF, "path": str(tmp_path)}
     with pytest.raises(ConfigError, match="config.json cannot be read"):

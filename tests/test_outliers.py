@@ -58,7 +58,7 @@ def test_bad_calls_are_refused(tokens):
         outlier_scores(tiny_llama(), [])
     with pytest.raises(ValueError, match="outlier_threshold=0"):
         outlier_scores(tiny_llama(), [{"tokens": tokens}], 0)
-    with pytest.raises(TypeError, match="TransformerDecoder; got Linear"):
+    with pytest.raises(TypeError, match="decoder of torchtune or transformers; got Linear"):
         outlier_scores(torch.nn.Linear(2, 2), [{"tokens": tokens}])
 
 

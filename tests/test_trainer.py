@@ -177,6 +177,19 @@ def test_settings_that_would_train_something_else_are_refused(arguments, message
         Trainer(model, plain, train_dataset=rows(300), callbacks=[OwLoreCallback()]).train()
 
 
+def test_a_checkpoint_that_cannot_continue_is_refused(tiny_dir, tmp_path):
+    arguments = {"max_steps": 4, "save_steps": 2}
+    trainer(tiny_dir, tmp_path / "models", arguments=arguments | {"save_only_model": True}).train()
+    with pytest.raises(ValueError, match="the Trainer is at step 4 and OwLoreOptimizer at 0; resume from a checkpoint"):
+        trainer(tiny_dir, tmp_path / "models", arguments=arguments).train(resume_from_checkpoint=True)
+    _, optimizer = build(tiny_dir)
+    _, other = build(tiny_dir, resample_every=3)
+    with pytest.raises(ValueError, match="resample_every=3, and the checkpoint has 2; pass the same value"):
+        other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="the checkpoint is of another optimizer"):
+        other.load_state_dict(torch.optim.AdamW(other.param_groups[0]["params"]).state_dict())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -20,6 +20,10 @@ from owlore_tune.models.attention import sample_lengths
 
 # transformers takes them for a model without rope_parameters and layer_types, and ignores them otherwise.
 _OLD_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
+# Fields with a default that change what a model computes, and not the shapes of its weights.
+_BEHAVIOUR = (
+    "rope_parameters", "layer_types", "no_rope_layers", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias",
+)  # fmt: skip
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # (mask (b, s, t) or None, positions (b, s) or None, number of tokens in the cache) of the current forward
 _CURRENT: ContextVar[tuple[Tensor | None, Tensor | None, int]] = ContextVar("current")
@@ -79,6 +83,10 @@ class HFDecoder(nn.Module):
             input_pos: (b, s), positions. None counts from 0.
         """
         return self.unembed(self._decode(tokens, mask, input_pos))
+
+    def train(self, mode: bool = True) -> "HFDecoder":
+        self._base[0].training = mode  # it may have dropout of its own; the modules below are this module's
+        return super().train(mode)
 
     def unembed(self, hidden: Tensor) -> Any:
         hidden = self.norm(hidden)
@@ -148,20 +156,21 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
 
     Args:
         path: model directory, whose config.json describes the model.
-        fields: fields of config.json, for a model without a directory; ``model_type`` is required then. With ``path``,
-            they override its fields.
+        fields: fields of config.json, for a model without a directory. ``model_type`` is one of them.
 
     Raises:
         ValueError: if transformers has no such causal decoder or no such field, or parts cannot be identified.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    if path is not None and fields:
+        raise ValueError(f"{next(iter(fields))} is given, and path too, whose config.json describes the model")
     given = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in fields.items()}
-    fields = _read_config(path) | given if path is not None else given
+    fields = given if path is None else _read_config(path)
     model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type={model_type}: the installed transformers has no such model")
-    known = CONFIG_MAPPING[model_type]().to_dict().keys() | (_OLD_FIELDS if path is None else set())
+    known = CONFIG_MAPPING[model_type]().to_dict().keys() | _OLD_FIELDS
     if unknown := sorted(given.keys() - known):
         raise ValueError(f"{unknown[0]} is not a field of config.json for model_type={model_type}")
     config = CONFIG_MAPPING[model_type].from_dict(fields)
@@ -174,9 +183,15 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
     }.items():
         if is_true:
             raise ValueError(f"model_type={model_type} has {reason}, which OwLore cannot train")
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None or not kind._supports_attention_backend:  # it would not read the masks in the form that they have
+        raise ValueError(f"model_type={model_type} is no causal decoder with exchangeable attention; OwLore needs one")
     _register_attention()
-    causal = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), attn_implementation="owlore")
-    model = HFDecoder(causal)
+    try:
+        causal = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), attn_implementation="owlore")
+        model = HFDecoder(causal)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"model_type={model_type} is not a decoder in a form that OwLore knows: {error!r}") from error
     model.fields = tuple(given)
     return model
 
@@ -217,6 +232,8 @@ def part_names(causal: Any) -> dict[str, str]:
     for index, layer in enumerate(getattr(base, found["layers"][0])):
         if not any(isinstance(module, nn.Linear) for module in layer.modules()):
             raise ValueError(f"{kind}: layer {index} has no Linear to train")
+        if any(name.endswith("sinks") for name, _ in layer.named_parameters()):
+            raise ValueError(f"{kind}: layer {index} has attention sinks, which OwLore cannot train")
         if bad := [name for name, parameter in layer.named_parameters() if parameter.ndim > 2]:
             raise ValueError(
                 f"{kind}: {bad[0]} of layer {index} is neither a matrix nor a vector, as in mixtures of experts, which "
@@ -230,14 +247,16 @@ def part_names(causal: Any) -> dict[str, str]:
 
 
 def check_config(model: HFDecoder, config: dict[str, Any]) -> None:
-    """Raise ValueError if ``model`` was built with a field that differs in ``config``, the content of config.json."""
+    """Raise ValueError if a field of ``model`` that matters differs in ``config``, the content of config.json."""
     from transformers import CONFIG_MAPPING
 
     theirs = CONFIG_MAPPING[str(config["model_type"])].from_dict(config)
-    for key in ("model_type", *model.fields, "rope_parameters", "layer_types"):
+    for key in ("model_type", *model.fields, *_BEHAVIOUR):
         ours = getattr(model.config, key, None)
         if hasattr(theirs, key) and ours != (found := getattr(theirs, key)):
-            raise ValueError(f"model.{key}={ours}, and config.json has {found}")
+            raise ValueError(
+                f"model.{key}={ours}, and config.json has {found}; config hf/any takes all from config.json"
+            )
 
 
 def hf_names(config: dict[str, Any]) -> dict[str, str]:
@@ -261,7 +280,10 @@ def hf_names(config: dict[str, Any]) -> dict[str, str]:
 
 
 class _Logits:
-    """The changes that a causal model makes to the output of its head, such as a scale or a cap."""
+    """The changes that a causal model makes to the output of its head, such as a scale or a cap.
+
+    They are made by the model's own forward, in a copy of it whose base and head return their input.
+    """
 
     def __init__(self, causal: Any, head_name: str) -> None:
         self._causal = causal.__class__.__new__(causal.__class__)
