@@ -6,8 +6,6 @@ The model's own code computes the hidden states. Masks and positions are torchtu
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
-from owlore_tune.models.attention import sample_lengths
+from owlore_tune.models.hf_attention import CURRENT, register_attention
 
 # transformers takes them for a model without rope_parameters and layer_types, and ignores them otherwise.
 _OLD_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
@@ -25,8 +23,6 @@ _BEHAVIOUR = (
     "rope_parameters", "layer_types", "no_rope_layers", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias",
 )  # fmt: skip
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-# (mask (b, s, t) or None, positions (b, s) or None, number of tokens in the cache) of the current forward
-_CURRENT: ContextVar[tuple[Tensor | None, Tensor | None, int]] = ContextVar("current")
 
 
 class HFDecoder(nn.Module):
@@ -136,11 +132,11 @@ class HFDecoder(nn.Module):
     def _decode(self, tokens: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
         (base,) = self._base
         seen = 0 if self.cache is None else self.cache.get_seq_length()
-        current = _CURRENT.set((mask, input_pos, seen))
+        current = CURRENT.set((mask, input_pos, seen))
         try:
             return base(
                 input_ids=tokens,
-                # transformers passes it to `_attention_mask`, which does not read it. Without one, transformers would
+                # transformers passes it to our mask function, which does not read it. Without one, transformers would
                 # read the positions to detect packed rows, and wait for a GPU.
                 attention_mask=torch.ones_like(tokens, dtype=torch.bool),
                 position_ids=input_pos,
@@ -148,7 +144,7 @@ class HFDecoder(nn.Module):
                 use_cache=False,
             ).last_hidden_state
         finally:
-            _CURRENT.reset(current)
+            CURRENT.reset(current)
 
 
 def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
@@ -186,7 +182,7 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None or not kind._supports_attention_backend:  # it would not read the masks in the form that they have
         raise ValueError(f"model_type={model_type} is no causal decoder with exchangeable attention; OwLore needs one")
-    _register_attention()
+    register_attention()
     try:
         causal = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), attn_implementation="owlore")
         model = HFDecoder(causal)
@@ -338,61 +334,6 @@ class _Recorder(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_layer"][0], name)
-
-
-@cache
-def _register_attention() -> None:
-    """Register this module's attention with transformers."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register("owlore", sdpa_attention_forward)
-    AttentionInterface.register("owlore_by_sample", _attention_by_sample)
-    for name in ("owlore", "owlore_by_sample"):
-        AttentionMaskInterface.register(name, _attention_mask)
-
-
-def _attention_mask(
-    batch_size: int, q_length: int, *_: Any, local_size: int | None = None, device: Any = None, **__: Any
-) -> Tensor | None:  # (b, 1, s, t) bool, None for causal attention without a window
-    """The mask of the current forward, in a window of ``local_size`` positions."""
-    mask, positions, seen = _CURRENT.get()
-    length = seen + q_length
-    if mask is not None and seen + q_length < mask.shape[-1]:
-        mask = mask[..., :length]  # a cache for more tokens than there are
-    if local_size is None or length <= local_size:
-        return None if mask is None else mask[:, None]
-    # Keys that are in the cache have the positions of their slots, or all the same offset from them.
-    keys = torch.arange(length, device=device)[None] if positions is None or seen else positions
-    queries = keys[:, seen:]
-    near = queries[:, :, None] - keys[:, None, :] < local_size
-    if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, seen:]
-    return (mask & near)[:, None].expand(batch_size, -1, -1, -1)
-
-
-def _attention_by_sample(
-    module: nn.Module,
-    query: Tensor,  # (b, heads, s, head_dim)
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,  # (b, 1, s, s)
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if attention_mask is None or attention_mask.shape[-1] != attention_mask.shape[-2]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    all_lengths = sample_lengths(attention_mask[:, 0])
-    if sliding_window is not None and max(map(max, all_lengths)) > sliding_window:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows = []
-    for row, lengths in enumerate(all_lengths):
-        samples = zip(*(part[row : row + 1].split(lengths, dim=2) for part in (query, key, value)), strict=True)
-        outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in samples]
-        rows.append(torch.cat(outputs, dim=1))
-    return torch.cat(rows), None
 
 
 @contextmanager

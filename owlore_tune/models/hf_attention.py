@@ -1,0 +1,72 @@
+"""Attention of transformers' models with torchtune's masks and positions.
+
+transformers computes masks and attention with functions that are registered under a name. The name of these is
+``owlore``, and ``owlore_by_sample`` for packed rows on a CPU.
+"""
+
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owlore_tune.models.attention import sample_lengths
+
+# (mask (b, s, t) or None, positions (b, s) or None, number of tokens in the cache) of the current forward
+CURRENT: ContextVar[tuple[Tensor | None, Tensor | None, int]] = ContextVar("current")
+
+
+@cache
+def register_attention() -> None:
+    """Register this module's attention with transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("owlore", sdpa_attention_forward)
+    AttentionInterface.register("owlore_by_sample", _attention_by_sample)
+    for name in ("owlore", "owlore_by_sample"):
+        AttentionMaskInterface.register(name, _attention_mask)
+
+
+def _attention_mask(
+    batch_size: int, q_length: int, *_: Any, local_size: int | None = None, device: Any = None, **__: Any
+) -> Tensor | None:  # (b, 1, s, t) bool, None for causal attention without a window
+    """The mask of the current forward, in a window of ``local_size`` positions."""
+    mask, positions, seen = CURRENT.get()
+    length = seen + q_length
+    if mask is not None and seen + q_length < mask.shape[-1]:
+        mask = mask[..., :length]  # a cache for more tokens than there are
+    if local_size is None or length <= local_size:
+        return None if mask is None else mask[:, None]
+    # Keys that are in the cache have the positions of their slots, or all the same offset from them.
+    keys = torch.arange(length, device=device)[None] if positions is None or seen else positions
+    queries = keys[:, seen:]
+    near = queries[:, :, None] - keys[:, None, :] < local_size
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, seen:]
+    return (mask & near)[:, None].expand(batch_size, -1, -1, -1)
+
+
+def _attention_by_sample(
+    module: nn.Module,
+    query: Tensor,  # (b, heads, s, head_dim)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # (b, 1, s, s)
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if attention_mask is None or attention_mask.shape[-1] != attention_mask.shape[-2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    all_lengths = sample_lengths(attention_mask[:, 0])
+    if sliding_window is not None and max(map(max, all_lengths)) > sliding_window:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rows = []
+    for row, lengths in enumerate(all_lengths):
+        samples = zip(*(part[row : row + 1].split(lengths, dim=2) for part in (query, key, value)), strict=True)
+        outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in samples]
+        rows.append(torch.cat(outputs, dim=1))
+    return torch.cat(rows), None
