@@ -67,7 +67,7 @@ ifdef DATA
 	python benchmarks/evaluation.py --data $(DATA) --output benchmarks/evaluation.md
 endif
 
-# Accuracy with tuned learning rates and several seeds: about a day. An interrupted study continues after its last run.
+# Accuracy with tuned learning rates and several seeds. It takes many hours. An interrupted study continues after its last run.
 quality: install
 	owlore download smollm2
 	python benchmarks/quality.py --data $(DATA) --workers 2

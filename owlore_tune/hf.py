@@ -1,7 +1,9 @@
 """OwLore in the Trainer of transformers, and in trainers that are built on it, such as TRL's.
 
-optimizer = OwLoreOptimizer(model, outlier_scores(model, batches), num_active_layers=5, resample_every=50, lr=3e-4)
-trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[OwLoreCallback(optimizer)], ...)
+    optimizer = OwLoreOptimizer(model, outlier_scores(model, batches), num_active_layers=5, resample_every=50, lr=3e-4)
+    trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[OwLoreCallback(optimizer)], ...)
+
+docs/trainer.md has a complete example.
 """
 
 import math
@@ -36,10 +38,10 @@ class OwLoreOptimizer(OwLoreAdamW):
         resample_every: K, in optimizer steps.
         max_grad_norm: the Trainer cannot clip projected gradients; set its own ``max_grad_norm`` to 0. None does not
             clip.
-        draw: of `LayerSampler`.
-        inactive_state: of `ActiveLayers`.
-        train_embeddings: and the others, of `parameter_groups`.
-        options: of `OwLoreAdamW`, such as ``lr`` and ``rank``; ``seed`` is also that of the draws.
+        draw: see `LayerSampler`.
+        inactive_state: see `ActiveLayers`.
+        train_embeddings: see `parameter_groups`, also for ``train_output`` and ``train_norm``.
+        options: passed to `OwLoreAdamW`, such as ``lr`` and ``rank``; ``seed`` is also that of the draws.
 
     Attributes:
         grad_norm: the norm before clipping in the last step; see `OwLoreAdamW.clip_grad_norm_`.

@@ -122,7 +122,7 @@ def test_packed_rows_are_samples_on_their_own(window, tmp_path):
     ],
     ids=["int8", "nf4", "all logits", "chunked logits", "compiled"],
 )
-def test_settings(family, changes, tmp_path, tiny_data):
+def test_other_settings_train_alike(family, changes, tmp_path, tiny_data):
     """Frozen layers stay bit for bit, and training equals that with the default settings, or is near it."""
     source = hf_model(FAMILIES[family][-1], tmp_path / "source")
     cfg = family_config(family, source, tiny_data)

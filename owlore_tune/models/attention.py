@@ -1,5 +1,6 @@
 """Attention over packed rows on a CPU."""
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -33,10 +34,22 @@ def _attention_by_sample(
     if mask is None:
         return scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
     attend = partial(scaled_dot_product_attention, dropout_p=dropout_p, is_causal=True)
+    return by_sample(attend, q, k, v, sample_lengths(mask), dim=2)
+
+
+def by_sample(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,  # (b, heads, s, head_dim)
+    k: Tensor,
+    v: Tensor,
+    all_lengths: list[list[int]],
+    dim: int,
+) -> Tensor:
+    """The outputs of ``attend`` for each sample of each row, joined along ``dim``, their dimension of positions."""
     rows = []
-    for row, lengths in enumerate(sample_lengths(mask)):
+    for row, lengths in enumerate(all_lengths):
         samples = [part[row : row + 1].split(lengths, dim=2) for part in (q, k, v)]
-        rows.append(torch.cat(list(map(attend, *samples)), dim=2))
+        rows.append(torch.cat(list(map(attend, *samples)), dim=dim))
     return torch.cat(rows)
 
 

@@ -22,7 +22,7 @@ _OLD_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_wi
 _BEHAVIOUR = (
     "rope_parameters", "layer_types", "no_rope_layers", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias",
 )  # fmt: skip
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class HFDecoder(nn.Module):
@@ -36,7 +36,7 @@ class HFDecoder(nn.Module):
         tok_embeddings: token ids (b, s) → (b, s, d).
         norm: the final norm, (b, s, d) → (b, s, d).
         output: the output head, (…, d) → logits (…, v). Caps and scales of logits are part of it.
-        config: of transformers.
+        config: the model's config in transformers.
         fields: names of the fields of ``config`` that were given.
         max_seq_len: most tokens of a row.
         cache: keys and values of earlier tokens; None computes all tokens anew.
@@ -157,23 +157,21 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
     Raises:
         ValueError: if transformers has no such causal decoder or no such field, or parts cannot be identified.
     """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     if path is not None and fields:
         raise ValueError(f"{next(iter(fields))} is given, and path too, whose config.json describes the model")
     given = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in fields.items()}
     fields = given if path is None else _read_config(path)
-    model_type = str(fields.get("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model_type={model_type}: the installed transformers has no such model")
-    known = CONFIG_MAPPING[model_type]().to_dict().keys() | _OLD_FIELDS
+    config = _make_config(fields)
+    model_type = config.model_type
+    known = type(config)().to_dict().keys() | _OLD_FIELDS
     if unknown := sorted(given.keys() - known):
         raise ValueError(f"{unknown[0]} is not a field of config.json for model_type={model_type}")
-    config = CONFIG_MAPPING[model_type].from_dict(fields)
     for reason, is_true in {
         "an encoder and a decoder": getattr(config, "is_encoder_decoder", False),
         "caps on attention logits": getattr(config, "attn_logit_softcapping", None) is not None,
-        "layers that are neither full nor sliding attention": not LAYER_TYPES.issuperset(
+        "layers that are neither full nor sliding attention": not _LAYER_TYPES.issuperset(
             getattr(config, "layer_types", None) or ()
         ),
     }.items():
@@ -190,6 +188,19 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
         raise ValueError(f"model_type={model_type} is not a decoder in a form that OwLore knows: {error!r}") from error
     model.fields = tuple(given)
     return model
+
+
+def _make_config(fields: dict[str, Any]) -> Any:
+    """The config in transformers for the ``fields`` of a config.json.
+
+    Raises:
+        ValueError: if the installed transformers does not know the model.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if (model_type := str(fields.get("model_type"))) not in CONFIG_MAPPING:
+        raise ValueError(f"model_type={model_type}: the installed transformers has no such model")
+    return CONFIG_MAPPING[model_type].from_dict(fields)
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -244,9 +255,7 @@ def part_names(causal: Any) -> dict[str, str]:
 
 def check_config(model: HFDecoder, config: dict[str, Any]) -> None:
     """Raise ValueError if a field of ``model`` that matters differs in ``config``, the content of config.json."""
-    from transformers import CONFIG_MAPPING
-
-    theirs = CONFIG_MAPPING[str(config["model_type"])].from_dict(config)
+    theirs = _make_config(config)
     for key in ("model_type", *model.fields, *_BEHAVIOUR):
         ours = getattr(model.config, key, None)
         if hasattr(theirs, key) and ours != (found := getattr(theirs, key)):
@@ -264,12 +273,10 @@ def hf_names(config: dict[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: as `hf_decoder`.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if (model_type := str(config.get("model_type"))) not in CONFIG_MAPPING:
-        raise ValueError(f"config.json: the installed transformers has no model_type {model_type}")
     with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(config))
+        causal = AutoModelForCausalLM.from_config(_make_config(config))
     names = part_names(causal)
     prefix = causal.base_model_prefix
     return {part: name if part == "output" else f"{prefix}.{name}" for part, name in names.items()}

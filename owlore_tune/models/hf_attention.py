@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owlore_tune.models.attention import sample_lengths
+from owlore_tune.models.attention import by_sample, sample_lengths
 
 # (mask (b, s, t) or None, positions (b, s) or None, number of tokens in the cache) of the current forward
 CURRENT: ContextVar[tuple[Tensor | None, Tensor | None, int]] = ContextVar("current")
@@ -35,7 +35,7 @@ def _attention_mask(
     """The mask of the current forward, in a window of ``local_size`` positions."""
     mask, positions, seen = CURRENT.get()
     length = seen + q_length
-    if mask is not None and seen + q_length < mask.shape[-1]:
+    if mask is not None and length < mask.shape[-1]:
         mask = mask[..., :length]  # a cache for more tokens than there are
     if local_size is None or length <= local_size:
         return None if mask is None else mask[:, None]
@@ -64,9 +64,8 @@ def _attention_by_sample(
     all_lengths = sample_lengths(attention_mask[:, 0])
     if sliding_window is not None and max(map(max, all_lengths)) > sliding_window:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows = []
-    for row, lengths in enumerate(all_lengths):
-        samples = zip(*(part[row : row + 1].split(lengths, dim=2) for part in (query, key, value)), strict=True)
-        outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in samples]
-        rows.append(torch.cat(outputs, dim=1))
-    return torch.cat(rows), None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # → (1, s, heads, head_dim)
+        return sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
+
+    return by_sample(attend, query, key, value, all_lengths, dim=1), None
