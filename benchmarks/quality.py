@@ -3,10 +3,12 @@
     python benchmarks/quality.py --data DIR [--only methods scores choices commonsense] [--workers N]
 
 DIR holds math/ and commonsense/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
-2 × 512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32. The seed shuffles
-the data. Learning rates are tuned on held-out arithmetic problems in runs of 100 steps. The grid is extended until its
-best value is not at the edge. Final runs take 200 steps. Held-out loss is computed from the saved weights with the same
-function for all methods. Accuracy is exact match of the last number in greedily decoded answers to the test problems.
+512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32 with products in
+bfloat16 (see bf16_products.py). The seed shuffles the data. LISA, OwLore and BAdam draw layers every 10 steps; GaLore
+refreshes its projections every 50. Learning rates are tuned on 100 held-out arithmetic problems in runs of 60 steps.
+The grid is extended until its best value is not at the edge. Final runs take 200 steps, all methods with one seed, then
+with the next. Held-out loss is computed from the saved weights with the same function for all methods; after final runs
+it is over 300 problems. Accuracy is exact match of the last number in greedily decoded answers to the test problems.
 
 Every finished run is a line of quality.jsonl and is not repeated.
 """
@@ -41,9 +43,10 @@ from owlore_tune.models.smollm2 import fetch, smollm2_135m
 from owlore_tune.run.manifest import versions
 
 ROWS = Path(__file__).with_name("quality.jsonl")
-HELD_OUT = 300  # problems
-SEQ_LEN, BATCH_SIZE = 512, 2
-TUNING_STEPS, STEPS = 100, 200
+HELD_OUT, HELD_OUT_OF_TUNING = 300, 100  # problems; the latter are the first of the former
+SEQ_LEN, BATCH_SIZE = 512, 1
+TUNING_STEPS, STEPS = 60, 200
+RESAMPLE_EVERY = 10
 SEEDS = (0, 1, 2)
 MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
 COMMONSENSE = ("ARC-Easy", "openbookqa", "boolq")
@@ -54,8 +57,8 @@ _INT8 = {"owlore.frozen_weights": "int8", "owlore.frozen_products": "int8"}
 METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...] | str]] = {
     "torchtune full": ("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
     "torchtune LoRA, r=16": ("torchtune", {"recipe": "lora_finetune_single_device"}, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "galore-torch, r=128": ("peer", {"method": "galore"}, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "BAdam": ("peer", {"method": "badam"}, (1e-5, 3e-5, 1e-4, 3e-4)),
+    "galore-torch, r=128": ("peer", {"method": "galore", "every": 50}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "BAdam": ("peer", {"method": "badam", "every": RESAMPLE_EVERY}, (1e-5, 3e-5, 1e-4, 3e-4)),
     "LISA, γ=2": ("owlore", {"config": "smollm2/135M_lisa"}, (3e-5, 1e-4, 3e-4, 1e-3)),
     "OwLore, γ=5, full rank": ("owlore", {"optimizer.rank": None}, (3e-5, 1e-4, 3e-4, 1e-3)),
     "OwLore, γ=5, r=128": ("owlore", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
@@ -107,6 +110,7 @@ class Study:
             [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         )
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("medium")  # as in bf16_products.py
         self.rows = {row["key"]: row for row in read_lines(ROWS)}
 
     def row(self, run: Run) -> dict[str, Any]:
@@ -137,8 +141,8 @@ class Study:
         for name, folder in folders[run.data]:
             rows = read_file(self._data / folder / "train.json", "--data")
             random.Random(0).shuffle(rows)
-            held_out[name], rest = rows[:HELD_OUT], rows[HELD_OUT:]
-            train += rest
+            held_out[name] = rows[: HELD_OUT_OF_TUNING if run.steps == TUNING_STEPS else HELD_OUT]
+            train += rows[HELD_OUT:]
         random.Random(run.seed).shuffle(train)
         file = scratch / "train.json"
         file.write_text(json.dumps(train))
@@ -150,12 +154,13 @@ class Study:
         output = scratch / "run"
         if kind == "peer":
             command = [
-                sys.executable, str(Path(__file__).with_name("peers.py")), settings["method"], f"--model={fetch()}",
+                str(Path(__file__).with_name("peers.py")), settings["method"], f"--model={fetch()}",
                 f"--data={train}", f"--lr={run.lr}", f"--steps={run.steps}", f"--seed={run.seed}", f"--save={output}",
-                "--warmup=10", "--clip=1.0", f"--output={scratch / 'steps.jsonl'}",
+                "--warmup=10", "--clip=1.0", f"--batch-size={BATCH_SIZE}", f"--seq-len={SEQ_LEN}",
+                f"--resample-every={settings['every']}", f"--output={scratch / 'steps.jsonl'}",
             ]  # fmt: skip
             self._call(command, scratch)
-            return {"command": command[2:3] + [part for part in command[4:] if str(scratch) not in part]}, output
+            return {"command": command[1:2] + [part for part in command[3:] if str(scratch) not in part]}, output
         make = owlore_config if kind == "owlore" else torchtune_config
         config = make(run, settings, train, output)
         OmegaConf.save(OmegaConf.create(config), scratch / "config.yaml")
@@ -180,6 +185,7 @@ class Study:
         return counts
 
     def _call(self, command: list[str], scratch: Path) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("bf16_products.py")), *command]
         with (scratch / "log.txt").open("w") as log:
             done = subprocess.run(command, stdout=log, stderr=log, env=self._environment, check=False)
         if done.returncode:
@@ -216,18 +222,15 @@ class Study:
 
 def runs_of(part: str, lrs: dict[str, float]) -> Iterator[Run]:
     """Yield the final runs of a part of the study. ``lrs`` has the tuned learning rates by method."""
-    if part == "methods":
-        for method in METHODS:
-            yield from (Run(method, lrs[method], seed) for seed in SEEDS)
-    elif part == "commonsense":
-        for method in METHODS:
-            yield from (Run(method, lrs[method], seed, "commonsense") for seed in SEEDS)
+    if part in ("methods", "commonsense"):
+        data = "math" if part == "methods" else part
+        yield from (Run(method, lrs[method], seed, data) for seed in SEEDS for method in METHODS)
     else:
         settings = {score: {"owlore.score": score} for score in SCORES} if part == "scores" else CHOICES
-        for changes in settings.values():
-            if changes != {"owlore.score": "outlier"}:  # the default
-                seeds = SEEDS if part == "scores" else SEEDS[:2]
-                yield from (Run(DEFAULT, lrs[DEFAULT], seed, changes=changes) for seed in seeds)
+        for seed in SEEDS if part == "scores" else SEEDS[:2]:
+            for changes in settings.values():
+                if changes != {"owlore.score": "outlier"}:  # the default
+                    yield Run(DEFAULT, lrs[DEFAULT], seed, changes=changes)
 
 
 def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
@@ -255,7 +258,9 @@ def owlore_config(run: Run, settings: dict[str, Any], train: Path, output: Path)
     config = OmegaConf.merge(config, {"dataset_val": None})
     plain = OmegaConf.to_container(config, resolve=False) | common_config(run, train, output)
     changed = OmegaConf.create(plain)
-    for key, value in ({k: v for k, v in settings.items() if k != "config"} | run.changes).items():
+    changes = {"owlore.resample_every": RESAMPLE_EVERY, **settings, **run.changes}
+    changes.pop("config", None)
+    for key, value in changes.items():
         OmegaConf.update(changed, key, value)
     changed.optimizer.lr = run.lr
     return OmegaConf.to_container(changed, resolve=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from quality import CHOICES, COMMONSENSE, DEFAULT, METHODS, ROWS, SCORES, SEEDS, STEPS, TUNING_STEPS, mean_loss
+from quality import CHOICES, COMMONSENSE, DEFAULT, METHODS, ROWS, SCORES, SEEDS, SEQ_LEN, STEPS, TUNING_STEPS, mean_loss
 
 from owlore_evals.jsonl import read_lines
 from owlore_tune.run.plots import BLUE, ORANGE
@@ -39,7 +39,7 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
     lines = [
         "# Accuracy of OwLore and other methods",
         "",
-        f"SmolLM2-135M-Instruct, {STEPS} steps of 2 × 512 packed tokens, float32. Learning rates are tuned with runs "
+        f"SmolLM2-135M-Instruct, {STEPS} steps of {SEQ_LEN} packed tokens, float32. Learning rates are tuned with runs "
         f"of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard deviation over seeds. For "
         "correct answers, it is the standard error of the share, all seeds together. Command: `make quality DATA=DIR`. "
         "The docstring of [quality.py](quality.py) describes the method, and [quality.jsonl](quality.jsonl) has all "

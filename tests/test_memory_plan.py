@@ -254,3 +254,13 @@ def test_offloading_is_tried_if_it_can_save_memory(tiny_config):
     on_cuda = replace(settings, device=torch.device("cuda"))
     assert offload in savings(on_cuda, Sharding(2))
     assert offload not in savings(on_cuda, None) + savings(settings, Sharding(2))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    block = bytearray(2 * 10**9)
+    program = (
+        "import torch; from owlore_tune.memory.measure import peak_memory_bytes as p; print(p(torch.device('cpu')))"
+    )
+    peak = int(subprocess.check_output([sys.executable, "-c", program], text=True).split()[-1])
+    assert 10**8 < peak < len(block)

@@ -39,8 +39,8 @@ def test_rows_become_means_errors_and_counts(quality_report):
     rows = [
         row("BAdam", 1e-4, 0, 0.50, 10), row("BAdam", 1e-4, 1, 0.52, 30), row(default, 1e-3, 0, 0.48, 40),
         row(default, 1e-3, 0, 0.49, 36, changes={"owlore.score": "uniform"}),
-        row(default, 3e-3, 0, 0.55, 0, steps=100), row(default, 1e-3, 0, 0.51, 0, steps=100),
-        row(default, 3e-4, 0, 0.53, 0, steps=100), row("BAdam", 3e-4, 0, 0.6, 0, steps=100),
+        row(default, 3e-3, 0, 0.55, 0, steps=60), row(default, 1e-3, 0, 0.51, 0, steps=60),
+        row(default, 3e-4, 0, 0.53, 0, steps=60), row("BAdam", 3e-4, 0, 0.6, 0, steps=60),
     ]  # fmt: skip
     lines = quality_report.report(rows, {"BAdam": {"mean step, s": "2.23", "peak memory, GB": "3.15"}})
     # 40 of 200 are 20 %, with a standard error of √(0.2 · 0.8 / 200) = 2.8 %

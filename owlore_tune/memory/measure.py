@@ -13,8 +13,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # getrusage's peak is at least that of the process that started this one, because Linux keeps it across exec.
+    if (peak := _status_bytes("VmHWM")) is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 class PeakMemory:
@@ -52,7 +55,14 @@ class PeakMemory:
 
 def resident_bytes() -> int:
     """Current resident memory of this process, or its peak if the system has no ``/proc``."""
+    resident = _status_bytes("VmRSS")
+    return peak_memory_bytes(torch.device("cpu")) if resident is None else resident
+
+
+def _status_bytes(field: str) -> int | None:
+    """A size in ``/proc/self/status``. None if the system does not give it."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return peak_memory_bytes(torch.device("cpu"))
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
