@@ -5,8 +5,8 @@
 DIR holds math/ and commonsense/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
 512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32 with products in
 bfloat16 (see bf16_products.py). The seed shuffles the data. LISA, OwLore and BAdam draw layers every 10 steps; GaLore
-refreshes its projections every 50. Learning rates are tuned on 100 held-out arithmetic problems in runs of 60 steps.
-The grid is extended until its best value is not at the edge. Final runs take 200 steps, all methods with one seed, then
+refreshes its projections every 50. Learning rates are tuned on 100 held-out arithmetic problems in runs of 40 steps.
+The grid is extended until its best value is not at the edge. Final runs take 100 steps, all methods with one seed, then
 with the next. Held-out loss is computed from the saved weights with the same function for all methods; after final runs
 it is over 300 problems. Accuracy is exact match of the last number in greedily decoded answers to the test problems.
 
@@ -45,7 +45,7 @@ from owlore_tune.run.manifest import versions
 ROWS = Path(__file__).with_name("quality.jsonl")
 HELD_OUT, HELD_OUT_OF_TUNING = 300, 100  # problems; the latter are the first of the former
 SEQ_LEN, BATCH_SIZE = 512, 1
-TUNING_STEPS, STEPS = 60, 200
+TUNING_STEPS, STEPS = 40, 100
 RESAMPLE_EVERY = 10
 SEEDS = (0, 1, 2)
 MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")

@@ -26,7 +26,7 @@ def test_the_committed_report_is_made_from_the_committed_rows(quality_report):
     assert rows and quality_report.report(rows, measured) == (BENCHMARKS / "quality.md").read_text().splitlines()
 
 
-def row(method, lr, seed, loss, correct, steps=200, data="math", changes=None):
+def row(method, lr, seed, loss, correct, steps=100, data="math", changes=None):
     return {
         "key": f"{method}{lr}{seed}{steps}{data}{changes}", "method": method, "lr": lr, "seed": seed, "data": data,
         "steps": steps, "changes": changes or {}, "held_out_loss": {data: loss},
@@ -39,8 +39,8 @@ def test_rows_become_means_errors_and_counts(quality_report):
     rows = [
         row("BAdam", 1e-4, 0, 0.50, 10), row("BAdam", 1e-4, 1, 0.52, 30), row(default, 1e-3, 0, 0.48, 40),
         row(default, 1e-3, 0, 0.49, 36, changes={"owlore.score": "uniform"}),
-        row(default, 3e-3, 0, 0.55, 0, steps=60), row(default, 1e-3, 0, 0.51, 0, steps=60),
-        row(default, 3e-4, 0, 0.53, 0, steps=60), row("BAdam", 3e-4, 0, 0.6, 0, steps=60),
+        row(default, 3e-3, 0, 0.55, 0, steps=40), row(default, 1e-3, 0, 0.51, 0, steps=40),
+        row(default, 3e-4, 0, 0.53, 0, steps=40), row("BAdam", 3e-4, 0, 0.6, 0, steps=40),
     ]  # fmt: skip
     lines = quality_report.report(rows, {"BAdam": {"mean step, s": "2.23", "peak memory, GB": "3.15"}})
     # 40 of 200 are 20 %, with a standard error of √(0.2 · 0.8 / 200) = 2.8 %
