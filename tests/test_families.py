@@ -14,10 +14,14 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )  # fmt: skip
 
@@ -86,6 +90,21 @@ FAMILIES = {
     "olmo2": ("olmo2/7B_owlore", HF, {}, Olmo2Config(**SIZES)),
     "mistral_nemo": ("mistral_nemo/12B_owlore", HF, {}, MistralConfig(**SIZES, head_dim=16, sliding_window=None)),
     "mistral with a window": ("hf/any", HF, {}, MistralConfig(**SIZES, sliding_window=16)),
+    "qwen3_moe": (
+        "hf/any", HF, {},
+        Qwen3MoeConfig(
+            **SIZES, head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1],
+            norm_topk_prob=True,
+        ),
+    ),
+    "qwen2_moe": (
+        "hf/any", HF, {},
+        Qwen2MoeConfig(
+            **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=16
+        ),
+    ),
+    "olmoe": ("hf/any", HF, {}, OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)),
+    "mixtral": ("hf/any", HF, {}, MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
     "phi4": ("phi4/14B_owlore", HF, {}, Phi3Config(**SIZES)),
     "granite3": (
         "granite3/8B_owlore", HF, {},

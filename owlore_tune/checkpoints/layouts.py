@@ -8,7 +8,7 @@ from torch import Tensor
 from torchtune.models import convert_weights
 from torchtune.training.checkpointing import ModelType
 
-from owlore_tune.models.hf import hf_names
+from owlore_tune.models.hf import Rename, disk_names
 
 StateDict = dict[str, Tensor]
 Convert = Callable[[StateDict], StateDict]
@@ -33,8 +33,8 @@ def converters(model_type: str, config: dict[str, Any]) -> tuple[Convert, Conver
             lacks a size or has inconsistent numbers of heads.
     """
     if model_type == HF:
-        parts = hf_names(config)
-        return partial(_renamed, {theirs: ours for ours, theirs in parts.items()}), partial(_renamed, parts)
+        from_disk, to_disk = disk_names(config)
+        return partial(_renamed, from_disk), partial(_renamed, to_disk)
     kind = ModelType.__members__.get(str(model_type))
     if kind not in ARCHITECTURES:
         names = ", ".join(known.name for known in ARCHITECTURES)
@@ -78,11 +78,5 @@ def converters(model_type: str, config: dict[str, Any]) -> tuple[Convert, Conver
     return partial(convert_weights.hf_to_tune, **heads), partial(convert_weights.tune_to_hf, **heads)
 
 
-def _renamed(names: dict[str, str], weights: StateDict) -> StateDict:
-    """``weights`` with another name for the part at the beginning of each name."""
-
-    def renamed(name: str) -> str:
-        part = next((part for part in names if name.startswith(f"{part}.")), None)
-        return name if part is None else names[part] + name[len(part) :]
-
-    return {renamed(name): weight for name, weight in weights.items()}
+def _renamed(rename: Rename, weights: StateDict) -> StateDict:
+    return {rename(name): weight for name, weight in weights.items()}

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from owlore_tune.distributed.fsdp import reshard
 from owlore_tune.distributed.world import ALONE, World, local
-from owlore_tune.models.decoder import find_layers, find_linears
+from owlore_tune.models.decoder import find_layers, find_linears, plain_name
+from owlore_tune.models.hf_experts import Experts
 
 InputNorms = list[dict[str, Tensor]]  # per layer: Linear's name → (in_features,) ‖X_:,j‖₂, float64
 
@@ -87,13 +88,15 @@ class InputSquares:
     """
 
     def __init__(self, layer: nn.Module) -> None:
+        self._linears = dict(find_linears(layer))
+        self._experts = _experts_by_linear(layer)
         self._squares: dict[str, Tensor] = {}
         self._positions: Tensor | None = None  # (b · s,)
         # The query, key and value projections share an input, as do gate and up. Each input is measured once.
         self._last_input: Tensor | None = None
         self._last_squares: Tensor | None = None
         self._handles = [
-            linear.register_forward_pre_hook(partial(self._measure, name)) for name, linear in find_linears(layer)
+            linear.register_forward_pre_hook(partial(self._measure, name)) for name, linear in self._linears.items()
         ]
         self._handles.append(layer.register_forward_hook(self._forget))
 
@@ -108,7 +111,9 @@ class InputSquares:
     def _measure(self, name: str, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
         if args[0] is not self._last_input:
             x = args[0].reshape(-1, args[0].shape[-1])
-            x = x if self._positions is None else x[self._positions]
+            if self._positions is not None:
+                experts = self._experts.get(name)
+                x = x[self._positions if experts is None else self._positions[experts.tokens]]
             dtype = torch.promote_types(x.dtype, torch.float32)
             self._last_input = args[0]
             self._last_squares = torch.linalg.vector_norm(x, dim=0, dtype=dtype).double().square()
@@ -120,12 +125,25 @@ class InputSquares:
         self._last_input = self._last_squares = None
 
     def norms(self, world: World = ALONE) -> dict[str, Tensor]:
-        """‖X_:,j‖₂ of each Linear by its name, (in,) float64, over all processes."""
-        return {name: world.sum_(total.clone()).sqrt() for name, total in self._squares.items()}
+        """‖X_:,j‖₂ of each Linear by its name, (in,) float64, over all processes. 0 for an expert without tokens."""
+        norms = {}
+        for name, linear in self._linears.items():
+            total = self._squares.get(name)
+            if total is None:
+                device = next(iter(self._squares.values())).device
+                total = torch.zeros(linear.in_features, dtype=torch.float64, device=device)
+            norms[name] = world.sum_(total.clone()).sqrt()
+        return norms
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def _experts_by_linear(layer: nn.Module) -> dict[str, Experts]:
+    """The mixture of experts that each Linear belongs to, by its name in ``layer``."""
+    found = [(plain_name(name), module) for name, module in layer.named_modules() if isinstance(module, Experts)]
+    return {f"{path}.{name}": experts for path, experts in found for name, _ in find_linears(experts)}
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from owlore_tune.frozen.formats import empty
 from owlore_tune.frozen.linear import attach
 from owlore_tune.memory.measure import resident_bytes
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, init_rope, model_parts
+from owlore_tune.models.hf_experts import Experts
 from owlore_tune.optim import low_bits
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
 from owlore_tune.optim.projection import OVERSAMPLING, project, times
@@ -204,6 +205,9 @@ def step_bytes(
     fake = copy.deepcopy(model)
     with torch.device("cpu"):
         init_rope(fake)  # it reads its own values, so it cannot run without data
+    for module in fake.modules():
+        if isinstance(module, Experts):
+            module.even_routing = True
     tracker = _Tracker()
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         originals = _materialize(fake, model, device, shape, trained)

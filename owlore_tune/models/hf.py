@@ -4,7 +4,7 @@ The model's own code computes the hidden states. Masks and positions are torchtu
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
 from owlore_tune.models.hf_attention import CURRENT, register_attention
+from owlore_tune.models.hf_experts import renamings, split_experts
 
+Rename = Callable[[str], str]
 # transformers takes them for a model without rope_parameters and layer_types, and ignores them otherwise.
 _OLD_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
 # Fields with a default that change what a model computes, and not the shapes of its weights.
@@ -157,7 +159,7 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
     Raises:
         ValueError: if transformers has no such causal decoder or no such field, or parts cannot be identified.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if path is not None and fields:
         raise ValueError(f"{next(iter(fields))} is given, and path too, whose config.json describes the model")
@@ -182,8 +184,7 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
         raise ValueError(f"model_type={model_type} is no causal decoder with exchangeable attention; OwLore needs one")
     register_attention()
     try:
-        causal = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), attn_implementation="owlore")
-        model = HFDecoder(causal)
+        model = HFDecoder(_make_causal(config, dtype=torch.get_default_dtype(), attn_implementation="owlore"))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"model_type={model_type} is not a decoder in a form that OwLore knows: {error!r}") from error
     model.fields = tuple(given)
@@ -201,6 +202,20 @@ def _make_config(fields: dict[str, Any]) -> Any:
     if (model_type := str(fields.get("model_type"))) not in CONFIG_MAPPING:
         raise ValueError(f"model_type={model_type}: the installed transformers has no such model")
     return CONFIG_MAPPING[model_type].from_dict(fields)
+
+
+def _make_causal(config: Any, **kwargs: Any) -> Any:
+    """A causal language model of transformers, with separate experts.
+
+    Raises:
+        ValueError: as `split_experts` and `renamings`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    renamings(config.model_type)
+    causal = AutoModelForCausalLM.from_config(config, **kwargs)
+    split_experts(causal)
+    return causal
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -241,11 +256,14 @@ def part_names(causal: Any) -> dict[str, str]:
             raise ValueError(f"{kind}: layer {index} has no Linear to train")
         if any(name.endswith("sinks") for name, _ in layer.named_parameters()):
             raise ValueError(f"{kind}: layer {index} has attention sinks, which OwLore cannot train")
-        if bad := [name for name, parameter in layer.named_parameters() if parameter.ndim > 2]:
+        named = dict(layer.named_parameters())
+        if bad := [name for name, parameter in named.items() if parameter.ndim > 2]:
             raise ValueError(
-                f"{kind}: {bad[0]} of layer {index} is neither a matrix nor a vector, as in mixtures of experts, which "
-                "OwLore cannot train"
+                f"{kind}: {bad[0]} of layer {index} is neither a matrix nor a vector; the recipe, not the Trainer, "
+                "trains mixtures of experts"
             )
+        if bad := sorted(layer.state_dict().keys() - named.keys()):
+            raise ValueError(f"{kind}: {bad[0]} of layer {index} is in checkpoints but is no parameter")
     known = {*base.parameters(), *head.parameters()}
     if other := [name for name, parameter in causal.named_parameters() if parameter not in known]:
         raise ValueError(f"{kind}: {other[0]} is in no layer, embedding, output head or final norm")
@@ -264,8 +282,8 @@ def check_config(model: HFDecoder, config: dict[str, Any]) -> None:
             )
 
 
-def hf_names(config: dict[str, Any]) -> dict[str, str]:
-    """The name of each part in a checkpoint of transformers, by its name in `HFDecoder`.
+def disk_names(config: dict[str, Any]) -> tuple[Rename, Rename]:
+    """Functions from a parameter's name in a checkpoint of transformers to its name in `HFDecoder`, and back.
 
     Args:
         config: content of config.json.
@@ -273,13 +291,31 @@ def hf_names(config: dict[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: as `hf_decoder`.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(_make_config(config))
-    names = part_names(causal)
+        causal = _make_causal(_make_config(config))
     prefix = causal.base_model_prefix
-    return {part: name if part == "output" else f"{prefix}.{name}" for part, name in names.items()}
+    theirs = {part: name if part == "output" else f"{prefix}.{name}" for part, name in part_names(causal).items()}
+    ours = {name: part for part, name in theirs.items()}
+    changes = renamings(config["model_type"])
+
+    def from_disk(name: str) -> str:
+        for change in changes:
+            name, _ = change.rename_source_key(name)
+        return _renamed_part(name, ours)
+
+    def to_disk(name: str) -> str:
+        name = _renamed_part(name, theirs)
+        for change in reversed(changes):
+            name, _ = change.reverse_transform().rename_source_key(name)
+        return name
+
+    return from_disk, to_disk
+
+
+def _renamed_part(name: str, names: dict[str, str]) -> str:
+    """``name`` with another name for the part at its beginning."""
+    part = next((part for part in names if name.startswith(f"{part}.")), None)
+    return name if part is None else names[part] + name[len(part) :]
 
 
 class _Logits:
@@ -307,9 +343,9 @@ class _Logits:
 
 class _PassThrough(nn.Module):
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 class _TiedHead(TiedLinear):

@@ -1,0 +1,138 @@
+"""Mixtures of experts of transformers, with a module for each expert.
+
+transformers keeps the experts of a layer in two parameters with three dimensions. Here, every matrix of every expert is
+a Linear with its name in checkpoints, so it is scored, projected, quantized and saved as any other.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Properties of transformers' experts that `Experts` computes; see ``use_experts_implementation`` there.
+_FORM = {
+    "is_concatenated": True, "is_transposed": False, "has_bias": False, "has_gate": True, "has_post_expert_norm": False,
+}  # fmt: skip
+
+
+class Experts(nn.ModuleList):
+    """The experts of one layer.
+
+    Args:
+        fused: the experts of transformers. It loses its parameters.
+        gate, up, down: names of an expert's Linears.
+
+    Attributes:
+        even_routing: whether all experts get the same number of tokens, for a memory plan, which has no data.
+        tokens: (t,) long, the tokens, of the flattened batch, that the current expert gets during `forward`.
+    """
+
+    def __init__(self, fused: Any, gate: str, up: str, down: str) -> None:
+        gates_ups, downs = fused.gate_up_proj.detach(), fused.down_proj.detach()
+        names = (gate, up, down)
+        super().__init__(
+            nn.ModuleDict({name: _linear(weight) for name, weight in zip(names, (*halves, last), strict=True)})
+            for halves, last in ((both.chunk(2), last) for both, last in zip(gates_ups, downs, strict=True))
+        )
+        del fused.gate_up_proj, fused.down_proj
+        self._fused = [fused]  # for its activation; in a list, to not be registered
+        self._names = names
+        self.even_routing = False
+        self.tokens: Tensor | None = None
+
+    @torch.compiler.disable  # the number of tokens per expert changes in every step
+    def forward(
+        self,
+        hidden_states: Tensor,  # (n, d)
+        top_k_index: Tensor,  # (n, k) experts of each token
+        top_k_weights: Tensor,  # (n, k)
+    ) -> Tensor:  # (n, d)
+        num_tokens, top_k = top_k_index.shape
+        choices = top_k_index.flatten()
+        order = choices.argsort(stable=True)
+        tokens = order // top_k
+        counts = self._counts(choices)
+        outputs = []
+        for expert, own, x in zip(self, tokens.split(counts), hidden_states[tokens].split(counts), strict=True):
+            # With FSDP2, all processes must have a gradient for the same parameters. It is zero without tokens.
+            if len(x) or (torch.is_grad_enabled() and next(expert.parameters()).requires_grad):
+                self.tokens = own
+                outputs.append(self._of_expert(expert, x))
+        self.tokens = None
+        by_choice = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        weighted = torch.cat(outputs)[by_choice].view(num_tokens, top_k, -1) * top_k_weights[..., None]
+        return weighted.sum(dim=1).to(hidden_states.dtype)
+
+    def _counts(self, choices: Tensor) -> list[int]:
+        """The number of tokens of each expert."""
+        if self.even_routing:
+            each, rest = divmod(len(choices), len(self))
+            return [each + (index < rest) for index in range(len(self))]
+        return choices.bincount(minlength=len(self)).tolist()
+
+    def _of_expert(self, expert: Any, x: Tensor) -> Tensor:
+        gate, up, down = (expert[name] for name in self._names)
+        return down(self._fused[0]._apply_gate(torch.cat([gate(x), up(x)], dim=-1)))
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.clone())
+    return linear
+
+
+def split_experts(causal: Any) -> None:
+    """Replace the experts in ``causal``, a model of transformers.
+
+    Raises:
+        ValueError: if they have another form than that of `Experts`, or are fused in checkpoints too.
+    """
+    model_type = causal.config.model_type
+    for path, module in list(causal.named_modules()):
+        if not any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+            continue
+        names = _expert_names(model_type)
+        if names is None or any(getattr(module, key, None) != value for key, value in _FORM.items()):
+            raise ValueError(
+                f"model_type={model_type} has experts ({type(module).__name__}) in a form that OwLore cannot train"
+            )
+        causal.set_submodule(path, Experts(module, *names))
+
+
+def renamings(model_type: str) -> list[Any]:
+    """transformers' changes of names from a checkpoint to the model, in order.
+
+    Raises:
+        ValueError: if a checkpoint also has tensors in another form than the model, apart from its experts.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    changes = []
+    for change in _conversions(model_type):
+        if type(change) is WeightRenaming:
+            changes.append(change)
+        elif not (isinstance(change, WeightConverter) and _expert_names(model_type)):
+            raise ValueError(f"model_type={model_type} has weights in another form on disk, which OwLore cannot read")
+    return changes
+
+
+def _expert_names(model_type: str) -> tuple[str, str, str] | None:
+    """The names of an expert's gate, up and down matrices in checkpoints. None if experts are not separate there."""
+    from transformers.core_model_loading import WeightConverter
+
+    found = {
+        change.target_patterns[0].rpartition(".")[2]: [
+            source.removesuffix(".weight").rpartition(".experts.*.")[2] for source in change.source_patterns
+        ]
+        for change in _conversions(model_type)
+        if isinstance(change, WeightConverter)
+    }
+    names = found.pop("gate_up_proj", []) + found.pop("down_proj", [])
+    is_known = not found and len(names) == 3 and all(name.isidentifier() for name in names)
+    return (names[0], names[1], names[2]) if is_known else None
+
+
+def _conversions(model_type: str) -> list[Any]:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return get_checkpoint_conversion_mapping(model_type) or []

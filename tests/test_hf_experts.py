@@ -1,0 +1,102 @@
+"""Mixtures of experts of transformers: outputs and gradients, scores with padding, and the memory plan."""
+
+import math
+
+import pytest
+import torch
+from test_families import FAMILIES, SIZES
+from test_memory_plan import CPU, LiveBytes
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+
+from owlore_tune.layers import outlier_scores
+from owlore_tune.loss import LinearCrossEntropyLoss
+from owlore_tune.memory.plan import StepShape, plan_memory
+from owlore_tune.models.hf import HFDecoder, hf_decoder
+from owlore_tune.models.hf_experts import split_experts
+from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+
+
+def model_with_experts(config) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return a random model of transformers, and the same with separate experts."""
+    config.initializer_range = 0.3
+    theirs, ours = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    ours.load_state_dict(theirs.state_dict())
+    split_experts(ours)
+    return theirs.eval(), ours.eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "all_used"),
+    [
+        (MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2), True),
+        (Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=80, moe_intermediate_size=24), False),
+    ],
+    ids=["mixtral", "more experts than tokens"],
+)
+def test_separate_experts_have_the_outputs_and_gradients_of_fused_ones(config, all_used):
+    theirs, ours = model_with_experts(config)
+    tokens = torch.arange(2, 42).view(2, 20)
+    expected, got = (model(tokens, labels=tokens) for model in (theirs, ours))
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    expected.loss.backward()
+    got.loss.backward()
+    fused, (gate, up, down) = theirs.model.layers[1].mlp.experts, ours.model.layers[1].mlp.experts._names
+    used = []
+    for index, expert in enumerate(ours.model.layers[1].mlp.experts):
+        both = torch.cat([expert[gate].weight.grad, expert[up].weight.grad])
+        torch.testing.assert_close(both, fused.gate_up_proj.grad[index], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(expert[down].weight.grad, fused.down_proj.grad[index], atol=1e-5, rtol=1e-4)
+        used.append(bool(both.any()))
+    assert all(used) == all_used
+
+
+def test_padding_does_not_count_in_scores():
+    _, causal = model_with_experts(FAMILIES["qwen2_moe"][-1])
+    model = HFDecoder(causal)
+    tokens = torch.arange(2, 26).view(2, 12)
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[:, 8:] = False
+    plain = outlier_scores(model, [{"tokens": tokens[:, :8]}], threshold=2.0)
+    assert outlier_scores(model, [{"tokens": tokens, "valid": valid}], threshold=2.0) == plain
+    assert outlier_scores(model, [{"tokens": tokens}], threshold=2.0) != plain
+
+
+def test_an_expert_without_tokens_has_no_outliers_and_no_basis():
+    """Its gradient is zero in the first step. Once tokens reach it, it is projected as any other weight."""
+    _, causal = model_with_experts(FAMILIES["olmoe"][-1])
+    block = causal.model.layers[0].mlp
+    last = block.experts[3]["gate_proj"].weight
+    model = HFDecoder(causal)
+    optimizer = OwLoreAdamW(parameter_groups(model), rank=4, weight_decay=0.0)
+    tokens = torch.arange(2, 10)[None]
+    before = last.clone()
+    for chosen in ([0, 1], [2, 3]):
+        route = torch.full((8, 2), 0.5), torch.tensor(chosen).expand(8, 2)
+        block.gate.forward = lambda hidden, route=route: (None, *route)
+        outlier_scores(model, [{"tokens": tokens}])
+        model(tokens).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(last, before) == (chosen == [0, 1])
+        assert math.isinf(optimizer.state[last]["basis_age"]) == (chosen == [0, 1])
+
+
+def test_a_step_without_data_holds_what_a_real_one_holds():
+    """The plan gives each expert the same number of tokens. The sum over experts does not depend on that."""
+    fields = FAMILIES["mixtral"][-1].to_dict()
+    with torch.device("meta"):
+        planned_model = hf_decoder(**fields)
+    model, loss_fn = hf_decoder(**fields), LinearCrossEntropyLoss()
+    loss_fn.set_model_output(planned_model)
+    planned = plan_memory(
+        planned_model, loss_fn, OwLoreAdamW(parameter_groups(planned_model), rank=None),
+        StepShape(batch_size=4, seq_len=64), device=CPU, num_active=None,
+    )  # fmt: skip
+    model.requires_grad_(False).layers.requires_grad_(True)
+    loss_fn.set_model_output(model)
+    with LiveBytes(model) as real:
+        tokens = torch.arange(2, 258).view(4, 64)
+        loss_fn(model(tokens), tokens).backward()
+    assert planned.gradients + planned.activations + planned.logits + planned.temporary == pytest.approx(
+        real.most, rel=0.03
+    )
