@@ -91,7 +91,7 @@ FAMILIES = {
     "mistral_nemo": ("mistral_nemo/12B_owlore", HF, {}, MistralConfig(**SIZES, head_dim=16, sliding_window=None)),
     "mistral with a window": ("hf/any", HF, {}, MistralConfig(**SIZES, sliding_window=16)),
     "qwen3_moe": (
-        "hf/any", HF, {},
+        "qwen3/30B_A3B_owlore", HF, {},
         Qwen3MoeConfig(
             **SIZES, head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1],
             norm_topk_prob=True,
@@ -103,7 +103,7 @@ FAMILIES = {
             **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=16
         ),
     ),
-    "olmoe": ("hf/any", HF, {}, OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)),
+    "olmoe": ("olmoe/1B_7B_owlore", HF, {}, OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)),
     "mixtral": ("hf/any", HF, {}, MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
     "phi4": ("phi4/14B_owlore", HF, {}, Phi3Config(**SIZES)),
     "granite3": (
@@ -183,7 +183,7 @@ PUBLISHED = {  # number of parameters, computed from config.json on the hub
     "qwen3/1.7B_owlore": 1_720_574_976, "qwen3/4B_owlore": 4_022_468_096, "qwen3/8B_owlore": 8_190_735_360,
     "qwen3/14B_owlore": 14_768_307_200, "gemma3/1B_owlore": 999_885_952, "smollm3/3B_owlore": 3_075_098_624,
     "olmo2/7B_owlore": 7_298_617_344, "mistral_nemo/12B_owlore": 12_247_782_400, "phi4/14B_owlore": 14_659_507_200,
-    "granite3/8B_owlore": 8_170_864_640,
+    "granite3/8B_owlore": 8_170_864_640, "qwen3/30B_A3B_owlore": 30_532_122_624, "olmoe/1B_7B_owlore": 6_919_161_856,
 }  # fmt: skip
 
 

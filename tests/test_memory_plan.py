@@ -122,13 +122,13 @@ def test_peers_cost_what_sets_them_apart():
     loss_fn.set_model_output(model)
     options = dict(device=CPU, rank=8, framework=0, lora_rank=2)
     everything = dict.fromkeys(("train_embeddings", "train_output", "train_norm"), True)
-    full, lora, galore, lisa = peer_plans(model, loss_fn, SHAPE, train_outside=everything, **options).values()
+    full, lora, galore, lisa = dict(peer_plans(model, loss_fn, SHAPE, train_outside=everything, **options)).values()
     assert full.moments == 2 * sum(p.nbytes for p in model.parameters())
     assert lora.moments < galore.moments < full.moments
     assert lora.weights > full.weights  # adapters
     assert lisa.bases == 0 < galore.bases
     # Training the weights outside the layers adds exactly their moments.
-    *_, frozen_galore, frozen_lisa = peer_plans(model, loss_fn, SHAPE, train_outside={}, **options).values()
+    *_, frozen_galore, frozen_lisa = dict(peer_plans(model, loss_fn, SHAPE, train_outside={}, **options)).values()
     outside = 2 * 4 * (64 * 32 * 2 + 32)
     assert galore.moments - frozen_galore.moments == lisa.moments - frozen_lisa.moments == outside
     assert all(parameter.is_meta for parameter in model.parameters())

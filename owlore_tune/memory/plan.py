@@ -2,13 +2,14 @@
 
 The model's own forward and backward run under torch's ``FakeTensorMode``: each operation returns a tensor with shape,
 dtype and device, but no data. A dispatch mode counts live bytes and keeps the peak. The plan works for any model, loss
-and dtype that the step supports, and takes seconds for 7B weights.
+and dtype that the step supports, and takes seconds for 7B weights. With many small experts it takes longer, because
+each of their matrices is an operation.
 """
 
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -151,8 +152,8 @@ def peer_plans(
     train_outside: Mapping[str, bool],
     lora_rank: int = 16,
     sharding: Sharding | None = None,
-) -> dict[str, MemoryPlan]:
-    """Plans of other methods on the same model, loss and data.
+) -> Iterator[tuple[str, MemoryPlan]]:
+    """Plans of other methods on the same model, loss and data, by name.
 
     Full fine-tuning and LoRA (on every Linear of the layers) are as in torchtune's recipes: AdamW state in the
     weights' dtype, and the chunked loss. GaLore (arXiv 2403.03507) projects all layers at once. LISA (arXiv 2403.17919)
@@ -166,19 +167,18 @@ def peer_plans(
     vars(theirs).pop("unembed", None)  # undo `set_model_output`
     their_loss = CEWithChunkedOutputLoss()
     theirs.set_num_output_chunks(their_loss.num_output_chunks)
-    plans = {"full": _adamw_plan(theirs, their_loss, shape, device, framework, sharding, set(theirs.parameters()))}
+    yield "full", _adamw_plan(theirs, their_loss, shape, device, framework, sharding, set(theirs.parameters()))
     adapters = _add_lora(theirs, lora_rank)
-    plans[f"LoRA, r={lora_rank}"] = _adamw_plan(theirs, their_loss, shape, device, framework, sharding, adapters)
+    yield f"LoRA, r={lora_rank}", _adamw_plan(theirs, their_loss, shape, device, framework, sharding, adapters)
     sides = [min(p.shape) for layer in model_parts(model).layers for p in layer.values() if p.ndim == 2]
     rank = min(rank, max(sides) - 1)
     galore = OwLoreAdamW(parameter_groups(model, **train_outside), rank=rank, side="shape")
     lisa = OwLoreAdamW(parameter_groups(model, **train_outside), rank=None)
     for name, optimizer, num_active in ((f"GaLore, r={rank}", galore, None), ("LISA, γ=2", lisa, 2)):
-        plans[name] = plan_memory(
+        yield name, plan_memory(
             model, loss_fn, optimizer, shape, device=device, num_active=num_active, framework=framework,
             sharding=sharding,
         )  # fmt: skip
-    return plans
 
 
 def framework_bytes(device: torch.device) -> int:

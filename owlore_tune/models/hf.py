@@ -18,8 +18,9 @@ from owlore_tune.models.hf_attention import CURRENT, register_attention
 from owlore_tune.models.hf_experts import renamings, split_experts
 
 Rename = Callable[[str], str]
-# transformers takes them for a model without rope_parameters and layer_types, and ignores them otherwise.
-_OLD_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
+# Fields that a config of transformers does not declare. It takes all but the last for a model without rope_parameters
+# and layer_types; some models read the last if it is there.
+_OTHER_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "head_dim"}
 # Fields with a default that change what a model computes, and not the shapes of its weights.
 _BEHAVIOUR = (
     "rope_parameters", "layer_types", "no_rope_layers", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias",
@@ -167,7 +168,7 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
     fields = given if path is None else _read_config(path)
     config = _make_config(fields)
     model_type = config.model_type
-    known = type(config)().to_dict().keys() | _OLD_FIELDS
+    known = type(config)().to_dict().keys() | type(config).attribute_map.keys() | _OTHER_FIELDS
     if unknown := sorted(given.keys() - known):
         raise ValueError(f"{unknown[0]} is not a field of config.json for model_type={model_type}")
     for reason, is_true in {

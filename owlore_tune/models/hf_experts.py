@@ -55,7 +55,7 @@ class Experts(nn.ModuleList):
         outputs = []
         for expert, own, x in zip(self, tokens.split(counts), hidden_states[tokens].split(counts), strict=True):
             # With FSDP2, all processes must have a gradient for the same parameters. It is zero without tokens.
-            if len(x) or (torch.is_grad_enabled() and next(expert.parameters()).requires_grad):
+            if len(x) or (torch.is_grad_enabled() and _trains(expert)):
                 self.tokens = own
                 outputs.append(self._of_expert(expert, x))
         self.tokens = None
@@ -66,13 +66,19 @@ class Experts(nn.ModuleList):
     def _counts(self, choices: Tensor) -> list[int]:
         """The number of tokens of each expert."""
         if self.even_routing:
-            each, rest = divmod(len(choices), len(self))
-            return [each + (index < rest) for index in range(len(self))]
+            trained = [expert for expert in self if _trains(expert)]
+            each, rest = divmod(len(choices), len(trained) or 1)
+            counts = [each + (index < rest) for index in range(len(trained) or 1)]
+            return counts + [0] * (len(self) - len(counts))  # frozen experts take as much memory as one with all tokens
         return choices.bincount(minlength=len(self)).tolist()
 
     def _of_expert(self, expert: Any, x: Tensor) -> Tensor:
         gate, up, down = (expert[name] for name in self._names)
         return down(self._fused[0]._apply_gate(torch.cat([gate(x), up(x)], dim=-1)))
+
+
+def _trains(expert: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in expert.parameters())
 
 
 def _linear(weight: Tensor) -> nn.Linear:

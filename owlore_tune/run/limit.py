@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune.utils import get_logger
+from tqdm import tqdm
 
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
@@ -96,7 +97,8 @@ def plan_with_peers(
         train_outside=settings.owlore.train_outside(),
         sharding=sharding,
     )
-    return {"this config": own} | {name: plan.on_gpu() if gpu else plan for name, plan in peers.items()}
+    named = tqdm(peers, desc="Planning other methods", unit="method", leave=False)
+    return {"this config": own} | {name: plan.on_gpu() if gpu else plan for name, plan in named}
 
 
 def plans_of_config(
