@@ -31,6 +31,8 @@ ARGUMENTS = dict(
     use_cpu=True, seed=0, lr_scheduler_type="constant", disable_tqdm=True, save_only_model=False,
 )  # fmt: skip
 
+FOR_SFT = dict(bf16=False, gradient_checkpointing=False)  # not its defaults
+
 
 class Die(TrainerCallback):
     """Ends the process' training like SIGKILL after a step."""
@@ -226,19 +228,22 @@ def test_the_docs_examples_run(code, tiny_dir, tmp_path, monkeypatch):
     assert (tmp_path / names["trainer"].args.output_dir / "checkpoint-2" / "optimizer.pt").is_file()
 
 
-class InOrder(Trainer):
-    """Does not shuffle."""
+class InOrder:
+    """A Trainer that does not shuffle."""
 
     def _get_train_sampler(self, dataset=None):
         return SequentialSampler(self.train_dataset)
 
 
 @pytest.mark.slow
-def test_trainer_on_smollm2_is_as_good_as_the_recipe(smollm2_dir, tmp_path):
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, smollm2_dir, tmp_path):
     """The same rows, draws and settings: 20 steps with accumulation, clipping and 10 draws, killed and resumed.
 
     Random sketches differ, because torchtune orders parameters in another way.
     """
+    import trl
+
     file = tmp_path / "train.json"
     texts = [{"instruction": f"What is {i} plus {i}?", "input": "", "output": f"It is {2 * i}."} for i in range(110)]
     file.write_text(json.dumps(texts))
@@ -265,11 +270,14 @@ def test_trainer_on_smollm2_is_as_good_as_the_recipe(smollm2_dir, tmp_path):
             model, [1.0] * 30, num_active_layers=2, resample_every=2, max_grad_norm=0.5, **options
         )
         watch = Watch(optimizer)
-        arguments = TrainingArguments(str(tmp_path / "trainer"), max_steps=20, save_steps=8, **ARGUMENTS)
         tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-        return watch, InOrder(
+        parts = {"Trainer": (Trainer, TrainingArguments, {}), "SFTTrainer": (trl.SFTTrainer, trl.SFTConfig, FOR_SFT)}
+        trainer_class, config_class, more = parts[kind]
+        arguments = config_class(str(tmp_path / "trainer"), max_steps=20, save_steps=8, **ARGUMENTS, **more)
+        return watch, type("InOrder", (InOrder, trainer_class), {})(
             model, arguments, train_dataset=data.select(range(80)), optimizers=(optimizer, None),
-            data_collator=DataCollatorForSeq2Seq(tokenizer), callbacks=[OwLoreCallback(optimizer), watch, *callbacks],
+            data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer,
+            callbacks=[OwLoreCallback(optimizer), watch, *callbacks],
         )  # fmt: skip
 
     watch, whole = build_trainer()
@@ -299,30 +307,3 @@ def mean_loss_of(model, rows: list[dict]) -> float:
     model.eval()
     batches = [{key: torch.tensor([row[key]]) for key in ("input_ids", "labels")} for row in rows]
     return statistics.fmean(model(**batch).loss.item() for batch in batches)
-
-
-@pytest.mark.slow
-def test_sfttrainer_on_smollm2_is_killed_and_resumed(smollm2_dir, tmp_path):
-    """20 steps with accumulation and clipping."""
-    from trl import SFTConfig, SFTTrainer
-
-    texts = Dataset.from_dict({"text": [f"What is {i} plus {i}? It is {2 * i}." for i in range(80)]})
-
-    def sft(output, *callbacks):
-        model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
-        optimizer = OwLoreOptimizer(model, [1.0] * 30, num_active_layers=2, resample_every=4, lr=1e-3, rank=32)
-        config = SFTConfig(str(output), max_steps=20, save_steps=8, max_length=32, bf16=False, **ARGUMENTS)
-        return SFTTrainer(
-            model, config, train_dataset=texts, processing_class=AutoTokenizer.from_pretrained(smollm2_dir),
-            optimizers=(optimizer, None), callbacks=[OwLoreCallback(optimizer), *callbacks],
-        )  # fmt: skip
-
-    whole = sft(tmp_path / "whole")
-    whole.train()
-    with pytest.raises(Killed):
-        sft(tmp_path / "broken", Die(19)).train()
-    resumed = sft(tmp_path / "broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert_same_weights(whole.model, resumed.model)
-    losses = [record["loss"] for record in whole.state.log_history if "loss" in record]
-    assert losses[-1] < 0.7 * losses[0]
