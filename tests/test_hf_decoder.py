@@ -14,6 +14,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GPTJConfig,
+    GPTNeoXConfig,
     GraniteMoeConfig,
     GraniteSWAConfig,
     HrmTextConfig,
@@ -199,9 +200,9 @@ def test_models_that_cannot_be_trained_are_refused_by_name(config, message):
         hf_decoder(**config.to_dict())
 
 
-@pytest.mark.parametrize("config", [PhiConfig, CohereConfig, Starcoder2Config])
+@pytest.mark.parametrize("config", [PhiConfig, CohereConfig, Starcoder2Config, GPTNeoXConfig])
 def test_other_names_and_kinds_of_parts(config, tmp_path):
-    """Another name of the final norm, biases, dropout modules, and logits with a scale."""
+    """Another name of the final norm, biases, dropout modules, logits with a scale, and other names on disk."""
     dropout = {"embedding_dropout": 0.5} if config is Starcoder2Config else {}  # in the base model's own forward
     source = hf_model(config(**SIZES, **dropout), tmp_path / "source")
     model = loaded(lambda: hf_decoder(str(source)), source, "HF")
@@ -220,6 +221,9 @@ def test_a_config_that_is_not_the_models_is_refused(tmp_path, tiny_data):
     rope = {"rope_type": "default", "rope_theta": 500_000.0}
     cfg["model"] = {"_component_": HF, **described, "rope_parameters": rope}
     with pytest.raises(ConfigError, match=r"model.rope_parameters=.*500000.0.* and config.json has .*10000.0"):
+        prepare(cfg)
+    cfg["model"] = {"_component_": HF, **{k: v for k, v in described.items() if k != "rms_norm_eps"}}
+    with pytest.raises(ConfigError, match="model.rms_norm_eps=1e-06, and config.json has 1e-05"):
         prepare(cfg)
     cfg["model"] = {"_component_": HF, **described, "hidden_act": "gelu"}
     with pytest.raises(ConfigError, match="model.hidden_act=gelu, and config.json has silu"):

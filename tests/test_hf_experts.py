@@ -6,11 +6,13 @@ import pytest
 import torch
 from test_families import FAMILIES, SIZES
 from test_memory_plan import CPU, LiveBytes
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
 
+from owlore_tune.frozen.linear import freeze
 from owlore_tune.layers import outlier_scores
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.memory.plan import StepShape, plan_memory
+from owlore_tune.models.decoder import find_linears
 from owlore_tune.models.hf import HFDecoder, hf_decoder
 from owlore_tune.models.hf_experts import split_experts
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
@@ -59,6 +61,19 @@ def test_padding_does_not_count_in_scores():
     plain = outlier_scores(model, [{"tokens": tokens[:, :8]}], threshold=2.0)
     assert outlier_scores(model, [{"tokens": tokens, "valid": valid}], threshold=2.0) == plain
     assert outlier_scores(model, [{"tokens": tokens}], threshold=2.0) != plain
+
+
+def test_a_router_that_does_more_than_a_product_is_no_linear():
+    """PhiMoE's router is a subclass of Linear that returns two tensors."""
+    model = hf_decoder(**PhimoeConfig(**SIZES, num_local_experts=4).to_dict()).eval()
+    tokens = torch.arange(2, 10)[None]
+    with torch.no_grad():
+        before = model(tokens)
+        for layer in model.layers:
+            for name, linear in find_linears(layer):
+                assert "router" not in name
+                freeze(linear, "int8")
+        assert 0 < (model(tokens) - before).abs().max() < 0.1 * before.abs().max()
 
 
 def test_an_expert_without_tokens_has_no_outliers_and_no_basis():

@@ -13,7 +13,7 @@ from owlore_tune.errors import ConfigError, DivergedError
 from owlore_tune.frozen.linear import freeze, set_value, thaw
 from owlore_tune.frozen.store import OUTSIDE, LayerStore
 from owlore_tune.heap import return_freed_memory
-from owlore_tune.models.decoder import Decoder, find_layers, plain_name
+from owlore_tune.models.decoder import Decoder, find_layers, find_linears, plain_name
 
 
 class FrozenLayers:
@@ -164,4 +164,4 @@ class FrozenLayers:
 
 
 def _linears(layer: nn.Module) -> list[nn.Linear]:
-    return [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    return [linear for _, linear in find_linears(layer)]

@@ -374,7 +374,7 @@ def _add_lora(model: nn.Module, rank: int) -> set[Tensor]:
     """Add a LoRA adapter on the meta device to each Linear of the layers. Returns the adapters' parameters."""
     adapters = set()
     for layer in find_layers(model):
-        for path, linear in [(path, m) for path, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+        for path, linear in find_linears(layer):
             parent, _, name = path.rpartition(".")
             with training.set_default_dtype(linear.weight.dtype), torch.device("meta"):
                 adapter = LoRALinear(

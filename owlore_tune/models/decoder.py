@@ -63,8 +63,12 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def find_linears(layer: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The Linears of one layer with their names inside it."""
-    return [(plain_name(name), m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    """The Linears of one layer with their names inside it. Subclasses that compute something else do not count."""
+    return [
+        (plain_name(name), module)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    ]
 
 
 def hidden_states(model: Decoder, tokens: Tensor, **kwargs: Tensor | None) -> Tensor:

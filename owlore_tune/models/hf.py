@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
 from owlore_tune.models.hf_attention import CURRENT, register_attention
-from owlore_tune.models.hf_experts import renamings, split_experts
+from owlore_tune.models.hf_experts import split_experts
 
 Rename = Callable[[str], str]
 # Fields that a config of transformers does not declare. It takes all but the last for a model without rope_parameters
@@ -24,6 +24,8 @@ _OTHER_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_
 # Fields with a default that change what a model computes, and not the shapes of its weights.
 _BEHAVIOUR = (
     "rope_parameters", "layer_types", "no_rope_layers", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias",
+    "rms_norm_eps", "sliding_window", "num_experts_per_tok", "norm_topk_prob", "topk_method", "n_group", "topk_group",
+    "scoring_func", "routed_scaling_factor", "router_jitter_noise", "input_jitter_noise",
 )  # fmt: skip
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -185,7 +187,7 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
         raise ValueError(f"model_type={model_type} is no causal decoder with exchangeable attention; OwLore needs one")
     register_attention()
     try:
-        model = HFDecoder(_make_causal(config, dtype=torch.get_default_dtype(), attn_implementation="owlore"))
+        model = HFDecoder(_make_causal(config, dtype=torch.get_default_dtype(), attn_implementation="owlore")[0])
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"model_type={model_type} is not a decoder in a form that OwLore knows: {error!r}") from error
     model.fields = tuple(given)
@@ -205,18 +207,12 @@ def _make_config(fields: dict[str, Any]) -> Any:
     return CONFIG_MAPPING[model_type].from_dict(fields)
 
 
-def _make_causal(config: Any, **kwargs: Any) -> Any:
-    """A causal language model of transformers, with separate experts.
-
-    Raises:
-        ValueError: as `split_experts` and `renamings`.
-    """
+def _make_causal(config: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+    """A causal language model of transformers, with separate experts, and the renamings of `split_experts`."""
     from transformers import AutoModelForCausalLM
 
-    renamings(config.model_type)
     causal = AutoModelForCausalLM.from_config(config, **kwargs)
-    split_experts(causal)
-    return causal
+    return causal, split_experts(causal)
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -293,11 +289,10 @@ def disk_names(config: dict[str, Any]) -> tuple[Rename, Rename]:
         ValueError: as `hf_decoder`.
     """
     with torch.device("meta"):
-        causal = _make_causal(_make_config(config))
+        causal, changes = _make_causal(_make_config(config))
     prefix = causal.base_model_prefix
     theirs = {part: name if part == "output" else f"{prefix}.{name}" for part, name in part_names(causal).items()}
     ours = {name: part for part, name in theirs.items()}
-    changes = renamings(config["model_type"])
 
     def from_disk(name: str) -> str:
         for change in changes:

@@ -87,58 +87,45 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def split_experts(causal: Any) -> None:
+def split_experts(causal: Any) -> list[Any]:
     """Replace the experts in ``causal``, a model of transformers.
 
+    Returns:
+        transformers' changes of names from a checkpoint to the model, in order.
+
     Raises:
-        ValueError: if they have another form than that of `Experts`, or are fused in checkpoints too.
+        ValueError: if the experts have another form than that of `Experts`, or are fused in checkpoints too, or if
+            other tensors have another form in checkpoints than in the model.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
     model_type = causal.config.model_type
+    conversions = get_model_conversion_mapping(causal, add_legacy=False)
+    names = _expert_names([change for change in conversions if isinstance(change, WeightConverter)])
+    for change in conversions:
+        if type(change) is not WeightRenaming and not (names and isinstance(change, WeightConverter)):
+            raise ValueError(f"model_type={model_type} has weights in another form on disk, which OwLore cannot read")
     for path, module in list(causal.named_modules()):
         if not any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
             continue
-        names = _expert_names(model_type)
         if names is None or any(getattr(module, key, None) != value for key, value in _FORM.items()):
             raise ValueError(
                 f"model_type={model_type} has experts ({type(module).__name__}) in a form that OwLore cannot train"
             )
         causal.set_submodule(path, Experts(module, *names))
+    return [change for change in conversions if type(change) is WeightRenaming]
 
 
-def renamings(model_type: str) -> list[Any]:
-    """transformers' changes of names from a checkpoint to the model, in order.
-
-    Raises:
-        ValueError: if a checkpoint also has tensors in another form than the model, apart from its experts.
-    """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    changes = []
-    for change in _conversions(model_type):
-        if type(change) is WeightRenaming:
-            changes.append(change)
-        elif not (isinstance(change, WeightConverter) and _expert_names(model_type)):
-            raise ValueError(f"model_type={model_type} has weights in another form on disk, which OwLore cannot read")
-    return changes
-
-
-def _expert_names(model_type: str) -> tuple[str, str, str] | None:
-    """The names of an expert's gate, up and down matrices in checkpoints. None if experts are not separate there."""
-    from transformers.core_model_loading import WeightConverter
-
+def _expert_names(converters: list[Any]) -> tuple[str, str, str] | None:
+    """The names of an expert's gate, up and down matrices in checkpoints. None if they are not separate there, or other
+    weights are converted too."""
     found = {
         change.target_patterns[0].rpartition(".")[2]: [
             source.removesuffix(".weight").rpartition(".experts.*.")[2] for source in change.source_patterns
         ]
-        for change in _conversions(model_type)
-        if isinstance(change, WeightConverter)
+        for change in converters
     }
     names = found.pop("gate_up_proj", []) + found.pop("down_proj", [])
     is_known = not found and len(names) == 3 and all(name.isidentifier() for name in names)
     return (names[0], names[1], names[2]) if is_known else None
-
-
-def _conversions(model_type: str) -> list[Any]:
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    return get_checkpoint_conversion_mapping(model_type) or []
