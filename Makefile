@@ -65,6 +65,7 @@ bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and other
 	python benchmarks/faults_distributed.py --output benchmarks/faults_distributed.md
 ifdef DATA
 	python benchmarks/evaluation.py --data $(DATA) --output benchmarks/evaluation.md
+	python benchmarks/decoders.py --data $(DATA) --output benchmarks/decoders.md
 endif
 
 # Accuracy with tuned learning rates and several seeds. It takes many hours. An interrupted study continues after its last run.

@@ -1,6 +1,6 @@
 """Held-out loss and accuracy of OwLore and other methods on SmolLM2, with tuned learning rates and several seeds.
 
-    python benchmarks/quality.py --data DIR [--only methods scores choices commonsense] [--workers N]
+    python benchmarks/quality.py --data DIR [--only methods scores choices commonsense] [--workers N] [--device cuda]
 
 DIR holds math/ and commonsense/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
 512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32 with products in
@@ -101,10 +101,12 @@ class Study:
     Args:
         data: directory with math/ and commonsense/.
         threads: threads per run.
+        device: such as cpu or cuda.
     """
 
-    def __init__(self, data: Path, threads: int) -> None:
+    def __init__(self, data: Path, threads: int, device: str) -> None:
         self._data = data
+        self._device = device
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self._environment["PYTHONPATH"] = os.pathsep.join(
             [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -128,7 +130,7 @@ class Study:
         config, weights = self._train(run, train, scratch)
         seconds = time.perf_counter() - started
         row = {"key": run.key, **asdict(run), "config": config, "train_seconds": seconds, "versions": versions()}
-        row["held_out_loss"] = {name: held_out_loss(weights, rows) for name, rows in held_out.items()}
+        row["held_out_loss"] = {name: self._held_out_loss(weights, rows) for name, rows in held_out.items()}
         if run.data == "math" and run.steps != TUNING_STEPS:
             row["correct"] = self._accuracy(weights, scratch)
         return row
@@ -162,7 +164,7 @@ class Study:
             self._call(command, scratch)
             return {"command": command[1:2] + [part for part in command[3:] if str(scratch) not in part]}, output
         make = owlore_config if kind == "owlore" else torchtune_config
-        config = make(run, settings, train, output)
+        config = make(run, settings, train, output) | {"device": self._device}
         OmegaConf.save(OmegaConf.create(config), scratch / "config.yaml")
         recipe = settings.get("recipe", "owlore_full_finetune")
         self._call(["tune", "run", recipe, "--config", str(scratch / "config.yaml")], scratch)
@@ -173,6 +175,7 @@ class Study:
         """Return [correct, total] for each test file."""
         output = scratch / "eval"
         command = ["tune", "run", "owlore_eval", "--config", "eval/local_math", f"output_dir={output}", "batch_size=32"]
+        command += [f"device={self._device}"]
         command += [f"checkpointer.checkpoint_dir={weights}"]
         command += [f"data_files.{name}={self._data / 'math' / name}.json" for name in MATH_TESTS]
         self._call(command, scratch)
@@ -191,6 +194,9 @@ class Study:
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{(scratch / 'log.txt').read_text()[-3000:]}")
 
+    def _held_out_loss(self, weights: Path, rows: list[dict[str, Any]]) -> float:
+        return held_out_loss(weights, rows, torch.device(self._device))
+
     def before(self) -> None:
         """Add a row for the model before training."""
         key = "before"
@@ -200,7 +206,7 @@ class Study:
         with tempfile.TemporaryDirectory() as scratch:
             for data in ("math", "commonsense"):
                 _, held_out = self._split(Run("before", 0, 0, data), Path(scratch))
-                row["held_out_loss"] |= {name: held_out_loss(fetch(), rows) for name, rows in held_out.items()}
+                row["held_out_loss"] |= {name: self._held_out_loss(fetch(), rows) for name, rows in held_out.items()}
             row["correct"] = self._accuracy(fetch(), Path(scratch))
         self.rows[key] = row
         append_line(ROWS, row)
@@ -243,7 +249,7 @@ def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
         },
         "dataset": {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(train), "packed": True},
         "batch_size": BATCH_SIZE, "gradient_accumulation_steps": 1, "shuffle": False, "seed": run.seed, "epochs": 1,
-        "max_steps_per_epoch": run.steps, "clip_grad_norm": 1.0, "device": "cpu", "dtype": "fp32",
+        "max_steps_per_epoch": run.steps, "clip_grad_norm": 1.0, "dtype": "fp32",
         "lr_scheduler": {
             "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 10,
         },
@@ -278,7 +284,7 @@ def torchtune_config(run: Run, settings: dict[str, Any], train: Path, output: Pa
 
 
 @torch.no_grad()
-def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8) -> float:
+def held_out_loss(weights: Path, rows: list[dict[str, Any]], device: torch.device, batch_size: int = 8) -> float:
     """Return the mean loss over the trained tokens of ``rows`` in float32, with one sample per row."""
     tokenizer = HFChatTokenizer(str(fetch()), SEQ_LEN)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -288,7 +294,7 @@ def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8
     samples = sorted((dataset[i] for i in range(len(dataset))), key=lambda sample: len(sample["tokens"]))
     with torch.device("meta"):
         model = smollm2_135m()
-    HFCheckpointer(str(weights), "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
+    HFCheckpointer(str(weights), "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=device)
     model.eval()
     loss_fn = LinearCrossEntropyLoss()  # applies the head only to trained positions
     loss_fn.set_model_output(model)
@@ -298,6 +304,7 @@ def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8
         longest = max(len(sample["tokens"]) for sample in some)
         tokens = torch.tensor([sample["tokens"] + [0] * (longest - len(sample["tokens"])) for sample in some])
         labels = torch.tensor([sample["labels"] + [-100] * (longest - len(sample["labels"])) for sample in some])
+        tokens, labels = tokens.to(device), labels.to(device)
         num_trained = (labels[:, 1:] != -100).sum().item()
         total += loss_fn(model(tokens)[:, :-1], labels[:, 1:]).item() * num_trained
         count += num_trained
@@ -321,9 +328,10 @@ def main() -> None:
     parts = ("methods", "scores", "choices", "commonsense")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
+    parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
-    study = Study(args.data.resolve(), args.threads)
+    study = Study(args.data.resolve(), args.threads, args.device)
     study.before()
     with ThreadPoolExecutor(args.workers) as pool:
         tuned = [method for method, (_, _, grid) in METHODS.items() if not isinstance(grid, str)]
