@@ -23,7 +23,7 @@ class Experts(nn.ModuleList):
         gate, up, down: names of an expert's Linears.
 
     Attributes:
-        even_routing: whether all experts get the same number of tokens, for a memory plan, which has no data.
+        even_routing: for a memory plan, which has no data: the experts that train share all tokens evenly.
         tokens: (t,) long, the tokens, of the flattened batch, that the current expert gets during `forward`.
     """
 
