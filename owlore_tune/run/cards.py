@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from owlore_tune.catalog import packaged_configs
 from owlore_tune.config import load_config
 from owlore_tune.run.build import build_model
@@ -33,11 +35,9 @@ def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
     sizes = {name: sum(p.numel() for p in build_model(_settings(name))[1].parameters()) for name in names}
     largest = 0
     for overrides, least in SAVINGS:
-        for name in sorted(sizes, key=lambda name: -sizes[name]):
-            if sizes[name] <= largest:
-                break
-            if least * sizes[name] > FREE_SHARE * card_bytes:
-                continue  # without a plan, which takes seconds
+        # The others need no plan. A plan takes seconds, and up to a minute with thousands of experts.
+        possible = [name for name in sizes if sizes[name] > largest and least * sizes[name] <= FREE_SHARE * card_bytes]
+        for name in tqdm(sorted(possible, key=lambda name: -sizes[name]), desc="Planning", unit="model", leave=False):
             plan = plan_run(_settings(name, overrides), SEQ_LEN, gpu=True)
             if plan.total <= FREE_SHARE * card_bytes:
                 yield Fit(name, overrides, plan.total)
