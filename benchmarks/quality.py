@@ -174,7 +174,15 @@ class Study:
     def _accuracy(self, weights: Path, scratch: Path) -> dict[str, list[int]]:
         """Return [correct, total] for each test file."""
         output = scratch / "eval"
-        command = ["tune", "run", "owlore_eval", "--config", "eval/local_math", f"output_dir={output}", "batch_size=32"]
+        command = [
+            "tune",
+            "run",
+            "owlore_eval",
+            "--config",
+            "eval/local_math",
+            f"output_dir={output}",
+            "batch_size=128",
+        ]
         command += [f"device={self._device}"]
         command += [f"checkpointer.checkpoint_dir={weights}"]
         command += [f"data_files.{name}={self._data / 'math' / name}.json" for name in MATH_TESTS]

@@ -39,11 +39,12 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
     lines = [
         "# Accuracy of OwLore and other methods",
         "",
-        f"SmolLM2-135M-Instruct, {STEPS} steps of {SEQ_LEN} packed tokens, float32. Learning rates are tuned with runs "
-        f"of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard deviation over seeds. For "
-        "correct answers, it is the standard error of the share, all seeds together. Command: `make quality DATA=DIR`. "
-        "The docstring of [quality.py](quality.py) describes the method, and [quality.jsonl](quality.jsonl) has all "
-        f"{len(rows)} runs. Step time and peak memory are from [methods.md](methods.md).",
+        f"SmolLM2-135M-Instruct, {STEPS} steps of {SEQ_LEN} packed tokens, float32 with products in bfloat16. Learning "
+        f"rates are tuned with runs of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard "
+        "deviation over seeds. For correct answers, it is the standard error of the share, all seeds together. "
+        "Command: `make quality DATA=DIR`. The docstring of [quality.py](quality.py) describes the method, and "
+        f"[quality.jsonl](quality.jsonl) has all {len(rows)} runs. Step time and peak memory are from "
+        "[methods.md](methods.md).",
     ]
     untrained = [row for row in rows if row["key"] == "before"]
     lines += _section("Arithmetic", _methods_table(untrained + _on(methods, "math"), measured))
