@@ -102,11 +102,13 @@ class Study:
         data: directory with math/ and commonsense/.
         threads: threads per run.
         device: such as cpu or cuda.
+        answers: whether final runs answer the test problems, which takes as long as training on a CPU.
     """
 
-    def __init__(self, data: Path, threads: int, device: str) -> None:
+    def __init__(self, data: Path, threads: int, device: str, answers: bool) -> None:
         self._data = data
         self._device = device
+        self._answers = answers
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self._environment["PYTHONPATH"] = os.pathsep.join(
             [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -131,7 +133,7 @@ class Study:
         seconds = time.perf_counter() - started
         row = {"key": run.key, **asdict(run), "config": config, "train_seconds": seconds, "versions": versions()}
         row["held_out_loss"] = {name: self._held_out_loss(weights, rows) for name, rows in held_out.items()}
-        if run.data == "math" and run.steps != TUNING_STEPS:
+        if run.data == "math" and run.steps != TUNING_STEPS and self._answers:
             row["correct"] = self._accuracy(weights, scratch)
         return row
 
@@ -181,7 +183,7 @@ class Study:
             "--config",
             "eval/local_math",
             f"output_dir={output}",
-            "batch_size=128",
+            "batch_size=32",
         ]
         command += [f"device={self._device}"]
         command += [f"checkpointer.checkpoint_dir={weights}"]
@@ -337,9 +339,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
+    parser.add_argument("--losses-only", action="store_true", help="do not answer the test problems")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
-    study = Study(args.data.resolve(), args.threads, args.device)
+    study = Study(args.data.resolve(), args.threads, args.device, not args.losses_only)
     study.before()
     with ThreadPoolExecutor(args.workers) as pool:
         tuned = [method for method, (_, _, grid) in METHODS.items() if not isinstance(grid, str)]

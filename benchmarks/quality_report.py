@@ -81,7 +81,9 @@ def loss_of(rows: list[Row]) -> str:
 
 def correct_of(rows: list[Row]) -> str:
     """Correct answers of all test files and seeds together, and their share with its standard error."""
-    counts = [count for row in rows for count in row["correct"].values()]
+    counts = [count for row in rows for count in row.get("correct", {}).values()]
+    if not counts:
+        return ""
     correct, total = (sum(numbers) for numbers in zip(*counts, strict=True))
     share = correct / total
     return f"{correct} of {total}: {100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / total):.1f} %"
