@@ -8,6 +8,7 @@ import pytest
 from owlore_evals.jsonl import read_lines
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+README = (BENCHMARKS.parent / "README.md").read_text()
 
 
 @pytest.fixture
@@ -24,6 +25,12 @@ def test_the_committed_report_is_made_from_the_committed_rows(quality_report):
     rows = read_lines(BENCHMARKS / "quality.jsonl")
     measured = quality_report.read_table(BENCHMARKS / "methods.md")
     assert rows and quality_report.report(rows, measured) == (BENCHMARKS / "quality.md").read_text().splitlines()
+
+
+def test_the_readme_has_the_rows_of_the_report():
+    section = README.split("## Accuracy\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 2 and set(rows) <= set((BENCHMARKS / "quality.md").read_text().splitlines())
 
 
 def row(method, lr, seed, loss, correct, steps=100, data="math", changes=None):
