@@ -68,7 +68,8 @@ ifdef DATA
 	python benchmarks/decoders.py --data $(DATA) --output benchmarks/decoders.md
 endif
 
-# Accuracy with tuned learning rates and several seeds. It takes many hours. An interrupted study continues after its last run.
+# Accuracy with tuned learning rates and several seeds. It takes many hours. An interrupted study continues after its
+# last run.
 quality: install
 	owlore download smollm2
 	python benchmarks/quality.py --data $(DATA) --workers 2

@@ -8,25 +8,15 @@ rounds from the same harness model.
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import torch
 from evaluation import BATCH, NEW_TOKENS, arc, choices, mmlu, mmlu_of_one_subject, ours, seconds
 from report import machine, parser, publish
 
 from owlore_evals.generation import Prompts, generate
-from owlore_evals.torchtune_lm import TorchtuneLM
-from owlore_tune.checkpoints.hf import HFCheckpointer
-from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models import hf_decoder
 from owlore_tune.models.smollm2 import fetch
-
-
-def of_transformers(directory: Path) -> TorchtuneLM:
-    with torch.device("meta"):
-        model = hf_decoder(str(directory))
-    HFCheckpointer(str(directory), "HF").load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
-    return TorchtuneLM(model, HFChatTokenizer(str(directory)))
 
 
 def interleaved(calls: list[Callable[[], object]], rounds: int) -> list[float]:
@@ -41,7 +31,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     args = arguments.parse_args()
     directory = fetch()
-    models = [of_transformers(directory), ours(directory)]
+    models = [ours(directory, partial(hf_decoder, str(directory)), "HF"), ours(directory)]
     tasks = {
         "ARC-Easy form, 0-shot": arc(args.data / "ARC-Easy" / "test.json", 40, 0),
         "ARC-Challenge form, 5-shot": arc(args.data / "ARC-Challenge" / "test.json", 8, 5),

@@ -27,16 +27,17 @@ from owlore_evals.harness import load_tasks
 from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.smollm2 import fetch, smollm2_135m
 
 BATCH_SIZES = (1, 4, 8, 16, 32)
 NEW_TOKENS, BATCH = 64, 8
 
 
-def ours(directory: Path) -> TorchtuneLM:
+def ours(directory: Path, build: Callable[[], Decoder] = smollm2_135m, model_type: str = "LLAMA3_2") -> TorchtuneLM:
     with torch.device("meta"):
-        model = smollm2_135m()
-    HFCheckpointer(str(directory), "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
+        model = build()
+    HFCheckpointer(str(directory), model_type).load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
     return TorchtuneLM(model, HFChatTokenizer(str(directory)))
 
 

@@ -1,6 +1,6 @@
 """Held-out loss and accuracy of OwLore and other methods on SmolLM2, with tuned learning rates and several seeds.
 
-    python benchmarks/quality.py --data DIR [--only methods scores choices commonsense] [--workers N] [--device cuda]
+    python benchmarks/quality.py --data DIR [--only methods scores choices commonsense] [--workers N] [--losses-only]
 
 DIR holds math/ and commonsense/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
 512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32 with products in
@@ -48,6 +48,7 @@ SEQ_LEN, BATCH_SIZE = 512, 1
 TUNING_STEPS, STEPS = 40, 100
 RESAMPLE_EVERY = 10
 SEEDS = (0, 1, 2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as in peers.py
 MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
 COMMONSENSE = ("ARC-Easy", "openbookqa", "boolq")
 STEP_OF_GRID = 10**0.5
@@ -101,13 +102,11 @@ class Study:
     Args:
         data: directory with math/ and commonsense/.
         threads: threads per run.
-        device: such as cpu or cuda.
         answers: whether final runs answer the test problems, which takes as long as training on a CPU.
     """
 
-    def __init__(self, data: Path, threads: int, device: str, answers: bool) -> None:
+    def __init__(self, data: Path, threads: int, answers: bool) -> None:
         self._data = data
-        self._device = device
         self._answers = answers
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self._environment["PYTHONPATH"] = os.pathsep.join(
@@ -132,7 +131,7 @@ class Study:
         config, weights = self._train(run, train, scratch)
         seconds = time.perf_counter() - started
         row = {"key": run.key, **asdict(run), "config": config, "train_seconds": seconds, "versions": versions()}
-        row["held_out_loss"] = {name: self._held_out_loss(weights, rows) for name, rows in held_out.items()}
+        row["held_out_loss"] = {name: held_out_loss(weights, rows) for name, rows in held_out.items()}
         if run.data == "math" and run.steps != TUNING_STEPS and self._answers:
             row["correct"] = self._accuracy(weights, scratch)
         return row
@@ -166,7 +165,7 @@ class Study:
             self._call(command, scratch)
             return {"command": command[1:2] + [part for part in command[3:] if str(scratch) not in part]}, output
         make = owlore_config if kind == "owlore" else torchtune_config
-        config = make(run, settings, train, output) | {"device": self._device}
+        config = make(run, settings, train, output)
         OmegaConf.save(OmegaConf.create(config), scratch / "config.yaml")
         recipe = settings.get("recipe", "owlore_full_finetune")
         self._call(["tune", "run", recipe, "--config", str(scratch / "config.yaml")], scratch)
@@ -176,16 +175,7 @@ class Study:
     def _accuracy(self, weights: Path, scratch: Path) -> dict[str, list[int]]:
         """Return [correct, total] for each test file."""
         output = scratch / "eval"
-        command = [
-            "tune",
-            "run",
-            "owlore_eval",
-            "--config",
-            "eval/local_math",
-            f"output_dir={output}",
-            "batch_size=32",
-        ]
-        command += [f"device={self._device}"]
+        command = ["tune", "run", "owlore_eval", "--config", "eval/local_math", f"output_dir={output}", "batch_size=32"]
         command += [f"checkpointer.checkpoint_dir={weights}"]
         command += [f"data_files.{name}={self._data / 'math' / name}.json" for name in MATH_TESTS]
         self._call(command, scratch)
@@ -204,9 +194,6 @@ class Study:
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{(scratch / 'log.txt').read_text()[-3000:]}")
 
-    def _held_out_loss(self, weights: Path, rows: list[dict[str, Any]]) -> float:
-        return held_out_loss(weights, rows, torch.device(self._device))
-
     def before(self) -> None:
         """Add a row for the model before training."""
         key = "before"
@@ -216,7 +203,7 @@ class Study:
         with tempfile.TemporaryDirectory() as scratch:
             for data in ("math", "commonsense"):
                 _, held_out = self._split(Run("before", 0, 0, data), Path(scratch))
-                row["held_out_loss"] |= {name: self._held_out_loss(fetch(), rows) for name, rows in held_out.items()}
+                row["held_out_loss"] |= {name: held_out_loss(fetch(), rows) for name, rows in held_out.items()}
             row["correct"] = self._accuracy(fetch(), Path(scratch))
         self.rows[key] = row
         append_line(ROWS, row)
@@ -259,7 +246,7 @@ def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
         },
         "dataset": {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(train), "packed": True},
         "batch_size": BATCH_SIZE, "gradient_accumulation_steps": 1, "shuffle": False, "seed": run.seed, "epochs": 1,
-        "max_steps_per_epoch": run.steps, "clip_grad_norm": 1.0, "dtype": "fp32",
+        "max_steps_per_epoch": run.steps, "clip_grad_norm": 1.0, "device": DEVICE, "dtype": "fp32",
         "lr_scheduler": {
             "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 10,
         },
@@ -294,7 +281,7 @@ def torchtune_config(run: Run, settings: dict[str, Any], train: Path, output: Pa
 
 
 @torch.no_grad()
-def held_out_loss(weights: Path, rows: list[dict[str, Any]], device: torch.device, batch_size: int = 8) -> float:
+def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8) -> float:
     """Return the mean loss over the trained tokens of ``rows`` in float32, with one sample per row."""
     tokenizer = HFChatTokenizer(str(fetch()), SEQ_LEN)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -304,7 +291,7 @@ def held_out_loss(weights: Path, rows: list[dict[str, Any]], device: torch.devic
     samples = sorted((dataset[i] for i in range(len(dataset))), key=lambda sample: len(sample["tokens"]))
     with torch.device("meta"):
         model = smollm2_135m()
-    HFCheckpointer(str(weights), "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=device)
+    HFCheckpointer(str(weights), "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=torch.device(DEVICE))
     model.eval()
     loss_fn = LinearCrossEntropyLoss()  # applies the head only to trained positions
     loss_fn.set_model_output(model)
@@ -314,7 +301,7 @@ def held_out_loss(weights: Path, rows: list[dict[str, Any]], device: torch.devic
         longest = max(len(sample["tokens"]) for sample in some)
         tokens = torch.tensor([sample["tokens"] + [0] * (longest - len(sample["tokens"])) for sample in some])
         labels = torch.tensor([sample["labels"] + [-100] * (longest - len(sample["labels"])) for sample in some])
-        tokens, labels = tokens.to(device), labels.to(device)
+        tokens, labels = tokens.to(DEVICE), labels.to(DEVICE)
         num_trained = (labels[:, 1:] != -100).sum().item()
         total += loss_fn(model(tokens)[:, :-1], labels[:, 1:]).item() * num_trained
         count += num_trained
@@ -338,11 +325,10 @@ def main() -> None:
     parts = ("methods", "scores", "choices", "commonsense")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
-    parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
     parser.add_argument("--losses-only", action="store_true", help="do not answer the test problems")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
-    study = Study(args.data.resolve(), args.threads, args.device, not args.losses_only)
+    study = Study(args.data.resolve(), args.threads, not args.losses_only)
     study.before()
     with ThreadPoolExecutor(args.workers) as pool:
         tuned = [method for method, (_, _, grid) in METHODS.items() if not isinstance(grid, str)]

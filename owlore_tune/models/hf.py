@@ -293,6 +293,7 @@ def disk_names(config: dict[str, Any]) -> tuple[Rename, Rename]:
     prefix = causal.base_model_prefix
     theirs = {part: name if part == "output" else f"{prefix}.{name}" for part, name in part_names(causal).items()}
     ours = {name: part for part, name in theirs.items()}
+    changes_back = [change.reverse_transform() for change in reversed(changes)]
 
     def from_disk(name: str) -> str:
         for change in changes:
@@ -301,8 +302,8 @@ def disk_names(config: dict[str, Any]) -> tuple[Rename, Rename]:
 
     def to_disk(name: str) -> str:
         name = _renamed_part(name, theirs)
-        for change in reversed(changes):
-            name, _ = change.reverse_transform().rename_source_key(name)
+        for change in changes_back:
+            name, _ = change.rename_source_key(name)
         return name
 
     return from_disk, to_disk

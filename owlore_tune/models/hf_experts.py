@@ -59,17 +59,15 @@ class Experts(nn.ModuleList):
                 self.tokens = own
                 outputs.append(self._of_expert(expert, x))
         self.tokens = None
-        by_choice = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        weighted = torch.cat(outputs)[by_choice].view(num_tokens, top_k, -1) * top_k_weights[..., None]
+        weighted = torch.cat(outputs)[order.argsort()].view(num_tokens, top_k, -1) * top_k_weights[..., None]
         return weighted.sum(dim=1).to(hidden_states.dtype)
 
     def _counts(self, choices: Tensor) -> list[int]:
         """The number of tokens of each expert."""
         if self.even_routing:
-            trained = [expert for expert in self if _trains(expert)]
-            each, rest = divmod(len(choices), len(trained) or 1)
-            counts = [each + (index < rest) for index in range(len(trained) or 1)]
-            return counts + [0] * (len(self) - len(counts))  # frozen experts take as much memory as one with all tokens
+            used = len(self) if _trains(self) else 1  # frozen experts take as much memory as one with all tokens
+            each, rest = divmod(len(choices), used)
+            return [each + (index < rest) if index < used else 0 for index in range(len(self))]
         return choices.bincount(minlength=len(self)).tolist()
 
     def _of_expert(self, expert: Any, x: Tensor) -> Tensor:
@@ -77,8 +75,8 @@ class Experts(nn.ModuleList):
         return down(self._fused[0]._apply_gate(torch.cat([gate(x), up(x)], dim=-1)))
 
 
-def _trains(expert: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in expert.parameters())
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -35,7 +35,7 @@ def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
     sizes = {name: sum(p.numel() for p in build_model(_settings(name))[1].parameters()) for name in names}
     largest = 0
     for overrides, least in SAVINGS:
-        # The others need no plan. A plan takes seconds, and up to a minute with thousands of experts.
+        # The others need no plan. A plan takes seconds, and longer with many experts.
         possible = [name for name in sizes if sizes[name] > largest and least * sizes[name] <= FREE_SHARE * card_bytes]
         for name in tqdm(sorted(possible, key=lambda name: -sizes[name]), desc="Planning", unit="model", leave=False):
             plan = plan_run(_settings(name, overrides), SEQ_LEN, gpu=True)
