@@ -8,7 +8,8 @@ bfloat16 (see bf16_products.py). The seed shuffles the data. LISA, OwLore and BA
 refreshes its projections every 50. Learning rates are tuned on 100 held-out arithmetic problems in runs of 40 steps.
 The grid is extended until its best value is not at the edge. Final runs take 100 steps, all methods with one seed, then
 with the next. Held-out loss is computed from the saved weights with the same function for all methods; after final runs
-it is over 300 problems. Accuracy is exact match of the last number in greedily decoded answers to the test problems.
+it is over 300 problems. Accuracy is exact match of the last number in answers to the test problems, which are decoded
+greedily in bfloat16.
 
 Every finished run is a line of quality.jsonl and is not repeated.
 """
@@ -102,7 +103,7 @@ class Study:
     Args:
         data: directory with math/ and commonsense/.
         threads: threads per run.
-        answers: whether final runs answer the test problems, which takes as long as training on a CPU.
+        answers: whether final runs answer the test problems.
     """
 
     def __init__(self, data: Path, threads: int, answers: bool) -> None:
@@ -175,8 +176,8 @@ class Study:
     def _accuracy(self, weights: Path, scratch: Path) -> dict[str, list[int]]:
         """Return [correct, total] for each test file."""
         output = scratch / "eval"
-        command = ["tune", "run", "owlore_eval", "--config", "eval/local_math", f"output_dir={output}", "batch_size=32"]
-        command += [f"checkpointer.checkpoint_dir={weights}"]
+        command = ["tune", "run", "owlore_eval", "--config", "eval/local_math", f"output_dir={output}"]
+        command += ["dtype=bf16", "batch_size=32", f"checkpointer.checkpoint_dir={weights}"]
         command += [f"data_files.{name}={self._data / 'math' / name}.json" for name in MATH_TESTS]
         self._call(command, scratch)
         (file,) = output.glob("results_*.json")

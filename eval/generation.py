@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torchtune.modules.common_utils import local_kv_cache
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.decoder import Decoder, hidden_states
 from owlore_tune.models.hf import HFDecoder, key_value_cache
+
+_SHRINK_AT = 0.75  # share of rows still running; then the others leave the batch
 
 
 @dataclass(frozen=True)
@@ -39,43 +42,51 @@ def generate(
     Args:
         any_rank: returns whether a flag is true on any rank. All ranks decode until every rank is done.
     """
-    parameter = next(model.parameters())
-    longest = max(map(len, prompts.tokens))
-    total = longest + max(prompts.max_new, prompts.cache_new)
-    tokens, valid = (part.to(parameter.device) for part in _left_padded(prompts.tokens, total, tokenizer.pad_id))
-    positions = (valid[:, :longest].cumsum(1) - 1).clamp_min(0)
-    causal = torch.ones(longest, total, dtype=torch.bool, device=tokens.device).tril()
+    device = next(model.parameters()).device
+    tokens, valid = (part.to(device) for part in _left_padded(prompts.tokens, tokenizer.pad_id))
+    positions = (valid.cumsum(1) - 1).clamp_min(0)
+    longest = tokens.shape[1]
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
     # Padding attends to itself: a softmax over an empty row is NaN, and the NaN would spread.
-    itself = torch.eye(longest, total, dtype=torch.bool, device=tokens.device)
-    mask = (causal & valid[:, None, :]) | itself
-    generators = [torch.Generator(tokens.device).manual_seed(seed) for seed in prompts.seeds]
+    mask = (causal & valid[:, None]) | torch.eye(longest, dtype=torch.bool, device=device)
+    generators = [torch.Generator(device).manual_seed(seed) for seed in prompts.seeds]
     generated: list[list[int]] = [[] for _ in prompts.tokens]
-    running = set(range(len(generated)))
-    with _caches(model, len(generated), total):
-        for seen in range(longest, total + 1):
+    rows, finished = list(range(len(generated))), set[int]()  # prompts in the batch, and those that are done
+    steps = max(prompts.max_new, prompts.cache_new)
+    with _caches(model, len(rows), longest + steps) as keep_rows:
+        for _ in range(steps):
             hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
-            following = _next_tokens(model.output(hidden[:, -1]).float(), prompts.temperature, generators)
-            for number, token in enumerate(following.tolist()):
-                if number in running:
-                    generated[number].append(token)
-                    stopped = token in tokenizer.stop_tokens or _has_stopped(
-                        generated[number], prompts.until, tokenizer
-                    )
-                    if stopped or len(generated[number]) == prompts.max_new:
-                        running.remove(number)
+            logits = model.output(hidden[:, -1]).float()
+            following = _next_tokens(logits, prompts.temperature, [generators[row] for row in rows])
+            for row, token in zip(rows, following.tolist(), strict=True):
+                if row not in finished:
+                    generated[row].append(token)
+                    if _has_ended(generated[row], prompts, tokenizer):
+                        finished.add(row)
+            running = [place for place, row in enumerate(rows) if row not in finished]
             if not any_rank(bool(running)):
                 break
             tokens, positions = following[:, None], positions[:, -1:] + 1
-            mask = (valid & (torch.arange(total, device=tokens.device) <= seen))[:, None, :]
+            valid = F.pad(valid, (0, 1), value=True)
+            if len(running) <= _SHRINK_AT * len(rows):
+                kept = torch.tensor(running or [0], device=device)  # other ranks need this one to decode with them
+                rows = [rows[place] for place in running or [0]]
+                tokens, positions, valid = tokens[kept], positions[kept], valid[kept]
+                keep_rows(kept)
+            mask = valid[:, None]
     return generated
 
 
 @contextmanager
-def _caches(model: Decoder, batch_size: int, length: int) -> Iterator[None]:
-    """Have key-value caches of ``length`` tokens in ``model`` during the block."""
+def _caches(model: Decoder, batch_size: int, length: int) -> Iterator[Callable[[Tensor], None]]:
+    """Have key-value caches of ``length`` tokens in ``model`` during the block.
+
+    Yields:
+        a function that keeps only the rows of the given indices in all caches.
+    """
     if isinstance(model, HFDecoder):
-        with key_value_cache(model):
-            yield
+        with key_value_cache(model) as cache:
+            yield cache.batch_select_indices
         return
     parameter = next(model.parameters())
     with local_kv_cache(
@@ -85,28 +96,34 @@ def _caches(model: Decoder, batch_size: int, length: int) -> Iterator[None]:
         dtype=parameter.dtype,
         decoder_max_seq_len=length,
     ):
-        for module in model.modules():
-            if isinstance(module, KVCache):
-                module.__class__ = _Cache  # torchtune has no argument for the class of its caches
-        yield
+        caches: list[Any] = [module for module in model.modules() if isinstance(module, KVCache)]
+        for cache in caches:
+            cache.__class__ = _Cache  # torchtune has no argument for the class of its caches
+
+        def keep_rows(indices: Tensor) -> None:
+            for cache in caches:
+                cache.k_cache, cache.v_cache = cache.k_cache[indices], cache.v_cache[indices]
+
+        yield keep_rows
 
 
 class _Cache(KVCache):
-    """torchtune's cache without its check of the length, which waits for a GPU in every layer and step."""
+    """torchtune's cache that returns only its filled slots, and does not wait for a GPU to check the length."""
+
+    filled = 0
 
     def update(self, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:  # (b, h, s, d)
-        positions = self.cache_pos[: k_val.shape[2]]
-        self.k_cache.index_copy_(2, positions, k_val)
-        self.v_cache.index_copy_(2, positions, v_val)
-        self.cache_pos.add_(k_val.shape[2])
-        return self.k_cache, self.v_cache
+        start, self.filled = self.filled, self.filled + k_val.shape[2]
+        self.k_cache[:, :, start : self.filled] = k_val
+        self.v_cache[:, :, start : self.filled] = v_val
+        return self.k_cache[:, :, : self.filled], self.v_cache[:, :, : self.filled]
 
 
-def _left_padded(prompts: list[list[int]], total: int, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return tokens (b, longest) and a mask (b, total) of the cache slots that hold a token, now or later."""
+def _left_padded(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return tokens (b, longest) and a mask (b, longest) of those that are not padding."""
     longest = max(map(len, prompts))
     tokens = torch.full((len(prompts), longest), pad_id)
-    valid = torch.zeros(len(prompts), total, dtype=torch.bool)
+    valid = torch.zeros(len(prompts), longest, dtype=torch.bool)
     for number, prompt in enumerate(prompts):
         tokens[number, longest - len(prompt) :] = torch.tensor(prompt)
         valid[number, longest - len(prompt) :] = True
@@ -120,9 +137,12 @@ def _next_tokens(logits: Tensor, temperature: float, generators: list[torch.Gene
     return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(rows, generators, strict=True)])
 
 
-def _has_stopped(tokens: list[int], until: list[str], tokenizer: HFChatTokenizer) -> bool:
-    # A stop string spans at most as many tokens as it has bytes. Check those plus the newest token.
-    if not until:
+def _has_ended(tokens: list[int], prompts: Prompts, tokenizer: HFChatTokenizer) -> bool:
+    if tokens[-1] in tokenizer.stop_tokens or len(tokens) == prompts.max_new:
+        return True
+    if not prompts.until:
         return False
-    tail = tokenizer.decode(tokens[-(max(len(stop.encode()) for stop in until) + 1) :], skip_special_tokens=False)
-    return any(stop in tail for stop in until)
+    # A stop string spans at most as many tokens as it has bytes. Check those plus the newest token.
+    most = max(len(stop.encode()) for stop in prompts.until)
+    tail = tokenizer.decode(tokens[-(most + 1) :], skip_special_tokens=False)
+    return any(stop in tail for stop in prompts.until)

@@ -17,7 +17,7 @@ from torchtune.modules import KVCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
-from owlore_evals.generation import _Cache, _has_stopped
+from owlore_evals.generation import Prompts, _Cache, _has_ended
 from owlore_evals.harness import load_tasks
 from owlore_evals.shared_prefix import make_rows
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
@@ -182,6 +182,19 @@ def test_greedy_text_equals_the_harness(which, chat, request):
     assert not ours._model.caches_are_setup()
 
 
+@pytest.mark.parametrize("which", ["real", "transformers"])
+def test_rows_that_are_done_leave_the_batch(which, request):
+    ours, _ = request.getfixturevalue(which)
+    options = {"until": ["\n", "."], "max_gen_toks": 24, "do_sample": False}
+    requests = instances("generate_until", [(prompt, options) for prompt in PROMPTS[:8]])
+    alone = [ours.generate_until([one], disable_tqdm=True)[0] for one in requests]
+    rows = []
+    hook = ours._model.tok_embeddings.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    assert ours.generate_until(requests, disable_tqdm=True) == alone
+    hook.remove()
+    assert rows == sorted(rows, reverse=True) and rows[0] == 8 > rows[-1]
+
+
 def test_generation_stops_at_stop_strings_and_keeps_gen_kwargs_apart(real):
     ours, _ = real
     one = {"until": [","], "max_gen_toks": 24, "do_sample": False}
@@ -222,7 +235,9 @@ def test_what_ends_a_turn_ends_generation(tiny_dir, tmp_path):
     (directory / "generation_config.json").unlink()
     assert HFChatTokenizer(str(directory)).stop_tokens == [0]
     tokenizer = HFChatTokenizer(str(tiny_dir))
-    assert _has_stopped([5, tokenizer.special_tokens["<|user|>"]], ["<|user|>"], tokenizer)
+    prompts = Prompts([[1]], max_new=8, until=["<|user|>"], temperature=0.0, seeds=[0])
+    assert _has_ended([5, tokenizer.special_tokens["<|user|>"]], prompts, tokenizer)
+    assert not _has_ended([5, 6], prompts, tokenizer)
 
 
 def test_key_value_caches_that_do_not_fit_halve_the_batch(tiny, monkeypatch):
@@ -289,7 +304,8 @@ def test_a_cache_is_filled_without_reading_its_position():
     with pytest.raises(RuntimeError):
         theirs.update(keys, keys)
     theirs.__class__ = _Cache
-    assert theirs.update(keys, keys)[0].shape == (2, 2, 8, 4)
+    assert theirs.update(keys, keys)[0].shape == (2, 2, 3, 4)
+    assert theirs.update(keys, keys)[0].shape == (2, 2, 6, 4)
 
 
 def test_generation_options():

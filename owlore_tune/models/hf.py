@@ -377,12 +377,12 @@ class _Recorder(nn.Module):
 
 
 @contextmanager
-def key_value_cache(model: HFDecoder) -> Iterator[None]:
-    """Keep keys and values of all tokens that ``model`` gets during the block."""
+def key_value_cache(model: HFDecoder) -> Iterator[Any]:
+    """Keep keys and values of all tokens that ``model`` gets during the block, in the yielded ``DynamicCache``."""
     from transformers import DynamicCache
 
     model.cache = DynamicCache()
     try:
-        yield
+        yield model.cache
     finally:
         model.cache = None

@@ -35,8 +35,6 @@ def _attention_mask(
     """The mask of the current forward, in a window of ``local_size`` positions."""
     mask, positions, seen = CURRENT.get()
     length = seen + q_length
-    if mask is not None and length < mask.shape[-1]:
-        mask = mask[..., :length]  # a cache for more tokens than there are
     if local_size is None or length <= local_size:
         return None if mask is None else mask[:, None]
     # Keys that are in the cache have the positions of their slots, or all the same offset from them.
