@@ -88,7 +88,7 @@ def test_smollm2_trains_as_torchtunes_decoder(rank, basis, most, smollm2_dir, tm
     cfg["checkpointer"]["checkpoint_dir"] = str(smollm2_dir)
     cfg["tokenizer"]["max_seq_len"] = 128
     cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 3}
-    cfg["optimizer"] |= {"rank": rank, "basis": basis, "eps": 1e-3}
+    cfg["optimizer"] |= {"lr": 3e-4, "rank": rank, "basis": basis, "eps": 1e-3}
     other = variant(cfg, "transformers", checkpointer__model_type="HF")
     other["model"] = {"_component_": HF, "path": str(smollm2_dir)}
     one, two = finetune(cfg), finetune(other)
