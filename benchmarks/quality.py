@@ -176,8 +176,8 @@ class Study:
     def _accuracy(self, weights: Path, scratch: Path) -> dict[str, list[int]]:
         """Return [correct, total] for each test file."""
         output = scratch / "eval"
-        command = ["tune", "run", "owlore_eval", "--config", "eval/local_math", f"output_dir={output}"]
-        command += ["dtype=bf16", "batch_size=32", f"checkpointer.checkpoint_dir={weights}"]
+        command = ["tune", "run", "owlore_eval", "--config", "eval/local_math", f"output_dir={output}", "dtype=bf16"]
+        command += [f"checkpointer.checkpoint_dir={weights}", f"tokenizer.path={fetch()}", "batch_size=64"]
         command += [f"data_files.{name}={self._data / 'math' / name}.json" for name in MATH_TESTS]
         self._call(command, scratch)
         (file,) = output.glob("results_*.json")

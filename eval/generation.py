@@ -69,10 +69,10 @@ def generate(
             tokens, positions = following[:, None], positions[:, -1:] + 1
             valid = F.pad(valid, (0, 1), value=True)
             if len(running) <= _SHRINK_AT * len(rows):
-                kept = torch.tensor(running or [0], device=device)  # other ranks need this one to decode with them
-                rows = [rows[place] for place in running or [0]]
+                kept = running or [0]  # a rank that is done decodes one row on, in step with the others
+                rows = [rows[place] for place in kept]
                 tokens, positions, valid = tokens[kept], positions[kept], valid[kept]
-                keep_rows(kept)
+                keep_rows(torch.tensor(kept, device=device))
             mask = valid[:, None]
     return generated
 
