@@ -71,6 +71,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...] | str]] = {
 DEFAULT = "OwLore, γ=5, r=128"
 SCORES = ("outlier", "uniform", "reverse", "decrease", "increase", "weight_norm", "heavy_tail")
 CHOICES: dict[str, dict[str, Any]] = {
+    "γ=10": {"owlore.num_active_layers": 10},
     "K=5": {"owlore.resample_every": 5},
     "K=50": {"owlore.resample_every": 50},
     "rank 32": {"optimizer.rank": 32},
