@@ -73,12 +73,12 @@ SCORES = ("outlier", "uniform", "reverse", "decrease", "increase", "weight_norm"
 CHOICES: dict[str, dict[str, Any]] = {
     "γ=10": {"owlore.num_active_layers": 10},
     "K=5": {"owlore.resample_every": 5},
+    "inactive_state: keep": {"owlore.inactive_state": "keep"},
+    "embeddings trained": {"owlore.train_embeddings": True, "owlore.train_norm": True},
     "K=50": {"owlore.resample_every": 50},
     "rank 32": {"optimizer.rank": 32},
     "draw: sequential": {"owlore.draw": "sequential"},
     "side: shape": {"optimizer.side": "shape"},
-    "inactive_state: keep": {"owlore.inactive_state": "keep"},
-    "embeddings trained": {"owlore.train_embeddings": True, "owlore.train_norm": True},
 }
 
 

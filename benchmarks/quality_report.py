@@ -186,11 +186,10 @@ def draw(rows: list[Row], measured: dict[str, dict[str, str]]) -> Figure | None:
         points = {name: (float(measured[measured_name(name)][column]), losses[name]) for name in known}
         front = pareto(points)
         axes.plot(*zip(*(points[name] for name in front), strict=True), "--", color="gray", label="Pareto front")
-        for name, point in points.items():
-            axes.plot(*point, "o", color=ORANGE if name.startswith("OwLore") else BLUE)
-            axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        for (name, point), marker in zip(points.items(), "os^DvPX*", strict=False):
+            axes.plot(*point, marker, color=ORANGE if name.startswith("OwLore") else BLUE, label=name)
         axes.set_xlabel(column)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.axes[0].set_ylabel(f"held-out loss, mean of up to {len(SEEDS)} seeds")
     return figure
 
