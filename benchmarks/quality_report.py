@@ -41,8 +41,9 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
         "",
         f"SmolLM2-135M-Instruct, {STEPS} steps of {SEQ_LEN} packed tokens, float32 with products in bfloat16. Learning "
         f"rates are tuned with runs of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard "
-        "deviation over seeds. For correct answers, it is the standard error of the share, all seeds together. "
-        "Command: `make quality DATA=DIR`. The docstring of [quality.py](quality.py) describes the method, and "
+        "deviation over seeds. For correct answers, it is the standard error of the share; runs without answers do not "
+        "count. The answers of the untrained model, full fine-tuning and LoRA were decoded in float32. Command: "
+        "`make quality DATA=DIR`. The docstring of [quality.py](quality.py) describes the method, and "
         f"[quality.jsonl](quality.jsonl) has all {len(rows)} runs. Step time and peak memory are from "
         "[methods.md](methods.md).",
     ]
