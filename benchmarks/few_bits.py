@@ -2,8 +2,8 @@
 
     python benchmarks/few_bits.py [--steps 200] [--output benchmarks/few_bits.md]
 
-Two runs of configs/smollm2/135M_owlore.yaml with one row of data per step; only these two options differ. They run
-concurrently with half of the threads each, because time is not measured.
+Two runs of configs/smollm2/135M_owlore.yaml with one row of data per step, K=10 and learning rate 3e-4; only these two
+options differ. They run concurrently with half of the threads each, because time is not measured.
 """
 
 import json
@@ -32,7 +32,7 @@ def train(overrides: list[str], steps: int, scratch: Path) -> tuple[list[float],
     scratch.mkdir()
     tune_run(
         "owlore_full_finetune", "smollm2/135M_owlore", f"output_dir={scratch / 'run'}",
-        f"max_steps_per_epoch={steps}", "batch_size=1",
+        f"max_steps_per_epoch={steps}", "batch_size=1", "optimizer.lr=3e-4", "owlore.resample_every=10",
         "metric_logger._component_=step_logger.StepLogger", f"metric_logger.path={scratch / 'steps.jsonl'}",
         "~metric_logger.log_dir", *overrides, log=scratch / "log.txt",
     )  # fmt: skip

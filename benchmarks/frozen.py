@@ -51,7 +51,8 @@ def time_steps(kind: str, gamma: int) -> dict:
 
 def train(kind: str, seed: int) -> dict:
     data = ["dataset.packed=true", "batch_size=1", "epochs=4", f"max_steps_per_epoch={STEPS // 4}"]
-    manifest = run([f"seed={seed}", *data, *FORMATS[kind]])
+    method = ["optimizer.lr=3e-4", "owlore.resample_every=10"]
+    manifest = run([f"seed={seed}", *data, *method, *FORMATS[kind]])
     return {"loss": manifest["held_out_loss"]["after"], "steps": manifest["steps"]}
 
 
