@@ -68,8 +68,8 @@ def generate(
                 break
             tokens, positions = following[:, None], positions[:, -1:] + 1
             valid = F.pad(valid, (0, 1), value=True)
-            if len(running) <= _SHRINK_AT * len(rows):
-                kept = running or [0]  # a rank that is done decodes one row on, in step with the others
+            kept = running or [0]  # a rank that is done decodes one row on, in step with the others
+            if len(kept) <= _SHRINK_AT * len(rows):
                 rows = [rows[place] for place in kept]
                 tokens, positions, valid = tokens[kept], positions[kept], valid[kept]
                 keep_rows(torch.tensor(kept, device=device))
