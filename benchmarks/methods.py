@@ -36,10 +36,14 @@ from owlore_tune.run.plots import BLUE, ORANGE
 ALL = {"owlore.num_active_layers": None, "owlore.train_embeddings": True, "owlore.train_output": True,
        "owlore.train_norm": True}  # fmt: skip
 LISA = ALL | {"owlore.num_active_layers": 2, "owlore.score": "uniform", "optimizer.rank": None}
+INT8 = {"owlore.frozen_weights": "int8", "owlore.frozen_products": "int8"}
 OURS = {
     "OwLore, γ=2": {"owlore.num_active_layers": 2},
     "OwLore, γ=5": {"owlore.num_active_layers": 5},
     "OwLore, γ=2, full rank": {"owlore.num_active_layers": 2, "optimizer.rank": None},
+    "OwLore, γ=5, full rank": {"owlore.num_active_layers": 5, "optimizer.rank": None},
+    "OwLore, γ=2, int8": {"owlore.num_active_layers": 2, **INT8},
+    "OwLore, γ=5, int8": {"owlore.num_active_layers": 5, **INT8},
     "LISA, γ=2": LISA,
     "GaLore": ALL | {"optimizer.side": "shape", "optimizer.update_gap": 10},
     "full": ALL | {"optimizer.rank": None},
@@ -52,7 +56,8 @@ TORCHTUNE = {"torchtune full": "full_finetune_single_device", "torchtune LoRA, r
 # These run on the transformers model. The last is our reimplementation of LISA's published code.
 PEERS = {"galore-torch": "galore", "BAdam": "badam", "LISA as published, reimplemented": "lisa"}
 ROWS = [*OURS, *TORCHTUNE, *PEERS]
-DRAWS = {*list(OURS)[:4], "BAdam", "LISA as published, reimplemented"}
+DRAWS = {row for row, changes in OURS.items() if changes["owlore.num_active_layers"]}
+DRAWS |= {"BAdam", "LISA as published, reimplemented"}
 
 
 @dataclass(frozen=True)
@@ -296,7 +301,8 @@ def main() -> None:
     arguments.add_argument("--rows", nargs="*", choices=ROWS, help="rows to run (default: all that fit on one GPU)")
     args = arguments.parse_args()
     model = MODELS[args.model]
-    rows = args.rows or (ROWS if args.model == "smollm2" else [*list(OURS)[:3], *TORCHTUNE])
+    fits = [*(row for row in OURS if row.startswith("OwLore")), *TORCHTUNE]
+    rows = args.rows or (ROWS if args.model == "smollm2" else fits)
     results = {row: Result(tokens=model.batch_size * model.seq_len) for row in rows}
     for number in range(args.rounds):
         for row, result in results.items():

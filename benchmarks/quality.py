@@ -72,9 +72,15 @@ DEFAULT = "OwLore, γ=5, r=128"
 SCORES = ("outlier", "uniform", "reverse", "decrease", "increase", "weight_norm", "heavy_tail")
 CHOICES: dict[str, dict[str, Any]] = {
     "γ=10": {"owlore.num_active_layers": 10},
+    "γ=10, lr 3e-4": {"owlore.num_active_layers": 10, "optimizer.lr": 3e-4},
     "K=5": {"owlore.resample_every": 5},
     "inactive_state: keep": {"owlore.inactive_state": "keep"},
     "embeddings trained": {"owlore.train_embeddings": True, "owlore.train_norm": True},
+    "embeddings trained, lr 3e-4": {
+        "owlore.train_embeddings": True,
+        "owlore.train_norm": True,
+        "optimizer.lr": 3e-4,
+    },
     "K=50": {"owlore.resample_every": 50},
     "rank 32": {"optimizer.rank": 32},
     "draw: sequential": {"owlore.draw": "sequential"},
@@ -263,11 +269,10 @@ def owlore_config(run: Run, settings: dict[str, Any], train: Path, output: Path)
     config = OmegaConf.merge(config, {"dataset_val": None})
     plain = OmegaConf.to_container(config, resolve=False) | common_config(run, train, output)
     changed = OmegaConf.create(plain)
-    changes = {"owlore.resample_every": RESAMPLE_EVERY, **settings, **run.changes}
+    changes = {"optimizer.lr": run.lr, "owlore.resample_every": RESAMPLE_EVERY, **settings, **run.changes}
     changes.pop("config", None)
     for key, value in changes.items():
         OmegaConf.update(changed, key, value)
-    changed.optimizer.lr = run.lr
     return OmegaConf.to_container(changed, resolve=False)
 
 

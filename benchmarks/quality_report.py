@@ -24,6 +24,8 @@ MEASURED_AS = {
     "galore-torch, r=128": "galore-torch",
     "OwLore, γ=5, r=128": "OwLore, γ=5",
     "OwLore, γ=2, r=128": "OwLore, γ=2",
+    "OwLore, γ=5, r=128, int8": "OwLore, γ=5, int8",
+    "OwLore, γ=2, r=128, int8": "OwLore, γ=2, int8",
 }
 
 

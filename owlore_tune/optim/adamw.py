@@ -2,19 +2,19 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from owlore_tune.clock import Clock
 from owlore_tune.distributed.world import World, compute_device, local, moved_to, rows_of
 from owlore_tune.models.decoder import model_parts
 from owlore_tune.optim import low_bits
+from owlore_tune.optim.moments import MOMENT_KEYS, adamw_, carry_moments, compute_dtype, restore_moments, zero_moments
 from owlore_tune.optim.offload import Offload
 from owlore_tune.optim.options import check_group, is_projected
 from owlore_tune.optim.projection import (
@@ -35,7 +35,6 @@ INACTIVE_STATES = ("drop", "offload", "keep")
 _PIECE = {"cpu": 2**20, "other": 2**24}
 # Values of a 16-bit weight that a low-rank direction updates at once.
 _MOVED = {"cpu": 2**22, "other": 2**25}
-_MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 def parameter_groups(
@@ -188,11 +187,11 @@ class OwLoreAdamW(Optimizer):
         group = self.group_of(parameter)
         meta = parameter.to("meta")
         if not self.is_projected(parameter):
-            return _zero_moments(meta, meta.shape, group, by_column=False)
+            return zero_moments(meta, meta.shape, group, by_column=False)
         m, n = parameter.shape
         right, rank = self.is_right(parameter), group["rank"]
-        basis = torch.empty(n if right else m, rank, dtype=_compute_dtype(parameter), device="meta")
-        moments = _zero_moments(meta, (m, rank) if right else (rank, n), group, by_column=right)
+        basis = torch.empty(n if right else m, rank, dtype=compute_dtype(parameter), device="meta")
+        moments = zero_moments(meta, (m, rank) if right else (rank, n), group, by_column=right)
         return moments | {"basis": low_bits.store(basis, group["basis_bits"], by_column=True)}
 
     @torch.no_grad()
@@ -207,7 +206,7 @@ class OwLoreAdamW(Optimizer):
         group = self.group_of(parameter)
         state = self.state[parameter]
         right = self.is_right(parameter)
-        grad, dtype = moved_to(parameter.grad, compute_device(parameter)), _compute_dtype(parameter)
+        grad, dtype = moved_to(parameter.grad, compute_device(parameter)), compute_dtype(parameter)
         parameter.grad = None
         is_due = state.get("basis_age", math.inf) >= group["update_gap"]
         if is_due:
@@ -234,7 +233,7 @@ class OwLoreAdamW(Optimizer):
         state = self.state[parameter]
         right = self.is_right(parameter)
         with self._clock(grad.device)(parameter):
-            old = _basis(state, _compute_dtype(parameter)) if state.get("basis_age", math.inf) < math.inf else None
+            old = _basis(state, compute_dtype(parameter)) if state.get("basis_age", math.inf) < math.inf else None
             if group["basis"] == "svd":
                 new, energy = svd_basis(local(grad), group["rank"], right)
             else:
@@ -262,7 +261,7 @@ class OwLoreAdamW(Optimizer):
                 del self._refreshed[parameter]
                 self._sketches.pop(parameter, None)
             elif refreshed.replaces_one and "step" in state:
-                _carry_moments(state, refreshed.turn, group["moments"], self.is_right(parameter))
+                carry_moments(state, refreshed.turn, group["moments"], self.is_right(parameter))
 
     def _clock(self, device: torch.device) -> Clock:
         return self._clocks.setdefault(device, Clock(device))
@@ -366,7 +365,7 @@ class OwLoreAdamW(Optimizer):
             right = self.is_right(parameter)
             state = self._advance(parameter, low_grad, group, by_column=right)
             state["basis_age"] += 1
-            moments.append(_restore_moments([state[key] for key in _MOMENT_KEYS], dtype, by_column=right))
+            moments.append(restore_moments([state[key] for key in MOMENT_KEYS], dtype, by_column=right))
             lengths.append(-group["lr"] * group["scale"] * (side_factor(parameter.shape) if right else 1.0))
         sizes = [low_grad.numel() for low_grad in low_grads]
         flat = torch.zeros(sum(sizes), dtype=dtype, device=low_grads[0].device)
@@ -376,7 +375,7 @@ class OwLoreAdamW(Optimizer):
         torch._foreach_mul_(directions, lengths)
         for parameter, some_moments, direction in zip(parameters, moments, directions, strict=True):
             right, state = self.is_right(parameter), self.state[parameter]
-            for key, moment in zip(_MOMENT_KEYS, some_moments, strict=True):
+            for key, moment in zip(MOMENT_KEYS, some_moments, strict=True):
                 low_bits.update(state[key], moment, by_column=right)
             basis = _basis(state, dtype)
             self._move(local(parameter), (direction, basis.T) if right else (basis, direction), group)
@@ -405,7 +404,7 @@ class OwLoreAdamW(Optimizer):
             weight, grad = local(parameter).view(-1), grads[parameter].reshape(-1)
             for start in range(0, len(weight), size):
                 stop = min(start + size, len(weight))
-                stored = [low_bits.piece(state[key], start, stop) for key in _MOMENT_KEYS]
+                stored = [low_bits.piece(state[key], start, stop) for key in MOMENT_KEYS]
                 pieces.append((weight[start:stop], grad[start:stop], stored))
         step = self.state[parameters[0]]["step"]
         for together in _batches(pieces, [len(weight) for weight, *_ in pieces], size):
@@ -420,8 +419,8 @@ class OwLoreAdamW(Optimizer):
         step: int,
         group: dict[str, Any],
     ) -> None:
-        dtype, sizes = _compute_dtype(weights[0]), [len(weight) for weight in weights]
-        moments = [_restore_moments(some, dtype) for some in stored]
+        dtype, sizes = compute_dtype(weights[0]), [len(weight) for weight in weights]
+        moments = [restore_moments(some, dtype) for some in stored]
         flat = None if weights[0].dtype == dtype else _joined(weights, dtype)
         targets = weights if flat is None else list(flat.split(sizes))
         if grads[0].dtype != dtype:
@@ -442,7 +441,7 @@ class OwLoreAdamW(Optimizer):
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = 0
-            state |= _zero_moments(grad, grad.shape, group, by_column)
+            state |= zero_moments(grad, grad.shape, group, by_column)
         state["step"] += 1
         return state
 
@@ -509,21 +508,21 @@ class OwLoreAdamW(Optimizer):
 
     def _own(self, parameter: Tensor, key: str, value: Tensor, device: torch.device | None) -> Tensor:
         """A copy of a saved state tensor. If moments were saved unsharded, copy only this process's rows."""
-        if key not in _MOMENT_KEYS:
+        if key not in MOMENT_KEYS:
             return low_bits.copy_to(value, device)
         slot, group, own = self._slots[parameter], self.group_of(parameter), local(parameter)
         is_sharded = World.of(parameter).size > 1
         num_rows = own.shape[0] if is_sharded else slot.shape[0]
         low_shape = (num_rows, group["rank"]) if slot.right else (group["rank"], slot.shape[-1])
         shape, by_column = (low_shape, slot.right) if slot.projected else ((num_rows, *slot.shape[1:]), False)
-        wanted = _zero_moments(own.to("meta"), shape, group, by_column)[key]
+        wanted = zero_moments(own.to("meta"), shape, group, by_column)[key]
         if type(value) is type(wanted) and value.shape == wanted.shape:
             return low_bits.copy_to(value, device)
-        rows = low_bits.restore(value, _compute_dtype(parameter), by_column=by_column)
+        rows = low_bits.restore(value, compute_dtype(parameter), by_column=by_column)
         if is_sharded:
             first, last = rows_of(parameter)
             rows = rows[first:last]
-        made = _zero_moments(own if device is not None else own.to("cpu"), shape, group, by_column)[key]
+        made = zero_moments(own if device is not None else own.to("cpu"), shape, group, by_column)[key]
         low_bits.update(made, rows.to(made.device), by_column=by_column)
         return made
 
@@ -550,69 +549,8 @@ def _batches(items: list[T], sizes: list[int], limit: int) -> Iterator[list[T]]:
         yield batch
 
 
-def adamw_(
-    targets: list[Tensor],
-    grads: list[Tensor],
-    moments: list[list[Tensor]],  # of each target: mean and mean square of its gradients, updated in place
-    step: int,  # from 1
-    group: dict[str, Any],
-    *,
-    lr: float,
-    weight_decay: float,
-) -> None:
-    """One step of torch's fused AdamW on ``targets``, in place. All tensors have one dtype and device.
-
-    The tensors of a target share its shape.
-    """
-    exp_avgs, exp_avg_sqs = (list(each) for each in zip(*moments, strict=True))
-    beta1, beta2 = group["betas"]
-    counts = torch.full((len(targets),), step - 1.0, dtype=torch.float32, device=targets[0].device)  # no device sync
-    adamw(
-        targets, grads, exp_avgs, exp_avg_sqs, [], list(counts.unbind()), fused=True, amsgrad=False, maximize=False,
-        beta1=beta1, beta2=beta2, eps=group["eps"], lr=lr, weight_decay=weight_decay,
-    )  # fmt: skip
-
-
-def _zero_moments(parameter: Tensor, shape: Sequence[int], group: dict[str, Any], by_column: bool) -> dict[str, Tensor]:
-    bits, dtype, device = group["state_bits"], _compute_dtype(parameter), parameter.device
-    return {
-        key: low_bits.zeros(shape, bits, signed=signed, dtype=dtype, device=device, by_column=by_column)
-        for key, signed in zip(_MOMENT_KEYS, (True, False), strict=True)
-    }
-
-
-def _carry_moments(state: dict[str, Any], turn: Tensor | None, moments: str, right: bool) -> None:
-    """Carry the moments of a weight over a refresh. ``turn`` (r, r) is old basisᵀ · new basis."""
-    if moments == "reset":
-        state["step"] = 0
-        for key in _MOMENT_KEYS:
-            moment = low_bits.restore(state[key], torch.float32, by_column=right)
-            low_bits.update(state[key], torch.zeros_like(moment), by_column=right)
-    elif moments == "project":
-        assert turn is not None
-        for key, matrix in zip(_MOMENT_KEYS, (turn, turn.square()), strict=True):
-            moment = low_bits.restore(state[key], turn.dtype, by_column=right)
-            low_bits.update(state[key], moment @ matrix if right else matrix.T @ moment, by_column=right)
-
-
-def _restore_moments(stored: Sequence[Tensor], dtype: torch.dtype, by_column: bool = False) -> list[Tensor]:
-    """Mean and mean square, dequantized.
-
-    If 8-bit rounding made a mean square zero, the squared mean replaces it. This bounds the direction: dividing by
-    (nearly) zero gave directions of several hundred.
-    """
-    mean, mean_square = (low_bits.restore(moment, dtype, by_column=by_column) for moment in stored)
-    if low_bits.is_rounded(stored[1]):
-        torch.where(mean_square == 0, mean.square(), mean_square, out=mean_square)
-    return [mean, mean_square]
-
-
 def _basis(state: dict[str, Any], dtype: torch.dtype) -> Tensor:
     return low_bits.restore(state["basis"], dtype, by_column=True)
-
-
-def _compute_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _check_sharded(group: dict[str, Any], right: bool) -> None:
