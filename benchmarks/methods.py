@@ -2,8 +2,8 @@
 
     python benchmarks/methods.py [--rounds 1] [--steps 12] [--output benchmarks/methods.md] [--model llama2-7b]
 
-Each row runs in a separate process. Rounds are interleaved, so noise of the machine affects all rows alike. There are
-three kinds of runs:
+Each row runs in a separate process. A round has one run of each row: with several rounds, noise of the machine affects
+all rows alike. There are three kinds of runs:
 
 - time: seconds between two logged steps, without the first two. Methods with draws draw every 10 steps. With 12 steps,
   the mean covers ten steps, one of them with new bases.
@@ -37,6 +37,7 @@ ALL = {"owlore.num_active_layers": None, "owlore.train_embeddings": True, "owlor
        "owlore.train_norm": True}  # fmt: skip
 LISA = ALL | {"owlore.num_active_layers": 2, "owlore.score": "uniform", "optimizer.rank": None}
 INT8 = {"owlore.frozen_weights": "int8", "owlore.frozen_products": "int8"}
+GALORE_GAP = 50  # steps between refreshes
 OURS = {
     "OwLore, γ=2": {"owlore.num_active_layers": 2},
     "OwLore, γ=5": {"owlore.num_active_layers": 5},
@@ -45,7 +46,7 @@ OURS = {
     "OwLore, γ=2, int8": {"owlore.num_active_layers": 2, **INT8},
     "OwLore, γ=5, int8": {"owlore.num_active_layers": 5, **INT8},
     "LISA, γ=2": LISA,
-    "GaLore": ALL | {"optimizer.side": "shape", "optimizer.update_gap": 10},
+    "GaLore": ALL | {"optimizer.side": "shape", "optimizer.update_gap": GALORE_GAP},
     "full": ALL | {"optimizer.rank": None},
     "OwLore, γ=5, decoder of transformers": {
         "owlore.num_active_layers": 5, "checkpointer.model_type": "HF",
@@ -182,9 +183,10 @@ def run(row: str, model: Model, steps: int, resample_every: int, floor: bool = F
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         if row in PEERS:
+            every = GALORE_GAP if row == "galore-torch" else resample_every
             peak = run_process(
                 [sys.executable, str(Path(__file__).with_name("peers.py")), PEERS[row],
-                 f"--model={model.directory()}", f"--steps={steps}", f"--resample-every={resample_every}",
+                 f"--model={model.directory()}", f"--steps={steps}", f"--resample-every={every}",
                  f"--batch-size={model.batch_size}", f"--seq-len={model.seq_len}", f"--dtype={model.dtype}",
                  f"--output={scratch / 'steps.jsonl'}", *(["--checkpointing"] if model.checkpointing else [])],
                 log=scratch / "log.txt",
@@ -318,9 +320,9 @@ def main() -> None:
         "# OwLore and its peers",
         "",
         f"{args.model}, MMLU dev packed {model.batch_size} × {model.seq_len} tokens, {model.dtype}, rank 128 for "
-        f"projected gradients, LoRA on all Linears; {args.rounds} interleaved rounds of {args.steps} steps; "
-        f"{machine()}. The recipes are unmodified. "
-        "The mean step includes basis refreshes (SVDs in galore-torch), one in ten steps. "
+        f"projected gradients, LoRA on all Linears; rounds of {args.steps} steps: {args.rounds}; {machine()}. The "
+        "recipes are unmodified. The mean step includes basis refreshes of OwLore, one in ten steps, but not those of "
+        f"GaLore, one in {GALORE_GAP} steps. "
         f"Command: `python benchmarks/methods.py --model {args.model}`; its docstring describes the columns.",
         "",
         *table(results),

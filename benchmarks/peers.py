@@ -27,7 +27,7 @@ from owlore_tune.data.tokenizer import HFChatTokenizer
 
 
 def galore_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """The Linears of the layers are projected; all other weights have full rank."""
+    """The Linears of the layers are projected, with GaLore's scale for fine-tuning; other weights have full rank."""
     package = types.ModuleType("galore_torch")  # the package's __init__ imports bitsandbytes, which needs a GPU
     package.__path__ = importlib.util.find_spec("galore_torch").submodule_search_locations
     sys.modules["galore_torch"] = package
@@ -38,7 +38,7 @@ def galore_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.
         "params": projected,
         "rank": 128,
         "update_proj_gap": args.resample_every,
-        "scale": 0.25,
+        "scale": 4,
         "proj_type": "std",
     }
     return adamw([{"params": others}, group], lr=args.lr or 1e-4, no_deprecation_warning=True)
@@ -48,7 +48,7 @@ def badam_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.o
     from badam import BlockOptimizer
 
     return BlockOptimizer(
-        base_optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr or 1e-5, fused=True),
+        base_optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr or 1e-5, weight_decay=0, fused=True),
         named_parameters_list=list(model.named_parameters()),
         switch_block_every=args.resample_every,
         switch_mode="random",
@@ -62,7 +62,7 @@ class LisaAsPublished:
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
         self._layers, self._every, self._steps = model.model.layers, args.resample_every, 0
         self._draw()
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr or 1e-5, fused=True)
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr or 1e-5, weight_decay=0, fused=True)
         self.state = self._optimizer.state
 
     def _draw(self) -> None:
@@ -138,6 +138,7 @@ def main() -> None:
             input_ids=batch["tokens"].to(device),
             position_ids=batch["input_pos"].to(device),
             labels=batch["labels"].to(device),
+            use_cache=False,  # with a cache, tokens of a packed row attend to the samples before theirs
         ).loss
         loss.backward()
         if args.clip is not None:

@@ -3,15 +3,19 @@
     python benchmarks/quality.py --data DIR [--only methods scores choices commonsense] [--workers N] [--losses-only]
 
 DIR holds math/ and commonsense/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
-512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1, float32 with products in
-bfloat16 (see bf16_products.py). The seed shuffles the data. LISA, OwLore and BAdam draw layers every 10 steps; GaLore
-refreshes its projections every 50. Learning rates are tuned on 100 held-out arithmetic problems in runs of 40 steps.
-The grid is extended until its best value is not at the edge. Final runs take 100 steps, all methods with one seed, then
-with the next. Held-out loss is computed from the saved weights with the same function for all methods; after final runs
-it is over 300 problems. Accuracy is exact match of the last number in answers to the test problems, which are decoded
-greedily in bfloat16.
+512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1 (OwLore: after projection), no
+weight decay, float32 weights with products in bfloat16 (see bf16_products.py). The seed shuffles the data and seeds the
+draws. OwLore and LISA, which is a setting of the same recipe, draw layers every 10 steps. BAdam changes its layer every
+3 steps, so that every layer trains once, which is its authors' rule. GaLore refreshes its projections every 50 steps.
 
-Every finished run is a line of quality.jsonl and is not repeated.
+Learning rates are tuned on 100 held-out arithmetic problems in runs of 40 steps with one seed. The grid is extended
+until its best value is not at the edge. Final runs take 100 steps, all methods with one seed, then with the next.
+Held-out loss is computed from the saved weights with the same function for all methods. After final runs it is over 300
+problems, which include those of the tuning. Accuracy is exact match of the last number in answers to the test problems,
+which are decoded greedily in bfloat16.
+
+Every finished run is a line of quality.jsonl and is not repeated. After a change of a method's settings, delete its
+lines.
 """
 
 import argparse
@@ -54,33 +58,41 @@ MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
 COMMONSENSE = ("ARC-Easy", "openbookqa", "boolq")
 STEP_OF_GRID = 10**0.5
 
-# Method: (runner, settings, initial grid of learning rates or the method whose learning rate is used).
-_INT8 = {"owlore.frozen_weights": "int8", "owlore.frozen_products": "int8"}
-METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...] | str]] = {
-    "torchtune full": ("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
-    "torchtune LoRA, r=16": ("torchtune", {"recipe": "lora_finetune_single_device"}, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "galore-torch, r=128": ("peer", {"method": "galore", "every": 50}, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "BAdam": ("peer", {"method": "badam", "every": RESAMPLE_EVERY}, (1e-5, 3e-5, 1e-4, 3e-4)),
-    "LISA, γ=2": ("owlore", {"config": "smollm2/135M_lisa"}, (3e-5, 1e-4, 3e-4, 1e-3)),
-    "OwLore, γ=5, full rank": ("owlore", {"optimizer.rank": None}, (3e-5, 1e-4, 3e-4, 1e-3)),
-    "OwLore, γ=5, r=128": ("owlore", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "OwLore, γ=2, r=128": ("owlore", {"owlore.num_active_layers": 2}, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "OwLore, γ=5, r=128, int8": ("owlore", _INT8, "OwLore, γ=5, r=128"),
-    "OwLore, γ=2, r=128, int8": ("owlore", {"owlore.num_active_layers": 2, **_INT8}, "OwLore, γ=2, r=128"),
-}
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train, with the learning rates to begin its tuning with."""
+
+    runner: str  # torchtune: a recipe of torchtune; peer: peers.py; owlore: our recipe
+    settings: dict[str, Any]  # overrides of the config, or arguments of the runner
+    lrs: tuple[float, ...] = ()
+    tuned_as: str | None = None  # the method whose tuned learning rate is used instead
+
+
 DEFAULT = "OwLore, γ=5, r=128"
+_INT8 = {"owlore.frozen_weights": "int8", "owlore.frozen_products": "int8"}
+_GAMMA_2 = {"owlore.num_active_layers": 2}
+METHODS = {
+    "torchtune full": Method("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
+    "torchtune LoRA, r=16": Method("torchtune", {"recipe": "lora_finetune_single_device"}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "galore-torch, r=128": Method("peer", {"method": "galore", "every": 50}, (1e-5, 3e-5, 1e-4, 3e-4)),
+    "BAdam": Method("peer", {"method": "badam", "every": 3}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "LISA, γ=2": Method("owlore", {"config": "smollm2/135M_lisa"}, (3e-5, 1e-4, 3e-4, 1e-3)),
+    "OwLore, γ=5, full rank": Method("owlore", {"optimizer.rank": None}, (3e-5, 1e-4, 3e-4, 1e-3)),
+    DEFAULT: Method("owlore", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "OwLore, γ=2, r=128": Method("owlore", _GAMMA_2, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "OwLore, γ=5, r=128, int8": Method("owlore", _INT8, tuned_as=DEFAULT),
+    "OwLore, γ=2, r=128, int8": Method("owlore", _GAMMA_2 | _INT8, tuned_as="OwLore, γ=2, r=128"),
+}
 SCORES = ("outlier", "uniform", "reverse", "decrease", "increase", "weight_norm", "heavy_tail")
+_EMBEDDINGS = {"owlore.train_embeddings": True, "owlore.train_norm": True}
 CHOICES: dict[str, dict[str, Any]] = {
     "γ=10": {"owlore.num_active_layers": 10},
     "γ=10, lr 3e-4": {"owlore.num_active_layers": 10, "optimizer.lr": 3e-4},
     "K=5": {"owlore.resample_every": 5},
     "inactive_state: keep": {"owlore.inactive_state": "keep"},
-    "embeddings trained": {"owlore.train_embeddings": True, "owlore.train_norm": True},
-    "embeddings trained, lr 3e-4": {
-        "owlore.train_embeddings": True,
-        "owlore.train_norm": True,
-        "optimizer.lr": 3e-4,
-    },
+    "embeddings trained": _EMBEDDINGS,
+    "embeddings trained, lr 3e-4": _EMBEDDINGS | {"optimizer.lr": 3e-4},
     "K=50": {"owlore.resample_every": 50},
     "rank 32": {"optimizer.rank": 32},
     "draw: sequential": {"owlore.draw": "sequential"},
@@ -90,7 +102,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """All settings that identify a run."""
+    """What identifies a run, together with the settings of its method."""
 
     method: str
     lr: float
@@ -161,9 +173,9 @@ class Study:
 
     def _train(self, run: Run, train: Path, scratch: Path) -> tuple[Any, Path]:
         """Train, and return the config and the directory of the weights."""
-        kind, settings, _ = METHODS[run.method]
-        output = scratch / "run"
-        if kind == "peer":
+        method = METHODS[run.method]
+        settings, output = method.settings, scratch / "run"
+        if method.runner == "peer":
             command = [
                 str(Path(__file__).with_name("peers.py")), settings["method"], f"--model={fetch()}",
                 f"--data={train}", f"--lr={run.lr}", f"--steps={run.steps}", f"--seed={run.seed}", f"--save={output}",
@@ -172,12 +184,12 @@ class Study:
             ]  # fmt: skip
             self._call(command, scratch)
             return {"command": command[1:2] + [part for part in command[3:] if str(scratch) not in part]}, output
-        make = owlore_config if kind == "owlore" else torchtune_config
+        make = owlore_config if method.runner == "owlore" else torchtune_config
         config = make(run, settings, train, output)
         OmegaConf.save(OmegaConf.create(config), scratch / "config.yaml")
         recipe = settings.get("recipe", "owlore_full_finetune")
         self._call(["tune", "run", recipe, "--config", str(scratch / "config.yaml")], scratch)
-        weights = output / (f"step_{run.steps}" if kind == "owlore" else "epoch_0")
+        weights = output / (f"step_{run.steps}" if method.runner == "owlore" else "epoch_0")
         return json.loads(json.dumps(config).replace(str(scratch), "SCRATCH")), weights
 
     def _accuracy(self, weights: Path, scratch: Path) -> dict[str, list[int]]:
@@ -218,7 +230,7 @@ class Study:
 
     def tuned(self, method: str) -> float:
         """Return the learning rate with the lowest held-out loss. Extend the grid until it is not at an edge."""
-        grid = list(METHODS[method][2])
+        grid = list(METHODS[method].lrs)
         while True:
             runs = [self.row(Run(method, lr, 0, steps=TUNING_STEPS)) for lr in grid]
             losses = [mean_loss(row) for row in runs]
@@ -289,7 +301,7 @@ def torchtune_config(run: Run, settings: dict[str, Any], train: Path, output: Pa
 
 @torch.no_grad()
 def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8) -> float:
-    """Return the mean loss over the trained tokens of ``rows`` in float32, with one sample per row."""
+    """Return the mean loss over the trained tokens of ``rows``, with one sample per row."""
     tokenizer = HFChatTokenizer(str(fetch()), SEQ_LEN)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(rows, file)
@@ -338,9 +350,9 @@ def main() -> None:
     study = Study(args.data.resolve(), args.threads, not args.losses_only)
     study.before()
     with ThreadPoolExecutor(args.workers) as pool:
-        tuned = [method for method, (_, _, grid) in METHODS.items() if not isinstance(grid, str)]
+        tuned = [name for name, method in METHODS.items() if not method.tuned_as]
         lrs = dict(zip(tuned, pool.map(study.tuned, tuned), strict=True))
-        lrs |= {method: lrs[grid] for method, (_, _, grid) in METHODS.items() if isinstance(grid, str)}
+        lrs |= {name: lrs[method.tuned_as] for name, method in METHODS.items() if method.tuned_as}
         for part in args.only:
             list(pool.map(study.row, runs_of(part, lrs)))
 

@@ -5,6 +5,7 @@
 Reads quality.jsonl and, for step time and memory, methods.md. Writes quality.md and quality.png beside them.
 """
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -43,11 +44,12 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
         "",
         f"SmolLM2-135M-Instruct, {STEPS} steps of {SEQ_LEN} packed tokens, float32 with products in bfloat16. Learning "
         f"rates are tuned with runs of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard "
-        "deviation over seeds. For correct answers, it is the standard error of the share; runs without answers do not "
-        "count. The answers of the untrained model, full fine-tuning and LoRA were decoded in float32. Command: "
+        "deviation over seeds. For differences, it is the standard error over seeds. For correct answers, it is the "
+        "standard error of the share; all runs answer the same 242 problems. Answers of the untrained model, and of "
+        "full fine-tuning and LoRA with seed 0, were decoded in float32. Step time and peak memory are from "
+        "[methods.md](methods.md), with 2 × 512 tokens per step and float32 products. Command: "
         "`make quality DATA=DIR`. The docstring of [quality.py](quality.py) describes the method, and "
-        f"[quality.jsonl](quality.jsonl) has all {len(rows)} runs. Step time and peak memory are from "
-        "[methods.md](methods.md).",
+        f"[quality.jsonl](quality.jsonl) has all {len(rows)} runs.",
     ]
     untrained = [row for row in rows if row["key"] == "before"]
     lines += _section("Arithmetic", _methods_table(untrained + _on(methods, "math"), measured))
@@ -58,7 +60,8 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
     for title, names in (("Scores", SCORES), ("One change of a setting", ["default", *CHOICES])):
         found = {name: by_change["default" if name == "outlier" else name] for name in names}
         if sum(map(bool, found.values())) > 1:
-            lines += _section(f"{title}: {DEFAULT}", _table(found, _SUMMARY))
+            difference = {f"difference to {names[0]}": difference_to(by_change["default"])}
+            lines += _section(f"{title}: {DEFAULT}", _table(found, _SUMMARY | difference))
     lines += _section("Tuning of learning rates: held-out loss, and the best one in bold", _tuning_table(rows))
     return lines
 
@@ -72,8 +75,9 @@ def _section(title: str, table: list[str]) -> list[str]:
 
 
 def _name_of(changes: dict[str, Any]) -> str:
-    names = {score: {"owlore.score": score} for score in SCORES} | CHOICES
-    return next((name for name, settings in names.items() if settings == changes), "default")
+    names = {"default": {}} | {score: {"owlore.score": score} for score in SCORES} | CHOICES
+    (name,) = (name for name, settings in names.items() if settings == changes)
+    return name
 
 
 def loss_of(rows: list[Row]) -> str:
@@ -97,6 +101,20 @@ _SUMMARY: dict[str, Callable[[list[Row]], str]] = {
     "held-out loss": loss_of,
     "correct answers": correct_of,
 }
+
+
+def difference_to(default: list[Row]) -> Callable[[list[Row]], str]:
+    """A column: mean difference in loss to the runs of ``default`` with the same seeds, and its standard error."""
+    losses = {row["seed"]: mean_loss(row) for row in default}
+
+    def difference(rows: list[Row]) -> str:
+        found = [mean_loss(row) - losses[row["seed"]] for row in rows if row["seed"] in losses]
+        if rows == default or not found:
+            return ""
+        error = f" ± {statistics.stdev(found) / math.sqrt(len(found)):.4f}" if len(found) > 1 else ""
+        return f"{statistics.fmean(found):+.4f}{error}"
+
+    return difference
 
 
 def _table(groups: dict[str, list[Row]], columns: dict[str, Callable[[list[Row]], str]]) -> list[str]:
@@ -189,7 +207,7 @@ def draw(rows: list[Row], measured: dict[str, dict[str, str]]) -> Figure | None:
         points = {name: (float(measured[measured_name(name)][column]), losses[name]) for name in known}
         front = pareto(points)
         axes.plot(*zip(*(points[name] for name in front), strict=True), "--", color="gray", label="Pareto front")
-        for (name, point), marker in zip(points.items(), "os^DvPX*", strict=False):
+        for (name, point), marker in zip(points.items(), itertools.cycle("os^DvPX*<>"), strict=False):
             axes.plot(*point, marker, color=ORANGE if name.startswith("OwLore") else BLUE, label=name)
         axes.set_xlabel(column)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
