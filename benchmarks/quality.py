@@ -89,6 +89,7 @@ _EMBEDDINGS = {"owlore.train_embeddings": True, "owlore.train_norm": True}
 CHOICES: dict[str, dict[str, Any]] = {
     "γ=10": {"owlore.num_active_layers": 10},
     "γ=10, lr 3e-4": {"owlore.num_active_layers": 10, "optimizer.lr": 3e-4},
+    "γ=10, K=50, lr 3e-4": {"owlore.num_active_layers": 10, "owlore.resample_every": 50, "optimizer.lr": 3e-4},
     "K=5": {"owlore.resample_every": 5},
     "inactive_state: keep": {"owlore.inactive_state": "keep"},
     "embeddings trained": _EMBEDDINGS,
