@@ -1,5 +1,6 @@
 """The report of the accuracy study: from its committed rows, and from rows whose tables are known."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def test_the_readme_has_the_rows_of_the_report():
     section = README.split("## Accuracy\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     assert len(rows) > 2 and set(rows) <= set((BENCHMARKS / "quality.md").read_text().splitlines())
+
+
+def test_losses_in_the_documentation_are_those_of_the_report():
+    text = README + (BENCHMARKS.parent / "docs" / "settings.md").read_text()
+    losses = set(re.findall(r"0\.5\d{3}(?: ± 0\.\d{4})?", text))
+    report = (BENCHMARKS / "quality.md").read_text()
+    assert len(losses) > 10 and [loss for loss in losses if loss not in report] == []
 
 
 def row(method, lr, seed, loss, correct, steps=100, data="math", changes=None):
