@@ -320,7 +320,7 @@ def main() -> None:
         "# OwLore and its peers",
         "",
         f"{args.model}, MMLU dev packed {model.batch_size} × {model.seq_len} tokens, {model.dtype}, rank 128 for "
-        f"projected gradients, LoRA on all Linears; rounds of {args.steps} steps: {args.rounds}; {machine()}. The "
+        f"projected gradients, LoRA on all Linears; {args.rounds} round(s) of {args.steps} steps; {machine()}. The "
         "recipes are unmodified. The mean step includes basis refreshes of OwLore, one in ten steps, but not those of "
         f"GaLore, one in {GALORE_GAP} steps. "
         f"Command: `python benchmarks/methods.py --model {args.model}`; its docstring describes the columns.",

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from methods import INT8
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -70,7 +71,6 @@ class Method:
 
 
 DEFAULT = "OwLore, γ=5, r=128"
-_INT8 = {"owlore.frozen_weights": "int8", "owlore.frozen_products": "int8"}
 _GAMMA_2 = {"owlore.num_active_layers": 2}
 METHODS = {
     "torchtune full": Method("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
@@ -81,8 +81,8 @@ METHODS = {
     "OwLore, γ=5, full rank": Method("owlore", {"optimizer.rank": None}, (3e-5, 1e-4, 3e-4, 1e-3)),
     DEFAULT: Method("owlore", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
     "OwLore, γ=2, r=128": Method("owlore", _GAMMA_2, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "OwLore, γ=5, r=128, int8": Method("owlore", _INT8, tuned_as=DEFAULT),
-    "OwLore, γ=2, r=128, int8": Method("owlore", _GAMMA_2 | _INT8, tuned_as="OwLore, γ=2, r=128"),
+    "OwLore, γ=5, r=128, int8": Method("owlore", INT8, tuned_as=DEFAULT),
+    "OwLore, γ=2, r=128, int8": Method("owlore", _GAMMA_2 | INT8, tuned_as="OwLore, γ=2, r=128"),
 }
 SCORES = ("outlier", "uniform", "reverse", "decrease", "increase", "weight_norm", "heavy_tail")
 _EMBEDDINGS = {"owlore.train_embeddings": True, "owlore.train_norm": True}

@@ -14,7 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from quality import CHOICES, COMMONSENSE, DEFAULT, METHODS, ROWS, SCORES, SEEDS, SEQ_LEN, STEPS, TUNING_STEPS, mean_loss
+from quality import (
+    CHOICES,
+    COMMONSENSE,
+    DEFAULT,
+    METHODS,
+    RESAMPLE_EVERY,
+    ROWS,
+    SCORES,
+    SEEDS,
+    SEQ_LEN,
+    STEPS,
+    TUNING_STEPS,
+    mean_loss,
+)
 
 from owlore_evals.jsonl import read_lines
 from owlore_tune.run.plots import BLUE, ORANGE
@@ -28,6 +41,8 @@ MEASURED_AS = {
     "OwLore, γ=5, r=128, int8": "OwLore, γ=5, int8",
     "OwLore, γ=2, r=128, int8": "OwLore, γ=2, int8",
 }
+
+UNCHANGED = f"K={RESAMPLE_EVERY}, tuned lr"  # name of the runs of DEFAULT
 
 
 def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
@@ -57,10 +72,10 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
     by_change = defaultdict(list)
     for row in _on(changed, "math"):
         by_change[_name_of(row["changes"])].append(row)
-    for title, names in (("Scores", SCORES), ("One change of a setting", ["default", *CHOICES])):
-        found = {name: by_change["default" if name == "outlier" else name] for name in names}
+    for title, names in (("Scores", SCORES), ("Other settings", [UNCHANGED, *CHOICES])):
+        found = {name: by_change[UNCHANGED if name == "outlier" else name] for name in names}
         if sum(map(bool, found.values())) > 1:
-            difference = {f"difference to {names[0]}": difference_to(by_change["default"])}
+            difference = {f"difference to {names[0]}": difference_to(by_change[UNCHANGED])}
             lines += _section(f"{title}: {DEFAULT}", _table(found, _SUMMARY | difference))
     lines += _section("Tuning of learning rates: held-out loss, and the best one in bold", _tuning_table(rows))
     return lines
@@ -75,7 +90,7 @@ def _section(title: str, table: list[str]) -> list[str]:
 
 
 def _name_of(changes: dict[str, Any]) -> str:
-    names = {"default": {}} | {score: {"owlore.score": score} for score in SCORES} | CHOICES
+    names = {UNCHANGED: {}} | {score: {"owlore.score": score} for score in SCORES} | CHOICES
     (name,) = (name for name, settings in names.items() if settings == changes)
     return name
 
@@ -103,13 +118,13 @@ _SUMMARY: dict[str, Callable[[list[Row]], str]] = {
 }
 
 
-def difference_to(default: list[Row]) -> Callable[[list[Row]], str]:
-    """A column: mean difference in loss to the runs of ``default`` with the same seeds, and its standard error."""
-    losses = {row["seed"]: mean_loss(row) for row in default}
+def difference_to(unchanged: list[Row]) -> Callable[[list[Row]], str]:
+    """A column: mean difference in loss to the runs of ``unchanged`` with the same seeds, and its standard error."""
+    losses = {row["seed"]: mean_loss(row) for row in unchanged}
 
     def difference(rows: list[Row]) -> str:
         found = [mean_loss(row) - losses[row["seed"]] for row in rows if row["seed"] in losses]
-        if rows == default or not found:
+        if rows == unchanged or not found:
             return ""
         error = f" ± {statistics.stdev(found) / math.sqrt(len(found)):.4f}" if len(found) > 1 else ""
         return f"{statistics.fmean(found):+.4f}{error}"
