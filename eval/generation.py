@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchtune.modules import KVCache
 from torchtune.modules.common_utils import local_kv_cache
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.decoder import Decoder, hidden_states
@@ -27,6 +28,9 @@ class Prompts:
     until: list[str]  # stop strings
     temperature: float  # 0 is greedy
     seeds: list[int]  # sampling seed of each prompt
+    top_k: int = 0  # sample from this many most likely tokens; 0 is all
+    top_p: float = 1.0  # sample from the most likely tokens with this total probability
+    repetition_penalty: float = 1.0  # divides the logits of tokens that occur in the text
     cache_new: int = 0  # cache slots for new tokens, if another rank needs more than max_new
 
 
@@ -49,7 +53,7 @@ def generate(
     causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
     # Padding attends to itself: a softmax over an empty row is NaN, and the NaN would spread.
     mask = (causal & valid[:, None]) | torch.eye(longest, dtype=torch.bool, device=device)
-    generators = [torch.Generator(device).manual_seed(seed) for seed in prompts.seeds]
+    chooser = _Chooser(prompts, tokens, valid)
     generated: list[list[int]] = [[] for _ in prompts.tokens]
     rows, finished = list(range(len(generated))), set[int]()  # prompts in the batch, and those that are done
     steps = max(prompts.max_new, prompts.cache_new)
@@ -57,7 +61,7 @@ def generate(
         for _ in range(steps):
             hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
             logits = model.output(hidden[:, -1]).float()
-            following = _next_tokens(logits, prompts.temperature, [generators[row] for row in rows])
+            following = chooser(logits)
             for row, token in zip(rows, following.tolist(), strict=True):
                 if row not in finished:
                     generated[row].append(token)
@@ -73,6 +77,7 @@ def generate(
                 rows = [rows[place] for place in kept]
                 tokens, positions, valid = tokens[kept], positions[kept], valid[kept]
                 keep_rows(torch.tensor(kept, device=device))
+                chooser.keep_rows(kept)
             mask = valid[:, None]
     return generated
 
@@ -130,11 +135,47 @@ def _left_padded(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]
     return tokens, valid
 
 
-def _next_tokens(logits: Tensor, temperature: float, generators: list[torch.Generator]) -> Tensor:  # (b, v) -> (b,)
-    if temperature == 0:
-        return logits.argmax(-1)
-    rows = F.softmax(logits / temperature, -1)
-    return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(rows, generators, strict=True)])
+class _Chooser:
+    """Chooses the next token of each row from its logits, as transformers does: greedily, or with the row's seed."""
+
+    def __init__(self, prompts: Prompts, tokens: Tensor, valid: Tensor) -> None:
+        self._prompts = prompts
+        self._generators = [torch.Generator(tokens.device).manual_seed(seed) for seed in prompts.seeds]
+        self._text = (tokens, valid)
+        self._seen: Tensor | None = None  # (b, v) bool, tokens that occur in a row, if they have a penalty
+        self._warpers: list[Any] = [TopKLogitsWarper(prompts.top_k)] if prompts.top_k else []
+        self._warpers += [TopPLogitsWarper(prompts.top_p)] if prompts.top_p < 1 else []
+
+    def __call__(self, logits: Tensor) -> Tensor:  # (b, v) -> (b,)
+        logits = self._penalized(logits)
+        if self._prompts.temperature == 0:
+            following = logits.argmax(-1)
+        else:
+            logits = logits / self._prompts.temperature
+            for warper in self._warpers:
+                logits = warper(None, logits)
+            rows = F.softmax(logits, -1)
+            drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(rows, self._generators, strict=True)]
+            following = torch.cat(drawn)
+        if self._seen is not None:
+            self._seen.scatter_(1, following[:, None], True)
+        return following
+
+    def _penalized(self, logits: Tensor) -> Tensor:
+        penalty = self._prompts.repetition_penalty
+        if penalty == 1:
+            return logits
+        if self._seen is None:
+            tokens, valid = self._text
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, text, mask in zip(self._seen, tokens, valid, strict=True):
+                row[text[mask]] = True
+        return torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        self._generators = [self._generators[row] for row in rows]
+        if self._seen is not None:
+            self._seen = self._seen[rows]
 
 
 def _has_ended(tokens: list[int], prompts: Prompts, tokenizer: HFChatTokenizer) -> bool:

@@ -1,6 +1,7 @@
 """Load lm-evaluation-harness tasks by name, from the hub or from local copies, and run them."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def load_tasks(
     data_root: str | None = None,
     data_files: Mapping[str, str] | None = None,
     scoring: str = "loglikelihood",
+    plain_prompts: bool = False,
 ) -> list[Task | Group]:
     """Load tasks and groups with their documents, in the given order; ``data_files`` come last.
 
@@ -39,30 +41,43 @@ def load_tasks(
             datasets are loaded from the hub.
         data_files: maps task names to JSON files (local_math.py for ``last_number``, otherwise local_choices.py).
         scoring: how ``data_files`` are scored.
+        plain_prompts: for evaluations without a chat template: ask local files and mmlu_dev_worked as training with
+            ``chat_template: plain`` does. The format of all other tasks is the harness's.
 
     Raises:
-        ConfigError: if a name is unknown or documents are not available. The message says how to get them.
+        ConfigError: if a name is unknown, a task occurs twice, or documents are not available. The message says how to
+            get them.
     """
     if scoring not in (*SCORINGS, LAST_NUMBER):
         raise ConfigError(f"scoring={scoring}; choose one of {', '.join((*SCORINGS, LAST_NUMBER))}")
     names = list(names)
-    manager = _task_manager(names, data_root)
+    manager = _task_manager(names, data_root, {"plain_prompts": True} if plain_prompts else {})
     loaded = [task for name in names for task in _load(manager, name, data_root)]
     try:
         for name, file in (data_files or {}).items():
             path = Path(file).expanduser()
-            is_math = scoring == LAST_NUMBER
-            loaded.append(local_math_task(name, path) if is_math else local_choices_task(name, path, scoring))
+            if scoring == LAST_NUMBER:
+                loaded.append(local_math_task(name, path, plain_prompts))
+            else:
+                loaded.append(local_choices_task(name, path, scoring, plain_prompts))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    counts = Counter(task.task_name for task in leaf_tasks(loaded))
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(f"tasks: {', '.join(twice)} would run twice; results have one place for each name")
     return loaded
 
 
-def _task_manager(names: list[str], data_root: str | None) -> TaskManager:
-    own = TaskManager(include_path=str(OWN_TASKS), include_defaults=False)
+def leaf_tasks(tasks: Iterable[Task | Group]) -> list[Task]:
+    """Return ``tasks`` with every group replaced by its tasks."""
+    return [leaf for task in tasks for leaf in (task.get_all_tasks() if isinstance(task, Group) else [task])]
+
+
+def _task_manager(names: list[str], data_root: str | None, metadata: dict[str, Any]) -> TaskManager:
+    own = TaskManager(include_path=str(OWN_TASKS), include_defaults=False, metadata=metadata)
     if all(name in own.task_index for name in names):
         return own  # indexing the harness's thousands of files takes seconds
-    manager = TaskManager(include_path=str(OWN_TASKS))
+    manager = TaskManager(include_path=str(OWN_TASKS), metadata=metadata)
     if data_root is None:
         return manager
     root = Path(data_root).expanduser()

@@ -12,6 +12,7 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
 from owlore_tune.data.rows import read_rows
+from owlore_tune.data.tokenizer import plain_prompt
 
 Doc = dict[str, Any]
 SCORINGS = ("loglikelihood", "generate")
@@ -19,22 +20,24 @@ _OPTIONS = re.compile(r"Answer format: *(\S+(?:/\S+)+)")
 _ANSWER = "the correct answer is {}"  # as in Commonsense170K's outputs
 
 
-def local_choices_task(name: str, file: Path, scoring: str) -> ConfigurableTask:
+def local_choices_task(name: str, file: Path, scoring: str, plain: bool = False) -> ConfigurableTask:
     """Build a harness task with metric ``acc`` from the rows of ``file``.
 
     Args:
         scoring: ``loglikelihood`` takes the option with the most likely sentence. ``generate`` takes the first option
             in at most 32 greedily decoded tokens, as in LLM-Adapters' evaluation; text without an option is wrong.
+        plain: ask as training with ``chat_template: plain`` does, for evaluations without a chat template.
 
     Raises:
         ValueError: if the file cannot be read, or a row has no options or an answer that is not one of them.
     """
-    docs = [_doc(file, number, row) for number, row in enumerate(read_rows(file, "data_files"))]
+    docs = [_doc(file, number, row, plain) for number, row in enumerate(read_rows(file, "data_files", ["instruction"]))]
     config = {
         "task": name,
         "custom_dataset": lambda **metadata: {"test": Dataset.from_list(docs)},
         "test_split": "test",
         "doc_to_text": "{{prompt}}",
+        "target_delimiter": "",  # it is part of the sentences
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0, "file": str(file), "scoring": scoring},
     }
@@ -59,7 +62,7 @@ def first_option(options: list[str], text: str) -> int | None:
     return options.index(found.group()) if found else None
 
 
-def _doc(file: Path, number: int, row: dict[str, Any]) -> Doc:
+def _doc(file: Path, number: int, row: dict[str, Any], plain: bool) -> Doc:
     listed = _OPTIONS.search(row["instruction"])
     options = listed.group(1).split("/") if listed else []
     if len(options) < 2:
@@ -67,5 +70,6 @@ def _doc(file: Path, number: int, row: dict[str, Any]) -> Doc:
     if row.get("answer") not in options:
         raise ValueError(f"data_files: {file}: row {number}: answer={row.get('answer')!r}; its options are {options}")
     prompt = "\n".join(filter(None, (row["instruction"], row.get("input"))))
-    sentences = [_ANSWER.format(option) for option in options]
+    prompt, between = plain_prompt(prompt) if plain else (prompt, "")
+    sentences = [between + _ANSWER.format(option) for option in options]
     return {"prompt": prompt, "options": options, "sentences": sentences, "gold": options.index(row["answer"])}

@@ -10,19 +10,23 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
 from owlore_tune.data.rows import read_rows
+from owlore_tune.data.tokenizer import plain_prompt
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 TOLERANCE = 1e-3  # as in LLM-Adapters' evaluation
 
 
-def local_math_task(name: str, file: Path) -> ConfigurableTask:
+def local_math_task(name: str, file: Path, plain: bool = False) -> ConfigurableTask:
     """Build a harness task with metric ``acc`` from the rows of ``file``.
+
+    Args:
+        plain: ask as training with ``chat_template: plain`` does, for evaluations without a chat template.
 
     Raises:
         ValueError: if the file cannot be read, or a row's answer is not a number.
     """
     docs = []
-    for number, row in enumerate(read_rows(file, "data_files")):
+    for number, row in enumerate(read_rows(file, "data_files", ["instruction"])):
         try:
             answer = float(row["answer"])
         except (KeyError, TypeError, ValueError):
@@ -30,7 +34,7 @@ def local_math_task(name: str, file: Path) -> ConfigurableTask:
                 f"data_files: {file}: row {number}: answer={row.get('answer')!r} is not a number"
             ) from None
         prompt = "\n".join(filter(None, (row["instruction"], row.get("input"))))
-        docs.append({"prompt": prompt, "answer": answer})
+        docs.append({"prompt": plain_prompt(prompt)[0] if plain else prompt, "answer": answer})
     return ConfigurableTask(
         config={
             "task": name,
@@ -39,6 +43,7 @@ def local_math_task(name: str, file: Path) -> ConfigurableTask:
             "output_type": "generate_until",
             "doc_to_text": "{{prompt}}",
             "doc_to_target": "{{answer}}",
+            "target_delimiter": "",
             "generation_kwargs": {"until": [], "max_gen_toks": 192, "do_sample": False},
             "process_results": lambda doc, results: {"acc": is_right(results[0], doc["answer"])},
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -43,6 +44,7 @@ def save_results(
     are moved once all of them are complete.
 
     Args:
+        manifest: what the manifest contains; ``seconds`` is the duration of the evaluation.
         model: name or path of the model.
         chat_template: the applied chat template.
 
@@ -58,6 +60,7 @@ def save_results(
         chat_template=chat_template,
         fewshot_as_multiturn=fewshot_as_multiturn,
     )
+    tracker.general_config_tracker.start_time = time.perf_counter() - manifest["seconds"]
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix=".results") as scratch:
             tracker.output_path = str(Path(scratch) / "results.json")
@@ -173,14 +176,22 @@ def _read_answers(run: Path) -> dict[str, str]:
     answers: dict[str, str] = {}
     for file in sorted(run.rglob("samples_*.jsonl"), key=lambda file: file.name):
         try:
-            for line in file.read_text().splitlines():
+            for line in filter(None, file.read_text().split("\n")):  # splitlines() also splits at U+2028
                 row = json.loads(line)
                 response = row["resps"][0][0]
                 if isinstance(response, str):
-                    answers[str(row["doc"].get("instruction") or row["doc"].get("question"))] = response
+                    answers[_question(row)] = response
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ConfigError(f"{file} is not a samples file: {error!r}") from error
     return answers
+
+
+def _question(row: dict[str, Any]) -> str:
+    """Return the question of a sample. Its name in the document depends on the task."""
+    doc = row["doc"]
+    if "turns" in doc:  # MT-Bench
+        return "\n".join(doc["turns"][: row["turn"]])
+    return str(doc.get("instruction") or doc.get("question") or doc.get("prompt") or json.dumps(doc)).strip()
 
 
 def format_score(score: tuple[float, float | None] | None) -> str:

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.group import Group
 from lm_eval.api.model import LM
-from lm_eval.api.task import Task
 from omegaconf import DictConfig, ListConfig
 
-from owlore_evals.harness import evaluate, load_tasks
+from owlore_evals.harness import evaluate, leaf_tasks, load_tasks
 from owlore_evals.judge import JudgeConfig, check_url
 from owlore_evals.mt_bench import MT_BENCH, MTBench
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
@@ -43,15 +41,18 @@ class Suite:
 
     Args:
         cfg: a config with all fields of SUITE.
+        tokenizer: the model's tokenizer.
+        max_seq_len: the model's limit, in tokens.
 
     Raises:
-        ConfigError: if a value is invalid, a task is unknown, or its documents are not available.
+        ConfigError: if a value is invalid, a task is unknown, its documents are not available, or the tokenizer or the
+            model does not support a setting.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: DictConfig, tokenizer: HFChatTokenizer, max_seq_len: int) -> None:
         check_suite(cfg)
         self.cfg = cfg
-        self.apply_chat_template = bool(cfg.apply_chat_template)
+        self.apply_chat_template = tokenizer.is_chat if cfg.apply_chat_template is None else cfg.apply_chat_template
         names = list(cfg.tasks) if isinstance(cfg.tasks, ListConfig) else str(cfg.tasks).split(",")
         for name in names:
             check_type("tasks", name, str)
@@ -72,65 +73,61 @@ class Suite:
             data_root=cfg.data_root,
             data_files=data_files,
             scoring=cfg.scoring,
+            plain_prompts=not self.apply_chat_template,
         )
-
-    def check_model(self, tokenizer: HFChatTokenizer, max_seq_len: int) -> None:
-        """Check the settings against the model, and resolve ``apply_chat_template=None``. Call this before `run`.
-
-        Raises:
-            ConfigError: if the tokenizer or the model's sequence length does not support a setting.
-        """
-        length = min(self.cfg.max_length or max_seq_len, max_seq_len)
-        if not tokenizer.is_chat and (self.cfg.apply_chat_template or self._mt_bench):
+        if not tokenizer.is_chat and (self.apply_chat_template or self._mt_bench):
             raise ConfigError(
                 "this model has no chat template, or tokenizer.chat_template=plain; set apply_chat_template=null and "
                 "remove mt_bench"
             )
-        if self.cfg.apply_chat_template is None:
-            self.apply_chat_template = tokenizer.is_chat
+        self._check_lengths(min(cfg.max_length or max_seq_len, max_seq_len))
+
+    def _check_lengths(self, length: int) -> None:
         if self._mt_bench is not None and self.cfg.max_new_tokens >= length:
             raise ConfigError(
                 f"max_new_tokens={self.cfg.max_new_tokens} leaves no room in {length} tokens for a prompt"
             )
-        for task in self._leaf_tasks():
+        for task in leaf_tasks(self._tasks):
             if task.OUTPUT_TYPE == "generate_until":
                 try:
                     generation_options(task.config.generation_kwargs, length)
                 except ValueError as error:
                     raise ConfigError(f"tasks: {task.task_name}: {error}") from error
 
-    def _leaf_tasks(self) -> list[Task]:
-        return [leaf for t in self._tasks for leaf in (t.get_all_tasks() if isinstance(t, Group) else [t])]
-
-    def run(
+    def run_tasks(
         self, lm: LM, model_id: str, directory: Path, *, use_cache: bool = False, log_samples: bool = True
     ) -> dict[str, Any]:
-        """Return the results of all tasks in the harness's format, and ``averages`` over the harness tasks.
+        """Return the results of the harness's tasks and local files in the harness's format, and ``averages``.
 
         Args:
-            model_id: identifies the model and its settings; key of answers and of the request cache.
-            directory: for answers, judgments and cached requests.
+            model_id: identifies the model and its settings; key of the request cache.
+            directory: for cached requests.
             use_cache: save the model's answers to a file, so an interrupted run can resume.
+        """
+        if not self._tasks:
+            return {"averages": {}}
+        return evaluate(
+            lm,
+            self._tasks,
+            num_fewshot=self.cfg.num_fewshot,
+            limit=self.cfg.limit,
+            apply_chat_template=self.apply_chat_template,
+            fewshot_as_multiturn=self.cfg.fewshot_as_multiturn,
+            use_cache=str(directory / f"requests_{model_id}") if use_cache else None,
+            log_samples=log_samples,
+        )
+
+    def run_mt_bench(self, lm: LM, model_id: str, directory: Path) -> dict[str, Any]:
+        """Return the results of MT-Bench in the harness's format; empty if it is not one of the tasks.
+
+        Args:
+            model_id: identifies the model and its settings; key of saved answers.
+            directory: for answers and judgments.
 
         Raises:
-            RunError: if MT-Bench's judge gave too few ratings.
+            RunError: if the judge gave too few ratings.
         """
-        results: dict[str, Any] = {"averages": {}}
-        if self._tasks:
-            results = evaluate(
-                lm,
-                self._tasks,
-                num_fewshot=self.cfg.num_fewshot,
-                limit=self.cfg.limit,
-                apply_chat_template=self.apply_chat_template,
-                fewshot_as_multiturn=self.cfg.fewshot_as_multiturn,
-                use_cache=str(directory / f"requests_{model_id}") if use_cache else None,
-                log_samples=log_samples,
-            )
-        if self._mt_bench is not None:
-            for key, values in self._mt_bench.run(lm, model_id, directory).items():
-                results[key] = {**results.get(key, {}), **values}
-        return results
+        return {} if self._mt_bench is None else self._mt_bench.run(lm, model_id, directory)
 
 
 def build_lm(cfg: DictConfig, model: Decoder, tokenizer: HFChatTokenizer) -> TorchtuneLM:

@@ -29,6 +29,8 @@ from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.hf import HFDecoder
 
+# The sampling of transformers' generate, unless generation_config.json or the task has other values.
+_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation)
 
 
@@ -76,6 +78,7 @@ class TorchtuneLM(TemplateLM):
         self._free = self._ranks.smallest(free_bytes(parameter.device))
         self.batch_tokens = batch_tokens or tokens_at_once(model, self._free)
         self.batch_size = batch_size
+        self._fitting_batch_size: int | None = None  # of the last `generate_until`
         self.add_bos = tokenizer.adds_bos if add_bos is None else add_bos
         self.max_gen_toks = max_gen_toks
         self._seed = seed
@@ -89,8 +92,9 @@ class TorchtuneLM(TemplateLM):
             "add_bos": self.add_bos,
             "max_length": self.max_length,
             "batch_tokens": self.batch_tokens,
-            "generation_batch_size": self.batch_size,
+            "generation_batch_size": self.batch_size or self._fitting_batch_size,
             "generation_seed": self._seed,
+            "generation_config": self._tokenizer.generation_config,
             "world_size": self._ranks.world_size,
             "tokenizer_sha": self._tokenizer.digest(),
         }
@@ -205,7 +209,8 @@ class TorchtuneLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        batch_size = self.batch_size or sequences_at_once(self._model, self._longest(requests), self._free)
+        self._fitting_batch_size = sequences_at_once(self._model, self._longest(requests), self._free)
+        batch_size = self.batch_size or self._fitting_batch_size
         collator = Collator(
             [request.args for request in requests],
             sort_fn=lambda args: (-len(self.tok_encode(args[0])), args[0]),
@@ -232,11 +237,13 @@ class TorchtuneLM(TemplateLM):
     def _longest(self, requests: list[Instance]) -> int:
         """Tokens of the longest of ``requests`` at the end of generation."""
         lengths = (
-            len(self.tok_encode(context))
-            + generation_options(options, self.max_length, self.max_gen_toks)["max_gen_toks"]
+            len(self.tok_encode(context)) + self._options(options)["max_gen_toks"]
             for context, options in (request.args for request in requests)
         )
         return min(max(lengths, default=1), self.max_length)
+
+    def _options(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
+        return generation_options(gen_kwargs, self.max_length, self.max_gen_toks, self._tokenizer.generation_config)
 
     def _prompts(self, chunk: list[tuple[str, dict[str, Any]]], asked: Counter[str]) -> Prompts:
         """Tokenize a batch of (context, gen_kwargs). Long contexts are truncated on the left.
@@ -245,7 +252,7 @@ class TorchtuneLM(TemplateLM):
             asked: number of earlier requests per context, updated here. Samples depend only on the seed, the context
                 and this number, not on the other requests.
         """
-        options = generation_options(chunk[0][1], self.max_length, self.max_gen_toks)
+        options = self._options(chunk[0][1])
         eos = self._tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         seeds = []
         for context, _ in chunk:
@@ -256,8 +263,8 @@ class TorchtuneLM(TemplateLM):
             tokens=[self.tok_encode(context)[-(self.max_length - options["max_gen_toks"]) :] for context, _ in chunk],
             max_new=options["max_gen_toks"],
             until=handle_stop_sequences(options.get("until"), eos=eos),
-            temperature=options["temperature"],
             seeds=seeds,
+            **{name: options[name] for name in _SAMPLING},
         )
 
     def _generate(self, batch: Prompts) -> list[list[int]]:
@@ -296,18 +303,26 @@ class TorchtuneLM(TemplateLM):
         return None
 
 
-def generation_options(gen_kwargs: dict[str, Any], max_length: int, max_gen_toks: int = 256) -> dict[str, Any]:
+def generation_options(
+    gen_kwargs: dict[str, Any], max_length: int, max_gen_toks: int = 256, defaults: dict[str, float] | None = None
+) -> dict[str, Any]:
     """Normalize the ``gen_kwargs`` of a task like the harness does. Greedy decoding has temperature 0.
+
+    Args:
+        defaults: the model's own values of the fields of ``_SAMPLING``, from its generation_config.json.
 
     Raises:
         ValueError: if an option is not supported, or ``max_gen_toks`` leaves no room for a prompt.
     """
     options = normalize_gen_kwargs(gen_kwargs, max_gen_toks)
-    if options["do_sample"] and not gen_kwargs.get("temperature"):
-        options["temperature"] = 1.0  # transformers' default
-    options.setdefault("temperature", 0.0)
-    neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "num_beams": 1, "min_p": 0.0}
-    known = {"until", "do_sample", "temperature", "max_gen_toks"}
+    given = {key: value for key, value in options.items() if value is not None}
+    if not options["do_sample"]:
+        given["temperature"] = 0.0
+    elif not gen_kwargs.get("temperature"):
+        given.pop("temperature", None)
+    options = _SAMPLING | (defaults or {}) | given
+    neutral = {"num_beams": 1, "min_p": 0.0}
+    known = {"until", "do_sample", "max_gen_toks", *_SAMPLING}
     wanted = {key: value for key, value in options.items() if key not in known}
     if unknown := [f"{key}={value}" for key, value in wanted.items() if value not in (None, False, neutral.get(key))]:
         raise ValueError(f"generation with {', '.join(unknown)} is not supported")

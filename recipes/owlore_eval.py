@@ -81,8 +81,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         check_output_dir(self._output_dir, self._fingerprint)
         model = self._setup_model()
         if self._is_rank_zero:
-            self._suite = Suite(cfg)
-            self._suite.check_model(tokenizer, model.max_seq_len)
+            self._suite = Suite(cfg, tokenizer, model.max_seq_len)
         self._load_weights(model, checkpointer)
         if self._is_rank_zero:
             self._run_dir.start()
@@ -105,20 +104,26 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             self._lm.serve()
             return
         started = time.perf_counter()
-        cfg = self._cfg
-        results = self._suite.run(
-            self._lm, self._model_id(), self._output_dir, use_cache=cfg.use_cache, log_samples=cfg.log_samples
-        )
-        self._lm.dismiss()
-        manifest = self._manifest(time.perf_counter() - started)
+        cfg, model = self._cfg, (self._lm, self._model_id(), self._output_dir)
+        results = self._suite.run_tasks(*model, use_cache=cfg.use_cache, log_samples=cfg.log_samples)
+        try:
+            for key, values in self._suite.run_mt_bench(*model).items():
+                results[key] = {**results.get(key, {}), **values}
+            self._lm.dismiss()
+        finally:
+            if results.get("results"):  # without a judge's ratings, the other results are still saved
+                self._save(results, time.perf_counter() - started)
+
+    def _save(self, results: dict[str, Any], seconds: float) -> None:
+        manifest = self._manifest(seconds)
         with stop_request().deferred():
             file = save_results(
                 self._output_dir,
                 results,
                 manifest,
-                model=str(cfg.checkpointer.checkpoint_dir),
+                model=str(self._cfg.checkpointer.checkpoint_dir),
                 chat_template=self._lm.chat_template(self._suite.apply_chat_template),
-                fewshot_as_multiturn=cfg.fewshot_as_multiturn,
+                fewshot_as_multiturn=self._cfg.fewshot_as_multiturn,
             )
         print_results(results)
         print(f"results         {file}")
@@ -129,7 +134,8 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
     def _model_id(self) -> str:
         """Return the fingerprint of the weights and of all settings that affect an answer."""
         info = self._lm.get_model_info()
-        settings = [info[key] for key in ("model_dtype", "add_bos", "max_length", "generation_seed", "tokenizer_sha")]
+        names = ("model_dtype", "add_bos", "max_length", "generation_seed", "generation_config", "tokenizer_sha")
+        settings = [info[name] for name in names]
         settings += [OmegaConf.to_container(self._cfg.model, resolve=True), self._cfg.checkpointer.model_type]
         return f"{self._fingerprint}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
@@ -141,6 +147,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             "checkpoint": str(self._cfg.checkpointer.checkpoint_dir),
             "fingerprint": self._fingerprint,
             "model": self._lm.get_model_info(),
+            "apply_chat_template": self._suite.apply_chat_template,
             "seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }

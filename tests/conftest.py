@@ -74,6 +74,7 @@ def save_tokenizer(directory: Path, special: tuple[str, ...] = ("<|end|>", "<|us
     tokenizer.train_from_iterator(["the quick brown fox answers questions about the lazy dog"] * 4, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"eos_token": "<|end|>", "pad_token": "<|end|>", "chat_template": TEMPLATE}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # not the class that AutoTokenizer has for the model
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 

@@ -12,13 +12,16 @@ import pytest
 import torch
 from conftest import TINY_MODEL
 from omegaconf import OmegaConf
+from torchtune.data import Message
 
 from owlore_eval import DEFAULTS, REQUIRED, OwLoreEvalRecipe
 from owlore_evals import torchtune_lm
+from owlore_evals.harness import load_tasks
 from owlore_evals.local_choices import first_option
-from owlore_evals.results import compare, read_scores
+from owlore_evals.results import compare, read_scores, show_answers
 from owlore_tune.catalog import packaged_configs
 from owlore_tune.config import check_config, load_config
+from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 
 EVALS = [name for name, _ in packaged_configs() if name.startswith("eval/")]
@@ -78,6 +81,8 @@ def test_mmlu_dev_from_the_installed_harness(make_config, tmp_path, capsys):
     assert "|mmlu_dev|" in printed and "average acc" in printed
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["config"]["limit"] == 30 and manifest["fingerprint"] and manifest["model"]["world_size"] == 1
+    assert manifest["apply_chat_template"] is True
+    assert manifest["seconds"] <= float(results["total_evaluation_time_seconds"]) < 2 * manifest["seconds"] + 1
     (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_*.jsonl")
     assert len(samples.read_text().splitlines()) == 30
 
@@ -92,6 +97,14 @@ def test_mmlu_dev_examples_are_other_questions_of_the_subject(make_config, tmp_p
         assert context.startswith(
             f"The following are multiple choice questions (with answers) about {sample['doc']['subject']}"
         )
+
+
+def test_mmlu_dev_splits_a_question_only_at_its_choices():
+    (task,) = load_tasks(["mmlu_dev"])
+    docs = list(task.test_docs())
+    assert len(docs) == 281 and all(len(doc["choices"]) == 4 and all(doc["choices"]) for doc in docs)
+    (doc,) = [doc for doc in docs if "E(X) = 37" in doc["question"]]  # also has var(X) and var(Y)
+    assert doc["question"].endswith("?") or len(doc["question"]) > 100
 
 
 def test_mmlu_dev_held_out_is_what_training_leaves(make_config, tmp_path):
@@ -114,6 +127,34 @@ def test_prompts_are_those_of_training(make_config, tmp_path, template):
     (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_*.jsonl")
     for sample in map(json.loads, samples.read_text().splitlines()):
         assert ("<|user|>" in sample["arguments"]["gen_args_0"]["arg_0"]) == (template == "model")
+
+
+@pytest.mark.parametrize("template", ["model", "plain"])
+@pytest.mark.parametrize("scoring", ["loglikelihood", "generate", "last_number", None])
+def test_own_tasks_continue_a_prompt_as_training_does(scoring, template, make_config, tmp_path, tiny_dir):
+    """Prompt and answer are the text of a training sample. Without ``scoring``, the task is mmlu_dev_worked."""
+    if scoring is None:
+        changes = {"tasks": ["mmlu_dev_worked"], "limit": 2}
+    else:
+        instruction, answer = ("1 and 1?", "2") if scoring == "last_number" else ("Answer format: true/false", "true")
+        rows = [{"instruction": text, "answer": answer} for text in (instruction, instruction + ":")]
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        changes = {"tasks": [], "data_files": {"mine": str(tmp_path / "rows.json")}, "scoring": scoring}
+    config = make_config("eval/mmlu_dev", **changes)
+    config["model"]["max_seq_len"] = 2048
+    config["tokenizer"]["chat_template"] = template
+    run(config)
+    (file,) = (tmp_path / "run").glob("samples_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    tokenizer = HFChatTokenizer(str(tiny_dir), chat_template=template)
+    for number, sample in enumerate(samples):
+        prompt = sample["doc"]["instruction"] if scoring is None else rows[number]["instruction"]
+        trained = tokenizer.render([Message("user", prompt), Message("assistant", "the correct answer is true")])
+        asked = sample["arguments"]["gen_args_0"]
+        written = asked["arg_0"] + (asked["arg_1"] if scoring == "loglikelihood" else "")
+        assert trained.startswith(written)
+        assert trained[len(written) :].lstrip(" ").startswith("<|end|>" if scoring == "loglikelihood" else "the")
+    assert len(samples) == 2
 
 
 @pytest.mark.parametrize("scoring", ["loglikelihood", "generate"])
@@ -168,12 +209,12 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
             raise torch.OutOfMemoryError("no more")
 
     recipe._lm._model.tok_embeddings.register_forward_pre_hook(refuse)
-    got = recipe._suite.run(recipe._lm, "m", Path(config["output_dir"]))
+    got = recipe._suite.run_tasks(recipe._lm, "m", Path(config["output_dir"]))
     assert recipe._lm.batch_tokens <= 600
     assert got["results"]["mmlu_dev"]["acc,none"] == expected["results"]["mmlu_dev"]["acc,none"]
     recipe._lm._model.tok_embeddings.register_forward_pre_hook(lambda *_: refuse(None, [torch.empty(601)]))
     with pytest.raises(torch.OutOfMemoryError):
-        recipe._suite.run(recipe._lm, "m", Path(config["output_dir"]))
+        recipe._suite.run_tasks(recipe._lm, "m", Path(config["output_dir"]))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +233,7 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
         ({"data_files": ["a.json"]}, "data_files=.*; it must map names to files"),
         ({"data_files": {"a": "/nowhere.json"}}, "data_files=/nowhere.json does not exist"),
         ({"tasks": ["mt_bench"]}, "data_dir is not set"),
+        ({"tasks": ["mmlu_dev"], "data_files": {"mmlu_dev": "CHOICES"}}, "tasks: mmlu_dev would run twice"),
         ({"tasks": ["mmlu"]}, "the data of mmlu is neither .*hf download .* cais/mmlu"),
         ({"tasks": ["humaneval"]}, "humaneval (runs code that the model writes|needs a package|is neither)"),
         ({"max_length": 20, "scoring": "generate", "data_files": "CHOICES"}, "max_gen_toks=32 leaves no room in 20"),
@@ -204,21 +246,27 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
 def test_bad_values_are_refused_before_weights_load(make_config, choices_file, monkeypatch, changes, message):
     if changes.get("data_files") == "CHOICES":
         changes = changes | {"data_files": {"mine": str(choices_file)}}
+    elif changes.get("data_files") == {"mmlu_dev": "CHOICES"}:
+        changes = changes | {"data_files": {"mmlu_dev": str(choices_file)}}
     monkeypatch.setattr(OwLoreEvalRecipe, "_load_weights", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=message):
         OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", **changes))).setup()
 
 
-def test_arithmetic_problems_are_right_by_their_last_number(make_config, tmp_path):
+def test_arithmetic_problems_are_right_by_their_last_number(make_config, tmp_path, monkeypatch):
     from owlore_evals.local_math import is_right, last_number
 
     assert last_number("16 - 12 = 4 kids. The answer is 1,204.50.") == 1204.5
     assert last_number("no number") is None and not is_right("no number", 0)
     assert is_right("It was -3. The answer is -3.", -3) and not is_right("4 of 5", 4)
-    rows = [{"instruction": f"{n} and 1?", "output": f"{n + 1}", "answer": f"{n + 1}.0"} for n in range(3)]
+    rows = [{"instruction": f"{n} and 1?", "answer": f"{n + 1}.0"} for n in range(3)]
     (tmp_path / "math.json").write_text(json.dumps(rows))
     config = make_config("eval/local_math", data_files={"mine": str(tmp_path / "math.json")}, max_length=512)
-    assert run(config)["results"]["mine"]["acc,none"] in (0, 1 / 3, 2 / 3, 1)
+    answers = iter(["It is 1.", "1 and 1 is 2. The answer is 2", "two"])
+    monkeypatch.setattr(
+        torchtune_lm.TorchtuneLM, "generate_until", lambda _, requests, **options: [next(answers) for _ in requests]
+    )
+    assert run(config)["results"]["mine"]["acc,none"] == 2 / 3
     (tmp_path / "math.json").write_text(json.dumps([rows[0] | {"answer": "two"}]))
     with pytest.raises(ConfigError, match=r"math.json: row 0: answer='two' is not a number"):
         OwLoreEvalRecipe(OmegaConf.create(config)).setup()
@@ -259,6 +307,21 @@ def test_compare_puts_runs_side_by_side(tmp_path):
     assert f"| piqa | acc | 0.5000 ± 0.0300 | 0.7500 ± 0.0300 | +0.2500 ± {math.hypot(0.03, 0.03):.4f} |" in lines
     assert "| boolq | acc | 0.6000 | 0.6000 | +0.0000 |" in lines
     assert lines[-1] == "| average | acc | 0.5500 | 0.6750 | +0.1250 |"
+
+
+def test_compare_shows_answers_to_questions_of_all_tasks(tmp_path):
+    docs = [
+        {"doc": {"instruction": "one?"}, "resps": [["1"]]}, {"doc": {"question": "two?"}, "resps": [["2\u2028"]]},
+        {"doc": {"prompt": "three?\n"}, "resps": [["3"]]}, {"doc": {"turns": ["a", "b"]}, "turn": 1, "resps": [["4"]]},
+        {"doc": {"turns": ["a", "b"]}, "turn": 2, "resps": [["5"]]},
+    ]  # fmt: skip
+    (tmp_path / "samples_task_1.jsonl").write_text("".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs))
+    shown = show_answers([tmp_path], 9)
+    assert [line.strip() for line in shown.split("\n")] == [
+        part
+        for question, answer in (("one?", "1"), ("two?", "2\u2028".strip()), ("three?", "3"), ("a", "4"), ("a\nb", "5"))
+        for part in ("question", *question.split("\n"), str(tmp_path), answer)
+    ]
 
 
 def test_compare_averages_no_mixture_and_takes_no_two_evaluations_for_one(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from conftest import TINY_MODEL
 from fixtures.fastchat_requests import made_up_answer
 from omegaconf import OmegaConf
+from test_eval_recipe import make_config, run  # noqa: F401
 from torchtune.models.llama2 import llama2
 
 from owlore_eval import OwLoreEvalRecipe
@@ -359,3 +360,13 @@ def test_fastchats_own_answers_are_refused(bench, lm, tmp_path):
     (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ConfigError, match=r"answers.jsonl: row 0 has no 'question', so this program did not write it"):
         bench("http://127.0.0.1:9").run(lm, "model", tmp_path)
+
+
+def test_a_judge_that_fails_does_not_lose_the_other_results(make_config, data_dir, tmp_path):  # noqa: F811
+    judge = {"base_url": "http://127.0.0.1:9", "model": "gpt-4", "api_key_env": None, "max_retries": 1}
+    tasks = {"tasks": ["mmlu_dev", "mt_bench"], "limit": 1, "data_dir": str(data_dir), "max_new_tokens": 4}
+    with pytest.raises(RunError, match="of the judgments have a rating"):
+        run(make_config("eval/mt_bench", judge=judge, **tasks))
+    (results,) = (tmp_path / "run").glob("results_*.json")
+    assert json.loads(results.read_text())["results"].keys() == {"mmlu_dev"}
+    assert len(read_lines(tmp_path / "run" / "answers.jsonl")) == 3  # one of each category

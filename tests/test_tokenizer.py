@@ -147,6 +147,23 @@ def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(add
     assert tokenizer.decode(trained, skip_special_tokens=False) == f"{between.strip(chr(10))}the fox<|end|>"
 
 
+def test_a_template_with_thinking_modes_asks_for_no_reasoning(tmp_path):
+    """As in Qwen3's template, where an empty block precedes the last answer: it is part of the prompt."""
+    save_tokenizer(tmp_path)
+    template = (
+        "{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}(no thought){% endif %}"
+        "{{ message.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+        "{% if enable_thinking is defined and enable_thinking is false %}(no thought){% endif %}{% endif %}"
+    )
+    change_config(tmp_path, chat_template=template)
+    tokenizer = HFChatTokenizer(str(tmp_path))
+    tokens, mask = tokenizer.tokenize_messages(messages([("user", "Is it so?"), ("assistant", "the fox")]))
+    prompt = tokenizer.render(messages([("user", "Is it so?")]), add_generation_prompt=True)
+    assert prompt == "<|user|>Is it so?<|end|><|assistant|>(no thought)"
+    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
+    assert tokenizer.decode(trained, skip_special_tokens=False) == "the fox<|end|>"
+
+
 def test_an_unknown_chat_template_is_refused(tiny_dir):
     with pytest.raises(ValueError, match="tokenizer.chat_template=llama; choose one of model, plain"):
         HFChatTokenizer(str(tiny_dir), chat_template="llama")

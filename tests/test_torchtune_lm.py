@@ -7,22 +7,23 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TEMPLATE
+from conftest import TEMPLATE, save_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torchtune import training
 from torchtune.models.llama2 import llama2
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import KVCache
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GenerationConfig
 
 from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
-from owlore_evals.generation import Prompts, _Cache, _has_ended
+from owlore_evals.generation import Prompts, _Cache, _Chooser, _has_ended
 from owlore_evals.harness import load_tasks
 from owlore_evals.shared_prefix import make_rows
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
 from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.models.gemma2 import gemma2
 from owlore_tune.models.hf import hf_decoder
 from owlore_tune.models.smollm2 import smollm2_135m
 
@@ -96,6 +97,25 @@ def transformers(smollm2_dir, real):
     return adapter(smollm2_dir, "HF", partial(hf_decoder, str(smollm2_dir))), real[1]
 
 
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory):
+    """A random Gemma 2 with windows of 16 positions, which are shorter than the texts."""
+    directory = tmp_path_factory.mktemp("models") / "gemma2"
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, max_position_embeddings=256,
+        initializer_range=0.3, rms_norm_eps=1e-5, pad_token_id=0, dtype="float32",
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    save_tokenizer(directory)
+    build = partial(
+        gemma2, vocab_size=300, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=32, intermediate_dim=48,
+        max_seq_len=256, head_dim=8, query_pre_attn_scalar=8, sliding_window_size=16, norm_eps=1e-5,
+    )  # fmt: skip
+    return adapter(directory, "GEMMA2", build), hf(directory)
+
+
 def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
     return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
@@ -105,7 +125,7 @@ def scored() -> list[Instance]:
     return instances("loglikelihood", pairs[::2] + pairs[1::2])  # answers of one context are not adjacent
 
 
-@pytest.mark.parametrize("which", ["tiny", "real", "transformers"])
+@pytest.mark.parametrize("which", ["tiny", "real", "transformers", "windows"])
 def test_log_likelihoods_equal_the_harness(which, request):
     ours, theirs = request.getfixturevalue(which)
     got = ours.loglikelihood(scored(), disable_tqdm=True)
@@ -168,7 +188,9 @@ def test_rolling_log_likelihoods_equal_the_harness(which, request):
         assert a == pytest.approx(b, rel=1e-3)
 
 
-@pytest.mark.parametrize(("which", "chat"), [("real", False), ("real", True), ("transformers", True)])
+@pytest.mark.parametrize(
+    ("which", "chat"), [("real", False), ("real", True), ("transformers", True), ("windows", False)]
+)
 def test_greedy_text_equals_the_harness(which, chat, request):
     ours, theirs = request.getfixturevalue(which)
     options = {"until": ["\n\n", "Question:"], "max_gen_toks": 24, "do_sample": False}
@@ -312,8 +334,35 @@ def test_generation_options():
     assert generation_options({"do_sample": True, "until": []}, 99, 9)["temperature"] == 1.0
     assert generation_options({"until": []}, 99, 9)["temperature"] == 0.0
     assert generation_options({"temperature": 0.7, "do_sample": False, "top_p": 1.0}, 99, 9)["temperature"] == 0.0
-    with pytest.raises(ValueError, match=r"generation with top_p=0\.95 is not supported"):
-        generation_options({"do_sample": True, "temperature": 1.0, "top_p": 0.95}, 99, 9)
+    own = generation_options({"do_sample": True, "top_p": 0.95}, 99, 9, {"temperature": 0.6, "top_k": 20, "top_p": 0.8})
+    assert (own["temperature"], own["top_k"], own["top_p"], own["repetition_penalty"]) == (0.6, 20, 0.95, 1.0)
+    with pytest.raises(ValueError, match=r"generation with min_p=0\.1 is not supported"):
+        generation_options({"do_sample": True, "temperature": 1.0, "min_p": 0.1}, 99, 9)
+
+
+def test_a_model_brings_its_own_repetition_penalty_as_in_the_harness(smollm2_dir, tmp_path, real):
+    directory = tmp_path / "model"
+    shutil.copytree(smollm2_dir, directory)
+    config = GenerationConfig.from_pretrained(directory)
+    config.repetition_penalty = 1.3
+    config.save_pretrained(directory)
+    ours, theirs = TorchtuneLM(real[0]._model, HFChatTokenizer(str(directory))), hf(directory)
+    options = {"until": ["\n"], "max_gen_toks": 24, "do_sample": False}
+    requests = instances("generate_until", [(prompt, options) for prompt in PROMPTS[:6]])
+    alone = [theirs.generate_until([request], disable_tqdm=True)[0] for request in requests]  # no penalty on padding
+    assert ours.generate_until(requests, disable_tqdm=True) == alone
+    assert alone != real[0].generate_until(requests, disable_tqdm=True)
+
+
+def test_samples_are_of_the_most_likely_tokens():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    counts = {}
+    for seed in range(200):
+        prompts = Prompts([[0]], 1, [], temperature=1.0, seeds=[seed], top_k=3, top_p=0.9)
+        token = _Chooser(prompts, torch.tensor([[0]]), torch.tensor([[True]]))(logits).item()
+        counts[token] = counts.get(token, 0) + 1
+    # Of the three most likely tokens, the first two have a probability of 0.91.
+    assert counts.keys() == {0, 1} and 120 < counts[0] < 170  # 146 expected, standard deviation 6
 
 
 def test_what_is_sampled_depends_on_seed_and_context_alone(real):

@@ -8,6 +8,7 @@ from datasets import Dataset
 from lm_eval.api.samplers import FirstNSampler
 
 from owlore_tune.data.builders import mmlu_dev_rows
+from owlore_tune.data.tokenizer import plain_prompt
 
 Doc = dict[str, Any]
 
@@ -16,14 +17,21 @@ def dataset(**metadata: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(_docs(mmlu_dev_rows()))}
 
 
-def held_out_dataset(**metadata: Any) -> dict[str, Dataset]:
-    return {"test": Dataset.from_list(_docs(mmlu_dev_rows("held_out")))}
+def held_out_dataset(plain_prompts: bool = False, **metadata: Any) -> dict[str, Dataset]:
+    """
+    Args:
+        plain_prompts: write the field ``prompt`` as training with ``chat_template: plain`` does.
+    """
+    docs = _docs(mmlu_dev_rows("held_out"))
+    for doc in docs:
+        doc["prompt"] = plain_prompt(doc["instruction"])[0] if plain_prompts else doc["instruction"]
+    return {"test": Dataset.from_list(docs)}
 
 
 def _docs(rows: list[dict[str, Any]]) -> list[Doc]:
     docs = []
     for row in rows:
-        question, *parts = re.split(r"\s*\(([A-Z])\) ", row["instruction"])
+        question, *parts = re.split(r"\s*\(([A-E])\) ", row["instruction"])
         choices, answer = parts[1::2], "ABCD".find(re.findall(r"answer is \(([A-Z])\)", row["output"])[-1])
         if answer >= 0:  # one dev question has the answer E
             docs.append(

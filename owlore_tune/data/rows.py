@@ -1,6 +1,7 @@
 """Rows of local files: JSON, JSON lines and Parquet."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,21 @@ def _json_lines(text: str) -> list[Any]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error.msg} at column {error.colno}") from error
+                raise ValueError(
+                    f"line {number}: {error.msg} at column {error.colno}; a file is a JSON list, or one object per line"
+                ) from error
     return rows
 
 
-def read_rows(file: Path, field_name: str) -> list[dict[str, Any]]:
-    """The rows of a file with ``instruction`` and ``output``, which must not be blank.
+def read_rows(file: Path, field_name: str, fields: Sequence[str] = ("instruction", "output")) -> list[dict[str, Any]]:
+    """The rows of a file with text in each of ``fields``.
 
     Raises:
         ValueError: as ``field_name=FILE ...``, naming row and field.
     """
     rows = read_file(file, field_name)
     for number, row in enumerate(rows):
-        for field in ("instruction", "output"):
+        for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
                 raise ValueError(f"{field_name}={file}: row {number} has no text in field {field!r}")
     return rows

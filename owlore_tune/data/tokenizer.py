@@ -14,13 +14,20 @@ from tokenizers import Tokenizer
 from torchtune.data import Message
 
 CHAT_TEMPLATES = ("model", "plain")
-# Prompt, answer, EOS, the format of evaluations without a chat template. The answer is on a new line, or after a space
-# if the prompt ends in a colon, such as "Answer:". That space belongs to the answer, as it does in the tokens.
+# Prompt, answer, EOS. The answer is on a new line, or after a space if the prompt ends in a colon, such as "Answer:".
+# That space belongs to the answer, as it does in the tokens. `plain_prompt` is the same rule for evaluations.
 _PLAIN = (
     "{% for message in messages %}{% set ends = loop.previtem and loop.previtem['content'].endswith(':') %}"
     "{% if message['role'] == 'assistant' %}{{ ' ' if ends }}{{ message['content'] }}{{ eos_token }}"
     "{% else %}{{ message['content'] }}{{ '\\n' if not message['content'].endswith(':') }}{% endif %}{% endfor %}"
 )
+
+_GENERATION = ("temperature", "top_k", "top_p", "repetition_penalty")  # of generation_config.json
+
+
+def plain_prompt(prompt: str) -> tuple[str, str]:
+    """Return ``prompt`` as the format ``plain`` writes it, and the text between it and the answer."""
+    return (prompt, " ") if prompt.endswith(":") else (prompt + "\n", "")
 
 
 class HFChatTokenizer:
@@ -66,7 +73,11 @@ class HFChatTokenizer:
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._pad_id()
-        self.stop_tokens = self._stop_tokens(_read_json(directory / "generation_config.json"))
+        generation = _read_json(directory / "generation_config.json")
+        self.stop_tokens = self._stop_tokens(generation)
+        self.generation_config = {  # the model's defaults for generated text
+            name: generation[name] for name in _GENERATION if isinstance(generation.get(name), int | float)
+        }
         # Jinja source; None if there is none
         self.chat_template = _chat_template(directory, self._config) if chat_template == "model" else self._plain()
         self.is_chat = chat_template == "model" and self.chat_template is not None
@@ -150,7 +161,13 @@ class HFChatTokenizer:
             self._template = _compile_template(self.chat_template)
         self._template.environment.globals["strftime_now"] = self.now.strftime
         try:
-            return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **special)
+            return self._template.render(
+                messages=turns,
+                add_generation_prompt=add_generation_prompt,
+                # Answers in our data have no reasoning block, so a template with thinking modes must not ask for one.
+                enable_thinking=False,
+                **special,
+            )
         except Exception as error:  # a template is a program and can raise anything
             raise ValueError(f"the chat template rejects these messages: {error}") from error
 

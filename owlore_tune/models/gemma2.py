@@ -1,7 +1,8 @@
-"""Gemma 2, with fixes for three bugs of torchtune 0.6.1.
+"""Gemma 2, with fixes for four bugs of torchtune 0.6.1.
 
-All three change the logits. ``gemma2_2b`` swaps the two soft-cap values. It applies the final cap to the last hidden
-state instead of the logits. Its weight conversion swaps the norms before and after the MLP.
+All four change the logits. ``gemma2_2b`` swaps the two soft-cap values. It applies the final cap to the last hidden
+state instead of the logits. Its weight conversion swaps the norms before and after the MLP. Its attention window counts
+rows and columns of the mask, which are positions only if one plain sequence is processed as a whole.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.models import gemma2 as torchtune_gemma2
 from torchtune.models.gemma2 import _convert_weights
+from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import TiedLinear, TransformerDecoder
 
 
@@ -24,10 +26,35 @@ class CappedTiedLinear(TiedLinear):
         return self.cap * torch.tanh(super().__call__(x) / self.cap)
 
 
+class WindowedAttention(Gemma2Attention):
+    """torchtune's attention with a window of ``window`` positions, also in a cache or a tree of sequences."""
+
+    window: int
+
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None = None, input_pos: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            x: queries, (b, s, d).
+            y: keys and values, (b, s, d); None for those of the cache.
+            mask: (b, s, t) bool, t the number of keys; None for causal attention.
+            input_pos: position of each token, (b, s).
+        """
+        length = x.shape[1]
+        if mask is None:
+            mask = torch.ones(1, length, length, dtype=torch.bool, device=x.device).tril()
+        keys = torch.arange(mask.shape[-1], device=x.device)  # a cache has its tokens in order
+        if input_pos is not None and mask.shape[-1] == length:
+            keys = input_pos
+        distance = keys[..., -length:, None] - keys[..., None, :]
+        return super().forward(x, y, mask=mask & (distance < self.window), input_pos=input_pos)
+
+
 def gemma2(
     *, hidden_capping_value: float = 50.0, final_capping_value: float = 30.0, **shape: Any
 ) -> TransformerDecoder:
-    """``torchtune.models.gemma2.gemma2`` with the final cap on the logits.
+    """``torchtune.models.gemma2.gemma2`` with the final cap on the logits, and windows by position.
 
     Args:
         hidden_capping_value: cap of the attention logits, ``attn_logit_softcapping`` in Hugging Face's config.json.
@@ -37,6 +64,11 @@ def gemma2(
     model = torchtune_gemma2.gemma2(
         hidden_capping_value=hidden_capping_value, final_capping_value=final_capping_value, **shape
     )
+    for layer in model.layers:
+        attention: Any = layer.attn
+        if attention.sliding_window_size is not None:
+            attention.__class__ = WindowedAttention  # torchtune has no argument for it
+            attention.window, attention.sliding_window_size = attention.sliding_window_size, None
     model.norm.logit_capping = nn.Identity()
     model.output = CappedTiedLinear(model.tok_embeddings, final_capping_value)
     return model
