@@ -81,6 +81,7 @@ class OwLoreOptimizer(OwLoreAdamW):
         self._settings = {
             "scores": [float(score) for score in scores], "num_active_layers": num_active_layers,
             "resample_every": resample_every, "draw": draw, "inactive_state": inactive_state,
+            "rank": self.defaults["rank"], "side": self.defaults["side"], "seed": self._seed,
         }  # fmt: skip
         self.grad_norm = 0.0
         self.num_steps = 0
@@ -117,7 +118,7 @@ class OwLoreOptimizer(OwLoreAdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: if the state is of another optimizer, or of one with another schedule.
+            ValueError: if the state is of another optimizer, or of one with other draws or projections.
         """
         rest = dict(state_dict)
         if _SCHEDULE not in rest:

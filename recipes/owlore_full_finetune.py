@@ -112,7 +112,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if saved is not None:
             self._restore(saved)
         world.attempt(self._start_run, first_alone=True)
-        self._profiler = build.build_profiler(settings)
 
     def _setup_inputs(self, saved: dict[str, Any] | None) -> None:
         """Build data, tokenizer and checkpointer, and check that they are those of the checkpoint to resume from."""
@@ -138,6 +137,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         check_limit(settings, self._plan, seq_len, sharding)
         if self._device.type == "cpu" and not cfg.compile:
             attend_by_sample(self._model)
+        self._profiler = build.build_profiler(settings)
         if cfg.enable_activation_checkpointing:
             layer_types = {type(layer) for layer in find_layers(self._model)}
             training.set_activation_checkpointing(self._model, auto_wrap_policy=layer_types)
@@ -184,6 +184,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _start_run(self) -> None:
         """Mark the directory as this run's, then write its first files."""
+        if self._frozen is not None:
+            self._frozen.store.check_space()
         self._run.start()
         if self._frozen is not None:
             self._frozen.fill_store()
@@ -203,7 +205,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._finish()
         except Exception as error:
             can_save = self._is_complete and not self._active_layers.is_changing
-            save = self.save_checkpoint if can_save else None
+            save = self._save_whole_step if can_save else None
             note = resume.rescue(error, self._run, self._progress.step, self._world, save)
             if isinstance(error, EXPECTED_ERRORS):
                 raise RunError(f"{error}. {note}") from error
@@ -235,7 +237,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                     {"step": progress.step, **metrics}, refreshes, is_logged=progress.is_due(cfg.log_every_n_steps)
                 )
                 self._profiler.step()
-                if progress.is_due(cfg.run_val_every_n_steps) and progress.step < num_steps:
+                is_due = progress.is_due(cfg.run_val_every_n_steps) and progress.step < num_steps
+                if is_due and self._signalled() is None:
                     self._validate(f"step {progress.step}")
                 self._save_and_leave_if_due()
 
@@ -257,6 +260,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 signalled,
                 f"stopped after step {progress.step}, saved in {self._step_dir()}. To continue, {resume.HOW_TO_RESUME}",
             )
+
+    def _save_whole_step(self) -> None:
+        """Save after an error in a step, without what the step has accumulated."""
+        self._optimizer.zero_grad()  # carries moments over to the bases that the step has computed
+        self.save_checkpoint()
 
     def _signalled(self) -> Signals | None:
         """The signal that this process or another one received, so that all stop after the same step."""

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.frozen.formats import Int8Weight, NF4Weight, quantize
-from owlore_tune.frozen.linear import freeze, thaw
+from owlore_tune.frozen.linear import freeze, quantizable_outside, thaw
 from runs import after_step, changed, checkpoints, finetune, finetune_until, prepare, variant, weights
 
 KINDS = {"int8": ("int8", "full"), "int8 products": ("int8", "int8"), "nf4": ("nf4", "full")}
@@ -237,6 +238,18 @@ def test_a_disk_too_small_for_the_store_is_refused(tiny_config, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(RunError, match="weights/.* needs .* bytes for the weights of .* only 1,000"):
         prepare(frozen_config(tiny_config, "int8"))
+    assert not (Path(tiny_config["output_dir"]) / "run.json").exists()  # the same command can be repeated
+
+
+def test_embeddings_that_are_more_than_a_table_are_not_quantized():
+    class Scaled(torch.nn.Embedding):
+        def forward(self, tokens):
+            return 8 * super().forward(tokens)
+
+    head = torch.nn.Linear(4, 9)
+    for embeddings, found in ((torch.nn.Embedding(9, 4), 2), (Scaled(9, 4), 1)):
+        modules = quantizable_outside(SimpleNamespace(tok_embeddings=embeddings, output=head))
+        assert len(modules) == found and modules[-1] is head
 
 
 def test_a_users_file_in_the_store_stays(tiny_config):

@@ -22,7 +22,7 @@ from owlore_tune.errors import CheckpointError, ConfigError, RunError
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.run import build, limit
 from owlore_tune.run.report import Report
-from owlore_tune.run.signals import Stop, obey_signals
+from owlore_tune.run.signals import Stop, obey_signals, stop_request
 from runs import after_step, checkpoints, finetune, prepare, recipe_of, scale_loss, variant, weights
 
 
@@ -63,6 +63,31 @@ def test_an_error_loses_no_step(tiny_config, place, changes):
     recipe.cleanup()
     finetune(config | {"resume_from_checkpoint": True})
     unbroken = variant(tiny_config, "unbroken", dataset_val=None, **changes)
+    finetune(unbroken)
+    assert all(torch.equal(weight, weights(config)[name]) for name, weight in weights(unbroken).items())
+
+
+@pytest.mark.parametrize("moments", ["keep", "project", "reset"])
+def test_an_error_between_a_refresh_and_its_update_loses_no_step(tiny_config, moments):
+    """In the second micro-batch of step 5, whose first one has given new bases."""
+    changes = {"dataset_val": None, "gradient_accumulation_steps": 2, "batch_size": 2}
+    changes |= {"optimizer__moments": moments, "optimizer__update_gap": 2, "owlore__resample_every": 20}
+    config = variant(tiny_config, "broken", **changes)
+    recipe = prepare(config)
+    calls, original = [], recipe._loss_fn.forward
+
+    def forward(*args):
+        calls.append(1)
+        if len(calls) == 2 * 4 + 2:
+            raise torch.OutOfMemoryError("no more")
+        return original(*args)
+
+    recipe._loss_fn.forward = forward
+    with pytest.raises(RunError, match="The state after step 4 is saved"):
+        recipe.train()
+    recipe.cleanup()
+    finetune(config | {"resume_from_checkpoint": True})
+    unbroken = variant(tiny_config, "unbroken", **changes)
     finetune(unbroken)
     assert all(torch.equal(weight, weights(config)[name]) for name, weight in weights(unbroken).items())
 
@@ -228,6 +253,23 @@ def test_a_signal_is_obeyed_in_every_phase(phase, number, tiny_config, monkeypat
         unbroken = variant(tiny_config, "unbroken", dataset_val=None)
         finetune(unbroken)
         assert all(torch.equal(weight, weights(config)[name]) for name, weight in weights(unbroken).items())
+
+
+def test_a_validation_is_left_out_after_a_signal(tiny_config, monkeypatch):
+    validated = []
+    monkeypatch.setattr(OwLoreFullFinetuneRecipe, "_validate", lambda _, name: validated.append(name))
+    original = LinearCrossEntropyLoss.forward
+
+    def interrupted(self, *args):
+        if len(validated) == 3 and stop_request().signal is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(LinearCrossEntropyLoss, "forward", interrupted)
+    config = variant(tiny_config, "signal", run_val_every_n_steps=1)
+    with obey_signals(), pytest.raises(Stop):
+        finetune(config)
+    assert validated == ["before", "step 1", "step 2"] and [d.name for d in checkpoints(config)] == ["step_3"]
 
 
 def test_a_signal_in_the_last_save_is_obeyed(tiny_config, monkeypatch, capsys):

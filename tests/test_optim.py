@@ -195,6 +195,25 @@ def test_a_zero_gradient_makes_no_basis():
     assert optimizer.state[parameter]["basis_age"] == 2
 
 
+@pytest.mark.parametrize("basis", ["randomized", "svd"])
+def test_a_zero_gradient_of_the_first_micro_batch_does_not_choose_the_basis(basis):
+    """Such as that of an expert without tokens. Regression: the step moved the first columns of the weight."""
+    weights, steps = weights_and_grads(1)
+    parameter = torch.nn.Parameter(weights[0].clone())
+    optimizer = OwLoreAdamW([parameter], rank=4, basis=basis)
+    for grad in (torch.zeros_like(weights[0]), steps[0][0]):
+        parameter.grad = grad.clone()
+        optimizer.project_grads()
+    optimizer.step()
+    assert torch.equal(parameter, weights[0]) and optimizer.last_refreshes == []
+    optimizer.zero_grad()
+    for grad in (steps[0][0], torch.zeros_like(weights[0])):
+        parameter.grad = grad.clone()
+        optimizer.project_grads()
+    optimizer.step()
+    assert len(optimizer.last_refreshes) == 1 and not torch.equal(parameter, weights[0])
+
+
 def test_directions_of_eight_bit_moments_are_bounded_on_real_gradients(smollm2_dir):
     """Regression: directions exceeded 100 if 8 bits rounded the mean square to zero, but not the mean."""
     from owlore_tune.checkpoints.hf import HFCheckpointer

@@ -186,6 +186,9 @@ def test_a_checkpoint_that_cannot_continue_is_refused(tiny_dir, tmp_path):
         trainer(tiny_dir, tmp_path / "models", arguments=arguments).train(resume_from_checkpoint=True)
     _, optimizer = build(tiny_dir)
     _, other = build(tiny_dir, resample_every=3)
+    _, narrow = build(tiny_dir, rank=4)
+    with pytest.raises(ValueError, match="rank=4, and the checkpoint has 8; pass the same value"):
+        narrow.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="resample_every=3, and the checkpoint has 2; pass the same value"):
         other.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="the checkpoint is of another optimizer"):

@@ -5,6 +5,7 @@ is slow to dequantize on a CPU. These formats hold plain tensors that are never 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -83,10 +84,8 @@ class NF4Weight:
             columns: whole blocks.
         """
         codes, scale = self.codes[rows, _divided(columns, 2)], self.scale[rows, _divided(columns, BLOCK)]
-        levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
-        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2)
-        whole = {2: torch.int32, 4: torch.int64}[dtype.itemsize]  # one number that holds a pair
-        values = pairs.view(whole).view(-1).index_select(0, codes.reshape(-1).int()).view(dtype)
+        pairs = (_pairs if type(codes) is Tensor else _pairs.__wrapped__)(dtype, codes.device)  # no fake tensors
+        values = pairs.index_select(0, codes.reshape(-1).int()).view(dtype)
         return values.view(-1, BLOCK).mul_(scale.reshape(-1, 1).to(dtype)).view(len(codes), -1)
 
     @property
@@ -96,6 +95,15 @@ class NF4Weight:
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes
+
+
+@cache  # a copy from the host makes it wait for a GPU
+def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(256,) for each byte of codes, its two values in ``dtype``, as one integer."""
+    with torch.inference_mode(False):
+        levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=device)
+        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+        return pairs.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).view(-1)
 
 
 def _divided(columns: slice, size: int) -> slice:

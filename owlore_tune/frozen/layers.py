@@ -10,7 +10,7 @@ from torchtune.modules import TiedLinear
 
 from owlore_tune.distributed.world import is_finite
 from owlore_tune.errors import ConfigError, DivergedError
-from owlore_tune.frozen.linear import freeze, set_value, thaw
+from owlore_tune.frozen.linear import freeze, quantizable_outside, set_value, thaw
 from owlore_tune.frozen.store import OUTSIDE, LayerStore
 from owlore_tune.heap import return_freed_memory
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, plain_name
@@ -51,14 +51,12 @@ class FrozenLayers:
 
     def freeze_outside(self, *, embeddings: bool, output: bool) -> None:
         """Quantize the embeddings and the output head, if asked for, to int8; not if they share a weight."""
-        for module, wanted in zip(self._wide_outside(), (embeddings, output), strict=False):
-            if wanted:
+        for module in self._wide_outside():
+            if embeddings if isinstance(module, nn.Embedding) else output:
                 freeze(module, "int8")  # gradients of a head are more exact with full products
 
     def _wide_outside(self) -> list[nn.Linear | nn.Embedding]:
-        """Embeddings and output head, if they have weights of their own."""
-        model = self._model
-        return [] if isinstance(model.output, TiedLinear) else [model.tok_embeddings, model.output]
+        return quantizable_outside(self._model)
 
     def _matched(self, index: int, named: list[tuple[str, nn.Parameter]]) -> list[tuple[nn.Parameter, Tensor]]:
         """Each parameter with its weight in the store.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchtune.modules import TiedLinear
 
 from owlore_tune.frozen.formats import BLOCK, FrozenWeight, Int8Weight, quantize
 
@@ -13,6 +14,14 @@ PRODUCTS = ("full", "int8")
 # not keep larger blocks.
 _PIECE = {"cpu": 2**22}
 _LARGE_PIECE = 2**25
+
+
+def quantizable_outside(model: Any) -> list[nn.Linear | nn.Embedding]:
+    """Embeddings and output head of a decoder, if they have weights of their own and compute nothing else."""
+    if isinstance(model.output, TiedLinear):
+        return []
+    plain = (nn.Embedding.forward, nn.Linear.forward)
+    return [module for module in (model.tok_embeddings, model.output) if type(module).forward in plain]
 
 
 def freeze(module: Any, kind: str, products: str = "full") -> None:

@@ -42,7 +42,7 @@ class LayerStore:
     Args:
         checkpointer: converts the layout.
         files: weights of a model directory, or of a checkpoint of this run.
-        directory: of the store's own files. No other run has it; it is made when there is a file.
+        directory: of the store's own files, two levels below ``output_dir``. No other run has it; `fill` makes it.
         dtype: of the run.
 
     Raises:
@@ -107,6 +107,19 @@ class LayerStore:
         if old is not None:
             old.unlink()
 
+    def check_space(self) -> None:
+        """
+        Raises:
+            RunError: if the disk has too little space for the files that `fill` writes.
+        """
+        tensors = (tensor for index, some in self._base.items() if index not in self._files for tensor in some)
+        num_bytes = sum(tensor.numel for tensor in tensors) * self._dtype.itemsize
+        if (free := shutil.disk_usage(self._directory.parents[1]).free) < num_bytes:
+            raise RunError(
+                f"{self._directory} needs {num_bytes:,} bytes for the weights of the frozen layers, and only "
+                f"{free:,} are free; choose another output_dir"
+            )
+
     def fill(self, names: dict[int, set[str]]) -> None:
         """Copy layers of the model directory to files of their own. Checkpoints then copy only the layers that train.
 
@@ -114,17 +127,9 @@ class LayerStore:
             names: torchtune's names of the model's weights, by layer.
 
         Raises:
-            RunError: if the disk has too little space.
-            OSError: if it refuses, or the model directory changed.
+            OSError: if the disk refuses, or the model directory changed.
         """
-        tensors = (tensor for index, some in self._base.items() if index not in self._files for tensor in some)
-        if num_bytes := sum(tensor.numel for tensor in tensors) * self._dtype.itemsize:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            if (free := shutil.disk_usage(self._directory).free) < num_bytes:
-                raise RunError(
-                    f"{self._directory} needs {num_bytes:,} bytes for the weights of the frozen layers, and only "
-                    f"{free:,} are free; choose another output_dir"
-                )
+        self._directory.mkdir(parents=True, exist_ok=True)
         for index in tqdm(sorted(names.keys() - self._files), desc="Copying layers", unit="layer", leave=False):
             weights = self.read(index)
             self._files[index] = self._write(index, {name: weights[name] for name in names[index]})

@@ -19,13 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torchtune import training
-from torchtune.modules import TiedLinear
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import LoRALinear
 
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.frozen.formats import empty
-from owlore_tune.frozen.linear import attach
+from owlore_tune.frozen.linear import attach, quantizable_outside
 from owlore_tune.memory.measure import resident_bytes
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, init_rope, model_parts
 from owlore_tune.models.hf_experts import Experts
@@ -303,8 +302,7 @@ def _quantized(model: Any, trained: set[Tensor]) -> set[nn.Module]:
     for layer in find_layers(model):
         if not trained.intersection(layer.parameters()):
             found.update(linear for _, linear in find_linears(layer))
-    if not isinstance(model.output, TiedLinear):
-        found.update(m for m in (model.tok_embeddings, model.output) if m.weight not in trained)
+    found.update(module for module in quantizable_outside(model) if module.weight not in trained)
     return found
 
 

@@ -94,7 +94,8 @@ class OwLoreAdamW(Optimizer):
 
     `project_grad` reduces a projected weight's gradient to (m, r). It runs in a backward hook (`ActiveLayers`), after
     each backward (`project_grads`), or in `step`. Reduced gradients accumulate over micro-batches until `step`. If the
-    basis is due for a refresh, it is computed from the first micro-batch with a gradient.
+    basis is due for a refresh, it is computed from the first micro-batch with a gradient. If that gradient is zero (an
+    expert without tokens), a weight with no earlier basis is not updated in this step.
 
     With side ``right``, the direction D of a wide weight (m < n) has m · r entries of about 1; GaLore's rule gives
     r · n. D is multiplied by √(n/m), which makes ``lr`` and ``scale`` comparable between the sides.
@@ -213,9 +214,14 @@ class OwLoreAdamW(Optimizer):
             self._refresh(parameter, grad, group)
         grad = local(grad)
         low = project(grad, _basis(state, dtype), right)
-        gathered = self._low_grads.get(parameter)
-        self._low_grads[parameter] = low if gathered is None else gathered.add_(low)
-        if parameter in self._refreshed:
+        refreshed = self._refreshed.get(parameter)
+        if parameter not in self._low_grads:
+            self._low_grads[parameter] = low
+        else:
+            if refreshed is not None and not refreshed.replaces_one:  # a basis that is not one points nowhere
+                low = torch.where(refreshed.energy.isnan(), 0, low)
+            self._low_grads[parameter].add_(low)
+        if refreshed is not None:
             sketch = sketch_rows(grad if right else grad.T, self._generator(parameter, grad.device, "sketch"))
             self._sketches[parameter] = self._sketches.get(parameter, 0) + sketch
 
@@ -227,8 +233,8 @@ class OwLoreAdamW(Optimizer):
     def _refresh(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """Compute a new basis from ``grad`` (m, n).
 
-        A zero or non-finite gradient gives no basis: the old one stays, and `_settle` makes a refresh due again. The
-        host does not read values here, so it does not wait for a GPU.
+        A zero or non-finite gradient gives no basis: the old one stays, and `_settle` makes a refresh due again, once
+        the values are read.
         """
         state = self.state[parameter]
         right = self.is_right(parameter)

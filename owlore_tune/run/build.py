@@ -271,7 +271,10 @@ def build_active_layers(
 
 
 def check_late_components(settings: TrainingSettings) -> None:
-    """Raise ConfigError if metric logger or schedule cannot work. Both are built after weights load."""
+    """Raise ConfigError if the metric logger has not the form of one, or the schedule fails.
+
+    Both are built after weights load.
+    """
     check_attributes("metric_logger", settings.cfg.metric_logger, LOGGER_METHODS)
     _check_lr_scheduler(settings)
 

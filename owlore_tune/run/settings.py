@@ -46,7 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "bf16",
     "compile": False,
     "enable_activation_checkpointing": False,
-    "fsdp_cpu_offload": False,  # parameters, gradients and optimizer state in host memory
+    "fsdp_cpu_offload": False,  # weights and their gradients in host memory; low-rank state stays on the device
     "fsdp_reshard_after_forward": True,
     "dist_timeout_s": 600,
     "metric_logger": {
