@@ -3,8 +3,9 @@
     python benchmarks/gpu_counts.py [--output benchmarks/gpu_counts.md]
 
 A step of LLaMA-2-7B runs on meta tensors, which have shapes and no values. Each operation that is not a view or an
-allocation counts as one kernel. Each value that the host reads counts as a wait. Graphs are those of a small model on a
-CPU, in 24 draws with validation after each.
+allocation counts as one kernel. Each value that the host reads counts as a wait. Waits inside torch's functions do not
+count: a refresh has one in `torch.linalg.eigh` for each weight. Graphs are those of a small model on a CPU, in 24 draws
+with validation after each.
 """
 
 from collections.abc import Iterator

@@ -42,6 +42,12 @@ MEASURED_AS = {
     "OwLore, γ=2, r=128, int8": "OwLore, γ=2, int8",
 }
 
+# Answers are "the correct answer is answerN" (of 4) or true or false, and the token that ends the turn.
+_GUESSING = (
+    "A model that knows the form of an answer and guesses has a loss of ln 4 / 7 tokens = 0.198 on ARC-Easy and "
+    "OpenBookQA, and ln 2 / 6 tokens = 0.116 on BoolQ. All methods learn the form in 100 steps, and hardly more. So these "
+    "losses show no differences between the methods in what they learn about the questions."
+)
 UNCHANGED = f"K={RESAMPLE_EVERY}, tuned lr"  # name of the runs of DEFAULT
 
 
@@ -68,7 +74,8 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
     ]
     untrained = [row for row in rows if row["key"] == "before"]
     lines += _section("Arithmetic", _methods_table(untrained + _on(methods, "math"), measured))
-    lines += _section("Commonsense: held-out loss", _commonsense_table(untrained, _on(methods, "commonsense")))
+    commonsense = _commonsense_table(untrained, _on(methods, "commonsense"))
+    lines += _section("Commonsense: held-out loss", [_GUESSING, "", *commonsense] if commonsense else [])
     by_change = defaultdict(list)
     for row in _on(changed, "math"):
         by_change[_name_of(row["changes"])].append(row)

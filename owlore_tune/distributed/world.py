@@ -153,10 +153,10 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This process's rows of ``value``, sharded like ``like``, as a view on the device of ``value``.
+    """This process's rows of ``value``, sharded like ``like``.
 
-    ``distribute_tensor`` would copy the whole ``value`` to the mesh's device. Returns ``value`` itself if ``like`` is a
-    plain tensor.
+    Only these rows are copied to the mesh's device, if ``value`` is on another one; ``distribute_tensor`` would copy all
+    of ``value``. Returns ``value`` itself if ``like`` is a plain tensor.
     """
     if not isinstance(like, DTensor):
         return value

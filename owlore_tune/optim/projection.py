@@ -101,7 +101,7 @@ def range_finder(
     scale = _scale(low, world)
     low = low / scale
     gram = world.sum_(low.T @ low)
-    is_finite = gram.isfinite().all()  # stays on the device: the host does not wait for it
+    is_finite = gram.isfinite().all()  # a tensor, because the host reads no values here
     eigenvalues, eigenvectors = _eigh(torch.where(is_finite, gram, 0.0))  # ascending
     basis = orthonormal @ eigenvectors[:, -rank:].flip(1)
     basis = torch.where(is_finite, fix_signs(basis), torch.eye(n, rank, device=grad.device, dtype=dtype))
