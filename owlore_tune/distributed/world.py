@@ -155,8 +155,8 @@ def full(tensor: Tensor) -> Tensor:
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """This process's rows of ``value``, sharded like ``like``.
 
-    Only these rows are copied to the mesh's device, if ``value`` is on another one; ``distribute_tensor`` would copy all
-    of ``value``. Returns ``value`` itself if ``like`` is a plain tensor.
+    If ``value`` is not on the mesh's device, only these rows are copied to it; ``distribute_tensor`` would copy all of
+    ``value``. Returns ``value`` itself if ``like`` is a plain tensor.
     """
     if not isinstance(like, DTensor):
         return value
