@@ -3,7 +3,8 @@
     python benchmarks/distributed_steps.py [--ranks 2] [--rounds 1] [--steps 12] [--model smollm2] [--output FILE]
 
 Seconds and memory are measured on the first rank. Step time is the time from one logged step to the next, without the
-first two steps. Memory is the peak up to the last step. As in methods.py, one step in ten has a draw and new bases.
+first two steps. Memory is the peak up to the last step. As in methods.py, one step in ten has a draw and new bases, and
+the draws are typical.
 """
 
 import json
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from methods import MODELS, Model, Result, row_config, step_seconds
+from methods import MODELS, RESAMPLE_EVERY, Model, Result, row_config, step_seconds
 from omegaconf import OmegaConf
 from report import machine, parser, publish
 from tqdm import tqdm
@@ -32,7 +33,7 @@ RECIPES = {
 def time_row(row: str, model: Model, num_ranks: int, steps: int, result: Result) -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        config = row_config(row, model, scratch, steps, resample_every=10)
+        config = row_config(row, model, scratch, steps, RESAMPLE_EVERY)
         if row == "torchtune full":  # its sharded state fits without 8-bit
             config |= {
                 "optimizer_in_bwd": False,

@@ -1,10 +1,9 @@
-"""Step time and held-out loss with quantized frozen layers, next to full precision, on SmolLM2-135M.
+"""Held-out loss with quantized frozen layers, next to full precision, on SmolLM2-135M.
 
-    python benchmarks/frozen.py [--seeds 3] [--rounds 3] [--output benchmarks/frozen.md]
+    python benchmarks/frozen.py [--seeds 3] [--output benchmarks/frozen.md]
 
-Step time: packed 2 × 512 tokens, float32, rows interleaved, median of the steps after the second. Loss: the demo's
-data, packed 1 × 512 tokens, measured in full precision at the end, one row for each format and seed. Finished rows are
-kept in frozen.jsonl beside the output and are not run again.
+The demo's data, packed 1 × 512 tokens. The loss is measured in full precision at the end, one row for each format and
+seed. Finished rows are kept in frozen.jsonl beside the output and are not run again. Step times are in methods.md.
 """
 
 import json
@@ -24,29 +23,17 @@ FORMATS = {
     "int8, int8 products": ["owlore.frozen_weights=int8", "owlore.frozen_products=int8"],
     "nf4": ["owlore.frozen_weights=nf4"],
 }
-PHASES = ["step", "forward", "backward", "optimizer"]
 STEPS = 200  # of a row that measures the loss
 
 
 def run(overrides: list[str]) -> dict:
-    """The manifest and the steps of a run."""
+    """The manifest of a run."""
     with tempfile.TemporaryDirectory() as name:
         output = Path(name) / "run"
         tune_run(
             "owlore_full_finetune", "smollm2/135M_owlore", f"output_dir={output}", *overrides, log=Path(name) / "log"
         )
-        steps = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
-        return json.loads((output / "manifest.json").read_text()) | {"step_records": steps}
-
-
-def time_steps(kind: str, gamma: int) -> dict:
-    manifest = run([
-        "dataset.packed=true", "batch_size=2", "dataset_val=null", "max_steps_per_epoch=10", "owlore.resample_every=4",
-        "owlore.calibration_batches=1", f"owlore.num_active_layers={gamma}", *FORMATS[kind],
-    ])  # fmt: skip
-    steps = manifest["step_records"][2:]
-    seconds = {name: statistics.median(step[f"{name}_seconds"] for step in steps) for name in PHASES}
-    return {**seconds, "peak": manifest["memory_bytes"]["measured"]["total"] / 1e9}
+        return json.loads((output / "manifest.json").read_text())
 
 
 def train(kind: str, seed: int) -> dict:
@@ -75,32 +62,6 @@ class Rows:
         return row
 
 
-def table_of_steps(rows: Rows, rounds: int) -> list[str]:
-    timed: dict[tuple[str, int], list[dict]] = {}
-    for number in range(rounds):
-        for gamma in (2, 5):
-            for kind in FORMATS:
-                row = rows.once(["time", kind, gamma, number], partial(time_steps, kind, gamma))
-                timed.setdefault((kind, gamma), []).append(row)
-    lines = [
-        "## Steps",
-        "",
-        f"Packed 2 × 512 tokens; {rounds} interleaved rounds of 10 steps over 3 draws. The ratio divides the step time "
-        "by that of full precision in the same round. All figures are medians over the rounds.",
-        "",
-        "| frozen layers | γ | step, s | step / full | forward, s | backward, s | optimizer, s | peak memory, GB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (kind, gamma), found in timed.items():
-        ratios = [row["step"] / full["step"] for row, full in zip(found, timed["full", gamma], strict=True)]
-        middle = {key: statistics.median(row[key] for row in found) for key in (*PHASES, "peak")}
-        lines.append(
-            f"| {kind} | {gamma} | {middle['step']:.2f} | {statistics.median(ratios):.2f} | {middle['forward']:.2f} "
-            f"| {middle['backward']:.2f} | {middle['optimizer']:.2f} | {middle['peak']:.2f} |"
-        )
-    return lines
-
-
 def table_of_losses(rows: Rows, seeds: int) -> list[str]:
     losses: dict[str, list[float]] = {}
     for seed in range(seeds):
@@ -108,9 +69,6 @@ def table_of_losses(rows: Rows, seeds: int) -> list[str]:
             row = rows.once(["loss", kind, seed, STEPS], partial(train, kind, seed))
             losses.setdefault(kind, []).append(row["loss"])
     lines = [
-        "",
-        "## Loss",
-        "",
         f"γ=5, {STEPS} steps of packed 1 × 512 tokens, {seeds} seeds. Held-out loss, measured in full precision.",
         "",
         "| frozen layers | held-out loss by seed | mean | mean / full |",
@@ -125,8 +83,7 @@ def table_of_losses(rows: Rows, seeds: int) -> list[str]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--seeds", type=int, default=3, help="0: no table of losses")
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--seeds", type=int, default=3)
     args = arguments.parse_args()
     fetch()
     rows = Rows(Path(args.output or "frozen.md").with_suffix(".jsonl"))
@@ -135,8 +92,7 @@ def main() -> None:
         "",
         f"SmolLM2-135M, rank 128, the rest in float32; {machine()}. Command: `python benchmarks/frozen.py`.",
         "",
-        *table_of_steps(rows, args.rounds),
-        *(table_of_losses(rows, args.seeds) if args.seeds else []),
+        *table_of_losses(rows, args.seeds),
     ]
     publish(lines, args.output)
 

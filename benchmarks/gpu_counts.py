@@ -53,7 +53,9 @@ class Counts(TorchDispatchMode):
             return 1.0
         if name == "_to_copy" and args[0].device == META and torch.device(kwargs.get("device", META)).type == "cpu":
             self.waits += 1
-            return torch.ones(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+            dtype = kwargs.get("dtype", args[0].dtype)
+            # Numbers are 1, and tests such as `isnan` are false.
+            return torch.full(args[0].shape, dtype != torch.bool, dtype=dtype)
         if name == "linalg_vector_norm":  # on a GPU, torch computes those of all gradients together
             self.kernels += not self._has_norms
             self._has_norms = True
@@ -132,18 +134,18 @@ def main() -> None:
         "projections. An optimizer step includes the norm of the gradients, and reading it with the loss. Command: "
         "`python benchmarks/gpu_counts.py`.",
         "",
-        "| run | kernels of a step | with compile=true | with a refresh | waits of a micro-batch | of a step "
-        "| of a step with a refresh |",
-        "|---|---|---|---|---|---|---|",
+        "| run | kernels of a micro-batch | with a refresh | of a step | with compile=true | with a refresh "
+        "| waits of a micro-batch | of a step | of a step with a refresh |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (num_active, options) in ROWS.items():
         plain, refreshed = (count(num_active, options, refreshes=wanted) for wanted in (False, True))
         with one_kernel_for_the_elementwise_update():
             compiled = count(num_active, options, refreshes=False)
         lines.append(
-            f"| {name} | {plain['optimizer step'][0]} | {compiled['optimizer step'][0]} "
-            f"| {refreshed['optimizer step'][0]} | {refreshed['micro-batch'][1]} | {plain['optimizer step'][1]} "
-            f"| {refreshed['optimizer step'][1]} |"
+            f"| {name} | {plain['micro-batch'][0]} | {refreshed['micro-batch'][0]} | {plain['optimizer step'][0]} "
+            f"| {compiled['optimizer step'][0]} | {refreshed['optimizer step'][0]} | {refreshed['micro-batch'][1]} "
+            f"| {plain['optimizer step'][1]} | {refreshed['optimizer step'][1]} |"
         )
         print(lines[-1], flush=True)
     fixed, varying = count_graphs((16,)), count_graphs((16, 24, 9))

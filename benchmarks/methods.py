@@ -6,7 +6,9 @@ Each row runs in a separate process. A round has one run of each row: with sever
 all rows alike. There are three kinds of runs:
 
 - time: seconds between two logged steps, without the first two. Methods with draws draw every 10 steps. With 12 steps,
-  the mean covers ten steps, one of them with new bases.
+  the mean covers ten steps, one of them with new bases. The backward pass ends at the lowest active layer, so a step's
+  time depends on the draw: OwLore has the seed whose timed steps come nearest to the expected depth of backward, and
+  BAdam trains the two layers in the middle of the model.
 - floor, only for our rows: the same run with floor_recipe.py, which compares each step with the forward pass plus the
   required backward pass. That backward pass holds all gradients at once, while a step projects or accumulates them as
   they appear. With all layers trained, a step can therefore be faster than its floor.
@@ -25,11 +27,12 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from report import machine, parser, publish
 from torchtune import config, training
 from tune_run import run_process, tune_run
 
+from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.models.smollm2 import fetch
 from owlore_tune.run.plots import BLUE, ORANGE
 
@@ -37,6 +40,8 @@ ALL = {"owlore.num_active_layers": None, "owlore.train_embeddings": True, "owlor
        "owlore.train_norm": True}  # fmt: skip
 LISA = ALL | {"owlore.num_active_layers": 2, "owlore.score": "uniform", "optimizer.rank": None}
 INT8 = {"owlore.frozen_weights": "int8", "owlore.frozen_products": "int8"}
+NF4 = {"owlore.frozen_weights": "nf4"}
+RESAMPLE_EVERY = 10  # in runs for time
 GALORE_GAP = 50  # steps between refreshes
 OURS = {
     "OwLore, γ=2": {"owlore.num_active_layers": 2},
@@ -45,6 +50,8 @@ OURS = {
     "OwLore, γ=5, full rank": {"owlore.num_active_layers": 5, "optimizer.rank": None},
     "OwLore, γ=2, int8": {"owlore.num_active_layers": 2, **INT8},
     "OwLore, γ=5, int8": {"owlore.num_active_layers": 5, **INT8},
+    "OwLore, γ=2, NF4": {"owlore.num_active_layers": 2, **NF4},
+    "OwLore, γ=5, NF4": {"owlore.num_active_layers": 5, **NF4},
     "LISA, γ=2": LISA,
     "GaLore": ALL | {"optimizer.side": "shape", "optimizer.update_gap": GALORE_GAP},
     "full": ALL | {"optimizer.rank": None},
@@ -147,6 +154,8 @@ def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every
         })  # fmt: skip
         for key, value in OURS[row].items():
             OmegaConf.update(ours, key, value)
+        if row.startswith("OwLore"):
+            set_typical_draws(ours, scratch, steps, resample_every)
         return OmegaConf.to_container(ours)
     weights = sorted(file.name for file in model.directory().glob("*.safetensors"))
     theirs = common | {
@@ -174,6 +183,45 @@ def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every
     }  # fmt: skip
 
 
+def set_typical_draws(ours: DictConfig, scratch: Path, steps: int, resample_every: int) -> None:
+    """Set a seed whose draws are typical, and the scores that it depends on."""
+    key = (ours.checkpointer.checkpoint_dir, ours.batch_size)
+    if key not in _scores:
+        OmegaConf.save(ours, scratch / "score.yaml")
+        file = scratch / "scores.json"
+        run_process(
+            ["owlore", "score", "--config", str(scratch / "score.yaml"), "--output", str(file)], scratch / "score.log"
+        )
+        _scores[key] = file.read_text()
+    (scratch / "known_scores.json").write_text(_scores[key])
+    ours.owlore.scores_file = str(scratch / "known_scores.json")
+    scores = json.loads(_scores[key])["scores"]
+    ours.seed = typical_seed(scores, ours.owlore.num_active_layers, steps, resample_every)
+
+
+_scores: dict[tuple[str, int], str] = {}  # files of scores by model and calibration data
+
+
+def typical_seed(scores: list[float], num_active: int, steps: int, resample_every: int) -> int:
+    """The seed for which the mean depth of backward, in the steps from the third on, is nearest to its expectation.
+
+    The depth is the number of layers from the lowest active one to the top.
+    """
+
+    def depths(seed: int, count: int) -> list[int]:
+        sampler = LayerSampler(scores, num_active, seed=seed)
+        return [len(scores) - min(sampler.draw()) for _ in range(count)]
+
+    expected = statistics.mean(depths(0, 3000))
+    draws = range(-(-steps // resample_every))
+
+    def error(seed: int) -> float:
+        found = depths(seed, len(draws))
+        return abs(statistics.mean(found[step // resample_every] for step in range(2, steps)) - expected)
+
+    return min(range(300), key=error)
+
+
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -188,7 +236,8 @@ def run(row: str, model: Model, steps: int, resample_every: int, floor: bool = F
                 [sys.executable, str(Path(__file__).with_name("peers.py")), PEERS[row],
                  f"--model={model.directory()}", f"--steps={steps}", f"--resample-every={every}",
                  f"--batch-size={model.batch_size}", f"--seq-len={model.seq_len}", f"--dtype={model.dtype}",
-                 f"--output={scratch / 'steps.jsonl'}", *(["--checkpointing"] if model.checkpointing else [])],
+                 f"--output={scratch / 'steps.jsonl'}", "--middle-blocks",
+                 *(["--checkpointing"] if model.checkpointing else [])],
                 log=scratch / "log.txt",
             )  # fmt: skip
         else:
@@ -209,14 +258,14 @@ def step_seconds(lines: list[dict]) -> list[float]:
 
 
 def time_row(row: str, model: Model, steps: int, result: Result) -> None:
-    lines, peak, manifest = run(row, model, steps, resample_every=10)
+    lines, peak, manifest = run(row, model, steps, resample_every=RESAMPLE_EVERY)
     result.seconds += step_seconds(lines)
     result.peak = max(result.peak, peak)
     note_state(row, model, lines, manifest, result)
 
 
 def floor_row(row: str, model: Model, steps: int, result: Result) -> None:
-    lines, _, _ = run(row, model, steps, resample_every=10, floor=True)
+    lines, _, _ = run(row, model, steps, resample_every=RESAMPLE_EVERY, floor=True)
     floors = sum(line["floor_seconds"] for line in lines[2:])
     result.floor = (sum(step_seconds(lines)) - floors) / floors
 

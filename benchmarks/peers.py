@@ -51,7 +51,8 @@ def badam_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.o
         base_optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr or 1e-5, weight_decay=0, fused=True),
         named_parameters_list=list(model.named_parameters()),
         switch_block_every=args.resample_every,
-        switch_mode="random",
+        switch_mode="ascending" if args.middle_blocks else "random",
+        start_block=model.config.num_hidden_layers // 2 - 1 if args.middle_blocks else None,
         verbose=0,
     )
 
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, help="warmup steps of a cosine schedule (default: constant lr)")
     parser.add_argument("--clip", type=float, help="maximum gradient norm")
     parser.add_argument("--data", help="instruction data, used in order (default: MMLU dev)")
+    parser.add_argument("--middle-blocks", action="store_true", help="badam: begin in the middle, for a typical time")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--save", help="directory for the trained model")
     args = parser.parse_args()

@@ -77,10 +77,6 @@ def checkpoints(config: dict) -> list[Path]:
     return RunDirectory.existing(Path(config["output_dir"])).steps.own()
 
 
-def manifest(config: dict) -> dict:
-    return json.loads((Path(config["output_dir"]) / "manifest.json").read_text())
-
-
 def weights(config: dict) -> dict[str, torch.Tensor]:
     """Return the weights of the last checkpoint."""
     return read_weights(checkpoints(config)[-1])

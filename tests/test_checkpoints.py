@@ -139,7 +139,7 @@ def test_fingerprint_reads_every_byte_once(tmp_path, monkeypatch):
         content[place] ^= 1
 
 
-def test_only_known_companions_of_the_directory_itself_are_copied(tmp_path, caplog):
+def test_only_known_companions_of_the_directory_itself_are_copied(tmp_path):
     source = hf_directory("LLAMA2", tmp_path / "source")
     for name in ("tokenizer.json", "secrets.env", "modeling_evil.py"):
         (source / name).write_text("{}")

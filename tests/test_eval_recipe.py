@@ -99,6 +99,16 @@ def test_mmlu_dev_examples_are_other_questions_of_the_subject(make_config, tmp_p
         )
 
 
+def test_examples_are_turns_or_one_text(make_config, tmp_path):
+    for multiturn, turns in ((True, 3), (False, 1)):
+        output = tmp_path / str(multiturn)
+        changes = {"num_fewshot": 2, "limit": 1, "fewshot_as_multiturn": multiturn, "output_dir": str(output)}
+        run(make_config("eval/mmlu_dev", **changes))
+        (samples,) = output.glob("samples_mmlu_dev_*.jsonl")
+        context = json.loads(samples.read_text())["arguments"]["gen_args_0"]["arg_0"]
+        assert context.count("<|user|>") == turns and context.count("\nAnswer:") == 3
+
+
 def test_mmlu_dev_splits_a_question_only_at_its_choices():
     (task,) = load_tasks(["mmlu_dev"])
     docs = list(task.test_docs())

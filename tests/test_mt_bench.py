@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torchtune.models.llama2 import llama2
 
 from owlore_eval import OwLoreEvalRecipe
 from owlore_evals.jsonl import append_line, read_lines
-from owlore_evals.judge import Judge, JudgeConfig
+from owlore_evals.judge import Judge, JudgeConfig, _wait
 from owlore_evals.mt_bench import TEMPERATURES, MTBench, _digest, judge_chat, parse_rating, read_files
 from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_tune.checkpoints.hf import HFCheckpointer
@@ -214,9 +215,10 @@ def test_a_question_that_changed_is_answered_and_judged_again(bench, lm, tmp_pat
 
 def test_as_long_as_the_endpoint_asks_for_is_waited(bench, lm, tmp_path):
     with judge_server(tmp_path / "log", "retry_after", "1") as url:
-        started = time.monotonic()
         bench(url, longest_wait=5.0).run(lm, "model", tmp_path)
-    assert time.monotonic() - started >= 2
+    failed = SimpleNamespace(exception=lambda: SimpleNamespace(headers={"Retry-After": "3"}))
+    for own, longest, seconds in ((0.5, 60.0, 3.0), (9.0, 60.0, 9.0), (0.5, 2.0, 2.0)):
+        assert _wait(lambda _, own=own: own, longest, SimpleNamespace(outcome=failed)) == seconds
 
 
 def test_mt_bench_through_the_recipe(tiny_dir, data_dir, tmp_path, monkeypatch, capsys):

@@ -331,6 +331,22 @@ def test_stochastic_rounding_moves_bfloat16_weights_where_nearest_does_not():
     assert means[True] == pytest.approx(1 - 10 * 1e-4, abs=3e-4)
 
 
+@pytest.mark.parametrize("side", ["right", "shape"])
+def test_a_bfloat16_weight_follows_its_float32_twin(side, monkeypatch):
+    """Also with decay, and with a weight that is written in several pieces."""
+    monkeypatch.setattr("owlore_tune.optim.adamw._MOVED", {"cpu": 100})
+    weights, steps = weights_and_grads(4)
+    weights, steps = ([w.bfloat16() for w in weights], [[g.bfloat16() for g in grads] for grads in steps])
+    whole = [torch.nn.Parameter(w.float()) for w in weights]
+    half = [torch.nn.Parameter(w.clone()) for w in weights]
+    options = {"lr": 0.1, "rank": 4, "side": side, "weight_decay": 0.3, "stochastic_rounding": False}
+    run(OwLoreAdamW(whole, **options), whole, [[g.float() for g in grads] for grads in steps])
+    run(OwLoreAdamW(half, **options), half, steps)
+    for start, a, b in zip(weights, whole, half, strict=True):
+        assert (a - start.float()).abs().mean() > 0.1
+        torch.testing.assert_close(b.float(), a, atol=0.05, rtol=0)  # 4 roundings of at most 2**-7
+
+
 def test_weight_decay_acts_on_the_whole_weight():
     parameter = torch.nn.Parameter(torch.ones(8, 6))
     optimizer = OwLoreAdamW([parameter], rank=2, lr=0.1, weight_decay=0.5)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from owlore_tune.layers.scores import LayerScores
 from owlore_tune.run.scoring import score_model
 from owlore_tune.run.settings import TrainingSettings
-from runs import changed_by_draw, finetune, variant, weights
+from runs import changed_by_draw, finetune, prepare, read_weights, variant, weights
 
 
 def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
@@ -195,8 +195,43 @@ def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):
     data.write_text(json.dumps(rows))
     config["dataset"]["data_files"] = str(data)
     config["tokenizer"]["max_seq_len"] = 64
-    finetune(config)
+    recipe = finetune(config)
+    assert recipe._progress.skipped_steps == 0
     assert all(weight.isfinite().all() for weight in weights(config).values())
+
+
+def test_clipping_shortens_the_steps(tiny_config):
+    def movement(name: str, limit: float | None) -> float:
+        config = variant(tiny_config, name, clip_grad_norm=limit, optimizer__eps=1e-2, dataset_val=None)
+        finetune(config)
+        start = read_weights(Path(config["checkpointer"]["checkpoint_dir"]))
+        return sum((weight - start[key]).abs().sum().item() for key, weight in weights(config).items())
+
+    assert 0 < movement("clipped", 1e-4) < 0.1 * movement("free", None)
+
+
+def test_the_schedule_ends_with_the_run(tiny_config):
+    schedule = {
+        "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
+    }  # fmt: skip
+    config = variant(tiny_config, "cosine", lr_scheduler=schedule, dataset_val=None)
+    rates = [step["lr"] for step in finetune(config)._report.records.steps]
+    peak = config["optimizer"]["lr"]
+    assert len(rates) == 10 and max(rates) == pytest.approx(peak) and rates[-1] < 0.05 * peak
+
+
+def test_activation_checkpointing_wraps_the_layers(tiny_config):
+    for wanted in (True, False):
+        recipe = prepare(variant(tiny_config, f"checkpointing_{wanted}", enable_activation_checkpointing=wanted))
+        assert all(hasattr(layer, "_checkpoint_wrapped_module") == wanted for layer in recipe._model.layers)
+
+
+def test_every_epoch_has_another_order(tiny_config):
+    recipe = prepare(variant(tiny_config, "epochs", epochs=2))
+    epochs = [[row for _ in range(10) for batch in recipe._data.micro_batches() for row in batch["tokens"].tolist()]]
+    epochs += [[row for _ in range(10) for batch in recipe._data.micro_batches() for row in batch["tokens"].tolist()]]
+    first, second = ([[token for token in row if token] for row in rows] for rows in epochs)  # without padding
+    assert first != second and sorted(first) == sorted(second)
 
 
 def test_scoring_alone(tiny_config):

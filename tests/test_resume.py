@@ -145,7 +145,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tiny_config, caplog):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tiny_config, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("owlore_tune.checkpoints.steps.log.warning", warnings.append)
     config = variant(tiny_config, "damaged", save_every_n_steps=3)
     finetune(config)
     end = weights(config)
@@ -153,6 +155,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tiny_conf
     DAMAGES[damage](newest)
     recipe = prepare(config | {"resume_from_checkpoint": True})
     assert recipe._progress.step == 9
+    assert any(newest.name in warning for warning in warnings)
     recipe.train()
     verify(newest)
     assert all(torch.equal(weight, end[name]) for name, weight in weights(config).items())
