@@ -34,6 +34,14 @@ def test_the_readme_has_the_rows_of_the_report():
     assert len(rows) > 2 and set(rows) <= set((BENCHMARKS / "quality.md").read_text().splitlines())
 
 
+def test_the_readme_has_the_figures_of_the_methods(quality_report):
+    measured = quality_report.read_table(BENCHMARKS / "methods.md").values()
+    known = {(row["mean step, s"], row["peak memory, GB"], row["optimizer state, GB"]) for row in measured}
+    lines = README.split("memory / LoRA |\n")[1].split("\n\n")[0].splitlines()[1:]
+    figures = {tuple(cell.strip() for cell in line.split("|")[2:5]) for line in lines}
+    assert len(figures) > 8 and figures <= known
+
+
 def test_losses_in_the_documentation_are_those_of_the_report():
     text = README + (BENCHMARKS.parent / "docs" / "settings.md").read_text()
     losses = set(re.findall(r"0\.5\d{3}(?: ± 0\.\d{4})?", text))
