@@ -45,9 +45,9 @@ MEASURED_AS = {
 # Answers are "the correct answer is answerN" (of 4) or true or false, and the token that ends the turn.
 _GUESSING = (
     "A model that knows the form of an answer and guesses has a loss of ln 4 / 7 tokens = 0.198 on ARC-Easy and "
-    "OpenBookQA, and ln 2 / 6 tokens = 0.116 on BoolQ (0.110 if it knows that 63 % are true). All methods learn the form "
-    "in 100 steps, and hardly more. So these losses show no differences between the methods in what they learn about the "
-    "questions."
+    "OpenBookQA, and ln 2 / 6 tokens = 0.116 on BoolQ (0.110 if it knows that 63 % are true). All methods learn the "
+    "form in 100 steps, and hardly more. So these losses show no differences between the methods in what they learn "
+    "about the questions."
 )
 UNCHANGED = f"K={RESAMPLE_EVERY}, tuned lr"  # name of the runs of DEFAULT
 
