@@ -67,8 +67,8 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
         f"SmolLM2-135M-Instruct, {STEPS} steps of {SEQ_LEN} packed tokens, float32 with products in bfloat16. Learning "
         f"rates are tuned with runs of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard "
         "deviation over seeds. For differences, it is the standard error over seeds. For correct answers, it is the "
-        "standard error of the share; all runs answer the same 242 problems. Answers of the untrained model, and of "
-        "full fine-tuning and LoRA with seed 0, were decoded in float32. Step time and peak memory are from "
+        "standard error of the share; all runs answer the same 242 problems. Answers of full fine-tuning and LoRA with "
+        "seed 0 were decoded in float32. Step time and peak memory are from "
         "[methods.md](methods.md), with 2 × 512 tokens per step and float32 products. Command: "
         "`make quality DATA=DIR`. The docstring of [quality.py](quality.py) describes the method, and "
         f"[quality.jsonl](quality.jsonl) has all {len(rows)} runs.",
