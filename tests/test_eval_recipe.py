@@ -114,7 +114,8 @@ def test_mmlu_dev_splits_a_question_only_at_its_choices():
     docs = list(task.test_docs())
     assert len(docs) == 281 and all(len(doc["choices"]) == 4 and all(doc["choices"]) for doc in docs)
     (doc,) = [doc for doc in docs if "E(X) = 37" in doc["question"]]  # also has var(X) and var(Y)
-    assert doc["question"].endswith("?") or len(doc["question"]) > 100
+    assert doc["question"].endswith("of the random variable X + Y?")
+    assert [choice[:11] for choice in doc["choices"]] == ["E(X + Y) = "] * 3 + ["There is in"]
 
 
 def test_mmlu_dev_held_out_is_what_training_leaves(make_config, tmp_path):

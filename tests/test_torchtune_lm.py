@@ -11,9 +11,11 @@ from conftest import TEMPLATE, save_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torchtune import training
+from torchtune.generation import generate as torchtune_generate
 from torchtune.models.llama2 import llama2
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import KVCache
+from torchtune.modules.common_utils import local_kv_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GenerationConfig
 
 from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
@@ -114,6 +116,16 @@ def windows(tmp_path_factory):
         max_seq_len=256, head_dim=8, query_pre_attn_scalar=8, sliding_window_size=16, norm_eps=1e-5,
     )  # fmt: skip
     return adapter(directory, "GEMMA2", build), hf(directory)
+
+
+def test_a_window_is_right_in_the_larger_caches_of_torchtunes_generate(windows):
+    """There, a mask is as wide as the cache, which is longer than the text and than the window."""
+    model = windows[0]._model
+    prompt = torch.arange(40, 70)[None]
+    with local_kv_cache(model, batch_size=1, device=prompt.device, dtype=torch.float32, decoder_max_seq_len=128):
+        tokens, logits = torchtune_generate(model, prompt, max_generated_tokens=8, top_k=1)
+    expected = windows[1].model(tokens).logits[:, len(prompt[0]) - 1 : -1]
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
 
 
 def instances(kind: str, arguments: list[tuple]) -> list[Instance]:

@@ -44,10 +44,12 @@ class WindowedAttention(Gemma2Attention):
         length = x.shape[1]
         if mask is None:
             mask = torch.ones(1, length, length, dtype=torch.bool, device=x.device).tril()
-        keys = torch.arange(mask.shape[-1], device=x.device)  # a cache has its tokens in order
         if input_pos is not None and mask.shape[-1] == length:
-            keys = input_pos
-        distance = keys[..., -length:, None] - keys[..., None, :]
+            keys = queries = input_pos
+        else:  # a cache has its tokens in order, and the last one that a query attends to is its own
+            keys = torch.arange(mask.shape[-1], device=x.device)
+            queries = (mask * keys).amax(-1)
+        distance = queries[..., :, None] - keys[..., None, :]
         return super().forward(x, y, mask=mask & (distance < self.window), input_pos=input_pos)
 
 
