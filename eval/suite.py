@@ -80,9 +80,9 @@ class Suite:
                 "this model has no chat template, or tokenizer.chat_template=plain; set apply_chat_template=null and "
                 "remove mt_bench"
             )
-        self._check_lengths(min(cfg.max_length or max_seq_len, max_seq_len))
+        self._check_generation(min(cfg.max_length or max_seq_len, max_seq_len), tokenizer.generation_config)
 
-    def _check_lengths(self, length: int) -> None:
+    def _check_generation(self, length: int, defaults: dict[str, float]) -> None:
         if self._mt_bench is not None and self.cfg.max_new_tokens >= length:
             raise ConfigError(
                 f"max_new_tokens={self.cfg.max_new_tokens} leaves no room in {length} tokens for a prompt"
@@ -90,7 +90,7 @@ class Suite:
         for task in leaf_tasks(self._tasks):
             if task.OUTPUT_TYPE == "generate_until":
                 try:
-                    generation_options(task.config.generation_kwargs, length)
+                    generation_options(task.config.generation_kwargs, length, defaults=defaults)
                 except ValueError as error:
                     raise ConfigError(f"tasks: {task.task_name}: {error}") from error
 

@@ -321,6 +321,14 @@ def generation_options(
     elif not gen_kwargs.get("temperature"):
         given.pop("temperature", None)
     options = _SAMPLING | (defaults or {}) | given
+    valid = {
+        "temperature": options["temperature"] >= 0,
+        "top_k": isinstance(options["top_k"], int) and options["top_k"] >= 0,
+        "top_p": 0 < options["top_p"] <= 1,
+        "repetition_penalty": options["repetition_penalty"] > 0,
+    }
+    if wrong := [f"{name}={options[name]}" for name, is_valid in valid.items() if not is_valid]:
+        raise ValueError(f"generation with {', '.join(wrong)}; it is out of range")
     neutral = {"num_beams": 1, "min_p": 0.0}
     known = {"until", "do_sample", "max_gen_toks", *_SAMPLING}
     wanted = {key: value for key, value in options.items() if key not in known}

@@ -348,6 +348,9 @@ def test_generation_options():
     assert generation_options({"temperature": 0.7, "do_sample": False, "top_p": 1.0}, 99, 9)["temperature"] == 0.0
     own = generation_options({"do_sample": True, "top_p": 0.95}, 99, 9, {"temperature": 0.6, "top_k": 20, "top_p": 0.8})
     assert (own["temperature"], own["top_k"], own["top_p"], own["repetition_penalty"]) == (0.6, 20, 0.95, 1.0)
+    for bad in ({"top_k": -1}, {"top_p": 0.0}, {"repetition_penalty": 0.0}, {"temperature": -1.0}):
+        with pytest.raises(ValueError, match=rf"generation with {next(iter(bad))}=.*; it is out of range"):
+            generation_options({"do_sample": True, **bad}, 99, 9)
     with pytest.raises(ValueError, match=r"generation with min_p=0\.1 is not supported"):
         generation_options({"do_sample": True, "temperature": 1.0, "min_p": 0.1}, 99, 9)
 

@@ -41,7 +41,7 @@ class FrozenLayers:
 
     def load(self, index: int, device: torch.device) -> None:
         """Fill a layer, or OUTSIDE, from the store, in full precision."""
-        modules = self._wide_outside() if index == OUTSIDE else _linears(self._layers[index])
+        modules = quantizable_outside(self._model) if index == OUTSIDE else _linears(self._layers[index])
         by_weight = {id(module.weight): module for module in modules}
         for parameter, weight in self._matched(index, self._named(index)):
             if id(parameter) in by_weight:
@@ -51,12 +51,9 @@ class FrozenLayers:
 
     def freeze_outside(self, *, embeddings: bool, output: bool) -> None:
         """Quantize the embeddings and the output head, if asked for, to int8; not if they share a weight."""
-        for module in self._wide_outside():
+        for module in quantizable_outside(self._model):
             if embeddings if isinstance(module, nn.Embedding) else output:
                 freeze(module, "int8")  # gradients of a head are more exact with full products
-
-    def _wide_outside(self) -> list[nn.Linear | nn.Embedding]:
-        return quantizable_outside(self._model)
 
     def _matched(self, index: int, named: list[tuple[str, nn.Parameter]]) -> list[tuple[nn.Parameter, Tensor]]:
         """Each parameter with its weight in the store.
@@ -126,7 +123,7 @@ class FrozenLayers:
     @contextmanager
     def whole_outside(self, device: torch.device) -> Iterator[None]:
         """Have everything outside the layers in full precision during the block."""
-        quantized = [module for module in self._wide_outside() if "frozen_weight" in vars(module)]
+        quantized = [module for module in quantizable_outside(self._model) if "frozen_weight" in vars(module)]
         weights = self.store.read(OUTSIDE) if quantized else {}
         names = {id(parameter): name for name, parameter in self._outside()}
         for module in quantized:
@@ -156,7 +153,7 @@ class FrozenLayers:
 
     def nbytes(self) -> int:
         """Bytes of the quantized weights."""
-        modules = [*self._wide_outside(), *(linear for layer in self._layers for linear in _linears(layer))]
+        modules = [*quantizable_outside(self._model), *(linear for layer in self._layers for linear in _linears(layer))]
         frozen = [getattr(module, "frozen_weight", None) for module in modules]
         return sum(weight.nbytes for weight in frozen if weight is not None)
 

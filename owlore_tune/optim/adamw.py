@@ -218,7 +218,7 @@ class OwLoreAdamW(Optimizer):
         if parameter not in self._low_grads:
             self._low_grads[parameter] = low
         else:
-            if refreshed is not None and not refreshed.replaces_one:  # a basis that is not one points nowhere
+            if refreshed is not None and not refreshed.replaces_one:  # the first gradient gave no basis
                 low = torch.where(refreshed.energy.isnan(), 0, low)
             self._low_grads[parameter].add_(low)
         if refreshed is not None:

@@ -271,7 +271,7 @@ def build_active_layers(
 
 
 def check_late_components(settings: TrainingSettings) -> None:
-    """Raise ConfigError if the metric logger has not the form of one, or the schedule fails.
+    """Raise ConfigError if the metric logger lacks a method, or the schedule fails.
 
     Both are built after weights load.
     """
