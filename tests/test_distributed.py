@@ -1,5 +1,6 @@
 """The recipe on several ranks against one process: weights, resuming, communication, and lost ranks."""
 
+import ctypes
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_sealed import small_disk  # noqa: F401
+from torch.distributed import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from owlore_tune.distributed.fsdp import shard_model
+from owlore_tune.distributed.launch import leave_process_group
 from owlore_tune.distributed.world import current_world, shard_like
 from owlore_tune.errors import ConfigError
 from owlore_tune.optim.adamw import OwLoreAdamW
@@ -587,3 +591,21 @@ def test_smollm2_on_two_ranks_trains_as_in_one_process(smollm2_dir, tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | {"PATH": path})
         assert result.returncode == 0, result.stderr[-3000:]
     assert furthest({"output_dir": tmp_path / "one"}, {"output_dir": tmp_path / "two"}) < 5e-6
+
+
+def test_gloo_has_freed_the_tensors_of_a_group_that_is_left():
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD  # as DTensor's caches do
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(10)  # seconds for which gloo's thread waits for the GIL, unless this thread releases it
+        tensor = torch.ones(1000)
+        freed = weakref.ref(tensor)
+        group.allreduce([tensor])
+        del tensor
+        ctypes.PyDLL(None).usleep(50_000)  # in which the thread is done, but for the GIL
+        assert freed() is not None
+        leave_process_group()
+        assert freed() is None
+    finally:
+        sys.setswitchinterval(interval)

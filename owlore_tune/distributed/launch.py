@@ -65,7 +65,7 @@ def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = Fa
             "resume_from_checkpoint=true"
         ) from error
     # Skipped after an error, because the others might never reach this call.
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def join_process_group(backend: str, timeout: timedelta = default_pg_timeout) -> None:
@@ -81,6 +81,16 @@ def join_process_group(backend: str, timeout: timedelta = default_pg_timeout) ->
     store.set_timeout(timeout)
     store = fresh_store(store, rank, world_size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def leave_process_group() -> None:
+    """``destroy_process_group``, and give gloo's threads time to free the tensors of the last calls.
+
+    DTensor's caches keep these threads alive. A thread that frees the Python object of a tensor while Python shuts
+    down aborts the process, and torchrun reports a finished run as failed (pytorch/pytorch#179291).
+    """
+    dist.destroy_process_group()
+    time.sleep(0.1)  # releases the GIL, which the threads wait for
 
 
 def fresh_store(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
