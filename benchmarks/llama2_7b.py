@@ -1,11 +1,11 @@
-"""Peak memory of a LLaMA-2-7B run, from process start to exit, against the memory plan.
+"""Peak memory of runs of LLaMA-2-7B and 13B, from process start to exit, against the memory plan.
 
-    python benchmarks/llama2_7b.py [--size 7B] [--model /tmp/Llama-2-7b-hf] [--output benchmarks/llama2_7b.md]
+    python benchmarks/llama2_7b.py [--models /tmp] [--rows NAME ...] [--output benchmarks/llama2_7b.md]
 
-Each row is a complete `tune run` of configs/llama2/7B_owlore.yaml: load 13.5 GB from disk, score the layers, train
-three steps of 1 × 512 tokens over two draws, and save. If ``--model`` does not exist, random weights in the real
-layout are created there (random_checkpoint.py). Memory and time do not depend on the values of the weights. With
-``--size 13B``, the model is LLaMA-2-13B (26 GB on disk).
+Each row is a complete `tune run` of configs/llama2/7B_owlore.yaml or 13B_owlore.yaml: load 13.5 or 26 GB from disk,
+score the layers, train three steps of 1 × 512 tokens over two draws, and save. Random weights in the real layout are
+created below ``--models`` if they are not there (random_checkpoint.py). Memory and time do not depend on the values of
+the weights.
 """
 
 import json
@@ -29,13 +29,15 @@ RUN = [
 LISA = ["owlore.num_active_layers=2", "owlore.score=uniform", "optimizer.rank=null"]
 INT8 = ["owlore.frozen_weights=int8", "owlore.frozen_products=int8"]
 NF4 = ["owlore.frozen_weights=nf4"]
+GAMMA_2 = ["owlore.num_active_layers=2"]
 ROWS = {
-    "OwLore, γ=5, rank 128": [],
-    "OwLore, γ=5, rank 128, frozen layers in int8": INT8,
-    "OwLore, γ=5, rank 128, frozen layers in NF4": NF4,
-    "OwLore, γ=2, rank 128, frozen layers in NF4": [*NF4, "owlore.num_active_layers=2"],
-    "LISA, γ=2": LISA,
-    "LISA, γ=2, 8-bit moments": [*LISA, "optimizer.state_bits=8"],
+    "OwLore, γ=5, rank 128": ("7B", []),
+    "OwLore, γ=5, rank 128, frozen layers in int8": ("7B", INT8),
+    "OwLore, γ=5, rank 128, frozen layers in NF4": ("7B", NF4),
+    "OwLore, γ=2, rank 128, frozen layers in NF4": ("7B", [*NF4, *GAMMA_2]),
+    "LISA, γ=2": ("7B", LISA),
+    "LISA, γ=2, 8-bit moments": ("7B", [*LISA, "optimizer.state_bits=8"]),
+    "LLaMA-2-13B, OwLore, γ=2, rank 128, frozen layers in NF4": ("13B", [*NF4, *GAMMA_2]),
 }
 
 
@@ -53,19 +55,22 @@ def measure(size: str, overrides: list[str], model: Path) -> tuple[float, dict, 
         return peak, json.loads((run / "manifest.json").read_text()), read_records(run / "steps.jsonl")
 
 
-def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--size", default="7B", choices=("7B", "13B"))
-    arguments.add_argument("--model", type=Path, help="model directory; omitted: /tmp/Llama-2-7b-hf or -13b-hf")
-    arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="rows to run")
-    args = arguments.parse_args()
-    model = args.model or Path(f"/tmp/Llama-2-{args.size.lower()}-hf")
+def random_model(size: str, models: Path) -> Path:
+    """Return the directory of a model of this size. Create it if it does not exist."""
+    model = models / f"Llama-2-{size.lower()}-hf"
     if not (model / "config.json").is_file():
         script = Path(__file__).with_name("random_checkpoint.py")
-        config = f"--config=llama2/{args.size}_owlore"
-        subprocess.run([sys.executable, script, config, "--output", model], check=True)
+        subprocess.run([sys.executable, script, f"--config=llama2/{size}_owlore", "--output", model], check=True)
+    return model
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", type=Path, default=Path("/tmp"), help="directory of the models, 40 GB")
+    arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="rows to run")
+    args = arguments.parse_args()
     lines = [
-        f"# LLaMA-2-{args.size} on one machine",
+        "# LLaMA-2-7B and 13B on one machine",
         "",
         "Real shape in bfloat16, 1 × 512 tokens, activation checkpointing, embeddings and head frozen; load from disk, "
         f"score, 3 steps over 2 draws, save; {machine()}. Peak memory covers the whole process from start to "
@@ -79,7 +84,8 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in args.rows:
-        peak, manifest, steps = measure(args.size, ROWS[row], model)
+        size, overrides = ROWS[row]
+        peak, manifest, steps = measure(size, overrides, random_model(size, args.models))
         planned, measured = manifest["memory_bytes"].values()
         state = measured["moments"] + measured["bases"]
         expected = planned["total"] / 1e9
@@ -89,8 +95,7 @@ def main() -> None:
             f"| {row} | {peak:.2f} | {expected:.2f} | {peak / expected:.3f} "
             f"| {state / 1e9:.2f} | {seconds:.1f} | {loading:.0f} | {steps[-1]['redraw_seconds']:.1f} |"
         )
-        print(lines[-1], flush=True)
-    publish(lines, args.output)
+        publish(lines, args.output)  # after every row, because each takes minutes
 
 
 if __name__ == "__main__":

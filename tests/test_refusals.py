@@ -103,6 +103,7 @@ OVERRIDES = {
     "lr_scheduler.num_warmup_steps=abc": "num_warmup_steps='abc'",
     "metric_logger=torch.nn.Identity": "metric_logger",
     "metric_logger=torchtune.training.metric_logging.Disklogger": "Disklogger",
+    "metric_logger=torchtune.training.metric_logging.CometLogger": "pip install comet_ml",
     "checkpointer=torch.nn.Identity": "checkpointer",
     "collate_fn=null": "collate_fn=None; it must be str",
     "collate_fn=5": "collate_fn=5; it must be str",

@@ -5,6 +5,7 @@ import math
 import os
 from datetime import datetime
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ from owlore_tune.run.settings import TrainingSettings
 
 TRIED_STEPS = 10_000  # steps of the trial schedule; longer than any warm-up, to test the steps after it too
 LOGGER_METHODS = ("log_dict", "log_config", "close")
+LOGGER_PACKAGES = {
+    "CometLogger": "comet_ml", "MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandBLogger": "wandb",
+}  # fmt: skip
 RECOMPILE_LIMIT = 32  # graphs that all compiled layers share
 SCHEDULER_METHODS = ("step", "get_last_lr", "state_dict", "load_state_dict")
 
@@ -271,11 +275,15 @@ def build_active_layers(
 
 
 def check_late_components(settings: TrainingSettings) -> None:
-    """Raise ConfigError if the metric logger lacks a method, or the schedule fails.
+    """Raise ConfigError if the metric logger lacks a method or its package, or the schedule fails.
 
     Both are built after weights load.
     """
-    check_attributes("metric_logger", settings.cfg.metric_logger, LOGGER_METHODS)
+    logger = settings.cfg.metric_logger
+    check_attributes("metric_logger", logger, LOGGER_METHODS)
+    package = LOGGER_PACKAGES.get(logger._component_.rpartition(".")[2])
+    if package and find_spec(package) is None:
+        raise ConfigError(f"metric_logger={logger._component_}: {package} is not installed; `pip install {package}`")
     _check_lr_scheduler(settings)
 
 
