@@ -26,6 +26,29 @@ def test_a_directory_appears_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
 
 
+def test_files_and_folders_are_on_disk_before_the_name_is_and_the_name_before_the_end(tmp_path, monkeypatch):
+    """So also a machine that loses power has either all of a directory or nothing of that name."""
+    calls = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor):
+        calls.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def renamed(source, target):
+        assert {path.stat().st_ino for path in [source, *source.rglob("*")]} <= set(calls)
+        calls.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    with sealed_directory(tmp_path / "step_1", 10, RUN) as partial:
+        (partial / "optimizer").mkdir()
+        (partial / "optimizer" / "rank_0").write_text("state")
+        (partial / "config").write_text("{}")
+    assert calls == [tmp_path.stat().st_ino]
+
+
 def test_nothing_that_exists_is_replaced(tmp_path):
     write(tmp_path / "step_1")
     (tmp_path / "step_2").mkdir()
