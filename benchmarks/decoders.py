@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from evaluation import BATCH, NEW_TOKENS, arc, choices, mmlu, mmlu_of_one_subject, ours, seconds
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 
 from owlore_evals.generation import Prompts, generate
 from owlore_tune.models import hf_decoder
@@ -59,7 +59,7 @@ def main() -> None:
         "# Evaluation of a decoder of transformers",
         "",
         f"SmolLM2-135M, float32 on the CPU, the same requests in {args.rounds} interleaved rounds; {machine()}. "
-        "Command: `python benchmarks/decoders.py --data DIR`.",
+        f"Command: {command()}.",
         "",
         "| requests | documents | transformers' decoder, docs/s | torchtune's, docs/s | ratio | changed choices |",
         "|---|---|---|---|---|---|",

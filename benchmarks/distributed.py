@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 from safetensors.torch import load_file
 from tqdm import tqdm
 from tune_run import run_process
@@ -126,7 +126,7 @@ def main() -> None:
         "# Several ranks against one process",
         "",
         f"SmolLM2-135M, fp32 unless a row says otherwise, γ=2, gradients at rank 16, {ROWS_PER_FORWARD} × 128 tokens "
-        f"per forward over all ranks; {machine()}. Command: `python benchmarks/distributed.py`.",
+        f"per forward over all ranks; {machine()}. Command: {command()}.",
         "",
         "The 2-thread row compares one process with itself on 1 thread. It shows the effect of summation order in 20 "
         "draws at rank 128.",

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from methods import MODELS, RESAMPLE_EVERY, Model, Result, row_config, step_seconds
 from omegaconf import OmegaConf
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 from tqdm import tqdm
 from tune_run import run_process
 
@@ -66,7 +66,7 @@ def main() -> None:
         "",
         f"{args.model} on {args.ranks} ranks, MMLU dev packed {model.batch_size} × {model.seq_len} tokens per rank, "
         f"{model.dtype}, rank 128, LoRA on all Linears; {args.rounds} interleaved rounds of {args.steps} steps; "
-        f"{machine()}. Command: `python benchmarks/distributed_steps.py`; its docstring describes the columns.",
+        f"{machine()}. Command: {command()}; its docstring describes the columns.",
         "",
         "| run | mean step, s | median | tokens/s | peak memory per rank, GB | step / torchtune full "
         "| step / torchtune LoRA, r=16 |",

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from owlore_evals.generation import Prompts, generate
@@ -169,7 +169,7 @@ def main() -> None:
         "# Evaluation against `lm_eval --model hf`",
         "",
         f"SmolLM2-135M, float32 on the CPU, the same requests in {args.rounds} interleaved rounds; {machine()}. "
-        "Command: `python benchmarks/evaluation.py --data DIR`.",
+        f"Command: {command()}.",
         "",
         "| requests | documents | ours, docs/s | hf, docs/s | ratio | largest difference, nats | changed choices |",
         "|---|---|---|---|---|---|---|",

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 from omegaconf import OmegaConf
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -179,8 +178,7 @@ def main() -> None:
     lines = [
         f"# {args.runs} runs of a {args.model} model under SIG{args.signal}",
         "",
-        f"Frozen layers: {args.frozen}. Seed {args.seed}, up to 4 kills per run; {machine()}. Command: "
-        f"`python {shlex.join(sys.argv)}`.",
+        f"Frozen layers: {args.frozen}. Seed {args.seed}, up to 4 kills per run; {machine()}. Command: {command()}.",
         "",
         "| | |",
         "|---|---|",

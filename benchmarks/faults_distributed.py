@@ -20,7 +20,7 @@ from pathlib import Path
 
 from faults import config_for, weights
 from omegaconf import OmegaConf
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 
 from owlore_tune.run.directory import RunDirectory
 
@@ -119,7 +119,7 @@ def main() -> None:
         f"# Losing one of {args.ranks} ranks",
         "",
         f"A small model under SIGKILL to one rank, seed {args.seed}; dist_timeout_s={TIMEOUT}; {machine()}. The "
-        f"slowest rank exited {slowest:.1f} s after the kill. Command: `python benchmarks/faults_distributed.py`.",
+        f"slowest rank exited {slowest:.1f} s after the kill. Command: {command()}.",
         "",
         "| | |",
         "|---|---|",

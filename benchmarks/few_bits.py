@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 from tune_run import tune_run
 
 from owlore_tune.models.smollm2 import fetch
@@ -62,7 +62,7 @@ def main() -> None:
         "",
         f"SmolLM2-135M, {args.steps} steps of configs/smollm2/135M_owlore.yaml (γ=5, rank 128, a draw every 10 steps), "
         "one row each; "
-        f"losses are means over {WINDOW} steps; {machine()}. Command: `python benchmarks/few_bits.py`.",
+        f"losses are means over {WINDOW} steps; {machine()}. Command: {command()}.",
         "",
         "| optimizer state | MB | " + " | ".join(f"loss at {mark}" for mark in marks) + " | held-out loss after |",
         "|---|---" + "|---" * (len(marks) + 1) + "|",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 from tune_run import tune_run
 
 from owlore_tune.models.smollm2 import fetch
@@ -90,7 +90,7 @@ def main() -> None:
     lines = [
         "# Quantized frozen layers",
         "",
-        f"SmolLM2-135M, rank 128, the rest in float32; {machine()}. Command: `python benchmarks/frozen.py`.",
+        f"SmolLM2-135M, rank 128, the rest in float32; {machine()}. Command: {command()}.",
         "",
         *table_of_losses(rows, args.seeds),
     ]

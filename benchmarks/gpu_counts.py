@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from report import parser, publish
+from report import command, parser, publish
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,7 +132,7 @@ def main() -> None:
         "",
         "LLaMA-2-7B, bfloat16, 1 × 512 tokens, stochastic rounding. A micro-batch is its forward and backward with "
         "projections. An optimizer step includes the norm of the gradients, and reading it with the loss. Command: "
-        "`python benchmarks/gpu_counts.py`.",
+        f"{command()}.",
         "",
         "| run | kernels of a micro-batch | with a refresh | of a step | with compile=true | with a refresh "
         "| waits of a micro-batch | of a step | of a step with a refresh |",

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 from tune_run import tune_run
 
 from owlore_tune.data.builders import mmlu_dev_rows
@@ -74,7 +74,7 @@ def main() -> None:
         "",
         "Real shape in bfloat16, 1 × 512 tokens, activation checkpointing, embeddings and head frozen; load from disk, "
         f"score, 3 steps over 2 draws, save; {machine()}. Peak memory covers the whole process from start to "
-        "exit. Command: `python benchmarks/llama2_7b.py`.",
+        f"exit. Command: {command()}.",
         "",
         "The time of a step is the median without its draw. Loading includes scoring and quantizing. A redraw writes "
         "and reads layers, and quantizes those that stop training.",

@@ -9,7 +9,7 @@ measured by llama2_7b.py, on a CPU.
 from dataclasses import asdict
 from pathlib import Path
 
-from report import parser, publish
+from report import command, parser, publish
 
 from owlore_tune.config import load_config
 from owlore_tune.memory.plan import MemoryPlan
@@ -46,7 +46,7 @@ def main() -> None:
         "",
         f"bfloat16, 1 × {SEQ_LEN} tokens, activation checkpointing; embeddings and head frozen, except for full "
         "fine-tuning. Plans count torch's allocations. A card fits if the plan is at most "
-        f"{FREE_SHARE:.0%} of its memory. Command: `python benchmarks/memory_7b.py`.",
+        f"{FREE_SHARE:.0%} of its memory. Command: {command()}.",
         "",
         "| method | weights, GB | optimizer state, GB | total, GB | smallest card, GB |",
         "|---|---|---|---|---|",

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 from torchtune import config, training
 from tune_run import run_process, tune_run
 
@@ -372,7 +372,7 @@ def main() -> None:
         f"projected gradients, LoRA on all Linears; {args.rounds} round(s) of {args.steps} steps; {machine()}. The "
         "recipes are unmodified. The mean step includes basis refreshes of OwLore, one in ten steps, but not those of "
         f"GaLore, one in {GALORE_GAP} steps. "
-        f"Command: `python benchmarks/methods.py --model {args.model}`; its docstring describes the columns.",
+        f"Command: {command()}; its docstring describes the columns.",
         "",
         *table(results),
     ]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 
 from owlore_tune.optim.projection import range_finder, svd_basis
 
@@ -46,7 +46,7 @@ def main() -> None:
         "# Time of a basis refresh",
         "",
         f"{SIZE} × {SIZE}, rank {RANK}, float32, median of {ROUNDS} interleaved rounds; {machine()}. "
-        "Command: `python benchmarks/refresh.py`.",
+        f"Command: {command()}.",
         "",
         "| method | median, s | speedup over svd | captured energy / optimum |",
         "|---|---|---|---|",

@@ -3,6 +3,8 @@
 import argparse
 import os
 import platform
+import shlex
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -17,6 +19,21 @@ def machine() -> str:
         f"{os.cpu_count()} cores ({platform.machine()}){gpu}; torch {torch.__version__.split('+')[0]}, "
         f"torchtune {torchtune.__version__.split('+')[0]}; {date.today()}"
     )
+
+
+def command() -> str:
+    """Return the command of this process as Markdown, without output files and with DIR for directories of the user."""
+    words = [f"benchmarks/{Path(sys.argv[0]).name}"]
+    arguments = iter(sys.argv[1:])
+    for word in arguments:
+        if word in ("--output", "--picture"):
+            next(arguments)
+        else:
+            words.append(word)
+            if word in ("--data", "--models"):
+                words.append("DIR")
+                next(arguments)
+    return f"`python {shlex.join(words)}`"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

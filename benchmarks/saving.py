@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 from safetensors.torch import save_file
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
@@ -73,7 +73,7 @@ def main() -> None:
         "",
         f"SmolLM2-135M, γ=2, rank 128, float32 on the CPU, {num_bytes / 1e6:.0f} MB per checkpoint; "
         f"{NUM_SAVES} saves; {machine()}. "
-        "Command: `python benchmarks/saving.py`.",
+        f"Command: {command()}.",
         "",
         "| | |",
         "|---|---|",

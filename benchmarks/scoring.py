@@ -9,7 +9,7 @@ import statistics
 import time
 
 import torch
-from report import machine, parser, publish
+from report import command, machine, parser, publish
 from torchtune.data import padded_collate_packed
 
 from owlore_tune.checkpoints.hf import HFCheckpointer
@@ -52,7 +52,7 @@ def main() -> None:
         "# Time to score SmolLM2's layers",
         "",
         f"{NUM_BATCHES} batches of 2 × 512 tokens, float32, {ROUNDS} interleaved rounds; {machine()}. "
-        "Command: `python benchmarks/scoring.py`.",
+        f"Command: {command()}.",
         "",
         "| | median, s |",
         "|---|---|",
