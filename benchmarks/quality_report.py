@@ -33,10 +33,14 @@ from owlore_evals.jsonl import read_lines
 from owlore_tune.run.plots import BLUE, ORANGE
 
 Row = dict[str, Any]
+WITH_DEFAULT_K = f"{DEFAULT}, K=50"  # the package's default K; a method of its own in tables and picture
+NAMES = [*METHODS]
+NAMES.insert(NAMES.index(DEFAULT) + 1, WITH_DEFAULT_K)
 # Rows of methods.md whose step time and memory are those of a method here.
 MEASURED_AS = {
     "galore-torch, r=128": "galore-torch",
-    "OwLore, γ=5, r=128": "OwLore, γ=5",
+    DEFAULT: "OwLore, γ=5",
+    WITH_DEFAULT_K: "OwLore, γ=5",
     "OwLore, γ=2, r=128": "OwLore, γ=2",
     "OwLore, γ=5, r=128, int8": "OwLore, γ=5, int8",
     "OwLore, γ=2, r=128, int8": "OwLore, γ=2, int8",
@@ -59,7 +63,7 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
         measured: rows of methods.md by name, see `read_table`.
     """
     finals = [row for row in rows if row.get("steps") == STEPS]
-    methods = [row for row in finals if not row["changes"]]
+    methods = _methods(finals)
     changed = [row for row in finals if row["changes"]] + [row for row in methods if row["method"] == DEFAULT]
     lines = [
         "# Accuracy of OwLore and other methods",
@@ -69,7 +73,8 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
         "deviation over seeds. For differences, it is the standard error over seeds. For correct answers, it is the "
         "standard error of the share; all runs answer the same 242 problems. Answers of full fine-tuning and LoRA with "
         "seed 0 were decoded in float32. Step time and peak memory are from "
-        "[methods.md](methods.md), with 2 × 512 tokens per step and float32 products. Command: "
+        "[methods.md](methods.md), with 2 × 512 tokens per step, float32 products and K=10. OwLore has "
+        f"K={RESAMPLE_EVERY} unless a row names another K. Command: "
         "`make quality DATA=DIR`. The docstring of [quality.py](quality.py) describes the method, and "
         f"[quality.jsonl](quality.jsonl) has all {len(rows)} runs.",
     ]
@@ -87,6 +92,14 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
             lines += _section(f"{title}: {DEFAULT}", _table(found, _SUMMARY | difference))
     lines += _section("Tuning of learning rates: held-out loss, and the best one in bold", _tuning_table(rows))
     return lines
+
+
+def _methods(finals: list[Row]) -> list[Row]:
+    """Final runs with the settings of their method, and those of DEFAULT with the package's K as another method."""
+    with_default_k = [row for row in finals if row["changes"] == CHOICES["K=50"]]
+    return [row for row in finals if not row["changes"]] + [
+        row | {"method": WITH_DEFAULT_K, "changes": {}} for row in with_default_k
+    ]
 
 
 def _on(rows: Iterable[Row], data: str) -> list[Row]:
@@ -150,7 +163,7 @@ def _table(groups: dict[str, list[Row]], columns: dict[str, Callable[[list[Row]]
 
 
 def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    return {name: [row for row in rows if row["method"] == name] for name in ("before", *METHODS)}
+    return {name: [row for row in rows if row["method"] == name] for name in ("before", *NAMES)}
 
 
 def _methods_table(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
@@ -220,7 +233,7 @@ def pareto(points: dict[str, tuple[float, float]]) -> list[str]:
 
 def draw(rows: list[Row], measured: dict[str, dict[str, str]]) -> Figure | None:
     """Held-out loss against step time and against peak memory. None while there are no final runs."""
-    finals = [row for row in _on((r for r in rows if r.get("steps") == STEPS), "math") if not row["changes"]]
+    finals = _on(_methods([row for row in rows if row.get("steps") == STEPS]), "math")
     losses = {name: statistics.fmean(map(mean_loss, found)) for name, found in _by_method(finals).items() if found}
     known = [name for name in losses if measured_name(name) in measured]
     if not known:
@@ -230,7 +243,7 @@ def draw(rows: list[Row], measured: dict[str, dict[str, str]]) -> Figure | None:
         points = {name: (float(measured[measured_name(name)][column]), losses[name]) for name in known}
         front = pareto(points)
         axes.plot(*zip(*(points[name] for name in front), strict=True), "--", color="gray", label="Pareto front")
-        for (name, point), marker in zip(points.items(), itertools.cycle("os^DvPX*<>"), strict=False):
+        for (name, point), marker in zip(points.items(), itertools.cycle("os^DvPX*<>h"), strict=False):
             axes.plot(*point, marker, color=ORANGE if name.startswith("OwLore") else BLUE, label=name)
         axes.set_xlabel(column)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
