@@ -134,8 +134,8 @@ def main() -> None:
         "projections. An optimizer step includes the norm of the gradients, and reading it with the loss. Command: "
         f"{command()}.",
         "",
-        "| run | kernels of a micro-batch | with a refresh | of a step | with compile=true | with a refresh "
-        "| waits of a micro-batch | of a step | of a step with a refresh |",
+        "| run | kernels of a micro-batch | of a micro-batch with a refresh | of a step | of a step with compile=true "
+        "| of such a step with a refresh | waits of a micro-batch | of a step | of a step with a refresh |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (num_active, options) in ROWS.items():

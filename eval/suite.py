@@ -22,7 +22,7 @@ SUITE: dict[str, Any] = {
     "data_root": None,  # directory with copies of hub datasets
     "num_fewshot": None,  # None: each task's default
     "limit": None,  # documents per task
-    "apply_chat_template": None,  # None: as in training, if the model has a template
+    "apply_chat_template": None,  # None: if the model has a template and tokenizer.chat_template is not plain
     "fewshot_as_multiturn": True,
     "data_dir": None,  # MT-Bench: FastChat's files
     "max_new_tokens": 1024,  # MT-Bench

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]  # docs/ first, for the trial run's model
 PROGRAMS = ("make", "tune", "owlore", "python", "pip", "git", "hf", "export", "tensorboard")
 
+PLAN_COMMAND = "owlore memory --config llama2/7B_owlore --seq-len 512 gradient_accumulation_steps=1"
 # Commands that cannot run here, and the reason or the check that replaces them.
 NOT_RUN = {
     "pip install .": "test_wheel.py installs the wheel",
@@ -106,6 +107,13 @@ def run(command: str, place: Path) -> subprocess.CompletedProcess:
     return result
 
 
+def planned(text: str) -> list[str]:
+    """The table of ``owlore memory`` in ``text``, without the lines that depend on the installed packages."""
+    lines = [line.strip() for line in text.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("GB   "))
+    return [line for line in lines[start : start + 10] if not line.startswith(("framework", "allocator", "total"))]
+
+
 def is_run(command: str) -> bool:
     return not any(command.startswith(prefix) for prefix in NOT_RUN)
 
@@ -130,7 +138,9 @@ def test_a_command_of_the_docs_runs(command, place):
         command += " output_dir=runs/resumed"
     elif "tune run owlore_full_finetune" in command and "output_dir=" not in command:
         command += f" output_dir=runs/{abs(hash(command))}"
-    run(shortened(command), place)
+    printed = run(shortened(command), place).stdout
+    if command == PLAN_COMMAND:
+        assert planned(printed) == planned((ROOT / "docs" / "memory.md").read_text())
     if "--nproc_per_node 2 owlore_full_finetune --config smollm2" in command:  # its page resumes a step of a longer run
         (place / "runs" / "smollm2_owlore" / "step_40").symlink_to("step_1")
 
