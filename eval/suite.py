@@ -87,12 +87,15 @@ class Suite:
             raise ConfigError(
                 f"max_new_tokens={self.cfg.max_new_tokens} leaves no room in {length} tokens for a prompt"
             )
-        for task in leaf_tasks(self._tasks):
-            if task.OUTPUT_TYPE == "generate_until":
-                try:
-                    generation_options(task.config.generation_kwargs, length, defaults=defaults)
-                except ValueError as error:
-                    raise ConfigError(f"tasks: {task.task_name}: {error}") from error
+        tasks = [task for task in leaf_tasks(self._tasks) if task.OUTPUT_TYPE == "generate_until"]
+        options = {task.task_name: task.config.generation_kwargs for task in tasks}
+        if self._mt_bench is not None:
+            options[MT_BENCH] = {"do_sample": True, "max_gen_toks": self.cfg.max_new_tokens}
+        for name, kwargs in options.items():
+            try:
+                generation_options(kwargs, length, defaults=defaults)
+            except ValueError as error:
+                raise ConfigError(f"tasks: {name}: {error}") from error
 
     def run_tasks(
         self, lm: LM, model_id: str, directory: Path, *, use_cache: bool = False, log_samples: bool = True

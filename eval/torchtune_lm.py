@@ -321,10 +321,11 @@ def generation_options(
     elif not gen_kwargs.get("temperature"):
         given.pop("temperature", None)
     options = _SAMPLING | (defaults or {}) | given
+    greedy = options["temperature"] == 0  # and top_k and top_p have no effect
     valid = {
         "temperature": options["temperature"] >= 0,
-        "top_k": isinstance(options["top_k"], int) and options["top_k"] >= 0,
-        "top_p": 0 < options["top_p"] <= 1,
+        "top_k": greedy or (isinstance(options["top_k"], int) and options["top_k"] >= 0),
+        "top_p": greedy or 0 < options["top_p"] <= 1,
         "repetition_penalty": options["repetition_penalty"] > 0,
     }
     if wrong := [f"{name}={options[name]}" for name, is_valid in valid.items() if not is_valid]:

@@ -20,7 +20,7 @@ from owlore_evals.suite import SUITE, Suite, build_lm, check_suite
 from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.config import build, build_ours, check_config, check_type, device_and_dtype, plain
 from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.distributed.launch import join_process_group, leave_process_group
+from owlore_tune.distributed.launch import join_process_group, let_gloo_finish
 from owlore_tune.errors import ConfigError
 from owlore_tune.memory.measure import peak_memory_bytes
 from owlore_tune.models.decoder import find_layers
@@ -166,7 +166,8 @@ def recipe_main(cfg: DictConfig) -> None:
         recipe.cleanup()
     # Not after an error: the failed rank exits, and torchrun then stops the ranks that wait for it.
     if dist.is_initialized():
-        leave_process_group()
+        dist.destroy_process_group()
+        let_gloo_finish()
 
 
 if __name__ == "__main__":

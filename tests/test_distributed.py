@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from owlore_tune.distributed.fsdp import shard_model
-from owlore_tune.distributed.launch import leave_process_group
+from owlore_tune.distributed.launch import let_gloo_finish
 from owlore_tune.distributed.world import current_world, shard_like
 from owlore_tune.errors import ConfigError
 from owlore_tune.optim.adamw import OwLoreAdamW
@@ -593,7 +593,7 @@ def test_smollm2_on_two_ranks_trains_as_in_one_process(smollm2_dir, tmp_path):
     assert furthest({"output_dir": tmp_path / "one"}, {"output_dir": tmp_path / "two"}) < 5e-6
 
 
-def test_gloo_has_freed_the_tensors_of_a_group_that_is_left():
+def test_gloo_has_freed_its_tensors_before_python_shuts_down():
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD  # as DTensor's caches do
     interval = sys.getswitchinterval()
@@ -605,7 +605,8 @@ def test_gloo_has_freed_the_tensors_of_a_group_that_is_left():
         del tensor
         ctypes.PyDLL(None).usleep(50_000)  # in which the thread is done, but for the GIL
         assert freed() is not None
-        leave_process_group()
+        let_gloo_finish()
         assert freed() is None
     finally:
         sys.setswitchinterval(interval)
+        dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import time
@@ -241,6 +242,19 @@ def test_mt_bench_through_the_recipe(tiny_dir, data_dir, tmp_path, monkeypatch, 
     assert {"mmlu_dev", "mt_bench", "mt_bench_math"} <= set(results)
     assert (tmp_path / "run" / "mt_bench.png").exists()
     assert KEY not in "".join(f.read_text(errors="ignore") for f in (tmp_path / "run").rglob("*") if f.is_file())
+
+
+def test_a_model_with_unusable_sampling_is_refused_before_weights_load(tiny_dir, data_dir, tmp_path, monkeypatch):
+    monkeypatch.delattr(HFCheckpointer, "load_checkpoint")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_dir, model)
+    (model / "generation_config.json").write_text('{"top_k": -1}')
+    config = OmegaConf.to_container(load_config("eval/mt_bench"), resolve=False)
+    config |= {"output_dir": str(tmp_path / "run"), "model": dict(TINY_MODEL), "device": "cpu", "max_new_tokens": 6}
+    config |= {"data_dir": str(data_dir), "apply_chat_template": True, "judge": None}
+    config["checkpointer"] |= {"checkpoint_dir": str(model), "model_type": "LLAMA2"}
+    with pytest.raises(ConfigError, match="tasks: mt_bench: generation with top_k=-1; it is out of range"):
+        OwLoreEvalRecipe(OmegaConf.create(config)).setup()
 
 
 def test_repeats_give_a_median_and_a_spread(bench, lm, tmp_path):

@@ -291,6 +291,9 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     "chat template divides by zero": (
         lambda: with_json("model/tokenizer_config.json", chat_template="{{ 1/0 }}"), "row 0: the chat template rejects"
     ),
+    "chat template has an unknown tag": (
+        lambda: with_json("model/tokenizer_config.json", chat_template="{% nope %}"), "cannot be read: Encountered"
+    ),
     "generation_config.json names no token": (
         lambda: with_json("model/generation_config.json", eos_token_id="x"), "eos_token_id 'x' is not a token id"
     ),

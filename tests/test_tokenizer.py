@@ -164,6 +164,41 @@ def test_a_template_with_thinking_modes_asks_for_no_reasoning(tmp_path):
     assert tokenizer.decode(trained, skip_special_tokens=False) == "the fox<|end|>"
 
 
+THINKING = (
+    "{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' and not enable_thinking %}"
+    "(no thought){% endif %}{{ message.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+    "{% if not enable_thinking %}(no thought){% endif %}{% endif %}"
+)
+
+
+def test_reasoning_in_answers_needs_the_thinking_mode(tmp_path):
+    save_tokenizer(tmp_path)
+    change_config(tmp_path, chat_template=THINKING)
+    conversation = messages([("user", "Is it so?"), ("assistant", "<think>the fox</think> it is")])
+    without, thinking = (HFChatTokenizer(str(tmp_path), enable_thinking=mode) for mode in (False, True))
+    with pytest.raises(ValueError, match=r"reasoning block \(<think>\).*tokenizer\.enable_thinking=true"):
+        without.tokenize_messages(conversation)
+    tokens, mask = thinking.tokenize_messages(conversation)
+    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
+    assert thinking.decode(trained, skip_special_tokens=False) == "<think>the fox</think> it is<|end|>"
+    assert without.digest() != thinking.digest() and without.digests() != thinking.digests()
+    with pytest.raises(ValueError, match="tokenizer.enable_thinking=yes; it must be true or false"):
+        HFChatTokenizer(str(tmp_path), enable_thinking="yes")
+
+
+def test_marks_around_the_assistants_words_change_nothing(tmp_path):
+    """SmolLM3's template has them."""
+    save_tokenizer(tmp_path)
+    plain = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    marked = plain.replace("{{ m.content }}<|end|>", "{% generation %}{{ m.content }}<|end|>{% endgeneration %}")
+    assert marked != plain
+    rendered = []
+    for template in (plain, marked):
+        change_config(tmp_path, chat_template=template + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+        rendered.append(HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0])))
+    assert rendered[0] == rendered[1]
+
+
 def test_an_unknown_chat_template_is_refused(tiny_dir):
     with pytest.raises(ValueError, match="tokenizer.chat_template=llama; choose one of model, plain"):
         HFChatTokenizer(str(tiny_dir), chat_template="llama")

@@ -25,6 +25,7 @@ from owlore_evals.shared_prefix import make_rows
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
 from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.models.decoder import cached_values
 from owlore_tune.models.gemma2 import gemma2
 from owlore_tune.models.hf import hf_decoder
 from owlore_tune.models.smollm2 import smollm2_135m
@@ -300,6 +301,16 @@ def test_key_value_caches_that_do_not_fit_halve_the_batch(tiny, monkeypatch):
     assert not ours._model.caches_are_setup()
 
 
+@pytest.mark.parametrize("family", [llama3_2, gemma2])
+def test_the_counted_cache_is_the_one_that_generation_allocates(family):
+    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "intermediate_dim": 48}
+    head = {"head_dim": 8} if family is gemma2 else {}
+    model = family(vocab_size=100, max_seq_len=16, **shape, **head)
+    model.setup_caches(batch_size=1, dtype=torch.float32, decoder_max_seq_len=1)
+    allocated = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(("k_cache", "v_cache")))
+    assert allocated == cached_values(model)
+
+
 def test_batches_follow_the_free_memory_of_a_gpu():
     with torch.device("meta"), training.set_default_dtype(torch.bfloat16):
         model = llama3_2(vocab_size=100, num_layers=4, num_heads=8, num_kv_heads=2, embed_dim=512, max_seq_len=64)
@@ -351,6 +362,8 @@ def test_generation_options():
     for bad in ({"top_k": -1}, {"top_p": 0.0}, {"repetition_penalty": 0.0}, {"temperature": -1.0}):
         with pytest.raises(ValueError, match=rf"generation with {next(iter(bad))}=.*; it is out of range"):
             generation_options({"do_sample": True, **bad}, 99, 9)
+    greedy = generation_options({"until": []}, 99, 9, {"top_k": -1, "top_p": 0.0})  # which have no effect
+    assert greedy["temperature"] == 0.0
     with pytest.raises(ValueError, match=r"generation with min_p=0\.1 is not supported"):
         generation_options({"do_sample": True, "temperature": 1.0, "min_p": 0.1}, 99, 9)
 

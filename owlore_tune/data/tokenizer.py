@@ -7,8 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from torchtune.data import Message
@@ -42,13 +44,20 @@ class HFChatTokenizer:
         max_seq_len: cut longer token lists to this length; null for no limit.
         chat_template: ``model`` for instruct models: the directory's template. ``plain`` for base models: BOS if the
             model's tokenizer adds it, the prompt, its answer and EOS.
+        enable_thinking: passed to the chat template. For data or evaluations with reasoning blocks.
 
     Raises:
         ValueError: if the directory lacks ``tokenizer.json``, a file cannot be read, ``max_seq_len`` is not positive,
             ``chat_template`` is unknown, or a special token in the config is not in the vocabulary.
     """
 
-    def __init__(self, path: str, max_seq_len: int | None = None, chat_template: str = "model") -> None:
+    def __init__(
+        self,
+        path: str,
+        max_seq_len: int | None = None,
+        chat_template: str = "model",
+        enable_thinking: bool = False,
+    ) -> None:
         directory = Path(str(path)).expanduser()
         file = directory / "tokenizer.json"
         if not file.is_file():
@@ -61,7 +70,10 @@ class HFChatTokenizer:
             raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be at least 1, or null for no limit")
         if chat_template not in CHAT_TEMPLATES:
             raise ValueError(f"tokenizer.chat_template={chat_template}; choose one of {', '.join(CHAT_TEMPLATES)}")
+        if not isinstance(enable_thinking, bool):
+            raise ValueError(f"tokenizer.enable_thinking={enable_thinking}; it must be true or false")
         self.max_seq_len = max_seq_len
+        self.enable_thinking = enable_thinking
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises no narrower type
@@ -81,7 +93,7 @@ class HFChatTokenizer:
         # Jinja source; None if there is none
         self.chat_template = _chat_template(directory, self._config) if chat_template == "model" else self._plain()
         self.is_chat = chat_template == "model" and self.chat_template is not None
-        self._template: Any = None
+        self._template = None if self.chat_template is None else _compile_template(self.chat_template)
         self.now = datetime.now()  # for templates that print the date; a resumed run keeps its start date
 
     def _plain(self) -> str:
@@ -112,8 +124,8 @@ class HFChatTokenizer:
         return list(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *more]))
 
     def digest(self) -> str:
-        """A digest of vocabulary, merges, added tokens and chat template."""
-        content = self._tokenizer.to_str() + str(self.chat_template)
+        """A digest of vocabulary, merges, added tokens, chat template and its thinking mode."""
+        content = self._tokenizer.to_str() + self._prompt_format()
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def digests(self) -> dict[str, str]:
@@ -121,9 +133,12 @@ class HFChatTokenizer:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special = [[self._special_token(name) for name in names], self.adds_bos, self.pad_id, self.stop_tokens]
         contents = {
-            "tokenizer": self._tokenizer.to_str() + json.dumps(special), "chat template": str(self.chat_template)
+            "tokenizer": self._tokenizer.to_str() + json.dumps(special), "chat template": self._prompt_format()
         }  # fmt: skip
         return {name: hashlib.sha256(content.encode()).hexdigest()[:16] for name, content in contents.items()}
+
+    def _prompt_format(self) -> str:
+        return f"{self.chat_template} enable_thinking={self.enable_thinking}"
 
     def _special_id(self, key: str) -> int | None:
         token = self._special_token(key)
@@ -158,14 +173,15 @@ class HFChatTokenizer:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special = {name: self._special_token(name) for name in names if self._special_token(name) is not None}
         if self._template is None:
-            self._template = _compile_template(self.chat_template)
+            raise ValueError(
+                "this model has no chat template; set tokenizer.chat_template=plain, or use an instruct model"
+            )
         self._template.environment.globals["strftime_now"] = self.now.strftime
         try:
             return self._template.render(
                 messages=turns,
                 add_generation_prompt=add_generation_prompt,
-                # Answers in our data have no reasoning block, so a template with thinking modes must not ask for one.
-                enable_thinking=False,
+                enable_thinking=self.enable_thinking,
                 **special,
             )
         except Exception as error:  # a template is a program and can raise anything
@@ -197,6 +213,7 @@ class HFChatTokenizer:
         for i, message in enumerate(messages):
             if message.role != "assistant" or message.masked:
                 continue
+            self._check_thinking(message.text_content)
             prompt = self.render(messages[:i], add_generation_prompt=True)
             turn = self.render(messages[: i + 1])
             if not (turn.startswith(prompt) and text.startswith(turn)):
@@ -206,6 +223,14 @@ class HFChatTokenizer:
                 )
             spans.append((len(prompt), len(prompt) + self._answer_length(turn[len(prompt) :])))
         return spans
+
+    def _check_thinking(self, answer: str) -> None:
+        """Refuse reasoning in answers if the template puts an empty block, or an instruction not to reason, before."""
+        if not self.enable_thinking and "enable_thinking" in str(self.chat_template) and "<think>" in answer:
+            raise ValueError(
+                "the answer has a reasoning block (<think>), but the chat template is used without its thinking mode; "
+                "set tokenizer.enable_thinking=true"
+            )
 
     def _answer_length(self, answer: str) -> int:
         # Whitespace after the token that ends the turn belongs to the template's layout, not to the answer.
@@ -240,15 +265,23 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def _compile_template(source: str | None):
-    if source is None:
-        raise ValueError("this model has no chat template; set tokenizer.chat_template=plain, or use an instruct model")
+class _Generation(Extension):
+    """``{% generation %}``: templates mark the assistant's words with it. They are rendered as without it."""
 
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _compile_template(source: str) -> Template:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     # The settings and helpers that chat templates expect.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    extensions = [loopcontrols, _Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     try:

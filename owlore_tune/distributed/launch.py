@@ -64,8 +64,10 @@ def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = Fa
             f"({str(error).splitlines()[0]}). Checkpoints are intact; resume from the newest with "
             "resume_from_checkpoint=true"
         ) from error
-    # Skipped after an error, because the others might never reach this call.
-    leave_process_group()
+    else:  # not after an error, because the others might never reach this call
+        dist.destroy_process_group()
+    finally:
+        let_gloo_finish()
 
 
 def join_process_group(backend: str, timeout: timedelta = default_pg_timeout) -> None:
@@ -83,13 +85,12 @@ def join_process_group(backend: str, timeout: timedelta = default_pg_timeout) ->
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def leave_process_group() -> None:
-    """``destroy_process_group``, and give gloo's threads time to free the tensors of the last calls.
+def let_gloo_finish() -> None:
+    """Give gloo's threads time to free the tensors of the last calls.
 
-    DTensor's caches keep these threads alive. A thread that frees the Python object of a tensor while Python shuts
-    down aborts the process, and torchrun reports a finished run as failed (pytorch/pytorch#179291).
+    The threads live as long as DTensor's caches. If one frees the Python object of a tensor while Python shuts down, it
+    aborts the process, and torchrun reports a finished run as failed (pytorch/pytorch#179291).
     """
-    dist.destroy_process_group()
     time.sleep(0.1)  # releases the GIL, which the threads wait for
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
+from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import TransformerDecoder
 
 from owlore_tune.models.hf import HFDecoder, part_names
@@ -104,7 +105,9 @@ def cached_values(model: Decoder) -> int:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * heads * width * len(model.layers)
     attention: list[Any] = [layer.attn for layer in model.layers]
-    return sum(2 * attn.num_kv_heads * attn.head_dim for attn in attention)
+    # torchtune's attention of Gemma 2 caches keys and values of every head.
+    heads = [a.num_heads if isinstance(a, Gemma2Attention) else a.num_kv_heads for a in attention]
+    return sum(2 * num * attn.head_dim for num, attn in zip(heads, attention, strict=True))
 
 
 def init_rope(model: nn.Module) -> None:
