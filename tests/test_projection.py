@@ -55,6 +55,18 @@ def test_a_zero_gradient_has_no_basis():
     assert svd_basis(torch.zeros(30, 20), 5)[1].isnan()
 
 
+def test_eigenvalues_that_do_not_converge_count_as_no_basis(monkeypatch):
+    """The optimizer then keeps its old basis (`energy` is NaN). GaLore's SVD ends the run."""
+
+    def fail(gram):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    basis, share = range_finder(torch.randn(32, 24), 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(basis.T @ basis, torch.eye(4), atol=1e-5, rtol=0)
+    assert share.isnan()
+
+
 def test_rank_deficient_gradient_is_captured_whole():
     torch.manual_seed(0)
     grad = torch.randn(30, 2) @ torch.randn(2, 20)
