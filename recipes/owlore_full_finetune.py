@@ -225,7 +225,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 started = time.perf_counter()
                 with self._clock("redraw"):
                     if (active := self._active_layers.maybe_redraw(progress.step)) is not None:
-                        self._report.draw(progress.step, active, self._active_layers.num_trainable())
+                        trainable, last_moved = self._active_layers.num_trainable(), self._active_layers.last_moved
+                        self._report.draw(progress.step, active, trainable, last_moved)
                 with self._clock("data"):
                     micro_batches = self._data.micro_batches()
                 metrics, refreshes = self._train_step(micro_batches, started)
@@ -369,7 +370,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _finish(self) -> None:
         """Measure the final held-out loss, and write the last manifest, pictures and a summary."""
-        self._report.close_draw()
+        self._report.close_draw(self._active_layers.moved())
         self._validate("after")
         if self._held_out is None and (skipped := self._progress.skipped_in_a_row):
             raise DivergedError(

@@ -75,6 +75,25 @@ def test_four_micro_batches_of_one_equal_one_of_four(tokens, rank, max_norm):
     assert_equal_weights(*models, atol=1e-7)  # torchtune's RMSNorm always computes in float32
 
 
+def test_layers_whose_weights_changed_are_known_until_the_next_draw(tokens):
+    model = tiny_llama()
+    _, active = setup(model, every=3)
+    one, other = active.maybe_redraw(0)
+    assert active.last_moved == [] and active.moved() == []
+    with torch.no_grad():
+        model.layers[one].mlp.w1.weight[0, 0] += 1e-3
+    assert active.moved() == [one]
+    _, resumed = setup(model, every=3, seed=1)
+    resumed.load_state_dict(active.state_dict())
+    assert resumed.moved() == [one]
+    with torch.no_grad():
+        model.layers[other].sa_norm.scale[0] += 1e-3
+    assert active.maybe_redraw(2) is None
+    for layers in (active, resumed):
+        assert layers.maybe_redraw(3) is not None
+        assert layers.last_moved == [one, other] and layers.moved() == []
+
+
 def test_hooks_leave_no_full_gradient_of_a_projected_weight(tokens):
     model = tiny_llama()
     optimizer, active = setup(model)

@@ -37,6 +37,7 @@ def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
     assert changed_by_draw(tiny_config) == [(draw["active"], []) for draw in manifest["draws"]]
     for draw in manifest["draws"]:
         assert len(draw["active"]) == 2
+        assert draw["moved"] == draw["active"]
         assert 0 < draw["captured_energy"] <= 1
         assert draw["refresh_seconds"] > 0
     assert [json.loads(line) for line in (run / "draws.jsonl").read_text().splitlines()] == manifest["draws"]
@@ -183,6 +184,12 @@ def test_a_score_file_of_this_model_is_used(tiny_config):
     other = variant(tiny_config, "reused", owlore__scores_file=str(file))
     recipe = finetune(other)
     assert all(draw["active"] == [1, 3] for draw in recipe._report.records.draws)
+
+
+def test_a_draw_that_changes_nothing_is_reported(tiny_config, caplog):
+    recipe = finetune(variant(tiny_config, "still", optimizer__lr=0.0))
+    assert all(draw["moved"] == [] for draw in recipe._report.records.draws)
+    assert "did not change in the draw of step 0: its steps were skipped, or the updates were 0" in caplog.text
 
 
 def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.distributed.world import ALONE, World, local
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.models.decoder import model_parts
 from owlore_tune.optim.adamw import INACTIVE_STATES, OwLoreAdamW
@@ -46,6 +46,7 @@ class ActiveLayers:
     Attributes:
         active: the active layers, ascending.
         drawn_at: the step of the last draw.
+        last_moved: the layers of the draw before whose weights changed while they were active.
         is_changing: whether a draw is not complete. A checkpoint would then not be consistent.
 
     Raises:
@@ -79,7 +80,10 @@ class ActiveLayers:
         self._hooks: dict[int, list[torch.utils.hooks.RemovableHandle]] = {}
         self.active: list[int] = []
         self.drawn_at: int | None = None
+        self.last_moved: list[int] = []
         self.is_changing = False
+        self._sums: dict[int, torch.Tensor] = {}  # of the weights of each active layer, when it was drawn
+        self._moved: set[int] = set()  # active layers known to have changed
 
         self._layers = [list(layer.values()) for layer in model_parts(model).layers]
         trained = {p for group in optimizer.param_groups for p in group["params"]}
@@ -99,6 +103,7 @@ class ActiveLayers:
         """
         if self.drawn_at is not None and step - self.drawn_at < self._resample_every:
             return None
+        self.last_moved = self.moved()
         before = self._sampler.state_dict()
         layers = self._world.share(self._sampler.draw())
         try:
@@ -109,12 +114,30 @@ class ActiveLayers:
             raise
         self.is_changing = True  # stays so after an error, since some layers may have changed
         self._set_active(layers)
+        self._moved, self._sums = set(), self._sum_weights()
         self.drawn_at, self.is_changing = step, False
         return self.active
+
+    def moved(self) -> list[int]:
+        """The active layers whose weights have changed since the draw. All processes must call this together."""
+        if self._sums:
+            now = self._sum_weights()
+            changed = torch.stack([now[index] != self._sums[index] for index in self.active]).tolist()
+            here = {index for index, has_changed in zip(self.active, changed, strict=True) if has_changed}
+            self._moved.update(*self._world.gather(here))
+        return sorted(self._moved)
 
     def num_trainable(self) -> int:
         """Number of trainable parameters, in active layers and outside the layers."""
         return sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def _sum_weights(self) -> dict[int, torch.Tensor]:
+        """For each active layer, the float64 sum of this process's part of its weights. A change is seen in it."""
+        return {
+            index: torch.stack([local(weight).sum(dtype=torch.float64) for weight in self._layers[index]]).sum()
+            for index in self.active
+        }
 
     def _set_active(self, layers: list[int]) -> None:
         for index in set(self.active) - set(layers):
@@ -145,10 +168,16 @@ class ActiveLayers:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"active": self.active, "drawn_at": self.drawn_at, "sampler": self._sampler.state_dict()}
+        return {
+            "active": self.active,
+            "drawn_at": self.drawn_at,
+            "moved": self.moved(),
+            "sampler": self._sampler.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the schedule. Load the optimizer's state after this, because switching layers can drop state."""
         self._sampler.load_state_dict(state_dict["sampler"])
         self._set_active(list(state_dict["active"]))
+        self._moved, self._sums = set(state_dict["moved"]), self._sum_weights()
         self.drawn_at = state_dict["drawn_at"]

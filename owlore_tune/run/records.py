@@ -28,7 +28,8 @@ class Records:
     Attributes:
         steps: measurements of each optimizer step by name, with ``step`` from 1.
         draws: for each draw, the ``step`` it was made at, the layers ``active``, the number of ``trainable``
-            parameters, and the seconds and captured energy of the bases made until the next draw.
+            parameters, and until the next draw: the layers whose weights ``moved``, and the seconds and captured energy
+            of the bases.
         losses: held-out loss by time of measurement: ``before``, ``step N``, ``after``.
         seconds: seconds of whole phases: ``load``, ``score``, ``train``, ``save``.
     """
@@ -57,11 +58,12 @@ class Records:
     def open_draw(self, step: int, active: list[int], trainable: int) -> None:
         self.draws.append({"step": step, "active": active, "trainable": trainable, "refresh_seconds": 0.0})
 
-    def close_draw(self) -> dict[str, Any] | None:
+    def close_draw(self, moved: list[int]) -> dict[str, Any] | None:
         """Complete the last draw's record and write it. Returns the record; None if there is none to complete."""
         if not self.draws or "captured_energy" in self.draws[-1]:
             return None
         draw, energies, self._energies = self.draws[-1], self._energies, []
+        draw["moved"] = moved
         draw["captured_energy"] = statistics.mean(energies) if energies else None
         self._append(DRAWS, draw)
         return draw

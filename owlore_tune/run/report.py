@@ -98,15 +98,25 @@ class Report:
         ) as self._bar:
             yield
 
-    def draw(self, step: int, active: list[int], trainable: int) -> None:
+    def draw(self, step: int, active: list[int], trainable: int, last_moved: list[int]) -> None:
         """Record new active layers, and log the draw that they replace."""
-        self.close_draw()
+        self.close_draw(last_moved)
         self.records.open_draw(step, active, trainable)
 
-    def close_draw(self) -> None:
-        if (draw := self.records.close_draw()) is None:
+    def close_draw(self, moved: list[int]) -> None:
+        """Log the last draw, of whose layers ``moved`` have changed."""
+        if (draw := self.records.close_draw(moved)) is None:
             return
-        metrics = {"num_active_layers": len(draw["active"]), "trainable_parameters": draw["trainable"]}
+        if still := sorted(set(draw["active"]) - set(moved)):
+            log.warning(
+                f"The weights of layers {', '.join(map(str, still))} did not change in the draw of step "
+                f"{draw['step']}: its steps were skipped, or the updates were 0 or too small for the dtype."
+            )
+        metrics = {
+            "num_active_layers": len(draw["active"]),
+            "moved_layers": len(moved),
+            "trainable_parameters": draw["trainable"],
+        }
         if draw["captured_energy"] is not None:
             metrics["captured_energy"] = draw["captured_energy"]
         self.log(metrics, len(self.records.steps))
