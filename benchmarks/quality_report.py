@@ -76,7 +76,7 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
         "[methods.md](methods.md), with 2 × 512 tokens per step, float32 products and K=10. OwLore has "
         f"K={RESAMPLE_EVERY} unless a row names another K. Command: "
         "`make quality DATA=DIR`. The docstring of [quality.py](quality.py) describes the method, and "
-        f"[quality.jsonl](quality.jsonl) has all {len(rows)} runs.",
+        f"[quality.jsonl](quality.jsonl) has a row for each run, {len(rows)} in all.",
     ]
     untrained = [row for row in rows if row["key"] == "before"]
     lines += _section("Arithmetic", _methods_table(untrained + _on(methods, "math"), measured))
