@@ -599,11 +599,14 @@ def test_gloo_has_freed_its_tensors_before_python_shuts_down():
     interval = sys.getswitchinterval()
     try:
         sys.setswitchinterval(10)  # seconds for which gloo's thread waits for the GIL, unless this thread releases it
-        tensor = torch.ones(1000)
-        freed = weakref.ref(tensor)
-        group.allreduce([tensor])
-        del tensor
-        ctypes.PyDLL(None).usleep(50_000)  # in which the thread is done, but for the GIL
+        for _ in range(100):  # until the thread does not free a tensor before this one lets go of it
+            tensor = torch.ones(1000)
+            freed = weakref.ref(tensor)
+            group.allreduce([tensor])
+            del tensor
+            ctypes.PyDLL(None).usleep(20_000)  # in which the thread is done, but for the GIL
+            if freed() is not None:
+                break
         assert freed() is not None
         let_gloo_finish()
         assert freed() is None
