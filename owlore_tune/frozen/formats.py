@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FORMATS = ("int8", "nf4")
 BLOCK = 64  # values of NF4 that share a scale
@@ -84,7 +85,8 @@ class NF4Weight:
             columns: whole blocks.
         """
         codes, scale = self.codes[rows, _divided(columns, 2)], self.scale[rows, _divided(columns, BLOCK)]
-        pairs = (_pairs if type(codes) is Tensor else _pairs.__wrapped__)(dtype, codes.device)  # no fake tensors
+        is_planned = isinstance(codes, FakeTensor)  # which has no values, so the table needs none
+        pairs = codes.new_empty(256, dtype=_PAIR[dtype]) if is_planned else _pairs(dtype, codes.device)
         values = pairs.index_select(0, codes.reshape(-1).int()).view(dtype)
         return values.view(-1, BLOCK).mul_(scale.reshape(-1, 1).to(dtype)).view(len(codes), -1)
 
@@ -97,13 +99,17 @@ class NF4Weight:
         return self.codes.nbytes + self.scale.nbytes
 
 
+# An integer as large as two values
+_PAIR = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}
+
+
 @cache  # a copy from the host makes it wait for a GPU
 def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     """(256,) for each byte of codes, its two values in ``dtype``, as one integer."""
     with torch.inference_mode(False):
         levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=device)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
-        return pairs.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).view(-1)
+        return pairs.view(_PAIR[dtype]).view(-1)
 
 
 def _divided(columns: slice, size: int) -> slice:
