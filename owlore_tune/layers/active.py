@@ -82,7 +82,7 @@ class ActiveLayers:
         self.drawn_at: int | None = None
         self.last_moved: list[int] = []
         self.is_changing = False
-        self._sums: dict[int, torch.Tensor] = {}  # of the weights of each active layer, when it was drawn
+        self._hashes: list[torch.Tensor] = []  # of the weights of each active layer, when it was drawn
         self._moved: set[int] = set()  # active layers known to have changed
 
         self._layers = [list(layer.values()) for layer in model_parts(model).layers]
@@ -114,15 +114,15 @@ class ActiveLayers:
             raise
         self.is_changing = True  # stays so after an error, since some layers may have changed
         self._set_active(layers)
-        self._moved, self._sums = set(), self._sum_weights()
+        self._moved, self._hashes = set(), self._hash_weights()
         self.drawn_at, self.is_changing = step, False
         return self.active
 
     def moved(self) -> list[int]:
         """The active layers whose weights have changed since the draw. All processes must call this together."""
-        if self._sums:
-            now = self._sum_weights()
-            changed = torch.stack([now[index] != self._sums[index] for index in self.active]).tolist()
+        if self._hashes:
+            pairs = zip(self._hash_weights(), self._hashes, strict=True)
+            changed = torch.stack([(now != then).any() for now, then in pairs]).tolist()
             here = {index for index, has_changed in zip(self.active, changed, strict=True) if has_changed}
             self._moved.update(*self._world.gather(here))
         return sorted(self._moved)
@@ -131,13 +131,10 @@ class ActiveLayers:
         """Number of trainable parameters, in active layers and outside the layers."""
         return sum(p.numel() for p in self._model.parameters() if p.requires_grad)
 
-    @torch.no_grad()
-    def _sum_weights(self) -> dict[int, torch.Tensor]:
-        """For each active layer, the float64 sum of this process's part of its weights. A change is seen in it."""
-        return {
-            index: torch.stack([local(weight).sum(dtype=torch.float64) for weight in self._layers[index]]).sum()
-            for index in self.active
-        }
+    def _hash_weights(self) -> list[torch.Tensor]:
+        """For each active layer, the hashes of this process's parts of its weights."""
+        parts = [[local(weight.detach()).flatten() for weight in self._layers[index]] for index in self.active]
+        return [torch.stack([torch.hash_tensor(part, dim=0).view(torch.int64) for part in layer]) for layer in parts]
 
     def _set_active(self, layers: list[int]) -> None:
         for index in set(self.active) - set(layers):
@@ -179,5 +176,5 @@ class ActiveLayers:
         """Restore the schedule. Load the optimizer's state after this, because switching layers can drop state."""
         self._sampler.load_state_dict(state_dict["sampler"])
         self._set_active(list(state_dict["active"]))
-        self._moved, self._sums = set(state_dict["moved"]), self._sum_weights()
+        self._moved, self._hashes = set(state_dict["moved"]), self._hash_weights()
         self.drawn_at = state_dict["drawn_at"]
