@@ -133,8 +133,8 @@ class ActiveLayers:
 
     def _hash_weights(self) -> list[torch.Tensor]:
         """For each active layer, the hashes of this process's parts of its weights."""
-        parts = [[local(weight.detach()).flatten() for weight in self._layers[index]] for index in self.active]
-        return [torch.stack([torch.hash_tensor(part, dim=0).view(torch.int64) for part in layer]) for layer in parts]
+        layers = [[local(weight.detach()) for weight in self._layers[index]] for index in self.active]
+        return [torch.stack([_hash(part) for part in layer]) for layer in layers]
 
     def _set_active(self, layers: list[int]) -> None:
         for index in set(self.active) - set(layers):
@@ -178,3 +178,10 @@ class ActiveLayers:
         self._set_active(list(state_dict["active"]))
         self._moved, self._hashes = set(state_dict["moved"]), self._hash_weights()
         self.drawn_at = state_dict["drawn_at"]
+
+
+def _hash(part: torch.Tensor) -> torch.Tensor:
+    """A hash of the values of ``part``, () int64; 0 if it has none, as a shard of a weight with few rows."""
+    if part.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=part.device)
+    return torch.hash_tensor(part).view(torch.int64)
