@@ -80,6 +80,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         self._fingerprint = checkpointer.fingerprint()
         check_output_dir(self._output_dir, self._fingerprint)
         model = self._setup_model()
+        checkpointer.check_model(model)
         if self._is_rank_zero:
             self._suite = Suite(cfg, tokenizer, model.max_seq_len)
         self._load_weights(model, checkpointer)

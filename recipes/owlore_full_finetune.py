@@ -130,6 +130,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         settings, cfg = self._settings, self._cfg
         build.check_late_components(settings)
         self._loss_fn, self._model, self._optimizer = built = build.build_parts(settings)
+        self._checkpointer.check_model(self._model)
         build.limit_row_lengths(self._inputs, self._model.max_seq_len)
         seq_len = build.row_length(settings, self._inputs)
         sharding = settings.sharding(self._world.size) if self._is_sharded else None

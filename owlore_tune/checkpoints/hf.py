@@ -2,19 +2,21 @@
 
 import json
 import math
-import pickle
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
 from tqdm import tqdm
 
@@ -25,14 +27,18 @@ from owlore_tune.errors import ConfigError
 from owlore_tune.files import files_digest
 from owlore_tune.models.decoder import init_rope, plain_name
 from owlore_tune.models.hf import HFDecoder, check_config
+from owlore_tune.models.twin import check_builder
 
 SHARD_BYTES = 2 * 10**9
-# Files copied into a checkpoint, if the model directory has them. config.json is rewritten.
-COMPANIONS = (
+# Files copied into a checkpoint, from the directory of the tokenizer and that of the model. config.json is rewritten.
+TOKENIZER_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+TIED_COPY, TIED_TO = "output.weight", "tok_embeddings.weight"  # torchtune's names
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 log = get_logger("INFO")
 
@@ -71,17 +77,52 @@ class HFCheckpointer:
                 raise ValueError("it is not a JSON object")
         except (OSError, ValueError) as error:
             raise ValueError(f"no readable config.json in {self.checkpoint_dir}: {error}") from error
+        if self.config.get("quantization_config") is not None:
+            raise ValueError(
+                f"{self.checkpoint_dir}: config.json has a quantization_config "
+                f"({_kind_of_quantization(self.config)}), and quantized weights cannot be trained; use the model in "
+                "full precision"
+            )
         self.files = self._weight_files(checkpoint_files)
+        self._model_type = model_type
         self._to_tune, self._to_hf = converters(model_type, self.config)
+        self._checked: WeakSet[nn.Module] = WeakSet()  # models that `check_model` has accepted
+        self.tokenizer_dir = self.checkpoint_dir
 
     def _weight_files(self, names: list[str] | None) -> list[Path]:
         files = [self.checkpoint_dir / name for name in names or ()] or weight_files(self.checkpoint_dir)
         missing = [str(file) for file in files if not file.is_file()]
         if missing or not files:
             raise ValueError(f"weights missing in {self.checkpoint_dir}: {', '.join(missing) or '*.safetensors'}")
+        places: dict[str, Path] = {}
         for file in files:
-            _check_readable(file)
+            for name in _check_readable(file):
+                if (other := places.setdefault(name, file)) != file:
+                    raise ValueError(
+                        f"{name} is in {other.name} and in {file.name} of {self.checkpoint_dir}; name the files to load "
+                        f"with checkpointer.checkpoint_files=[{other.name}]"
+                    )
         return files
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that ``model`` computes what ``config.json`` describes. `load_checkpoint` does this as well.
+
+        Args:
+            model: on the meta device. Check it before it is sharded.
+
+        Raises:
+            ConfigError: naming the difference.
+        """
+        if model in self._checked:
+            return
+        try:
+            if isinstance(model, HFDecoder):
+                check_config(model, self.config)
+            elif isinstance(model, TransformerDecoder):
+                check_builder(model, self.config, lambda config: converters(self._model_type, config)[0])
+        except ValueError as error:
+            raise ConfigError(f"{error}; check that model and checkpointer.checkpoint_dir match") from error
+        self._checked.add(model)
 
     def fingerprint(self) -> str:
         """A digest of all bytes of the weight files. Files unchanged since an earlier digest are not read again."""
@@ -106,11 +147,12 @@ class HFCheckpointer:
             ConfigError: if a weight is not in the model or differs in shape, a weight of the model is missing, or the
                 model was built with fields that differ from ``config.json``.
         """
-        check_same_model(model, self.config)
+        self.check_model(model)
         files = self.files if directory is None else weight_files(directory)
         directory = directory or self.checkpoint_dir
         wanted = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         missing = set(wanted)
+        copies: list[Tensor] = []  # of tied embeddings
         total = sum(file.stat().st_size for file in files)
         hide = dist.is_initialized() and dist.get_rank() > 0
         with tqdm(
@@ -118,8 +160,9 @@ class HFCheckpointer:
         ) as progress:
             for name, tensor in _read_tensors(files):
                 for key, value in _converted(self._to_tune, name, tensor, directory).items():
-                    if key == "output.weight" and key not in wanted:
-                        continue  # a copy of tied embeddings
+                    if key == TIED_COPY and key not in wanted:
+                        copies.append(value)
+                        continue
                     if key not in wanted or wanted[key].shape != value.shape:
                         expected = tuple(wanted[key].shape) if key in wanted else "no such parameter"
                         raise ConfigError(
@@ -134,6 +177,9 @@ class HFCheckpointer:
                 progress.update(tensor.nbytes)
         if missing:
             raise ConfigError(f"{directory} lacks weights of the model: {', '.join(sorted(missing)[:5])}")
+        for copy in copies:
+            embeddings = wanted[TIED_TO]
+            check_tied_copy(shard_like(copy, embeddings).to(embeddings), embeddings.detach(), directory)
         with torch.device(device):
             init_rope(model)
 
@@ -199,7 +245,8 @@ class HFCheckpointer:
         return list(tensors)
 
     def copy_companions(self, directory: Path, dtype: torch.dtype) -> None:
-        for file in (self.checkpoint_dir / name for name in COMPANIONS):
+        files = [self.tokenizer_dir / name for name in TOKENIZER_FILES]
+        for file in [*files, *(self.checkpoint_dir / name for name in LICENSES)]:
             if not file.is_file():
                 continue
             if leads_outside(file):
@@ -212,17 +259,26 @@ class HFCheckpointer:
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def check_same_model(model: nn.Module, config: dict[str, Any]) -> None:
-    """Raise ConfigError if ``model`` is of transformers, and was built with a field that differs in ``config``."""
-    if isinstance(model, HFDecoder):
-        try:
-            check_config(model, config)
-        except ValueError as error:
-            raise ConfigError(f"{error}; check that model and checkpointer.checkpoint_dir match") from error
+def check_tied_copy(copy: Tensor, embeddings: Tensor, directory: Path) -> None:
+    """Raise ConfigError if a head in ``directory`` is not the embeddings that the model has instead of it."""
+    if not torch.equal(full(copy), full(embeddings)):
+        raise ConfigError(
+            f"{directory} has an output head that differs from the embeddings, and the model's builder ties them; "
+            "choose a builder with a head of its own, or config hf/any"
+        )
+
+
+def _kind_of_quantization(config: dict[str, Any]) -> str:
+    field = config["quantization_config"]
+    return f"quant_method={field.get('quant_method')}" if isinstance(field, dict) else str(field)
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a model directory: those in its index, else all. Safetensors take precedence."""
+    """The weight files of a model directory: those in its index, else all. Safetensors take precedence.
+
+    Raises:
+        ValueError: if the index cannot be read, or there is also a file with all weights that it does not name.
+    """
     for pattern, index in (("*.safetensors", "model.safetensors"), ("pytorch_model*.bin", "pytorch_model.bin")):
         if (index_file := directory / f"{index}.index.json").is_file():
             try:
@@ -231,6 +287,11 @@ def weight_files(directory: Path) -> list[Path]:
                 raise ValueError(f"{index_file} has no readable weight_map: {error!r}") from error
             if outside := [name for name in names if Path(str(name)).name != name]:
                 raise ValueError(f"{index_file} names {outside[0]}, which is not in the same directory")
+            if index not in names and (directory / index).is_file():
+                raise ValueError(
+                    f"{directory} has {index}, and an index that names other files; choose with "
+                    f"checkpointer.checkpoint_files=[{index}]"
+                )
             return [directory / name for name in names]
         if files := sorted(directory.glob(pattern)):
             return files
@@ -246,16 +307,44 @@ def leads_outside(file: Path) -> bool:
     return not any(file.resolve().is_relative_to(home) for home in homes)
 
 
-def _check_readable(file: Path) -> None:
-    """Raise ValueError if a weight file cannot be opened or is truncated."""
+def _check_readable(file: Path) -> list[str]:
+    """The names of the tensors in a weight file.
+
+    Raises:
+        ValueError: if it cannot be opened or is truncated, or has values that are not weights in full precision.
+    """
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt"):
-                return
-        with file.open("rb"):
-            return
+            with safe_open(file, framework="pt") as opened:
+                dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+            if bad := [name for name, dtype in dtypes.items() if dtype not in _WEIGHT_DTYPES]:
+                raise ValueError(_not_full_precision(bad[0], file, dtypes[bad[0]]))
+            return list(dtypes)
+        with _loaded(file) as tensors:
+            for name, tensor in tensors.items():
+                if not isinstance(tensor, Tensor):
+                    raise ValueError(f"{file} has a {type(tensor).__name__} at {name}, not a tensor; convert it first")
+                if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                    raise ValueError(_not_full_precision(name, file, tensor.dtype))
+            return list(tensors)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}; download it again") from error
+
+
+def _not_full_precision(name: str, file: Path, dtype: Any) -> str:
+    return f"{name} in {file} has the type {dtype}; only weights in full precision can be trained"
+
+
+@contextmanager
+def _loaded(file: Path) -> Iterator[dict[str, Any]]:
+    """The tensors of a PyTorch file, which stay on the disk until they are used."""
+    try:
+        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of pickle, torch or the file's own content
+        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}; download it again") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{file} has a {type(loaded).__name__}, not a dict of tensors; convert it first")
+    yield loaded
 
 
 def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -269,10 +358,8 @@ def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 with safe_open(file, framework="pt") as opened:
                     yield name, opened.get_tensor(name)
         else:
-            try:
-                yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
-            except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-                raise ConfigError(f"{file} cannot be read: {str(error).splitlines()[0]}; download it again") from error
+            with _loaded(file) as tensors:
+                yield from tensors.items()
 
 
 def _converted(to_tune: Convert, name: str, tensor: Tensor, directory: Path) -> StateDict:

@@ -62,7 +62,8 @@ def converters(model_type: str, config: dict[str, Any]) -> tuple[Convert, Conver
     if kind in (ModelType.PHI3_MINI, ModelType.PHI4):
         from torchtune.models.phi3._convert_weights import phi3_hf_to_tune, phi3_tune_to_hf
 
-        del heads["head_dim"]
+        head_dim = heads.pop("head_dim") or heads["dim"] // heads["num_heads"]
+        heads["dim"] = heads["num_heads"] * head_dim  # its conversion means the rows of the queries
         if heads["num_heads"] == heads["num_kv_heads"]:
             heads = dict.fromkeys(heads)
         return partial(phi3_hf_to_tune, **heads), phi3_tune_to_hf

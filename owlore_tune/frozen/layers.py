@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
+from owlore_tune.checkpoints.hf import TIED_COPY, TIED_TO, check_tied_copy
 from owlore_tune.distributed.world import is_finite
 from owlore_tune.errors import ConfigError, DivergedError
 from owlore_tune.frozen.linear import freeze, quantizable_outside, set_value, thaw
@@ -63,7 +64,8 @@ class FrozenLayers:
         """
         weights = self.store.read(index)
         if isinstance(self._model.output, TiedLinear):
-            weights.pop("output.weight", None)  # a copy of tied embeddings
+            if (copy := weights.pop(TIED_COPY, None)) is not None:
+                check_tied_copy(copy, weights[TIED_TO], self.store.place)
         names = {name for name, _ in named}
         if wrong := sorted(names.symmetric_difference(weights)):
             where = "the model" if wrong[0] in weights else "its files"

@@ -78,11 +78,26 @@ def frozen_linear(x: Tensor, weight: FrozenWeight) -> Tensor:
 
 
 def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
-    """``x`` (..., n) · weight (m, n)ᵀ → (..., m) with 8-bit products, exact sums and float32 scales."""
+    """``x`` (..., n) · weight (m, n)ᵀ → (..., m) with 8-bit products, exact sums and float32 scales.
+
+    Where torch's 8-bit products are not exact, or do not take the sizes, the weight is dequantized.
+    """
     num_rows = x.numel() // x.shape[-1]
-    if x.is_cuda and (num_rows <= 16 or any(size % 8 for size in weight.shape)):  # sizes that cuBLAS does not take
-        return frozen_linear(x, weight)
-    return _Int8Linear.apply(x, weight)
+    if x.is_cuda:
+        takes = num_rows > 16 and not any(size % 8 for size in weight.shape)  # as cuBLAS
+    else:
+        takes = CPU_IS_EXACT and num_rows > 0 and min(weight.shape) > 1  # a single column gives wrong sums
+    return _Int8Linear.apply(x, weight) if takes else frozen_linear(x, weight)
+
+
+def _cpu_is_exact() -> bool:
+    """Whether this CPU sums 8-bit products exactly. Without VNNI instructions, oneDNN adds pairs of them in 16 bits,
+    which overflow."""
+    largest = torch.full((2, 64), 127, dtype=torch.int8, device="cpu")
+    return torch._int_mm(largest, largest.t())[0, 0].item() == 64 * 127 * 127
+
+
+CPU_IS_EXACT = _cpu_is_exact()
 
 
 def _pieces(length: int, width: int, device: torch.device) -> list[slice]:

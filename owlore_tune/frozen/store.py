@@ -72,6 +72,11 @@ class LayerStore:
                     numel = math.prod(opened.get_slice(name).get_shape())
                     self._base.setdefault(layer_of(name), []).append(_BaseTensor(file, name, numel))
 
+    @property
+    def place(self) -> Path:
+        """Where the weights are from."""
+        return self._checkpointer.checkpoint_dir
+
     def indices(self) -> set[int]:
         """The layers that have weights; OUTSIDE is one of them."""
         return {*self._base, *self._files}
@@ -150,8 +155,9 @@ class LayerStore:
             else:
                 _link(self._files[index], file)
             with safe_open(file, framework="pt") as opened:
-                weight_map.update(dict.fromkeys(opened.keys(), file.name))
-            total += file.stat().st_size
+                for name in opened.keys():  # noqa: SIM118
+                    weight_map[name] = file.name
+                    total += math.prod(opened.get_slice(name).get_shape()) * self._dtype.itemsize
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
 

@@ -16,6 +16,7 @@ from torchtune.modules import TiedLinear
 
 from owlore_tune.models.hf_attention import CURRENT, register_attention
 from owlore_tune.models.hf_experts import split_experts
+from owlore_tune.models.twin import check_decoder, make_config
 
 Rename = Callable[[str], str]
 # Fields that a config of transformers does not declare. It takes all but the last for a model without rope_parameters
@@ -168,7 +169,7 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
         raise ValueError(f"{next(iter(fields))} is given, and path too, whose config.json describes the model")
     given = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in fields.items()}
     fields = given if path is None else _read_config(path)
-    config = _make_config(fields)
+    config = make_config(fields)
     model_type = config.model_type
     known = type(config)().to_dict().keys() | type(config).attribute_map.keys() | _OTHER_FIELDS
     if unknown := sorted(given.keys() - known):
@@ -187,24 +188,18 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
         raise ValueError(f"model_type={model_type} is no causal decoder with exchangeable attention; OwLore needs one")
     register_attention()
     try:
-        model = HFDecoder(_make_causal(config, dtype=torch.get_default_dtype(), attn_implementation="owlore")[0])
-    except (AttributeError, KeyError, TypeError) as error:
+        model = _of_config(config)
+    except ValueError:
+        raise
+    except Exception as error:  # configs and models of transformers raise errors of all kinds
         raise ValueError(f"model_type={model_type} is not a decoder in a form that OwLore knows: {error!r}") from error
+    check_decoder(model, _of_config)
     model.fields = tuple(given)
     return model
 
 
-def _make_config(fields: dict[str, Any]) -> Any:
-    """The config in transformers for the ``fields`` of a config.json.
-
-    Raises:
-        ValueError: if the installed transformers does not know the model.
-    """
-    from transformers import CONFIG_MAPPING
-
-    if (model_type := str(fields.get("model_type"))) not in CONFIG_MAPPING:
-        raise ValueError(f"model_type={model_type}: the installed transformers has no such model")
-    return CONFIG_MAPPING[model_type].from_dict(fields)
+def _of_config(config: Any) -> HFDecoder:
+    return HFDecoder(_make_causal(config, dtype=torch.get_default_dtype(), attn_implementation="owlore")[0])
 
 
 def _make_causal(config: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
@@ -270,7 +265,7 @@ def part_names(causal: Any) -> dict[str, str]:
 
 def check_config(model: HFDecoder, config: dict[str, Any]) -> None:
     """Raise ValueError if a field of ``model`` that matters differs in ``config``, the content of config.json."""
-    theirs = _make_config(config)
+    theirs = make_config(config)
     for key in ("model_type", *model.fields, *_BEHAVIOUR):
         ours = getattr(model.config, key, None)
         if hasattr(theirs, key) and ours != (found := getattr(theirs, key)):
@@ -289,7 +284,7 @@ def disk_names(config: dict[str, Any]) -> tuple[Rename, Rename]:
         ValueError: as `hf_decoder`.
     """
     with torch.device("meta"):
-        causal, changes = _make_causal(_make_config(config))
+        causal, changes = _make_causal(make_config(config))
     prefix = causal.base_model_prefix
     theirs = {part: name if part == "output" else f"{prefix}.{name}" for part, name in part_names(causal).items()}
     ours = {name: part for part, name in theirs.items()}

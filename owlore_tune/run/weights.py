@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from owlore_tune.checkpoints.hf import check_same_model, weight_files
+from owlore_tune.checkpoints.hf import weight_files
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.frozen.layers import FrozenLayers
@@ -81,7 +81,7 @@ def _load_quantized(
 ) -> tuple[FrozenLayers, LayerScores]:
     """Load, score and quantize the layers one by one, so that one of them at a time is in full precision."""
     owlore, checkpointer = settings.owlore, inputs.checkpointer
-    check_same_model(model, checkpointer.config)
+    checkpointer.check_model(model)
     files = checkpointer.files if source.checkpoint is None else weight_files(source.checkpoint)
     store = LayerStore(checkpointer, files, source.run.path / STORE / source.run.run_id, settings.dtype)
     store.remove_leftovers()

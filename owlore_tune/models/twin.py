@@ -1,0 +1,329 @@
+"""Check that a decoder computes what its config.json describes.
+
+A twin is a copy of the decoder that is a few numbers wide, with random weights. Its outputs are compared with those of
+transformers' own model of the same narrow config. This finds every difference in the computation, also in settings that
+no list of fields names. The real weights are not needed.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torchtune import training
+from torchtune.modules import TiedLinear, TransformerDecoder
+from torchtune.utils import get_logger
+
+Convert: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+# Largest sizes of a twin, by transformers' names. A twin of a torchtune builder keeps the heads.
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+_SIZES = {
+    "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "vocab_size": 64, "num_hidden_layers": 4, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+_LENGTHS = (9, 6, 9)  # of the samples of a packed row
+_FARTHEST = 4096  # position
+# Differences relative to the largest logit. Equal computations differ by at most 2e-5. Far positions multiply the
+# rounding of an angle.
+_TOLERANCE, _FAR_TOLERANCE = 1e-4, 1e-2
+_SMALL, _LARGE = 1e-3, 20.0  # embeddings and logits
+
+_ADVICE = "set the builder's fields to those of config.json, or use config hf/any, which takes all from config.json"
+_SUSPECTS = (  # fields that builders often lack
+    "rope_scaling", "rope_parameters", "hidden_act", "hidden_activation", "partial_rotary_factor",
+    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+)  # fmt: skip
+
+log = get_logger("INFO")
+
+
+def check_builder(
+    model: TransformerDecoder, config: dict[str, Any], converter: Callable[[dict[str, Any]], Convert]
+) -> None:
+    """Check a model of a torchtune builder against config.json.
+
+    If config.json has an attention window and the model has none, ``model.max_seq_len`` is lowered to the window.
+
+    Args:
+        model: on the meta device, not wrapped.
+        config: content of config.json.
+        converter: returns the conversion of weights to torchtune's layout for the content of a config.json.
+
+    Raises:
+        ValueError: if the model computes something else. The message names the field if it is known.
+    """
+    with _quiet():
+        theirs = make_config(config)
+        _check_fields(model, theirs)
+        _respect_window(model, theirs)
+        narrow = _narrow(theirs, _SIZES | {"hidden_size": 32})
+        narrow.head_dim = _head_dim(theirs)
+        reference = _reference(narrow)
+    _spread(reference)
+    try:
+        twin = _narrow_copy(model, narrow)
+        _load(twin, reference.state_dict(), converter(narrow.to_dict()))
+    except ValueError:
+        raise
+    except Exception as error:  # a module that torchtune's builders do not make, or a weight that a layout lacks
+        message = " ".join(str(error).split())
+        raise ValueError(f"the model cannot be compared with config.json: {message}; {_ADVICE}") from error
+    near = max(_plain_difference(twin, reference), _packed_difference(twin, reference))
+    window = getattr(theirs, "sliding_window", None) or _FARTHEST
+    far = _far_difference(twin, reference, min(_FARTHEST, window, model.max_seq_len, theirs.max_position_embeddings))
+    if not (near < _TOLERANCE and far < _FAR_TOLERANCE):
+        fields = {key: config[key] for key in _SUSPECTS if config.get(key) is not None}
+        raise ValueError(
+            "the model's builder computes something else than config.json describes: in a small copy, logits differ by "
+            f"{max(near, far):.1e} of the largest; config.json has {fields}; {_ADVICE}"
+        )
+
+
+def check_decoder(decoder: Any, build: Callable[[Any], Any]) -> None:
+    """Check a decoder of transformers, with this package's masks and positions, against transformers' own.
+
+    Args:
+        decoder: an `owlore_tune.models.HFDecoder`.
+        build: makes such a decoder of a config of transformers.
+
+    Raises:
+        ValueError: if the outputs differ. A model that has no narrow twin is not compared; a warning says so.
+    """
+    kind = decoder.config.model_type
+    try:
+        with _quiet():
+            narrow = _narrow(decoder.config, _SIZES | _HEADS)
+            reference, twin = _reference(narrow), _seeded(lambda: build(narrow)).eval()
+        plain = _plain_difference(twin, reference)
+    except Exception as error:  # some configs have sizes that depend on each other
+        log.warning(f"model_type={kind} was not compared with transformers' own computation: {error!r}")
+        return
+    packed = _packed_difference(twin, reference)
+    for rows, difference in (("rows", plain), ("packed rows", packed)):
+        if not difference < _TOLERANCE:
+            raise ValueError(
+                f"model_type={kind} has attention or positions that OwLore does not reproduce: in a small copy, logits "
+                f"of {rows} differ from those of transformers by {difference:.1e} of the largest"
+            )
+
+
+def make_config(fields: dict[str, Any]) -> Any:
+    """The config in transformers for the ``fields`` of a config.json.
+
+    Raises:
+        ValueError: if the installed transformers does not know the model, or rejects a field.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if (model_type := str(fields.get("model_type"))) not in CONFIG_MAPPING:
+        raise ValueError(f"model_type={model_type}: the installed transformers has no such model")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # the configs check themselves, each in its own way
+        raise ValueError(f"config.json of a {model_type} is not valid: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings, which are about token ids and lengths that a narrow config has."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _check_fields(model: TransformerDecoder, theirs: Any) -> None:
+    """Compare the settings that torchtune's modules tell, to name the one that differs."""
+    layer: Any = model.layers[0]
+    attention = layer.attn
+    settings = {
+        "num_hidden_layers": len(model.layers),
+        "hidden_size": model.tok_embeddings.weight.shape[1],
+        "intermediate_size": layer.mlp.w1.weight.shape[0],
+        "vocab_size": model.tok_embeddings.weight.shape[0],
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "rms_norm_eps": getattr(layer.sa_norm, "eps", None),
+        "rope_theta": getattr(attention.pos_embeddings, "base", None),
+        "tie_word_embeddings": isinstance(model.output, TiedLinear),
+    }
+    rope = getattr(theirs, "rope_parameters", None) or {}
+    derived = {"head_dim": _head_dim(theirs), "rope_theta": rope.get("rope_theta")}
+    for key, ours in settings.items():
+        wanted = derived[key] if key in derived else getattr(theirs, key, None)
+        if None not in (ours, wanted) and not math.isclose(ours, wanted, rel_tol=1e-6):
+            raise ValueError(f"the model's builder has {key}={ours}, and config.json has {wanted}; {_ADVICE}")
+
+
+def _respect_window(model: TransformerDecoder, theirs: Any) -> None:
+    """Compare the windows of attention. They are wider than a twin's rows."""
+    window = getattr(theirs, "sliding_window", None)
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * len(model.layers)
+    attention: list[Any] = [layer.attn for layer in model.layers]
+    ours = [getattr(a, "window", None) or getattr(a, "sliding_window_size", None) for a in attention]
+    wanted = [window if kind == "sliding_attention" else None for kind in types]
+    if not any(ours) and any(wanted) and window < model.max_seq_len:
+        log.info(f"config.json has an attention window of {window} tokens, and the model's builder has none: rows and "
+                 f"inputs have at most {window} tokens.")
+        model.max_seq_len = window
+    elif any(ours) and ours != wanted[: len(ours)]:
+        raise ValueError(f"the model's builder has attention windows {ours}, and config.json has {wanted}; {_ADVICE}")
+
+
+def _narrow(config: Any, sizes: dict[str, int]) -> Any:
+    """``config`` with sizes of at most ``sizes``."""
+    fields = config.to_dict()
+    names = {config.attribute_map.get(key, key): size for key, size in sizes.items()}
+    for name, size in names.items():
+        if type(fields.get(name)) is int:
+            fields[name] = min(fields[name], size)
+    num_layers = fields[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")]
+    for name, value in fields.items():
+        if isinstance(value, list) and len(value) > num_layers and len(value) == config.num_hidden_layers:
+            fields[name] = value[:num_layers]  # one for each layer
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if fields.get(token) is not None:
+            fields[token] = 0
+    return type(config).from_dict(fields | {"initializer_range": 0.3})
+
+
+def _seeded(build: Callable[[], Any]) -> Any:
+    """What ``build`` makes on the CPU in float32, with the same random numbers in every call."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), training.set_default_dtype(torch.float32):
+        torch.manual_seed(0)
+        return build()
+
+
+def _reference(config: Any) -> Any:
+    """A model of transformers with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    def build() -> Any:
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
+        )
+
+    return _seeded(build).eval()
+
+
+@torch.no_grad()
+def _spread(reference: Any) -> None:
+    """Give ``reference`` weights that make differences visible.
+
+    Small embeddings for the epsilon of norms, a different weight for each norm, and large logits for their cap.
+    """
+    reference.get_input_embeddings().weight.mul_(_SMALL)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in reference.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    largest = reference(_tokens(reference.config.vocab_size)).logits.abs().max()
+    reference.model.norm.weight += _LARGE / largest
+
+
+def _narrow_copy(model: TransformerDecoder, narrow: Any) -> Any:
+    """A copy of ``model`` with the sizes of ``narrow``, on the CPU, without weights."""
+    width, hidden, vocabulary = narrow.hidden_size, narrow.intermediate_size, narrow.vocab_size
+    old_width = model.tok_embeddings.weight.shape[1]
+    twin: Any = copy.deepcopy(model)
+    twin.layers = twin.layers[: narrow.num_hidden_layers]
+    for name, module in twin.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Linear):
+            rows, columns = module.weight.shape
+            rows = {"output_proj": width, "w2": width, "w1": hidden, "w3": hidden, "output": vocabulary}.get(leaf, rows)
+            columns = {"output_proj": columns, "w2": hidden}.get(leaf, width)
+            module.weight = _meta(rows, columns)
+            module.out_features, module.in_features = rows, columns
+            if module.bias is not None:
+                module.bias = _meta(rows)
+        elif isinstance(module, nn.Embedding):
+            module.weight = _meta(vocabulary, width)
+            module.num_embeddings, module.embedding_dim = vocabulary, width
+        elif getattr(module, "scale", None) is not None and module.scale.shape == (old_width,):
+            if leaf not in ("q_norm", "k_norm"):
+                module.scale = _meta(width)
+                module.normalized_shape = (width,)
+        elif callable(getattr(module, "rope_init", None)):
+            module.max_seq_len = min(module.max_seq_len, _FARTHEST)
+    with torch.device("cpu"):
+        twin.to_empty(device="cpu").float()
+        for module in twin.modules():
+            if callable(init := getattr(module, "rope_init", None)):
+                init()
+    return twin.eval()
+
+
+def _meta(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, device="meta"))
+
+
+def _load(twin: nn.Module, weights: dict[str, Tensor], convert: Convert) -> None:
+    parameters = dict(twin.named_parameters())
+    converted = {key: value for name, weight in weights.items() for key, value in convert({name: weight}).items()}
+    if isinstance(twin.output, TiedLinear):
+        converted.pop("output.weight", None)
+    for key in sorted(parameters.keys() ^ converted.keys()):
+        where = "the model's builder" if key in converted else "config.json"
+        raise ValueError(f"{where} has no {key}; {_ADVICE}")
+    with torch.no_grad():
+        for key, value in converted.items():
+            if parameters[key].shape != value.shape:
+                raise ValueError(
+                    f"{key} has another shape in the model's builder than config.json describes; {_ADVICE}"
+                )
+            parameters[key].copy_(value)
+
+
+def _logits(twin: Any, tokens: Tensor, **kwargs: Tensor) -> Tensor:
+    from owlore_tune.models.decoder import hidden_states
+
+    return twin.output(hidden_states(twin, tokens, **kwargs)).float()
+
+
+def _tokens(vocab_size: int) -> Tensor:
+    return torch.randint(1, vocab_size, (1, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _plain_difference(twin: Any, reference: Any) -> float:
+    tokens = _tokens(reference.config.vocab_size)
+    return _distance(_logits(twin, tokens), reference(tokens).logits)
+
+
+@torch.no_grad()
+def _packed_difference(twin: Any, reference: Any) -> float:
+    """A packed row, compared with its samples on their own."""
+    tokens = _tokens(reference.config.vocab_size)
+    positions = torch.cat([torch.arange(length) for length in _LENGTHS])[None]
+    samples = torch.arange(len(_LENGTHS)).repeat_interleave(torch.tensor(_LENGTHS))
+    mask = (samples[:, None] == samples).tril()[None]
+    expected = torch.cat([reference(sample).logits for sample in tokens.split(_LENGTHS, dim=1)], dim=1)
+    return _distance(_logits(twin, tokens, mask=mask, input_pos=positions), expected)
+
+
+@torch.no_grad()
+def _far_difference(twin: Any, reference: Any, num_positions: int) -> float:
+    """A row with positions up to ``num_positions``. Scaled frequencies differ little at the first positions."""
+    tokens = _tokens(reference.config.vocab_size)
+    positions = torch.linspace(0, num_positions - 1, tokens.shape[1]).long()[None]
+    mask = torch.ones_like(tokens)  # without one, transformers takes the row for a packed one
+    expected = reference(tokens, position_ids=positions, attention_mask=mask).logits
+    return _distance(_logits(twin, tokens, input_pos=positions), expected)
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
