@@ -46,7 +46,7 @@ class LayerStore:
         dtype: of the run.
 
     Raises:
-        ConfigError: if a file is not in the safetensors format, or two have a tensor in common.
+        ConfigError: if a file is not in the safetensors format.
     """
 
     def __init__(
@@ -59,16 +59,12 @@ class LayerStore:
         self._files: dict[int, Path] = {}  # of layers with a file of their own
         self._base: dict[int, list[_BaseTensor]] = {}  # of all others
         self._base_files: dict[Path, tuple[int, int]] = {}  # size and modification time
-        names: set[str] = set()
         for file in files:
             if file.suffix != ".safetensors":
                 raise ConfigError(f"{file}: owlore.frozen_weights needs safetensors; convert the model directory first")
             self._base_files[file] = _identity(file)
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
-                    if name in names:
-                        raise ConfigError(f"{file} has {name}, which another file has too; set checkpoint_files")
-                    names.add(name)
                     numel = math.prod(opened.get_slice(name).get_shape())
                     self._base.setdefault(layer_of(name), []).append(_BaseTensor(file, name, numel))
 

@@ -60,7 +60,8 @@ def check_builder(
         theirs = make_config(config)
         _check_fields(model, theirs)
         _respect_window(model, theirs)
-        narrow = _narrow(theirs, _SIZES | {"hidden_size": 32})
+        heads = theirs.num_attention_heads
+        narrow = _narrow(theirs, _SIZES | {"hidden_size": heads * math.ceil(32 / heads)})
         narrow.head_dim = _head_dim(theirs)
         reference = _reference(narrow)
     _spread(reference)
