@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import tempfile
+import shutil
 import time
 from pathlib import Path
 from textwrap import indent
@@ -13,7 +13,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import make_table
 
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.files import write_json
+from owlore_tune.files import partial_name, write_json
 from owlore_tune.run.manifest import MANIFEST
 
 Scores = dict[tuple[str, str], tuple[float, float | None]]  # (task, metric) -> (value, standard error)
@@ -34,6 +34,7 @@ def save_results(
     results: dict[str, Any],
     manifest: dict[str, Any],
     *,
+    run_id: str,
     model: str,
     chat_template: str | None = None,
     fewshot_as_multiturn: bool = True,
@@ -45,6 +46,7 @@ def save_results(
 
     Args:
         manifest: what the manifest contains; ``seconds`` is the duration of the evaluation.
+        run_id: of the evaluation.
         model: name or path of the model.
         chat_template: the applied chat template.
 
@@ -62,13 +64,17 @@ def save_results(
     )
     tracker.general_config_tracker.start_time = time.perf_counter() - manifest["seconds"]
     try:
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".results") as scratch:
-            tracker.output_path = str(Path(scratch) / "results.json")
+        scratch = directory / partial_name("results", run_id)
+        scratch.mkdir()
+        try:
+            tracker.output_path = str(scratch / "results.json")
             tracker.save_results_aggregated(results=results, samples=samples)
             for task, task_samples in samples.items():
                 tracker.save_results_samples(task, task_samples)
-            file = _move_checked(Path(scratch), directory, samples)
-        write_json(directory / MANIFEST, {**manifest, "results": file.name})
+            file = _move_checked(scratch, directory, samples)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        write_json(directory / MANIFEST, {**manifest, "results": file.name}, run_id)
     except (OSError, ValueError) as error:
         raise RunError(f"the results cannot be written to {directory}: {error}; the log above may say more") from error
     return file

@@ -247,9 +247,16 @@ def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
         device = utils.get_device(cfg.device)
         if device.type == "meta":
             raise ValueError("it has no memory")
+        if device.type != "cpu" and not _is_available(device.type):  # torchtune does not look
+            raise ValueError(f"torch finds no {device.type} device on this machine; see owlore doctor")
         return device, training.get_dtype(cfg.dtype, device=device)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error
+
+
+def _is_available(kind: str) -> bool:
+    found = getattr(getattr(torch, kind, None), "is_available", None)
+    return callable(found) and bool(found())
 
 
 def changed_fields(old: Any, new: Any, path: str = "") -> list[str]:

@@ -4,10 +4,11 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import xxhash
 from torchtune.utils import get_logger
@@ -16,20 +17,27 @@ log = get_logger("INFO")
 _checksums: dict[tuple[int, ...], str] = {}  # by identity of a file
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, owner: str) -> None:
     """Write ``content`` as JSON, atomically: the file is either the old or the new one.
 
     Numbers that are not finite become null, because JSON cannot represent them.
+
+    Args:
+        owner: part of the temporary name, `partial_name`. Whoever knows it can remove the leftover of a killed process.
     """
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}", delete=False) as partial:
-        try:
-            partial.write(to_json(content, indent=2) + "\n")
-            partial.close()
-            os.chmod(partial.name, 0o644)
-            os.replace(partial.name, path)
-        except BaseException:
-            os.unlink(partial.name)
-            raise
+    partial = path.with_name(partial_name(path.name, owner))
+    try:
+        with partial.open("x") as file:
+            file.write(to_json(content, indent=2) + "\n")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def partial_name(name: str, owner: str) -> str:
+    """An unused, hidden name for an unfinished file or directory."""
+    return f".{name}.{owner}.{uuid4().hex[:8]}.partial"
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
@@ -100,6 +108,9 @@ def _write_cache(file: Path, known: dict[str, str]) -> None:
     newest = dict(list(known.items())[-1000:])
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, newest)
+        for leftover in file.parent.glob(f".{file.name}.cache.*.partial"):
+            if time.time() - leftover.stat().st_mtime > 3600:  # of a process that was killed
+                leftover.unlink()
+        write_json(file, newest, "cache")
     except OSError as error:  # the cache only saves time
         log.debug(f"{file} cannot be written: {error}")

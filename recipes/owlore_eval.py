@@ -19,7 +19,7 @@ from owlore_evals.results import check_output_dir, print_results, save_results
 from owlore_evals.suite import SUITE, Suite, build_lm, check_suite
 from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.config import build, build_ours, check_config, check_type, device_and_dtype, plain
-from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
 from owlore_tune.distributed.launch import join_process_group, let_gloo_finish
 from owlore_tune.errors import ConfigError
 from owlore_tune.memory.measure import peak_memory_bytes
@@ -81,6 +81,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         check_output_dir(self._output_dir, self._fingerprint)
         model = self._setup_model()
         checkpointer.check_model(model)
+        check_vocabulary(tokenizer, model)
         if self._is_rank_zero:
             self._suite = Suite(cfg, tokenizer, model.max_seq_len)
         self._load_weights(model, checkpointer)
@@ -122,6 +123,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
                 self._output_dir,
                 results,
                 manifest,
+                run_id=self._run_dir.run_id,
                 model=str(self._cfg.checkpointer.checkpoint_dir),
                 chat_template=self._lm.chat_template(self._suite.apply_chat_template),
                 fewshot_as_multiturn=self._cfg.fewshot_as_multiturn,

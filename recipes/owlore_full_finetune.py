@@ -24,6 +24,7 @@ from torchtune.training.lr_schedulers import get_lr
 from owlore_tune.checkpoints.state import load_state, save_checkpoint
 from owlore_tune.clock import Clock
 from owlore_tune.data.loader import Batch
+from owlore_tune.data.tokenizer import check_vocabulary
 from owlore_tune.distributed.fsdp import shard_model
 from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world
@@ -96,6 +97,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def setup(self) -> None:
         settings, cfg, world = self._settings, self._cfg, self._world
         shared_directory(cfg.output_dir, world)
+        settings.check_log_directories()
         self._resume_dir = resume.find_checkpoint(self._run, cfg.resume_from_checkpoint, world)
         saved = load_state(self._resume_dir, world) if self._resume_dir else None
         self._setup_inputs(saved)
@@ -131,6 +133,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         build.check_late_components(settings)
         self._loss_fn, self._model, self._optimizer = built = build.build_parts(settings)
         self._checkpointer.check_model(self._model)
+        check_vocabulary(self._inputs.tokenizer, self._model)
         build.limit_row_lengths(self._inputs, self._model.max_seq_len)
         seq_len = build.row_length(settings, self._inputs)
         sharding = settings.sharding(self._world.size) if self._is_sharded else None
@@ -180,6 +183,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         for name, owner in self._stateful().items():
             owner.load_state_dict(saved[name])
         self._data.seek(self._progress.step)
+        self._has_unproven_checkpoint = True  # the one that it resumes from
         self._world.attempt(lambda: self._run.steps.set_aside_after(self._progress.step), first_alone=True)
         log.info(f"Resumed from {self._resume_dir}, step {self._progress.step}.")
 
@@ -192,7 +196,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self._frozen.fill_store()
         self._scores.save(self._settings.output_dir / SCORES_FILE)
         measure = partial(measured_bytes, self._model, self._optimizer, self._memory, self._frozen)
-        self._report.start(self._settings, self._plan, self._sampler.probabilities.tolist(), measure)
+        self._report.start(self._settings, self._run.run_id, self._plan, self._sampler.probabilities.tolist(), measure)
         self._write_manifest()
 
     def train(self) -> None:
@@ -326,6 +330,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 self._optimizer.step()
             refreshes = self._optimizer.last_refreshes
             progress.skipped_in_a_row = 0
+            progress.trained_tokens += num_trained
         else:
             progress.skipped_steps += 1
             progress.skipped_in_a_row += 1
@@ -354,6 +359,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             CheckpointError: if it cannot be saved.
             DivergedError: if the weights are not finite. Every checkpoint has finite weights.
         """
+        self._world.attempt(self._run.check_in_place, first_alone=True)
         with self._report.timed("save"):
             check_finite_weights(self._model, self._progress.step, self._world)
             state = {name: owner.state_dict() for name, owner in self._stateful().items()}
@@ -372,6 +378,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _finish(self) -> None:
         """Measure the final held-out loss, and write the last manifest, pictures and a summary."""
         self._report.close_draw(self._active_layers.moved())
+        if not self._progress.trained_tokens:
+            raise RunError(
+                "no token was trained in any step: every answer is cut off; raise tokenizer.max_seq_len, which is "
+                f"{self._inputs.tokenizer.max_seq_len}, or shorten the prompts"
+            )
         self._validate("after")
         if self._held_out is None and (skipped := self._progress.skipped_in_a_row):
             raise DivergedError(

@@ -201,7 +201,7 @@ def test_answers_are_kept_and_not_asked_again(make_config, monkeypatch):
     monkeypatch.setattr(torchtune_lm, "score_rows", lambda *arguments: calls.append(1) or real(*arguments))
     assert run(config)["results"] == first["results"]
     assert not calls
-    other = TINY_MODEL | {"norm_eps": 1e-2}  # same weights, but a different model
+    other = TINY_MODEL | {"max_seq_len": 200}  # another model, for all that is known
     for change in ({"add_bos": True}, {"max_length": 200}, {"dtype": "bf16"}, {"model": other}):
         calls.clear()
         run(config | change)

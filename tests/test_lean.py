@@ -25,6 +25,7 @@ def peak_of(call):
 with torch.device("meta"):
     model = smollm2_135m()
 checkpointer = HFCheckpointer(sys.argv[1], "LLAMA3_2")
+checkpointer.check_model(model)  # imports transformers, which stays
 cpu = torch.device("cpu")
 peaks = {
     "load": peak_of(lambda: checkpointer.load_checkpoint(model, dtype=torch.float32, device=cpu)),

@@ -99,10 +99,16 @@ class HFCheckpointer:
             for name in _check_readable(file):
                 if (other := places.setdefault(name, file)) != file:
                     raise ValueError(
-                        f"{name} is in {other.name} and in {file.name} of {self.checkpoint_dir}; name the files to load "
-                        f"with checkpointer.checkpoint_files=[{other.name}]"
+                        f"{name} is in {other.name} and in {file.name} of {self.checkpoint_dir}; choose with "
+                        f"checkpointer.checkpoint_files=[{other.name}]"
                     )
         return files
+
+    def take_tokenizer(self, directory: Path) -> None:
+        """Write the tokenizer of ``directory`` into checkpoints, instead of the model directory's."""
+        if directory.resolve() != self.checkpoint_dir.resolve():
+            log.info(f"Checkpoints get the tokenizer and chat template of {directory}, with which the run trains.")
+        self.tokenizer_dir = directory
 
     def check_model(self, model: nn.Module) -> None:
         """Check that ``model`` computes what ``config.json`` describes. `load_checkpoint` does this as well.
@@ -196,6 +202,7 @@ class HFCheckpointer:
             CheckpointError: if ``directory`` exists or cannot be written, for example on a full disk.
         """
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        Path(directory).parent.mkdir(parents=True, exist_ok=True)
         with sealed_directory(Path(directory), num_bytes, run_id=uuid4().hex) as partial_dir:
             self.write(model, partial_dir, shard_bytes=shard_bytes)
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from owlore_tune.errors import CheckpointError
 from owlore_tune.files import checksum, known_checksum
 
-SEAL = "checkpoint.json"  # the run's id; name, size and checksum of every other file; written last
+SEAL = "checkpoint.json"  # the run's id; its name; name, size and checksum of every other file; written last
 _PARTIAL = ".partial"
 _DISCARDED = ".discarded"
 
@@ -39,12 +39,12 @@ def sealed_directory(directory: Path, num_bytes: int, run_id: str) -> Iterator[P
     try:
         if os.path.lexists(directory):
             raise FileExistsError("it exists already")
-        partial.mkdir(parents=True)
+        partial.mkdir()  # its parent belongs to a run; if it is gone, the user moved it
         free = shutil.disk_usage(partial).free
         if free < num_bytes:
             raise OSError(f"only {free:,} bytes are free")
         yield partial
-        _seal(partial, run_id)
+        _seal(partial, directory.name, run_id)
         os.rename(partial, directory)
         _sync(directory.parent)
     except (OSError, SafetensorError) as error:
@@ -62,18 +62,21 @@ def _beside(directory: Path, run_id: str, ending: str) -> Path:
     return directory.with_name(f"{directory.name}.{run_id}.{uuid4().hex[:8]}{ending}")
 
 
-def _seal(directory: Path, run_id: str) -> None:
+def _seal(directory: Path, name: str, run_id: str) -> None:
     files = {}
     with ThreadPoolExecutor(1) as syncing:  # sync to disk while checksums are computed
         synced = []
         for file in sorted(directory.rglob("*")):
             synced.append(syncing.submit(_sync, file))
             if file.is_file():
-                name = file.relative_to(directory).as_posix()
-                files[name] = {"bytes": file.stat().st_size, "xxh3_128": known_checksum(file)}
+                files[file.relative_to(directory).as_posix()] = {
+                    "bytes": file.stat().st_size,
+                    "xxh3_128": known_checksum(file),
+                }
         for sync in synced:
             sync.result()
-    (directory / SEAL).write_text(json.dumps({"format": 1, "run_id": run_id, "files": files}, indent=2) + "\n")
+    content = {"format": 1, "run_id": run_id, "name": name, "files": files}
+    (directory / SEAL).write_text(json.dumps(content, indent=2) + "\n")
     _sync(directory / SEAL)
     _sync(directory)
 
@@ -87,10 +90,10 @@ def read_seal(directory: Path) -> dict[str, Any]:
     try:
         seal = json.loads((directory / SEAL).read_text())
         expected = {name: (int(f["bytes"]), str(f["xxh3_128"])) for name, f in seal["files"].items()}
-        run_id = str(seal["run_id"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        run_id, name = str(seal["run_id"]), str(seal["name"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory / SEAL} cannot be read: {error!r}") from error
-    return {**seal, "files": expected, "run_id": run_id}
+    return {**seal, "files": expected, "run_id": run_id, "name": name}
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -136,11 +139,12 @@ def files_outside_seal(directory: Path) -> list[str]:
 
 
 def is_of_run(directory: Path, run_id: str) -> bool:
-    """Whether ``directory`` was made by the run and is not a link."""
+    """Whether ``directory`` was made by the run, with the name that it has now, and is not a link."""
     try:
-        return not directory.is_symlink() and read_seal(directory)["run_id"] == run_id
+        seal = read_seal(directory)
     except CheckpointError:
         return False
+    return not directory.is_symlink() and (seal["run_id"], seal["name"]) == (run_id, directory.name)
 
 
 def discard(directory: Path, run_id: str) -> None:
@@ -158,6 +162,9 @@ def remove_leftovers(parent: Path, run_id: str) -> None:
     """
     for leftover in sorted(parent.glob(f"*.{run_id}.*{_PARTIAL}")) + sorted(parent.glob(f"*.{run_id}.*{_DISCARDED}")):
         if leftover.is_symlink():
+            continue
+        if leftover.is_file():  # of `owlore_tune.files.write_json`
+            leftover.unlink()
             continue
         target = parent / leftover.name.split(f".{run_id}.")[0]
         if leftover.name.endswith(_PARTIAL) and not os.path.lexists(target) and _is_complete(leftover):

@@ -36,7 +36,7 @@ class StepCheckpoints:
         return sorted((path for path in self._directory.glob("step_*") if _STEP.fullmatch(path.name)), key=step_of)
 
     def own(self) -> list[Path]:
-        """The run's checkpoints, oldest first, unverified. Some may be links."""
+        """The run's checkpoints, oldest first, unverified. Some may be links. Copies with other names do not count."""
         return [directory for directory in self.all() if self._is_own(directory)]
 
     def foreign(self) -> list[Path]:
@@ -52,8 +52,11 @@ class StepCheckpoints:
         directories = self.all()
         for directory in reversed(directories):
             try:
-                if verify(directory)["run_id"] != self._run_id:
+                seal = verify(directory)
+                if seal["run_id"] != self._run_id:
                     raise CheckpointError(f"{directory} belongs to another run")
+                if seal["name"] != directory.name:
+                    raise CheckpointError(f"{directory} is a copy of {seal['name']}")
             except CheckpointError as error:
                 log.warning(f"Skipping {directory.name}: {error}")
             else:
@@ -90,16 +93,21 @@ class StepCheckpoints:
 
     def _is_own(self, directory: Path) -> bool:
         try:
-            return read_seal(directory)["run_id"] == self._run_id
+            seal = read_seal(directory)
+            return (seal["run_id"], seal["name"]) == (self._run_id, directory.name)
         except CheckpointError:
             return False
 
     def _may_set_aside(self, directory: Path) -> bool:
-        """Whether the seal of the checkpoint, even if truncated, contains the run's id."""
+        """Whether the checkpoint is the run's. A truncated seal must contain the run's id."""
         try:
-            return self._is_own(directory) or self._run_id in (directory / SEAL).read_text(errors="replace")
-        except OSError:
-            return False
+            read_seal(directory)
+        except CheckpointError:
+            try:
+                return self._run_id in (directory / SEAL).read_text(errors="replace")
+            except OSError:
+                return False
+        return self._is_own(directory)
 
 
 def step_of(directory: Path) -> int:

@@ -15,6 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from torchtune.data import Message
 
+from owlore_tune.errors import ConfigError
+
 CHAT_TEMPLATES = ("model", "plain")
 # Prompt, answer, EOS. The answer is on a new line, or after a space if the prompt ends in a colon, such as "Answer:".
 # That space belongs to the answer, as it does in the tokens. `plain_prompt` is the same rule for evaluations.
@@ -58,7 +60,7 @@ class HFChatTokenizer:
         chat_template: str = "model",
         enable_thinking: bool = False,
     ) -> None:
-        directory = Path(str(path)).expanduser()
+        self.directory = directory = Path(str(path)).expanduser()
         file = directory / "tokenizer.json"
         if not file.is_file():
             raise ValueError(
@@ -106,7 +108,8 @@ class HFChatTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        """One more than the largest token id."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def _pad_id(self) -> int:
         # Many models pad with the token that ends a turn. torchtune's generate treats every pad token in a prompt as
@@ -241,6 +244,18 @@ class HFChatTokenizer:
         sample = dict(sample)
         tokens, mask = self.tokenize_messages(sample.pop("messages"), add_end_tokens=not inference)
         return {**sample, "tokens": tokens, "mask": mask}
+
+
+def check_vocabulary(tokenizer: Any, model: Any) -> None:
+    """Raise ConfigError if a torchtune ``tokenizer`` has token ids that the embeddings of a decoder lack."""
+    num_embeddings = model.tok_embeddings.weight.shape[0]
+    special = getattr(tokenizer, "special_tokens", None) or {}
+    most = max([getattr(tokenizer, "vocab_size", 0) - 1, *special.values(), tokenizer.pad_id])
+    if most >= num_embeddings:
+        raise ConfigError(
+            f"the tokenizer has token ids up to {most}, and the model has embeddings for {num_embeddings} tokens; "
+            "check that tokenizer.path and the model belong together"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

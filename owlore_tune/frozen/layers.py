@@ -63,9 +63,8 @@ class FrozenLayers:
             ConfigError: if the store lacks one, or has another one, or one has another shape.
         """
         weights = self.store.read(index)
-        if isinstance(self._model.output, TiedLinear):
-            if (copy := weights.pop(TIED_COPY, None)) is not None:
-                check_tied_copy(copy, weights[TIED_TO], self.store.place)
+        if isinstance(self._model.output, TiedLinear) and (copy := weights.pop(TIED_COPY, None)) is not None:
+            check_tied_copy(copy, weights[TIED_TO], self.store.place)
         names = {name for name, _ in named}
         if wrong := sorted(names.symmetric_difference(weights)):
             where = "the model" if wrong[0] in weights else "its files"

@@ -79,6 +79,7 @@ class LayerStore:
 
     def adopt(self) -> None:
         """Link to the files of a checkpoint with a file for each layer, so that the checkpoint may be removed."""
+        self._directory.mkdir(parents=True, exist_ok=True)
         for index, tensors in self._base.items():
             (file,) = {tensor.file for tensor in tensors}
             target = self._new_file(index)
@@ -188,7 +189,6 @@ class LayerStore:
             raise OSError(str(error)) from error
 
     def _new_file(self, index: int) -> Path:
-        self._directory.mkdir(parents=True, exist_ok=True)
         name = "outside" if index == OUTSIDE else f"layer_{index}"
         while True:
             self._generation += 1

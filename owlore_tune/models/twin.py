@@ -25,7 +25,7 @@ _SIZES = {
     "vocab_size": 64, "num_hidden_layers": 4, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "num_experts_per_tok": 2,
 }  # fmt: skip
-_LENGTHS = (9, 6, 9)  # of the samples of a packed row
+_NUM_TOKENS = 24
 _FARTHEST = 4096  # position
 # Differences relative to the largest logit. Equal computations differ by at most 2e-5. Far positions multiply the
 # rounding of an angle.
@@ -75,7 +75,7 @@ def check_builder(
         raise ValueError(f"the model cannot be compared with config.json: {message}; {_ADVICE}") from error
     near = max(_plain_difference(twin, reference), _packed_difference(twin, reference))
     window = getattr(theirs, "sliding_window", None) or _FARTHEST
-    far = _far_difference(twin, reference, min(_FARTHEST, window, model.max_seq_len, theirs.max_position_embeddings))
+    far = _far_difference(twin, reference, min(_FARTHEST, window, twin.max_seq_len))
     if not (near < _TOLERANCE and far < _FAR_TOLERANCE):
         fields = {key: config[key] for key in _SUSPECTS if config.get(key) is not None}
         raise ValueError(
@@ -177,8 +177,10 @@ def _respect_window(model: TransformerDecoder, theirs: Any) -> None:
     ours = [getattr(a, "window", None) or getattr(a, "sliding_window_size", None) for a in attention]
     wanted = [window if kind == "sliding_attention" else None for kind in types]
     if not any(ours) and any(wanted) and window < model.max_seq_len:
-        log.info(f"config.json has an attention window of {window} tokens, and the model's builder has none: rows and "
-                 f"inputs have at most {window} tokens.")
+        log.info(
+            f"config.json has an attention window of {window} tokens, and the model's builder has none: rows and "
+            f"inputs have at most {window} tokens."
+        )
         model.max_seq_len = window
     elif any(ours) and ours != wanted[: len(ours)]:
         raise ValueError(f"the model's builder has attention windows {ours}, and config.json has {wanted}; {_ADVICE}")
@@ -213,9 +215,7 @@ def _reference(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     def build() -> Any:
-        return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
-        )
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager")
 
     return _seeded(build).eval()
 
@@ -231,7 +231,7 @@ def _spread(reference: Any) -> None:
     for parameter in reference.parameters():
         if parameter.ndim == 1:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    largest = reference(_tokens(reference.config.vocab_size)).logits.abs().max()
+    largest = reference(_tokens(reference)).logits.abs().max()
     reference.model.norm.weight += _LARGE / largest
 
 
@@ -240,6 +240,9 @@ def _narrow_copy(model: TransformerDecoder, narrow: Any) -> Any:
     width, hidden, vocabulary = narrow.hidden_size, narrow.intermediate_size, narrow.vocab_size
     old_width = model.tok_embeddings.weight.shape[1]
     twin: Any = copy.deepcopy(model)
+    vars(twin).pop("unembed", None)  # that of a loss
+    twin.num_output_chunks = 0
+    twin.max_seq_len = min(model.max_seq_len, narrow.max_position_embeddings)
     twin.layers = twin.layers[: narrow.num_hidden_layers]
     for name, module in twin.named_modules():
         leaf = name.rpartition(".")[2]
@@ -289,42 +292,38 @@ def _load(twin: nn.Module, weights: dict[str, Tensor], convert: Convert) -> None
             parameters[key].copy_(value)
 
 
-def _logits(twin: Any, tokens: Tensor, **kwargs: Tensor) -> Tensor:
-    from owlore_tune.models.decoder import hidden_states
-
-    return twin.output(hidden_states(twin, tokens, **kwargs)).float()
-
-
-def _tokens(vocab_size: int) -> Tensor:
-    return torch.randint(1, vocab_size, (1, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0))
+def _tokens(reference: Any, most: int = _NUM_TOKENS) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, reference.config.vocab_size, (1, min(_NUM_TOKENS, most)), generator=generator)
 
 
 @torch.no_grad()
 def _plain_difference(twin: Any, reference: Any) -> float:
-    tokens = _tokens(reference.config.vocab_size)
-    return _distance(_logits(twin, tokens), reference(tokens).logits)
+    tokens = _tokens(reference, twin.max_seq_len)
+    return _distance(twin(tokens), reference(tokens).logits)
 
 
 @torch.no_grad()
 def _packed_difference(twin: Any, reference: Any) -> float:
     """A packed row, compared with its samples on their own."""
-    tokens = _tokens(reference.config.vocab_size)
-    positions = torch.cat([torch.arange(length) for length in _LENGTHS])[None]
-    samples = torch.arange(len(_LENGTHS)).repeat_interleave(torch.tensor(_LENGTHS))
-    mask = (samples[:, None] == samples).tril()[None]
-    expected = torch.cat([reference(sample).logits for sample in tokens.split(_LENGTHS, dim=1)], dim=1)
-    return _distance(_logits(twin, tokens, mask=mask, input_pos=positions), expected)
+    tokens = _tokens(reference, twin.max_seq_len)
+    samples = tokens.tensor_split((tokens.shape[1] // 2, tokens.shape[1] * 3 // 4), dim=1)
+    positions = torch.cat([torch.arange(sample.shape[1]) for sample in samples])[None]
+    numbers = torch.cat([torch.full_like(sample[0], number) for number, sample in enumerate(samples)])
+    mask = (numbers[:, None] == numbers).tril()[None]
+    expected = torch.cat([reference(sample).logits for sample in samples], dim=1)
+    return _distance(twin(tokens, mask=mask, input_pos=positions), expected)
 
 
 @torch.no_grad()
 def _far_difference(twin: Any, reference: Any, num_positions: int) -> float:
     """A row with positions up to ``num_positions``. Scaled frequencies differ little at the first positions."""
-    tokens = _tokens(reference.config.vocab_size)
+    tokens = _tokens(reference, num_positions)
     positions = torch.linspace(0, num_positions - 1, tokens.shape[1]).long()[None]
     mask = torch.ones_like(tokens)  # without one, transformers takes the row for a packed one
     expected = reference(tokens, position_ids=positions, attention_mask=mask).logits
-    return _distance(_logits(twin, tokens, input_pos=positions), expected)
+    return _distance(twin(tokens, input_pos=positions), expected)
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    return ((ours.float() - theirs).abs().max() / theirs.abs().max()).item()

@@ -63,6 +63,8 @@ def build_inputs(settings: TrainingSettings, world: World = ALONE, now: datetime
     tokenizer = build_with("tokenizer", cfg.tokenizer, ("pad_id", "max_seq_len", "tokenize_messages"))
     if isinstance(tokenizer, HFChatTokenizer) and now is not None:
         tokenizer.now = now
+    if isinstance(tokenizer, HFChatTokenizer):
+        checkpointer.take_tokenizer(tokenizer.directory)
     dataset, collate = _build_dataset(cfg, "dataset", tokenizer)
     try:
         data = TrainingData(
@@ -198,7 +200,13 @@ def _build_loss(cfg: DictConfig) -> Any:
 
 def build_optimizer(settings: TrainingSettings, model: Decoder) -> OwLoreAdamW:
     """The optimizer over all parameters of ``model`` that train with the ``owlore`` block."""
-    groups = parameter_groups(model, **settings.owlore.train_outside())
+    owlore = settings.owlore
+    if owlore.train_output and not owlore.train_embeddings and not model_parts(model).output:
+        raise ConfigError(
+            "owlore.train_output=true trains nothing, because the model's head is its embeddings; set "
+            "owlore.train_embeddings=true to train both, or owlore.train_output=false"
+        )
+    groups = parameter_groups(model, **owlore.train_outside())
     return build_ours("optimizer", settings.cfg.optimizer, OwLoreAdamW, groups)
 
 

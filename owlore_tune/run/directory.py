@@ -13,12 +13,13 @@ from uuid import uuid4
 from owlore_tune.checkpoints.sealed import remove_leftovers, verify
 from owlore_tune.checkpoints.steps import StepCheckpoints
 from owlore_tune.distributed.world import ALONE, World
-from owlore_tune.errors import ConfigError
+from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.files import write_json
 
 RUN_FILE = "run.json"  # id and kind of the run that owns the directory
 LOCK_FILE = ".owlore.lock"
 _ID = re.compile(r"[0-9a-f]{32}")
+_PARTIAL_RUN_FILE = re.compile(r"\.run\.json\.[0-9a-f]{32}\.[0-9a-f]{8}\.partial")  # see `partial_name`
 _HOLDER = re.compile(r"process \d+ on .*\n?")
 _held: dict[Path, int] = {}  # locks of this process: directory → file descriptor
 
@@ -46,6 +47,7 @@ class RunDirectory:
         self.parent: str | None = None
         self.resumed_from: str | None = None
         self._is_known = False
+        self._place: tuple[int, int] | None = None
 
     def claim(self) -> None:
         """Lock the directory for this process, and read which run owns it.
@@ -54,6 +56,7 @@ class RunDirectory:
             ConfigError: if another process has locked it, or it belongs to another kind of run.
         """
         self._lock()
+        self._place = _place(self.path)
         self._read()
         if self._is_known:  # before anyone looks for the newest checkpoint: a complete one may get its name only now
             remove_leftovers(self.path, self.run_id)
@@ -118,6 +121,17 @@ class RunDirectory:
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         _held[path] = descriptor
 
+    def is_in_place(self) -> bool:
+        """Whether the directory is where it was when it was claimed."""
+        return self._place is None or self._place == _place(self.path)
+
+    def check_in_place(self) -> None:
+        """Raise RunError if the directory was moved or replaced since it was claimed."""
+        if not self.is_in_place():
+            raise RunError(
+                f"output_dir={self.path} was moved or replaced during the run; its files are in the moved one"
+            )
+
     def release(self) -> None:
         """Unlock the directory."""
         if (descriptor := _held.pop(self.path.resolve(), None)) is not None:
@@ -150,7 +164,10 @@ class RunDirectory:
             content = {
                 "kind": self._kind, "run_id": self.run_id, "parent": self.parent, "resumed_from": self.resumed_from
             }  # fmt: skip
-            write_json(self.path / RUN_FILE, content)
+            for leftover in self.path.glob(f".{RUN_FILE}.*"):  # of a process that was killed in the next line
+                if _PARTIAL_RUN_FILE.fullmatch(leftover.name):
+                    leftover.unlink()
+            write_json(self.path / RUN_FILE, content, self.run_id)
             self._is_known = True
 
     def resume_from(self, directory: Path) -> None:
@@ -168,6 +185,26 @@ class RunDirectory:
                 f"belongs to run {self.run_id[:8]}; choose another output_dir"
             )
         self.parent, self.resumed_from = seal["run_id"], str(directory)
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """What the directory is on its disk, whatever its name; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def check_creatable(field: str, path: str) -> None:
+    """Raise ConfigError if a directory can neither be written to nor be created."""
+    directory = Path(path).absolute()
+    nearest = next(parent for parent in (directory, *directory.parents) if os.path.lexists(parent))
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{field}={path} is not writable: {nearest}: {error.strerror}") from error
 
 
 def writable_directory(path: str) -> Path:

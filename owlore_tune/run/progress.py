@@ -11,6 +11,7 @@ class Progress:
     step: int = 0  # optimizer steps done, skipped ones included
     skipped_steps: int = 0  # without an update, because the loss or a gradient was not finite
     skipped_in_a_row: int = 0  # up to the current step
+    trained_tokens: int = 0
 
     def is_due(self, every: int | None) -> bool:
         """Whether the number of steps is a multiple of ``every``; False if None."""

@@ -1,6 +1,7 @@
 """Records of a run's steps and draws, appended to files and saved in every checkpoint."""
 
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ class Records:
         if self._directory is None:
             return
         try:
-            with (self._directory / name).open("a") as file:
+            with open(self._directory / name, "a", opener=_existing) as file:
                 file.write(to_json(record) + "\n")
         except OSError as error:  # a full disk does not end the run; the next checkpoint has the records
             log.warning(f"{self._directory / name} cannot be written: {error}")
@@ -95,6 +96,11 @@ class Records:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
+
+
+def _existing(path: str, flags: int) -> int:
+    """Open a file that exists. Without it, a directory that took the run's place would get files of the run."""
+    return os.open(path, flags & ~os.O_CREAT)
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

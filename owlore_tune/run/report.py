@@ -45,6 +45,7 @@ class Report:
 
     def __init__(self, directory: Path, world: World = ALONE) -> None:
         self._directory = directory
+        self._run_id = ""
         self._is_first = world.rank == 0
         self.records = Records(directory if self._is_first else None)
         self._logger: Any = None
@@ -54,6 +55,7 @@ class Report:
     def start(
         self,
         settings: TrainingSettings,
+        run_id: str,
         plan: MemoryPlan,
         probabilities: list[float],
         measure_memory: Callable[[], dict[str, int]],
@@ -61,11 +63,12 @@ class Report:
         """Open the metric logger, log the config through it, and write the files of the records.
 
         Args:
+            run_id: of the directory.
             plan: memory plan.
             probabilities: each layer's probability to be in a draw.
             measure_memory: returns bytes by category, see `measured_bytes`.
         """
-        cfg = settings.cfg
+        cfg, self._run_id = settings.cfg, run_id
         with redirect_stdout(StringIO()):  # some print their path; docs/runs.md documents it
             self._logger = build_with("metric_logger", cfg.metric_logger, LOGGER_METHODS)
         # Other loggers resolve the config before they send it elsewhere, but environment variables may be secret.
@@ -179,7 +182,7 @@ class Report:
             "draws": records.draws,
         }
         try:
-            write_json(self._directory / MANIFEST, content)
+            write_json(self._directory / MANIFEST, content, self._run_id)
         except OSError as error:
             log.warning(f"{self._directory / MANIFEST} cannot be written: {error}")
 

@@ -1,10 +1,14 @@
 """Find the checkpoint to resume from, and check that a resumed run continues the same computation."""
 
+import copy
+import hashlib
+import json
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from torchtune.utils import get_logger
 
 from owlore_tune.checkpoints.steps import step_of
@@ -18,7 +22,7 @@ from owlore_tune.run.build import Inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.manifest import versions
 from owlore_tune.run.report import OUTPUT_FILES
-from owlore_tune.run.settings import DEFAULTS, FREE, REQUIRED, TrainingSettings
+from owlore_tune.run.settings import DEFAULTS, FREE, FREE_PATHS, REQUIRED, TrainingSettings
 
 BASE_WEIGHTS = "base weights (checkpointer.checkpoint_dir)"  # name of their digest, for messages too
 HOW_TO_RESUME = "resume with the same command and resume_from_checkpoint=true"
@@ -75,6 +79,7 @@ def identity(settings: TrainingSettings, inputs: Inputs, world: World = ALONE) -
     digests = world.share(world.attempt(lambda: input_digests(settings, inputs), first_alone=True))
     return {
         "config": plain(settings.cfg),
+        "resolved": _resolved_digest(settings),
         "rows_per_step": inputs.data.rows_per_step,
         "digests": digests,
         "now": getattr(inputs.tokenizer, "now", datetime.now()).isoformat(),
@@ -84,8 +89,10 @@ def identity(settings: TrainingSettings, inputs: Inputs, world: World = ALONE) -
 
 def input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
     """Digests of data, tokenizer, chat template and base weights, by name."""
+    config = json.dumps(inputs.checkpointer.config, sort_keys=True)
     digests = {
         "dataset": dataset_digest(inputs.data.dataset),
+        "config.json": hashlib.sha256(config.encode()).hexdigest()[:16],
         BASE_WEIGHTS: inputs.checkpointer.fingerprint(),
     }
     if isinstance(inputs.tokenizer, HFChatTokenizer):
@@ -96,11 +103,36 @@ def input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
 
 def check_settings(saved: dict[str, Any], settings: TrainingSettings, checkpoint: Path | None) -> None:
     """Raise ConfigError if a field that affects the result differs from the checkpoint's `identity`."""
-    fixed = {*REQUIRED, *DEFAULTS} - FREE
-    old, new = ({key: config.get(key) for key in fixed} for config in (saved["config"], plain(settings.cfg)))
+    old, new = _fixed_fields(saved["config"]), _fixed_fields(plain(settings.cfg))
     _refuse(changed_fields(old, new), checkpoint)
+    if saved["resolved"] != _resolved_digest(settings):  # values may be secret
+        names = ", ".join(_interpolated(new))
+        _refuse([f"the value of {names}, which comes from elsewhere, such as the environment, changed"], checkpoint)
     if changes := changed_fields(saved["versions"], versions()):
         log.warning(f"Versions changed, so the resumed run may not be bit-identical: {'; '.join(changes)}")
+
+
+def _fixed_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a resumed run must share, without paths whose content is compared instead."""
+    fixed: dict[str, Any] = copy.deepcopy({key: config.get(key) for key in {*REQUIRED, *DEFAULTS} - FREE})
+    for block, field in FREE_PATHS:
+        for node in fixed[block] if isinstance(fixed[block], list) else [fixed[block]]:
+            node.pop(field, None)
+    return fixed
+
+
+def _resolved_digest(settings: TrainingSettings) -> str:
+    """A digest of the values that a resumed run must share, with environment variables filled in."""
+    resolved = _fixed_fields(OmegaConf.to_container(settings.cfg, resolve=True))  # type: ignore[arg-type]
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _interpolated(node: Any, path: str = "") -> list[str]:
+    """The fields of a config whose values are filled in from elsewhere."""
+    if isinstance(node, dict | list):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        return [found for key, value in items for found in _interpolated(value, f"{path}.{key}" if path else str(key))]
+    return [path] if isinstance(node, str) and "${" in node else []
 
 
 def check_inputs(saved: dict[str, Any], found: dict[str, Any], checkpoint: Path | None) -> None:
@@ -137,6 +169,8 @@ def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: C
         step: the last complete step.
         save: saves ``step``; None if weights or optimizer are in the middle of the next step.
     """
+    if not run.is_in_place():
+        return "Its checkpoints are there too; move it back to resume"
     own = run.steps.own()
     if isinstance(error, DivergedError):
         saved = ", ".join(directory.name for directory in own) or "none"

@@ -24,6 +24,7 @@ from owlore_tune.frozen.linear import PRODUCTS
 from owlore_tune.layers.sampler import DRAWS
 from owlore_tune.layers.scores import SCORES
 from owlore_tune.optim.adamw import INACTIVE_STATES, OwLoreAdamW
+from owlore_tune.run.directory import check_creatable
 
 REQUIRED = (
     "model", "tokenizer", "checkpointer", "dataset", "owlore", "optimizer", "output_dir"
@@ -84,6 +85,10 @@ FREE = frozenset(
         "run_val_every_n_steps", "dataset_val", "batch_size_val", "profiler", "save_every_n_steps", "keep_last_n",
         "resume_from_checkpoint", "max_skipped_steps",
     )
+)  # fmt: skip
+# Paths inside other fields that can change too. Digests of their content are compared instead.
+FREE_PATHS = (
+    ("checkpointer", "checkpoint_dir"), ("model", "path"), ("tokenizer", "path"), ("dataset", "data_files"),
 )  # fmt: skip
 
 
@@ -206,6 +211,15 @@ class TrainingSettings:
         check_type("resume_from_checkpoint", cfg.resume_from_checkpoint, bool | str)
         clip_grad_norm = check_positive("clip_grad_norm", cfg.clip_grad_norm)
         return cls(cfg, owlore, device, dtype, Path(cfg.output_dir).absolute(), clip_grad_norm)
+
+    def check_log_directories(self) -> None:
+        """Raise ConfigError if the metric logger or the profiler could not write. They are built after weights load."""
+        nodes = {"metric_logger.log_dir": self.cfg.metric_logger}
+        if self.cfg.profiler is not None and self.cfg.profiler.get("enabled"):
+            nodes["profiler.output_dir"] = self.cfg.profiler
+        for field, node in nodes.items():
+            if isinstance(path := node.get(field.rpartition(".")[2]), str):
+                check_creatable(field, path)
 
     def check_launch(self, *, sharded: bool) -> None:
         """Raise ConfigError for a value that does not work on one device, or with a sharded model."""
