@@ -13,9 +13,11 @@ from torchtune.modules.common_utils import local_kv_cache
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.errors import RunError
 from owlore_tune.models.decoder import Decoder, hidden_states
 from owlore_tune.models.hf import HFDecoder, key_value_cache
 
+NOT_FINITE = "the model's outputs are not finite; are its weights damaged, or too large for this dtype?"
 _SHRINK_AT = 0.75  # share of rows still running; then the others leave the batch
 
 
@@ -61,6 +63,8 @@ def generate(
         for _ in range(steps):
             hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
             logits = model.output(hidden[:, -1]).float()
+            if not generated[0] and not logits.isfinite().all():
+                raise RunError(NOT_FINITE)
             following = chooser(logits)
             for row, token in zip(rows, following.tolist(), strict=True):
                 if row not in finished:

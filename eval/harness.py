@@ -16,6 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from owlore_evals.local_choices import SCORINGS, local_choices_task
 from owlore_evals.local_math import local_math_task
 from owlore_tune.errors import ConfigError
+from owlore_tune.paths import user_path
 
 # The harness warns of settings that are ours: num_fewshot, and metadata that no task here takes.
 logging.getLogger("lm_eval.evaluator").addFilter(lambda r: not str(r.msg).startswith("Overwriting default num_fewshot"))
@@ -23,6 +24,7 @@ logging.getLogger("lm_eval.api.task").addFilter(lambda r: "Custom kwargs can be 
 
 LAST_NUMBER = "last_number"  # scoring for arithmetic problems
 OWN_TASKS = Path(__file__).parent / "tasks"
+LONGEST_NAME = 200  # bytes of a task's name; a date and an ending are added to it, and file names end at 255
 
 
 def load_tasks(
@@ -55,17 +57,43 @@ def load_tasks(
     loaded = [task for name in names for task in _load(manager, name, data_root)]
     try:
         for name, file in (data_files or {}).items():
-            path = Path(file).expanduser()
+            path = user_path(file)
             if scoring == LAST_NUMBER:
                 loaded.append(local_math_task(name, path, plain_prompts))
             else:
                 loaded.append(local_choices_task(name, path, scoring, plain_prompts))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    for task in leaf_tasks(loaded):
+        _check_name(task.task_name)
     counts = Counter(task.task_name for task in leaf_tasks(loaded))
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ConfigError(f"tasks: {', '.join(twice)} would run twice; results have one place for each name")
     return loaded
+
+
+def _check_name(name: str) -> None:
+    """Raise ConfigError if ``name`` cannot be part of a file name, which the samples of a task get."""
+    if "/" in name or not name.isprintable() or not 0 < len(name.encode()) <= LONGEST_NAME:
+        raise ConfigError(
+            f"tasks: {name[:80]!r} cannot be the name of a task: files are named after it, so it must have no / and at "
+            f"most {LONGEST_NAME} bytes"
+        )
+
+
+def check_fewshot(tasks: Iterable[Task | Group], num_fewshot: int | None) -> None:
+    """Raise ConfigError if a task has fewer examples than ``num_fewshot``."""
+    if not num_fewshot:
+        return
+    for task in leaf_tasks(tasks):
+        try:
+            count = len(list(task.fewshot_docs()))
+        except Exception as error:  # a task without a rule for examples
+            raise ConfigError(f"num_fewshot={num_fewshot}: {task.task_name} has no examples: {error!r}") from error
+        if task.config.fewshot_split == task.config.test_split:
+            count -= 1  # the question itself
+        if num_fewshot > count:
+            raise ConfigError(f"num_fewshot={num_fewshot}; {task.task_name} has {count} examples")
 
 
 def leaf_tasks(tasks: Iterable[Task | Group]) -> list[Task]:
@@ -80,7 +108,7 @@ def _task_manager(names: list[str], data_root: str | None, metadata: dict[str, A
     manager = TaskManager(include_path=str(OWN_TASKS), metadata=metadata)
     if data_root is None:
         return manager
-    root = Path(data_root).expanduser()
+    root = user_path(data_root)
     if not root.is_dir():
         raise ConfigError(f"data_root={data_root} is not a directory")
     for entry in manager.task_index.values():

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-from owlore_tune.data.rows import read_rows
+from owlore_tune.data.rows import read_rows, row_prompt
 from owlore_tune.data.tokenizer import plain_prompt
 
 Doc = dict[str, Any]
@@ -67,9 +67,11 @@ def _doc(file: Path, number: int, row: dict[str, Any], plain: bool) -> Doc:
     options = listed.group(1).split("/") if listed else []
     if len(options) < 2:
         raise ValueError(f"data_files: {file}: row {number} has no 'Answer format: OPTION/OPTION' in its instruction")
+    if len(set(options)) < len(options):
+        raise ValueError(f"data_files: {file}: row {number} has an option twice: {options}")
     if row.get("answer") not in options:
         raise ValueError(f"data_files: {file}: row {number}: answer={row.get('answer')!r}; its options are {options}")
-    prompt = "\n".join(filter(None, (row["instruction"], row.get("input"))))
+    prompt = row_prompt(file, number, row)
     prompt, between = plain_prompt(prompt) if plain else (prompt, "")
     sentences = [between + _ANSWER.format(option) for option in options]
     return {"prompt": prompt, "options": options, "sentences": sentences, "gold": options.index(row["answer"])}

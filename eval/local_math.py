@@ -3,13 +3,14 @@
 The ``answer`` of a row is a number. Greedily decoded text is correct if its last number equals the answer.
 """
 
+import math
 import re
 from pathlib import Path
 
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-from owlore_tune.data.rows import read_rows
+from owlore_tune.data.rows import read_rows, row_prompt
 from owlore_tune.data.tokenizer import plain_prompt
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -29,11 +30,13 @@ def local_math_task(name: str, file: Path, plain: bool = False) -> ConfigurableT
     for number, row in enumerate(read_rows(file, "data_files", ["instruction"])):
         try:
             answer = float(row["answer"])
-        except (KeyError, TypeError, ValueError):
+            if isinstance(row["answer"], bool) or not math.isfinite(answer):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"data_files: {file}: row {number}: answer={row.get('answer')!r} is not a number"
             ) from None
-        prompt = "\n".join(filter(None, (row["instruction"], row.get("input"))))
+        prompt = row_prompt(file, number, row)
         docs.append({"prompt": plain_prompt(prompt)[0] if plain else prompt, "answer": answer})
     return ConfigurableTask(
         config={

@@ -24,6 +24,7 @@ from torchtune.utils import get_logger
 from owlore_evals.jsonl import append_line, read_lines
 from owlore_evals.judge import Chat, Judge, JudgeConfig
 from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.paths import user_path
 from owlore_tune.run.plots import plot_radar
 
 log = get_logger("INFO")
@@ -273,7 +274,7 @@ def read_files(data_dir: str | None) -> tuple[list[Question], dict[str, dict[str
     """
     if data_dir is None:
         raise ConfigError(f"data_dir is not set. {_HOW_TO_GET}")
-    root = Path(data_dir).expanduser()
+    root = user_path(data_dir)
     files = [root / name for name in ("mt_bench/question.jsonl", "mt_bench/reference_answer/gpt-4.jsonl")]
     files.append(root / "judge_prompts.jsonl")
     if missing := [str(file) for file in files if not file.is_file()]:

@@ -13,7 +13,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import make_table
 
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.files import partial_name, write_json
+from owlore_tune.files import is_number, partial_name, read_json, write_json
 from owlore_tune.run.manifest import MANIFEST
 
 Scores = dict[tuple[str, str], tuple[float, float | None]]  # (task, metric) -> (value, standard error)
@@ -22,9 +22,10 @@ Scores = dict[tuple[str, str], tuple[float, float | None]]  # (task, metric) -> 
 def check_output_dir(directory: Path, fingerprint: str) -> None:
     """Raise ConfigError if ``directory`` has results of another model."""
     try:
-        known = json.loads((directory / MANIFEST).read_text()).get("fingerprint")
-    except (OSError, ValueError):
+        manifest = read_json(directory / MANIFEST)
+    except ValueError:
         return
+    known = manifest.get("fingerprint") if isinstance(manifest, dict) else None
     if known not in (None, fingerprint):
         raise ConfigError(f"output_dir={directory} has results of another model ({known}); choose another directory")
 
@@ -114,20 +115,22 @@ def read_scores(run: Path) -> Scores:
     scores: Scores = {}
     places: dict[str, Path] = {}
     newest: dict[str, Any] = {"results": {}}
+    averages: Scores = {}
     for file in files:
         try:
-            newest = json.loads(file.read_text())
-            found = _scores(newest["results"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            newest = read_json(file)
+            found = _scores(newest["results"]) | _scores({"average": newest.get("averages") or {}})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{file} is not a results file: {error!r}") from error
         for task in newest["results"]:
             if places.setdefault(task, file.parent) != file.parent:
                 raise ConfigError(f"{run} has two evaluations of {task}: {places[task]} and {file.parent}; choose one")
-        scores |= found
+        scores |= {key: value for key, value in found.items() if key[0] != "average"}
+        averages = {key: value for key, value in found.items() if key[0] == "average"}
     if not scores:
         raise ConfigError(f"{run} has no results_*.json")
     if newest["results"].keys() == places.keys():
-        scores |= _scores({"average": newest.get("averages", {})})
+        scores |= averages
     return scores
 
 
@@ -138,8 +141,10 @@ def _scores(results: dict[str, dict[str, Any]]) -> Scores:
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
+                if not is_number(value):
+                    raise ValueError(f"{str(value)[:40]} for {key} of {task} is no score")
                 error = values.get(f"{metric}_stderr,{kind}")
-                known = isinstance(error, int | float)
+                known = is_number(error)
                 scores[task, metric if kind == "none" else key] = (value, error if known else None)
     return scores
 
@@ -187,7 +192,7 @@ def _read_answers(run: Path) -> dict[str, str]:
                 response = row["resps"][0][0]
                 if isinstance(response, str):
                     answers[_question(row)] = response
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ConfigError(f"{file} is not a samples file: {error!r}") from error
     return answers
 

@@ -6,7 +6,7 @@ from typing import Any
 from lm_eval.api.model import LM
 from omegaconf import DictConfig, ListConfig
 
-from owlore_evals.harness import evaluate, leaf_tasks, load_tasks
+from owlore_evals.harness import check_fewshot, evaluate, leaf_tasks, load_tasks
 from owlore_evals.judge import JudgeConfig, check_url
 from owlore_evals.mt_bench import MT_BENCH, MTBench
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
@@ -34,6 +34,7 @@ SUITE: dict[str, Any] = {
     "batch_size": None,  # None: depends on the device
     "seed": 0,
 }
+SHORTEST = 16  # tokens
 
 
 class Suite:
@@ -75,6 +76,7 @@ class Suite:
             scoring=cfg.scoring,
             plain_prompts=not self.apply_chat_template,
         )
+        check_fewshot(self._tasks, cfg.num_fewshot)
         if not tokenizer.is_chat and (self.apply_chat_template or self._mt_bench):
             raise ConfigError(
                 "this model has no chat template, or tokenizer.chat_template=plain; set apply_chat_template=null and "
@@ -142,6 +144,8 @@ def build_lm(cfg: DictConfig, model: Decoder, tokenizer: HFChatTokenizer) -> Tor
 def check_suite(cfg: DictConfig) -> None:
     """Raise ConfigError if a value has the wrong type or is out of range."""
     check_counts(cfg, ("max_new_tokens",), ("limit", "max_length", "batch_tokens", "batch_size"))
+    if cfg.max_length is not None and cfg.max_length < SHORTEST:
+        raise ConfigError(f"max_length={cfg.max_length}; it must be at least {SHORTEST}, or no question would be read")
     check_type("num_fewshot", cfg.num_fewshot, int | None)
     if cfg.num_fewshot is not None and cfg.num_fewshot < 0:
         raise ConfigError(f"num_fewshot={cfg.num_fewshot}; it must be at least 0, or null")

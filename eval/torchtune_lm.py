@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,10 +23,11 @@ from torchtune.modules.common_utils import delete_kv_caches
 from tqdm import tqdm
 
 from owlore_evals.batch_sizes import free_bytes, sequences_at_once, tokens_at_once
-from owlore_evals.generation import Prompts, generate
+from owlore_evals.generation import NOT_FINITE, Prompts, generate
 from owlore_evals.ranks import Ranks
 from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.hf import HFDecoder
 
@@ -150,8 +152,11 @@ class TorchtuneLM(TemplateLM):
             text = self._render(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
-        last = chat_history[-1]["content"].rstrip()
-        return text[: text.rindex(last) + len(last)]
+        # As transformers: with the message's last spaces, if the template keeps them.
+        last = chat_history[-1]["content"]
+        start = text.rindex(last.strip())
+        kept = last.lstrip()
+        return text[: start + len(kept if text.startswith(kept, start) else last.strip())]
 
     def _render(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
         messages = [Message(role=turn["role"], content=turn["content"]) for turn in chat]
@@ -164,11 +169,18 @@ class TorchtuneLM(TemplateLM):
         self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[Result]:
         results: list[Result] = [(0.0, False)] * len(requests)
-        rows = make_rows([(context, continuation) for _, context, continuation in requests], self.max_length)
+        # A context of spaces has no tokens: they belong to the continuation. It begins as an empty one does.
+        pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
+        try:
+            rows = make_rows(pairs, self.max_length)
+        except ValueError as error:
+            raise ConfigError(f"max_length={self.max_length}: {error}; raise it") from error
         batches = list(make_batches(rows, self.batch_tokens))
         with tqdm(total=len(requests), desc="Log-likelihoods", disable=disable_tqdm) as progress:
             for batch, scored in zip(batches, self._on_all_ranks("_score", batches), strict=True):
                 for index, result in zip((i for row in batch for i in row.requests), scored, strict=True):
+                    if math.isnan(result[0]):
+                        raise RunError(NOT_FINITE)
                     results[index] = result
                     if (texts := requests[index][0]) is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, result)

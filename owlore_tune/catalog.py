@@ -4,6 +4,8 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from owlore_tune.paths import user_path
+
 RECIPES = {
     "owlore_full_finetune": "fine-tune all weights, a few layers at a time, on one device or several",
     "owlore_eval": "evaluate a torchtune model with lm-evaluation-harness, local files and MT-Bench",
@@ -29,7 +31,7 @@ def find_config(name: str) -> Path:
     Raises:
         SystemExit: if it is neither; the message lists similar names.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     return path if path.is_file() else _find(name, dict(packaged_configs()), "packaged config")
 
 

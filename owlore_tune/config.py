@@ -4,7 +4,6 @@ import argparse
 import difflib
 import inspect
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
@@ -18,8 +17,25 @@ from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cl
 
 from owlore_tune.catalog import find_config
 from owlore_tune.errors import ConfigError
+from owlore_tune.paths import user_path
 
 LARGEST_COUNT = 10**9
+COMPONENTS = {  # the blocks that are built
+    "model", "tokenizer", "checkpointer", "dataset", "dataset_val", "optimizer", "lr_scheduler", "loss",
+    "metric_logger", "profiler",
+}  # fmt: skip
+
+
+class UnknownKeyError(ConfigError):
+    """A key that the config or one of its components does not take.
+
+    Attributes:
+        key: with its path.
+    """
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
@@ -76,7 +92,7 @@ def expand_home(cfg: DictConfig) -> DictConfig:
             return {key: expand(value) for key, value in node.items()}
         if isinstance(node, list):
             return [expand(value) for value in node]
-        return os.path.expanduser(node) if isinstance(node, str) and node.startswith("~") else node
+        return str(user_path(node)) if isinstance(node, str) and node.startswith("~") else node
 
     return OmegaConf.create(expand(plain(cfg)))
 
@@ -107,9 +123,9 @@ def check_config(
         resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(str(error)) from error
-    check_no_nan(resolved, "")
+    check_values(resolved, "")
     if isinstance(cfg.get("output_dir"), str) and cfg.output_dir.startswith("~"):  # from an interpolation
-        cfg.output_dir = os.path.expanduser(cfg.output_dir)
+        cfg.output_dir = str(user_path(cfg.output_dir))
     for key, node in cfg.items():
         # torchtune parses `dataset_val=null` on the command line as the component's name.
         if isinstance(node, DictConfig) and "_component_" in node and node["_component_"] is None:
@@ -117,6 +133,9 @@ def check_config(
     if missing := [key for key in required if cfg.get(key) is None]:
         raise ConfigError(f"missing in the config: {', '.join(missing)}")
     check_type("output_dir", cfg.output_dir, str)
+    for key in COMPONENTS & cfg.keys():
+        if cfg[key] is not None and not isinstance(cfg[key], ListConfig):
+            check_block(key, cfg[key])
     check_components(cfg, supplied or {})
     return cfg
 
@@ -131,14 +150,16 @@ def _fill_in(cfg: DictConfig, defaults: Mapping[str, Any]) -> None:
             cfg[key] = OmegaConf.merge(default, node)
 
 
-def check_no_nan(node: Any, path: str) -> None:
-    """Raise ConfigError for a field that is NaN. Comparisons with NaN are always false."""
+def check_values(node: Any, path: str) -> None:
+    """Raise ConfigError for a field that is NaN, with which comparisons are always false, or has a NUL character."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         where = f"{path}.{key}" if path else str(key)
         if isinstance(value, float) and math.isnan(value):
             raise ConfigError(f"{where}=nan; it must be a number")
-        check_no_nan(value, where)
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{where}={value!r} has a NUL character, which no path or name can have")
+        check_values(value, where)
 
 
 def check_components(cfg: DictConfig, supplied: Mapping[str, tuple[str, ...]]) -> None:
@@ -150,7 +171,10 @@ def check_components(cfg: DictConfig, supplied: Mapping[str, tuple[str, ...]]) -
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{path}._component_={node['_component_']} has no signature to check: {error}") from error
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            check_keys(node, [*parameters, "_component_"], path)
+            try:
+                check_keys(node, [*parameters, "_component_"], path)
+            except UnknownKeyError as error:
+                raise ConfigError(f"{error}; or remove it with ~{error.key}") from error
         _check_arguments(path, component, node, supplied.get(path.split(".")[0], ()))
 
 
@@ -185,17 +209,16 @@ def check_keys(node: Mapping[str, Any], known: Iterable[str], path: str) -> None
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown key {path + '.' if path else ''}{key}; {hint}")
+            name = f"{path}.{key}" if path else str(key)
+            raise UnknownKeyError(f"unknown key {name}; {hint}", name)
 
 
-def build(path: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
+def build(path: str, node: Any, *args: Any, **kwargs: Any) -> Any:
     """``config.instantiate`` of the node at ``path``. An error of its constructor becomes a ConfigError."""
+    check_block(path, node)
     try:
         return config.instantiate(node, *args, **kwargs)
-    except (
-        ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError, RuntimeError, ImportError,
-        AssertionError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # a component can raise anything
         message = str(error) if not isinstance(error, KeyError) else f"missing key {error}"
         if isinstance(error, TypeError | AttributeError):  # Python's message names no field
             fields_given = (f"{key}={value!r}" for key, value in plain(node).items() if key != "_component_")
@@ -293,6 +316,12 @@ def check_counts(cfg: DictConfig, required: Iterable[str], optional: Iterable[st
                 raise ConfigError(
                     f"{key}={cfg[key]}; it must be 1 to {LARGEST_COUNT:,}{'' if wanted is int else ', or null'}"
                 )
+
+
+def check_block(path: str, node: Any) -> None:
+    """Raise ConfigError if ``node`` is not a component with its fields."""
+    if not isinstance(node, DictConfig) or "_component_" not in node:
+        raise ConfigError(f"{path}={node}; it must be a block of fields with _component_")
 
 
 def check_positive(path: str, value: Any) -> float:

@@ -1,4 +1,10 @@
-"""Errors for users: programs print only their message, in one line, without a traceback."""
+"""Errors for users: programs print only their message, in one line, without a traceback. Imports nothing heavy."""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 
 
 class ConfigError(ValueError):
@@ -15,3 +21,24 @@ class RunError(RuntimeError):
 
 class DivergedError(RunError):
     """A run with a loss or weights that are not finite. Its state is not worth saving."""
+
+
+# Classes of errors that a user can solve. Those of other packages are named, because importing them takes seconds.
+_OURS = (ConfigError, CheckpointError, RunError, OSError)
+_OTHERS = {"InstantiationError", "OmegaConfBaseException", "OutOfMemoryError", "RankError"}
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Exit with ``error: ...`` if the block raises an error that a user can solve. Any other error is a bug: it shows
+    its traceback, and a line that says so."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, _OURS) or not _OTHERS.isdisjoint(base.__name__ for base in type(error).__mro__):
+            sys.exit(f"error: {' '.join(str(error).split())}")
+        traceback.print_exc()
+        sys.exit(
+            f"error: this is a bug in owlore-tune {version('owlore-tune')}: {type(error).__name__}. Please report it in "
+            "the project's issue tracker, with the command and the lines above"
+        )

@@ -13,6 +13,8 @@ from uuid import uuid4
 import xxhash
 from torchtune.utils import get_logger
 
+LARGEST_NUMBER = 1e100  # of a file that a person may have edited: sums of such numbers are finite
+
 log = get_logger("INFO")
 _checksums: dict[tuple[int, ...], str] = {}  # by identity of a file
 
@@ -38,6 +40,25 @@ def write_json(path: Path, content: Any, owner: str) -> None:
 def partial_name(name: str, owner: str) -> str:
     """An unused, hidden name for an unfinished file or directory."""
     return f".{name}.{owner}.{uuid4().hex[:8]}.partial"
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that float64 holds. A bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

@@ -1,22 +1,17 @@
-"""Run a recipe as a program: its command line, one-line errors, and signals."""
+"""Run a recipe as a program: its command line and signals."""
 
 import argparse
 import functools
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from torchtune.config._errors import InstantiationError
 from torchtune.utils import get_logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from owlore_tune.config import load_config
-from owlore_tune.errors import CheckpointError, ConfigError, RunError
+from owlore_tune.errors import errors_in_one_line
 from owlore_tune.run.signals import obey_signals
 
 
@@ -37,15 +32,3 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
             recipe_main(load_config(args.config, [*args.overrides, *rest]))
 
     return main
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Exit with ``error: ...`` on a problem with the config, its files or the run that the user can solve."""
-    try:
-        yield
-    except (
-        ConfigError, RunError, CheckpointError, InstantiationError, OmegaConfBaseException, OSError,
-        torch.OutOfMemoryError,
-    ) as error:  # fmt: skip
-        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -118,6 +118,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
 
     def _save(self, results: dict[str, Any], seconds: float) -> None:
         manifest = self._manifest(seconds)
+        print_results(results)  # first, so that results that cannot be written are not lost
         with stop_request().deferred():
             file = save_results(
                 self._output_dir,
@@ -128,7 +129,6 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
                 chat_template=self._lm.chat_template(self._suite.apply_chat_template),
                 fewshot_as_multiturn=self._cfg.fewshot_as_multiturn,
             )
-        print_results(results)
         print(f"results         {file}")
 
     def cleanup(self) -> None:

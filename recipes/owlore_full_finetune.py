@@ -180,8 +180,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         return {name: owner for name, owner in stateful.items() if owner is not None}
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        for name, owner in self._stateful().items():
-            owner.load_state_dict(saved[name])
+        try:
+            for name, owner in self._stateful().items():
+                owner.load_state_dict(saved[name])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{self._resume_dir} holds another state than this run saves: {error!r}") from error
         self._data.seek(self._progress.step)
         self._has_unproven_checkpoint = True  # the one that it resumes from
         self._world.attempt(lambda: self._run.steps.set_aside_after(self._progress.step), first_alone=True)

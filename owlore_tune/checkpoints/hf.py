@@ -24,10 +24,11 @@ from owlore_tune.checkpoints.layouts import Convert, StateDict, converters
 from owlore_tune.checkpoints.sealed import sealed_directory
 from owlore_tune.distributed.world import ALONE, World, full, shard_like
 from owlore_tune.errors import ConfigError
-from owlore_tune.files import files_digest
+from owlore_tune.files import files_digest, read_json
 from owlore_tune.models.decoder import init_rope, plain_name
 from owlore_tune.models.hf import HFDecoder, check_config
 from owlore_tune.models.twin import check_builder
+from owlore_tune.paths import user_path
 
 SHARD_BYTES = 2 * 10**9
 # Files copied into a checkpoint, from the directory of the tokenizer and that of the model. config.json is rewritten.
@@ -65,17 +66,17 @@ class HFCheckpointer:
         model_type: str,
         checkpoint_files: list[str] | None = None,
     ) -> None:
-        self.checkpoint_dir = Path(str(checkpoint_dir)).expanduser()
+        self.checkpoint_dir = user_path(checkpoint_dir)
         if not self.checkpoint_dir.is_dir():
             raise ValueError(
                 f"checkpointer.checkpoint_dir={checkpoint_dir} is not a directory; "
                 "download the model first (see the top of the config)"
             )
         try:
-            self.config = json.loads((self.checkpoint_dir / "config.json").read_text())
+            self.config = read_json(self.checkpoint_dir / "config.json")
             if not isinstance(self.config, dict):
                 raise ValueError("it is not a JSON object")
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"no readable config.json in {self.checkpoint_dir}: {error}") from error
         if self.config.get("quantization_config") is not None:
             raise ValueError(
@@ -289,7 +290,7 @@ def weight_files(directory: Path) -> list[Path]:
     for pattern, index in (("*.safetensors", "model.safetensors"), ("pytorch_model*.bin", "pytorch_model.bin")):
         if (index_file := directory / f"{index}.index.json").is_file():
             try:
-                names = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
+                names = sorted(set(read_json(index_file)["weight_map"].values()))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index_file} has no readable weight_map: {error!r}") from error
             if outside := [name for name in names if Path(str(name)).name != name]:

@@ -13,7 +13,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from owlore_tune.errors import CheckpointError
-from owlore_tune.files import checksum, known_checksum
+from owlore_tune.files import checksum, known_checksum, read_json
 
 SEAL = "checkpoint.json"  # the run's id; its name; name, size and checksum of every other file; written last
 _PARTIAL = ".partial"
@@ -88,10 +88,10 @@ def read_seal(directory: Path) -> dict[str, Any]:
         CheckpointError: if there is none, or it cannot be read.
     """
     try:
-        seal = json.loads((directory / SEAL).read_text())
+        seal = read_json(directory / SEAL)
         expected = {name: (int(f["bytes"]), str(f["xxh3_128"])) for name, f in seal["files"].items()}
         run_id, name = str(seal["run_id"]), str(seal["name"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory / SEAL} cannot be read: {error!r}") from error
     return {**seal, "files": expected, "run_id": run_id, "name": name}
 

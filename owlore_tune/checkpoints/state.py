@@ -1,6 +1,5 @@
 """A checkpoint of a run: weights in Hugging Face's layout, and the state for an exact resume."""
 
-import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,8 +68,10 @@ def load_state(directory: Path, world: World = ALONE) -> dict[str, Any]:
         raise CheckpointError(f"{directory} has no {STATE_FILE}, so a run cannot resume from it")
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of pickle, torch or the file's own content
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("optimizer"), dict) or "identity" not in state:
+        raise CheckpointError(f"{file} is not the state of a run of this program")
     if "num_ranks" in state["optimizer"]:
         state["optimizer"] = load_sharded(state["optimizer"], directory / SHARDED, world)
     return state

@@ -2,7 +2,6 @@
 
 import importlib.resources
 import random
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +14,7 @@ from torchtune.utils import get_logger
 
 from owlore_tune.data.rows import read_file
 from owlore_tune.data.transforms import ChoicesToMessages, InstructionToMessages, ProblemToMessages, RowTransform
+from owlore_tune.paths import user_path
 
 log = get_logger("INFO")
 
@@ -184,13 +184,15 @@ def _dataset(
     places: list[tuple[str, int]] = []
     if data_files is None and source is None:
         raise ValueError("dataset.data_files is not set; it names the files to train on")
+    if not isinstance(source, str | None):
+        raise ValueError(f"dataset.source={source}; it must be the name of a dataset, or a directory")
     if isinstance(data_files, int | float | dict):
         raise ValueError(f"dataset.data_files={data_files}; it must be a file, or a list of files")
     if data_files is None:
         where = f"dataset.source={source}"
         try:
             found = load_dataset(source, name, split=split).to_list()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of datasets, pyarrow, pandas or the hub's client
             raise ValueError(
                 f"{where} cannot be loaded ({error}); without a hub, set dataset.data_files, or dataset.source to a "
                 "copy of it"
@@ -198,7 +200,7 @@ def _dataset(
         _add_good_rows(found, where, transform, rows, places)
     for file in [data_files] if isinstance(data_files, str) else data_files or ():
         where = f"dataset.data_files={file}"
-        found = read_file(Path(str(file)).expanduser(), "dataset.data_files")
+        found = read_file(user_path(file), "dataset.data_files")
         _add_good_rows(found, where, transform, rows, places)
     return _finish(rows, transform, tokenizer, packed, places)
 

@@ -85,7 +85,7 @@ class TrainingData:
                 self._loader.sampler.load_state_dict({StatefulDistributedSampler._YIELDED: rows})
             self._batches = iter(self._loader)
         batches = self._batches
-        found = self._world.attempt(lambda: list(islice(batches, self._accumulation)))
+        found = self._world.attempt(lambda: _read(batches, self._accumulation))
         assert found is not None and len(found) == self._accumulation
         self._step += 1
         if self._step % self.steps_per_epoch == 0:
@@ -128,11 +128,19 @@ class HeldOutData:
         rows_left = len(range(self._world.rank, len(self.dataset), self._world.size))
         batches = iter(self._loader)
         for _ in range(len(self)):
-            batch = self._world.attempt(lambda: next(batches))
-            assert batch is not None
+            read = self._world.attempt(lambda: _read(batches, 1))
+            assert read is not None
+            (batch,) = read
             num_rows = len(batch["labels"])
             yield batch, min(max(rows_left, 0), num_rows)
             rows_left -= num_rows
+
+
+def _read(batches: Iterator[Batch], count: int) -> list[Batch]:
+    try:
+        return list(islice(batches, count))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:  # of a dataset that is not ours
+        raise ValueError(f"a row of the dataset does not fit its component: {error!r}") from error
 
 
 def _loader(

@@ -47,6 +47,17 @@ def _json_lines(text: str) -> list[Any]:
     return rows
 
 
+def row_prompt(file: Path, number: int, row: dict[str, Any]) -> str:
+    """The instruction of a row, with its input below it if there is one.
+
+    Raises:
+        ValueError: if the input is not text.
+    """
+    if not isinstance(row.get("input"), str | None):
+        raise ValueError(f"data_files={file}: row {number} has {row['input']!r} in field 'input', which is not text")
+    return "\n".join(filter(None, (row["instruction"], row.get("input"))))
+
+
 def read_rows(file: Path, field_name: str, fields: Sequence[str] = ("instruction", "output")) -> list[dict[str, Any]]:
     """The rows of a file with text in each of ``fields``.
 

@@ -18,7 +18,12 @@ MOST_ROWS = 1000  # tokenized to find the longest row, or for a digest
 
 def check_samples(key: str, dataset: Any, collate: Callable[[list[Any]], Any], collate_name: str) -> None:
     """Raise ValueError if training cannot use the first sample, or a batch of it."""
-    sample = dataset[0]
+    try:
+        sample = dataset[0]
+    except ValueError:
+        raise
+    except Exception as error:  # a dataset of torchtune or the user, on other columns than it expects
+        raise ValueError(f"{key}: its first row does not fit the dataset's component: {error!r}") from error
     if not isinstance(sample, dict) or not {"tokens", "labels"} <= sample.keys():
         raise ValueError(f"{key}: its samples have no tokens and labels; use a dataset for fine-tuning")
     try:

@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 from torchtune.data import Message
 
 from owlore_tune.errors import ConfigError
+from owlore_tune.files import read_json
+from owlore_tune.paths import user_path
 
 CHAT_TEMPLATES = ("model", "plain")
 # Prompt, answer, EOS. The answer is on a new line, or after a space if the prompt ends in a colon, such as "Answer:".
@@ -60,7 +62,7 @@ class HFChatTokenizer:
         chat_template: str = "model",
         enable_thinking: bool = False,
     ) -> None:
-        self.directory = directory = Path(str(path)).expanduser()
+        self.directory = directory = user_path(path)
         file = directory / "tokenizer.json"
         if not file.is_file():
             raise ValueError(
@@ -262,8 +264,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        content = read_json(file)
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object")
@@ -272,11 +274,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text()
-    template = config.get("chat_template")
+    template = file.read_text() if file.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not (isinstance(template, str) and template.strip()):
+        raise ValueError(f"the chat template of {directory} is empty or no text; set tokenizer.chat_template=plain")
     return template
 
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from owlore_tune.distributed.world import ALONE, World, full
+from owlore_tune.files import is_number, read_json
 from owlore_tune.layers.outliers import outlier_scores
 from owlore_tune.models.decoder import find_layers, find_linears
+from owlore_tune.paths import user_path
 
 SCORES = ("outlier", "uniform", "increase", "decrease", "reverse", "weight_norm", "heavy_tail")
 NEEDS_DATA = ("outlier", "reverse")
@@ -136,14 +138,15 @@ class LayerScores:
                 its number of layers, weights, score or threshold differ.
         """
         try:
-            loaded = cls(**json.loads(Path(path).read_text()))
-        except (OSError, TypeError, ValueError) as error:
+            loaded = cls(**read_json(user_path(path)))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"scores_file={path} cannot be read ({error}); create one with `owlore score`") from error
         if not isinstance(loaded.scores, list):
             raise ValueError(f"scores_file={path} has no list of scores; create one with `owlore score`")
         for layer, value in enumerate(loaded.scores):
-            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"scores_file={path}: score of layer {layer} is {value}; recreate the file")
+            if not is_number(value) or value < 0:
+                shown = str(value)[:40]
+                raise ValueError(f"scores_file={path}: the score of layer {layer} is {shown}; recreate the file")
         if len(loaded.scores) != num_layers:
             raise ValueError(
                 f"scores_file={path} is for a model with {len(loaded.scores)} layers; this one has {num_layers}"

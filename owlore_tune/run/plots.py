@@ -1,9 +1,9 @@
 """Pictures of a run, in the color-blind-safe palette of Okabe and Ito. Hatches distinguish colors in gray."""
 
-import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from owlore_tune.errors import ConfigError
+from owlore_tune.files import is_number, read_json
 from owlore_tune.run.manifest import MANIFEST
 from owlore_tune.run.records import DRAWS, PICTURES, STEPS, read_records
 
@@ -30,24 +32,53 @@ def plot_run(run: Path) -> list[Path]:
         The pictures: scores, draws, loss, memory and step times.
 
     Raises:
-        ValueError: if ``run`` has no readable manifest and scores.
+        ConfigError: if ``run`` has no manifest and scores, or a file of it has other content than a run writes.
     """
     try:
-        manifest = json.loads((run / MANIFEST).read_text())
-        scores = json.loads((run / "scores.json").read_text())
-        planned, measured = manifest["memory_bytes"].values()
-        probabilities = manifest["probabilities"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{run} is not the output_dir of a training run: {error!r}") from error
-    steps, draws = read_records(run / STEPS), read_records(run / DRAWS)
-    num_steps = max([manifest["steps"], *(step["step"] for step in steps)])
-    starts = [draw["step"] for draw in draws]
-    plot_scores(run / "scores.png", scores["scores"], scores["score"], probabilities)
-    plot_draws(run / "draws.png", [(d["step"], d["active"]) for d in draws], len(scores["scores"]), num_steps)
-    plot_loss(run / "loss.png", steps, held_out_by_step(manifest["held_out_loss"], num_steps), starts)
-    plot_memory(run / "memory.png", memory_bars(planned, measured), manifest["config"].get("device_memory_limit"))
-    plot_step_times(run / "step_times.png", steps, starts)
+        drawings = _drawings(run)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{run} is not the output_dir of a training run: {error!r}") from error
+    for draw in drawings:
+        draw()
     return [run / f"{name}.png" for name in PICTURES]
+
+
+def _drawings(run: Path) -> list[Callable[[], None]]:
+    """The functions that draw the pictures. Their arguments are read and checked here."""
+    manifest, known = read_json(run / MANIFEST), read_json(run / "scores.json")
+    scores, score = _numbers(known["scores"]), str(known["score"])
+    probabilities = _numbers(manifest["probabilities"])
+    if len(probabilities) != len(scores):
+        raise ValueError(f"{len(scores)} scores and {len(probabilities)} probabilities")
+    memory = manifest["memory_bytes"]
+    for category in (*memory["planned"].values(), *memory["measured"].values()):
+        _numbers([category])
+    bars = memory_bars(memory["planned"], memory["measured"])
+    limit = manifest["config"].get("device_memory_limit")
+    _numbers([limit] if limit is not None else [])
+    steps = read_records(run / STEPS)
+    for step in steps:
+        _numbers([step["step"], step["step_seconds"]])
+        _numbers([value for value in (step["loss"], *phase_seconds(step).values()) if value is not None])
+    draws = [(draw["step"], _numbers(draw["active"])) for draw in read_records(run / DRAWS)]
+    starts = _numbers([start for start, _ in draws])
+    num_steps = max(_numbers([manifest["steps"], *(step["step"] for step in steps)]))
+    held_out = held_out_by_step(manifest["held_out_loss"], num_steps)
+    _numbers([loss for _, loss in held_out if loss is not None])
+    return [
+        partial(plot_scores, run / "scores.png", scores, score, probabilities),
+        partial(plot_draws, run / "draws.png", draws, len(scores), num_steps),
+        partial(plot_loss, run / "loss.png", steps, held_out, starts),
+        partial(plot_memory, run / "memory.png", bars, limit),
+        partial(plot_step_times, run / "step_times.png", steps, starts),
+    ]
+
+
+def _numbers(values: Any) -> list[Any]:
+    """``values``, a list of numbers that can be drawn."""
+    if not isinstance(values, list) or not all(map(is_number, values)):
+        raise ValueError(f"{str(values)[:80]} are not numbers")
+    return values
 
 
 def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: Sequence[float] | None = None) -> None:

@@ -106,4 +106,7 @@ def _existing(path: str, flags: int) -> int:
 def read_records(file: Path) -> list[dict[str, Any]]:
     """The records in a file of `Records`; empty if there is no file. An incomplete last line is skipped."""
     lines = file.read_text().split("\n")[:-1] if file.is_file() else []
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested too deeply") from error

@@ -1,0 +1,22 @@
+"""Paths that a user writes. Imports nothing heavy."""
+
+import os
+from pathlib import Path
+
+from owlore_tune.errors import ConfigError
+
+
+def user_path(text: str | Path) -> Path:
+    """The path that ``text`` names, with ``~`` replaced by the home directory.
+
+    Raises:
+        ConfigError: if it has a character that no path can have, or names the home of a user who does not exist.
+    """
+    path = os.path.expanduser(str(text))
+    if "\0" in path:
+        raise ConfigError(f"{path!r} is not a path: it has a NUL character")
+    if path.startswith("~") and "/" in path:
+        raise ConfigError(
+            f"{path}: there is no user {path[1:].split('/')[0]}; for a name that begins with ~, write ./~"
+        )
+    return Path(path)
