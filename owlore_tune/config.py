@@ -270,8 +270,9 @@ def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
         device = utils.get_device(cfg.device)
         if device.type == "meta":
             raise ValueError("it has no memory")
-        if device.type != "cpu" and not _is_available(device.type):  # torchtune does not look
-            raise ValueError(f"torch finds no {device.type} device on this machine; see owlore doctor")
+        wanted = device.type if cfg.device is None else torch.device(cfg.device).type
+        if wanted != device.type or (wanted != "cpu" and not _is_available(wanted)):  # torchtune takes another one
+            raise ValueError(f"torch finds no {wanted} device on this machine; see owlore doctor")
         return device, training.get_dtype(cfg.dtype, device=device)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error

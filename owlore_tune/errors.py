@@ -39,6 +39,6 @@ def errors_in_one_line() -> Iterator[None]:
             sys.exit(f"error: {' '.join(str(error).split())}")
         traceback.print_exc()
         sys.exit(
-            f"error: this is a bug in owlore-tune {version('owlore-tune')}: {type(error).__name__}. Please report it in "
-            "the project's issue tracker, with the command and the lines above"
+            f"error: {type(error).__name__}, a bug in owlore-tune {version('owlore-tune')}. Please report it in the "
+            "project's issue tracker, with the command and the lines above"
         )

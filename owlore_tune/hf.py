@@ -45,6 +45,7 @@ class OwLoreOptimizer(OwLoreAdamW):
 
     Attributes:
         grad_norm: the norm before clipping in the last step; see `OwLoreAdamW.clip_grad_norm_`.
+        trained: the layers that were active in the last step.
         num_steps: steps so far, with those that were skipped.
 
     Raises:
@@ -85,6 +86,7 @@ class OwLoreOptimizer(OwLoreAdamW):
         }  # fmt: skip
         self.grad_norm = 0.0
         self.num_steps = 0
+        self.trained: list[int] = []
         self._active_layers.maybe_redraw(0)
 
     @property
@@ -108,6 +110,7 @@ class OwLoreOptimizer(OwLoreAdamW):
             log.warning(f"Step {self.num_steps}: the gradient is not finite; no update.")
         self.zero_grad()  # the Trainer only clears the model's gradients, not low-rank ones
         self.num_steps += 1
+        self.trained = self.active
         self._active_layers.maybe_redraw(self.num_steps)
         return loss
 
@@ -189,4 +192,4 @@ class OwLoreCallback(TrainerCallback):
             return
         # The Trainer's norm lacks projected gradients. It appends to the history before it calls callbacks.
         for record in (logs, state.log_history[-1]):
-            record |= {"grad_norm": self._optimizer.grad_norm, "active_layers": self._optimizer.active}
+            record |= {"grad_norm": self._optimizer.grad_norm, "active_layers": self._optimizer.trained}

@@ -506,7 +506,7 @@ def test_there_are_enough_cases():
     assert len(OVERRIDES) + len(FILES) + len(EVALUATIONS) + len(COMMANDS) >= 120
 
 
-class Reached(Exception):
+class Reached(BaseException):
     """Raised when all checks passed and weights would be loaded."""
 
 

@@ -68,6 +68,8 @@ class HFDecoder(nn.Module):
                 self.add_module(name, child)
         logits = _Logits(causal, names["output"])
         if self.config.tie_word_embeddings:
+            if causal.get_output_embeddings().bias is not None:
+                raise ValueError(f"{type(causal).__name__} has a bias in a head that is tied to the embeddings")
             self.output: Any = _TiedHead(self.tok_embeddings, logits)
         else:
             self.output = causal.get_output_embeddings()

@@ -165,7 +165,7 @@ def _check_fields(model: TransformerDecoder, theirs: Any) -> None:
     derived = {"head_dim": _head_dim(theirs), "rope_theta": rope.get("rope_theta")}
     for key, ours in settings.items():
         wanted = derived[key] if key in derived else getattr(theirs, key, None)
-        if None not in (ours, wanted) and not math.isclose(float(ours), float(wanted), rel_tol=1e-6):
+        if ours is not None and wanted is not None and not math.isclose(ours, wanted, rel_tol=1e-6):
             raise ValueError(f"the model's builder has {key}={ours}, and config.json has {wanted}; {_ADVICE}")
 
 
