@@ -173,7 +173,11 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
     fields = given if path is None else _read_config(path)
     config = make_config(fields)
     model_type = config.model_type
-    known = type(config)().to_dict().keys() | type(config).attribute_map.keys() | _OTHER_FIELDS
+    try:
+        declared = type(config)().to_dict().keys()
+    except Exception:  # one that has no defaults
+        declared = config.to_dict().keys()
+    known = declared | type(config).attribute_map.keys() | _OTHER_FIELDS
     if unknown := sorted(given.keys() - known):
         raise ValueError(f"{unknown[0]} is not a field of config.json for model_type={model_type}")
     for reason, is_true in {

@@ -56,26 +56,26 @@ def check_builder(
     Raises:
         ValueError: if the model computes something else. The message names the field if it is known.
     """
-    with _quiet():
+    with _small_and_quiet():
         theirs = make_config(config)
         _check_fields(model, theirs)
         _respect_window(model, theirs)
         heads = theirs.num_attention_heads
-        narrow = _narrow(theirs, _SIZES | {"hidden_size": heads * math.ceil(32 / heads)})
-        narrow.head_dim = _head_dim(theirs)
+        sizes = _SIZES | {"hidden_size": heads * math.ceil(32 / heads)}
+        narrow = _narrow(theirs, sizes, head_dim=_head_dim(theirs))
         reference = _reference(narrow)
-    _spread(reference)
-    try:
-        twin = _narrow_copy(model, narrow)
-        _load(twin, reference.state_dict(), converter(narrow.to_dict()))
-    except ValueError:
-        raise
-    except Exception as error:  # a module that torchtune's builders do not make, or a weight that a layout lacks
-        message = " ".join(str(error).split())
-        raise ValueError(f"the model cannot be compared with config.json: {message}; {_ADVICE}") from error
-    near = max(_plain_difference(twin, reference), _packed_difference(twin, reference))
-    window = getattr(theirs, "sliding_window", None) or _FARTHEST
-    far = _far_difference(twin, reference, min(_FARTHEST, window, twin.max_seq_len))
+        _spread(reference)
+        try:
+            twin = _narrow_copy(model, narrow)
+            _load(twin, reference.state_dict(), converter(narrow.to_dict()))
+        except ValueError:
+            raise
+        except Exception as error:  # a module that torchtune's builders do not make, or a weight that a layout lacks
+            message = " ".join(str(error).split())
+            raise ValueError(f"the model cannot be compared with config.json: {message}; {_ADVICE}") from error
+        near = max(_plain_difference(twin, reference), _packed_difference(twin, reference))
+        window = getattr(theirs, "sliding_window", None) or _FARTHEST
+        far = _far_difference(twin, reference, min(_FARTHEST, window, twin.max_seq_len))
     if not (near < _TOLERANCE and far < _FAR_TOLERANCE):
         fields = {key: config[key] for key in _SUSPECTS if config.get(key) is not None}
         raise ValueError(
@@ -95,21 +95,30 @@ def check_decoder(decoder: Any, build: Callable[[Any], Any]) -> None:
         ValueError: if the outputs differ. A model that has no narrow twin is not compared; a warning says so.
     """
     kind = decoder.config.model_type
-    try:
-        with _quiet():
-            narrow = _narrow(decoder.config, _SIZES | _HEADS)
-            reference, twin = _reference(narrow), _seeded(lambda: build(narrow)).eval()
-        plain = _plain_difference(twin, reference)
-    except Exception as error:  # some configs have sizes that depend on each other
-        log.warning(f"model_type={kind} was not compared with transformers' own computation: {error!r}")
-        return
-    packed = _packed_difference(twin, reference)
+    with _small_and_quiet():
+        try:
+            reference, twin = _pair(decoder.config, build, _SIZES | _HEADS)
+        except Exception:  # latent attention needs as many heads for keys as for queries
+            try:
+                reference, twin = _pair(decoder.config, build, _SIZES | _HEADS | {"num_key_value_heads": 4})
+            except Exception as error:  # sizes that depend on each other
+                log.warning(f"model_type={kind} was not compared with transformers' own computation: {error!r}")
+                return
+        plain, packed = _plain_difference(twin, reference), _packed_difference(twin, reference)
     for rows, difference in (("rows", plain), ("packed rows", packed)):
         if not difference < _TOLERANCE:
             raise ValueError(
                 f"model_type={kind} has attention or positions that OwLore does not reproduce: in a small copy, logits "
                 f"of {rows} differ from those of transformers by {difference:.1e} of the largest"
             )
+
+
+def _pair(config: Any, build: Callable[[Any], Any], sizes: dict[str, int]) -> tuple[Any, Any]:
+    """A narrow model of transformers and its twin, which both run."""
+    narrow = _narrow(config, sizes)
+    reference, twin = _reference(narrow), _seeded(lambda: build(narrow)).eval()
+    _plain_difference(twin, reference)
+    return reference, twin
 
 
 def make_config(fields: dict[str, Any]) -> Any:
@@ -129,14 +138,15 @@ def make_config(fields: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings, which are about token ids and lengths that a narrow config has."""
+def _small_and_quiet() -> Iterator[None]:
+    """Tensors are on the CPU in float32, and transformers does not warn of ids and lengths that a narrow config has."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with torch.device("cpu"), training.set_default_dtype(torch.float32):
+            yield
     finally:
         logging.set_verbosity(before)
 
@@ -186,8 +196,8 @@ def _respect_window(model: TransformerDecoder, theirs: Any) -> None:
         raise ValueError(f"the model's builder has attention windows {ours}, and config.json has {wanted}; {_ADVICE}")
 
 
-def _narrow(config: Any, sizes: dict[str, int]) -> Any:
-    """``config`` with sizes of at most ``sizes``."""
+def _narrow(config: Any, sizes: dict[str, int], **others: int) -> Any:
+    """``config`` with sizes of at most ``sizes``, and the values ``others``."""
     fields = config.to_dict()
     names = {config.attribute_map.get(key, key): size for key, size in sizes.items()}
     for name, size in names.items():
@@ -200,12 +210,12 @@ def _narrow(config: Any, sizes: dict[str, int]) -> Any:
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if fields.get(token) is not None:
             fields[token] = 0
-    return type(config).from_dict(fields | {"initializer_range": 0.3})
+    return type(config).from_dict(fields | others | {"initializer_range": 0.3})
 
 
 def _seeded(build: Callable[[], Any]) -> Any:
-    """What ``build`` makes on the CPU in float32, with the same random numbers in every call."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), training.set_default_dtype(torch.float32):
+    """What ``build`` makes, with the same random numbers in every call."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build()
 
@@ -263,11 +273,10 @@ def _narrow_copy(model: TransformerDecoder, narrow: Any) -> Any:
                 module.normalized_shape = (width,)
         elif callable(getattr(module, "rope_init", None)):
             module.max_seq_len = min(module.max_seq_len, _FARTHEST)
-    with torch.device("cpu"):
-        twin.to_empty(device="cpu").float()
-        for module in twin.modules():
-            if callable(init := getattr(module, "rope_init", None)):
-                init()
+    twin.to_empty(device="cpu").float()
+    for module in twin.modules():
+        if callable(init := getattr(module, "rope_init", None)):
+            init()
     return twin.eval()
 
 
