@@ -17,6 +17,8 @@ from torchtune import training
 from torchtune.modules import TiedLinear, TransformerDecoder
 from torchtune.utils import get_logger
 
+from owlore_tune.errors import ConfigError
+
 Convert: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 # Largest sizes of a twin, by transformers' names. A twin of a torchtune builder keeps the heads.
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -62,15 +64,15 @@ def check_builder(
         _respect_window(model, theirs)
         heads = theirs.num_attention_heads
         sizes = _SIZES | {"hidden_size": heads * math.ceil(32 / heads)}
-        narrow = _narrow(theirs, sizes, head_dim=_head_dim(theirs))
-        reference = _reference(narrow)
-        _spread(reference)
         try:
+            narrow = _narrow(theirs, sizes, head_dim=_head_dim(theirs))
+            reference = _reference(narrow)
+            _spread(reference)
             twin = _narrow_copy(model, narrow)
             _load(twin, reference.state_dict(), converter(narrow.to_dict()))
-        except ValueError:
+        except ConfigError:
             raise
-        except Exception as error:  # a module that torchtune's builders do not make, or a weight that a layout lacks
+        except Exception as error:  # a setting that no builder of torchtune has, or a weight that a layout lacks
             message = " ".join(str(error).split())
             raise ValueError(f"the model cannot be compared with config.json: {message}; {_ADVICE}") from error
         near = max(_plain_difference(twin, reference), _packed_difference(twin, reference))
@@ -291,11 +293,11 @@ def _load(twin: nn.Module, weights: dict[str, Tensor], convert: Convert) -> None
         converted.pop("output.weight", None)
     for key in sorted(parameters.keys() ^ converted.keys()):
         where = "the model's builder" if key in converted else "config.json"
-        raise ValueError(f"{where} has no {key}; {_ADVICE}")
+        raise ConfigError(f"{where} has no {key}; {_ADVICE}")
     with torch.no_grad():
         for key, value in converted.items():
             if parameters[key].shape != value.shape:
-                raise ValueError(
+                raise ConfigError(
                     f"{key} has another shape in the model's builder than config.json describes; {_ADVICE}"
                 )
             parameters[key].copy_(value)
