@@ -7,11 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchtune.config._errors import InstantiationError
 
 from owlore_tune import cli
 from owlore_tune.catalog import find_config
 from owlore_tune.doctor import fits
+from owlore_tune.errors import errors_in_one_line
 from owlore_tune.models import smollm2
 from runs import recipe_of
 
@@ -35,6 +39,30 @@ def test_listing_imports_nothing_heavy():
     code += "print([m for m in ('torch', 'numpy', 'omegaconf') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_bug_is_called_one_and_shows_its_traceback(monkeypatch, capsys):
+    def broken(args):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("owlore_tune.doctor.report", broken)
+    with pytest.raises(SystemExit) as stop:
+        owlore(monkeypatch, "doctor")
+    told = str(stop.value.code)
+    assert told.startswith(
+        "error: KeyError, a bug in owlore-tune 0.1.0. Please report it in the project's issue tracker"
+    )
+    printed = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in printed and "KeyError: 'a bug'" in printed
+
+
+@pytest.mark.parametrize(
+    "error", [InstantiationError("no"), OmegaConfBaseException("no"), torch.OutOfMemoryError("no"), OSError("no")]
+)
+def test_errors_of_other_packages_are_told_in_one_line(error, capsys):
+    with pytest.raises(SystemExit, match="^error: no$"), errors_in_one_line():
+        raise error
+    assert capsys.readouterr().err == ""
 
 
 def test_cp_copies_and_does_not_overwrite(monkeypatch, tmp_path):

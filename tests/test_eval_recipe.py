@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -388,6 +389,47 @@ def test_results_that_cannot_be_written_whole_are_not_there(make_config, tmp_pat
     with pytest.raises(RunError, match="the results cannot be written to .*samples were written, not 10"):
         run(make_config("eval/mmlu_dev", limit=10))
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.json", ".owlore.lock"}
+
+
+def test_results_that_cannot_be_written_are_printed(make_config, monkeypatch, capsys):
+    def full_disk(*args, **kwargs):
+        raise RunError("the results cannot be written")
+
+    monkeypatch.setattr("owlore_eval.save_results", full_disk)
+    with pytest.raises(RunError, match="the results cannot be written"):
+        run(make_config("eval/mmlu_dev", limit=4))
+    assert "|mmlu_dev|" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tasks", [["mmlu_dev"], ["mmlu_dev_worked"]], ids=["log-likelihoods", "text"])
+def test_a_model_whose_outputs_are_nan_has_no_accuracy(tasks, make_config):
+    recipe = OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", limit=4, tasks=tasks)))
+    recipe.setup()
+    with torch.no_grad():
+        recipe._lm._model.layers[1].mlp.w1.weight[0, 0] = math.nan
+    with pytest.raises(RunError, match="the model's outputs are not finite; are its weights damaged"):
+        recipe.evaluate()
+
+
+ROW = {"instruction": "Which? Answer format: a/b", "answer": "a"}
+BAD_ROWS = {
+    "a number for a math answer is NaN": ("last_number", {"answer": math.nan}, "answer=nan is not a number"),
+    "it is infinite": ("last_number", {"answer": "Infinity"}, "answer='Infinity' is not a number"),
+    "it is true": ("last_number", {"answer": True}, "answer=True is not a number"),
+    "it is huge": ("last_number", {"answer": 10**400}, "is not a number"),
+    "an option occurs twice": ("loglikelihood", {"instruction": "Answer format: a/b/a"}, "has an option twice: "),
+    "the input is a number": ("loglikelihood", {"input": 5}, "row 0 has 5 in field 'input', which is not text"),
+    "the input of a problem is a list": ("last_number", {"answer": 1, "input": []}, "in field 'input', which is no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_wrong_row_is_told(case, make_config, tmp_path):
+    scoring, changes, message = BAD_ROWS[case]
+    (tmp_path / "rows.json").write_text(json.dumps([ROW | changes]))
+    config = make_config("eval/mmlu_dev", tasks=[], data_files={"mine": str(tmp_path / "rows.json")}, scoring=scoring)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        OwLoreEvalRecipe(OmegaConf.create(config)).setup()
 
 
 def test_the_manifest_of_a_training_run_is_not_written_over(tiny_config, make_config, tmp_path):

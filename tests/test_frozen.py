@@ -1,5 +1,6 @@
 """Frozen layers in few bits: what is trained and saved stays in full precision, bit for bit."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from torch import nn
 
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.frozen.formats import Int8Weight, NF4Weight, quantize
-from owlore_tune.frozen.linear import freeze, quantizable_outside, thaw
+from owlore_tune.frozen.linear import freeze, frozen_linear, int8_linear, quantizable_outside, thaw
 from runs import after_step, changed, checkpoints, finetune, finetune_until, prepare, variant, weights
 
 KINDS = {"int8": ("int8", "full"), "int8 products": ("int8", "int8"), "nf4": ("nf4", "full")}
@@ -38,6 +39,40 @@ def test_zeros_and_widths_that_blocks_do_not_divide():
     assert not Int8Weight.quantize(torch.zeros(4, 8)).dequantize(torch.float32).any()
     assert not NF4Weight.quantize(torch.zeros(4, 64)).dequantize(torch.float32).any()
     assert isinstance(quantize(torch.randn(4, 48), "nf4"), Int8Weight)
+
+
+@pytest.mark.parametrize("sizes", [(5, 1, 8), (5, 8, 1), (1, 8, 8), (0, 8, 8), (5, 1, 1)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_linear_takes_every_size(sizes, kind):
+    """Regression: torch's 8-bit product of one input feature was wrong, and an empty input raised."""
+    rows, n, m = sizes
+    torch.manual_seed(0)
+    linear = nn.Linear(n, m)
+    x = torch.randn(rows, n, requires_grad=True)
+    freeze(linear, *KINDS[kind])
+    product = linear(x)
+    (got,) = torch.autograd.grad(product.sum(), x)
+    stored = linear.frozen_weight.dequantize(torch.float32)
+    torch.testing.assert_close(product, x @ stored.T + linear.bias, atol=0.05, rtol=0)
+    torch.testing.assert_close(got, stored.sum(0).expand(rows, n), atol=0.05, rtol=0)
+
+
+def test_products_are_in_full_precision_where_8_bit_ones_overflow(monkeypatch):
+    """A CPU without VNNI instructions adds pairs of products in 16 bits. Values near the largest show it on any CPU."""
+    torch.manual_seed(0)
+    weight = Int8Weight.quantize(torch.ones(8, 64))
+    x = torch.full((4, 64), 2.0)
+    expected = x @ weight.dequantize(torch.float32).T
+    torch.testing.assert_close(int8_linear(x, weight), expected, rtol=1e-5, atol=0)
+    monkeypatch.setattr("owlore_tune.frozen.linear.CPU_IS_EXACT", False)
+    assert torch.equal(int8_linear(x, weight), frozen_linear(x, weight))
+
+
+def test_the_index_of_a_checkpoint_counts_the_bytes_of_its_tensors(tiny_config):
+    config = frozen_config(tiny_config, "int8", dataset_val=None, max_steps_per_epoch=2)
+    finetune(config)
+    index = json.loads((checkpoints(config)[-1] / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights(config).values())
 
 
 @pytest.mark.parametrize("piece", [2**22, 64 * 96], ids=["whole", "pieces"])  # 64 rows or columns at once

@@ -118,6 +118,8 @@ def test_only_active_layers_change_and_state_does_not_grow(tiny_dir, tmp_path):
     assert len({tuple(active) for active in watch.active}) > 2
     before_draws = watch.state_bytes[0::2]
     assert len(before_draws) == 10 and len(set(before_draws)) == 1 and max(watch.state_bytes) == before_draws[0] > 0
+    logged = [record["active_layers"] for record in run.state.log_history if "active_layers" in record]
+    assert logged == watch.active  # those that trained in the step, and not those of the next draw
     norms = [record["grad_norm"] for record in run.state.log_history if "grad_norm" in record]
     assert len(norms) == 20 and min(norms) > 0.01
 

@@ -216,9 +216,7 @@ def test_models_of_the_same_shape_are_told_apart(model):
     cfg = load_config(name)
     with torch.device("meta"):
         built_model = tune_config.instantiate(cfg.model)
-    with pytest.raises(
-        ValueError, match="builder has rope_theta|computes something else than config|cannot be compared"
-    ):
+    with pytest.raises(ValueError, match="has rope_theta|computes something else than|cannot be compared"):
         check(PUBLISHED[name] | changes, built_model, cfg.checkpointer.model_type)
 
 

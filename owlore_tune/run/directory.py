@@ -128,7 +128,7 @@ class RunDirectory:
         """Raise RunError if the directory was moved or replaced since it was claimed."""
         if not self.is_in_place():
             raise RunError(
-                f"output_dir={self.path} was moved or replaced during the run; its files are in the moved one"
+                f"output_dir={self.path} was moved or replaced during the run, and its files with it"
             )
 
     def release(self) -> None:
