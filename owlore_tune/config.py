@@ -134,8 +134,10 @@ def check_config(
         raise ConfigError(f"missing in the config: {', '.join(missing)}")
     check_type("output_dir", cfg.output_dir, str)
     for key in COMPONENTS & cfg.keys():
-        if cfg[key] is not None and not isinstance(cfg[key], ListConfig):
-            check_block(key, cfg[key])
+        is_list = key in ("dataset", "dataset_val") and isinstance(cfg[key], ListConfig) and len(cfg[key]) > 0
+        for node in cfg[key] if is_list else [cfg[key]]:
+            if node is not None or is_list:
+                check_block(key, node)
     check_components(cfg, supplied or {})
     return cfg
 

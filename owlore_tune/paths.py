@@ -16,7 +16,6 @@ def user_path(text: str | Path) -> Path:
     if "\0" in path:
         raise ConfigError(f"{path!r} is not a path: it has a NUL character")
     if path.startswith("~") and "/" in path:
-        raise ConfigError(
-            f"{path}: there is no user {path[1:].split('/')[0]}; for a name that begins with ~, write ./~"
-        )
+        name = path[1:].split("/")[0]
+        raise ConfigError(f"{path}: there is no user {name}; a file name that begins with ~ is written ./~{name}")
     return Path(path)

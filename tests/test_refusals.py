@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from conftest import TINY_MODEL, save_tokenizer
 from omegaconf import OmegaConf
 
@@ -247,6 +249,24 @@ def with_json(file: str, **changes) -> None:
     rewrite(file, lambda text: json.dumps({k: v for k, v in (json.loads(text) | changes).items() if v is not None}))
 
 
+def with_yaml(file: str, **changes) -> None:
+    config = OmegaConf.to_container(OmegaConf.load(file), resolve=False) | changes
+    Path(file).write_text(yaml.safe_dump(config))
+
+
+def unlink_weights() -> None:
+    Path("model/model.safetensors").unlink()
+
+
+def scores(values: list) -> None:
+    """Write a scores file, and name it in the config."""
+    Path("s.json").write_text(json.dumps({"scores": values, "score": "outlier", "fingerprint": "x", "threshold": 13}))
+    config = OmegaConf.to_container(OmegaConf.load("train.yaml"), resolve=False)
+    config["owlore"]["scores_file"] = "s.json"
+    OmegaConf.save(OmegaConf.create(config), "train.yaml")
+
+
+INSTRUCTIONS = "owlore_tune.data.instruction_dataset"
 FILES: dict[str, tuple[Callable[[], object], str]] = {
     "config is missing": (lambda: Path("train.yaml").unlink(), "no file and no packaged config named train.yaml"),
     "config is empty": (lambda: Path("train.yaml").write_text(""), "train.yaml is empty"),
@@ -340,6 +360,88 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     "all rows are blank": (
         lambda: Path("train.json").write_text('[{"instruction": "a", "output": " "}]'), "train.json is empty"
     ),
+    "dataset is a number": (lambda: with_yaml("train.yaml", dataset=5), "dataset=5; it must be a block of fields"),
+    "dataset is a list of null": (lambda: with_yaml("train.yaml", dataset=[None]), "dataset=None; it must be a block"),
+    "dataset is a list of numbers": (lambda: with_yaml("train.yaml", dataset=[5]), "dataset=5; it must be a block of"),
+    "dataset is an empty list": (lambda: with_yaml("train.yaml", dataset=[]), "dataset=[]; it must be a block"),
+    "dataset_val is a text": (lambda: with_yaml("train.yaml", dataset_val="x"), "dataset_val=x; it must be a block of"),
+    "profiler is a number": (lambda: with_yaml("train.yaml", profiler=5), "profiler=5; it must be a block of fields"),
+    "profiler is a list": (lambda: with_yaml("train.yaml", profiler=[None]), "profiler=[None]; it must be a block of"),
+    "model is a list": (lambda: with_yaml("train.yaml", model=[]), "model=[]; it must be a block of fields with _comp"),
+    "optimizer is a list": (lambda: with_yaml("train.yaml", optimizer=[5]), "optimizer=[5]; it must be a block of"),
+    "loss is a text": (lambda: with_yaml("train.yaml", loss="x"), "loss=x; it must be a block of fields"),
+    "loss has no component": (lambda: with_yaml("train.yaml", model={"a": 1}), "model={'a': 1}; it must be a block of"),
+    "lr_scheduler is true": (lambda: with_yaml("train.yaml", lr_scheduler=True), "lr_scheduler=True; it must be a"),
+    "output_dir has a NUL": (lambda: with_yaml("train.yaml", output_dir="a\0b"), "has a NUL character"),
+    "a path has a NUL": (
+        lambda: with_yaml("train.yaml", dataset={"_component_": INSTRUCTIONS, "data_files": "a\0b"}), "has a NUL charac"
+    ),
+    "output_dir is of no user": (
+        lambda: with_yaml("train.yaml", output_dir="~nosuchuser/x"), "there is no user nosuchuser; a file name that be"
+    ),
+    "chat template is white": (
+        lambda: with_json("model/tokenizer_config.json", chat_template="  "), "the chat template of model is empty"
+    ),
+    "chat template is empty": (
+        lambda: with_json("model/tokenizer_config.json", chat_template=""), "the chat template of model is empty or no"
+    ),
+    "chat template is a number": (
+        lambda: with_json("model/tokenizer_config.json", chat_template=5), "the chat template of model is empty or no"
+    ),
+    "chat_template.jinja is empty": (
+        lambda: Path("model/chat_template.jinja").write_text(""), "the chat template of model is empty or no text"
+    ),
+    "named templates have no default": (
+        lambda: with_json("model/tokenizer_config.json", chat_template=[{"name": "x"}, 5]), "tokenizer.chat_template=pl"
+    ),
+    "config.json is nested deeply": (
+        lambda: Path("model/config.json").write_text(100_000 * "[" + 100_000 * "]"), "it is nested too deeply"
+    ),
+    "config.json is of quantized weights": (
+        lambda: with_json("model/config.json", quantization_config={"quant_method": "gptq"}),
+        "has a quantization_config (quant_method=gptq), and quantized weights cannot be trained",
+    ),
+    "config.json has another activation": (
+        lambda: with_json("model/config.json", hidden_act="gelu"), "builder computes something else than config.json"
+    ),
+    "config.json has an activation that does not exist": (
+        lambda: with_json("model/config.json", hidden_act="nope"), "the model cannot be compared with config.json: "
+    ),
+    "config.json has a scaled rope": (
+        lambda: with_json("model/config.json", rope_parameters={"rope_type": "linear", "factor": 2, "rope_theta": 1e4}),
+        "builder computes something else than config.json describes",
+    ),
+    "config.json has a rope that does not exist": (
+        lambda: with_json("model/config.json", rope_parameters={"rope_type": "nope", "rope_theta": 1e4}), "nope"
+    ),
+    "config.json has another epsilon": (
+        lambda: with_json("model/config.json", rms_norm_eps=0.1), "builder has rms_norm_eps=1e-05, and config.json has"
+    ),
+    "config.json has a list for layers": (
+        lambda: with_json("model/config.json", num_hidden_layers=[4]), "config.json of a llama is not valid"
+    ),
+    "there is a second set of weights": (
+        lambda: shutil.copy("model/model.safetensors", "model/copy.safetensors"),
+        "choose with checkpointer.checkpoint_files=[copy.safetensors]",
+    ),
+    "a PyTorch file has a nested dict": (
+        lambda: (torch.save({"model": {"a": torch.ones(1)}}, "model/pytorch_model.bin"), unlink_weights()),
+        "pytorch_model.bin has a dict at model, not a tensor; convert it first",
+    ),
+    "a PyTorch file has an object": (
+        lambda: (torch.save({"a": Path("x")}, "model/pytorch_model.bin"), unlink_weights()),
+        "model/pytorch_model.bin cannot be read: ",
+    ),
+    "a PyTorch file is empty": (
+        lambda: (Path("model/pytorch_model.bin").write_bytes(b""), unlink_weights()), "pytorch_model.bin cannot be read"
+    ),
+    "scores are huge": (lambda: scores([1e308] * 4), "the score of layer 0 is 1e+308; recreate the file"),
+    "scores are huge integers": (lambda: scores([10**400] * 4), "the score of layer 0 is 1000000000"),
+    "scores are texts": (lambda: scores(["1"] * 4), "the score of layer 0 is 1; recreate the file"),
+    "scores are true": (lambda: scores([True] * 4), "the score of layer 0 is True; recreate the file"),
+    "scores are nested deeply": (
+        lambda: (scores([]), Path("s.json").write_text(100_000 * "[" + 100_000 * "]")), "it is nested too deeply"
+    ),
     "output_dir has a manifest": (
         lambda: (Path("run").mkdir(), Path("run/manifest.json").write_text("mine")),
         "run has manifest.json, which this run did not make",
@@ -428,6 +530,35 @@ def nonempty(name: str) -> None:
     Path(name, "mine.txt").write_text("mine")
 
 
+GOOD_RUN: dict[str, object] = {
+    "manifest.json": {
+        "memory_bytes": {"planned": {"weights": 1, "total": 2}, "measured": {"weights": 1, "total": 2}}, "steps": 2,
+        "probabilities": [0.5, 0.5], "held_out_loss": {"before": 1.0, "step 1": None, "after": 0.5}, "config": {},
+    },
+    "scores.json": {"scores": [1, 2], "score": "outlier"},
+    "steps.jsonl": {"step": 1, "loss": 1.0, "step_seconds": 0.1, "forward_seconds": 0.05},
+    "draws.jsonl": {"step": 0, "active": [0]},
+}  # fmt: skip
+
+
+def a_run(file: str = "", content: object = None) -> None:
+    """The files of a finished run, one of them with other content."""
+    Path("r").mkdir()
+    for name, value in GOOD_RUN.items():
+        if name == file:
+            value = {**value, **content} if isinstance(content, dict) else content  # type: ignore[dict-item]
+        Path("r", name).write_text(value if isinstance(value, str) else json.dumps(value) + "\n")
+
+
+def an_evaluation(text: str | None = None, **content) -> None:
+    Path("e").mkdir()
+    Path("e/results_1.json").write_text(text or json.dumps({"results": {"t": {"acc,none": 0.5}}} | content))
+
+
+NO_RUN = "r is not the output_dir of a training run: "
+NO_RESULTS = "e/results_1.json is not a results file: "
+DEEP = 100_000 * "[" + 100_000 * "]"
+PLOT, COMPARE = ["plot", "r"], ["compare", "e"]
 COMMANDS: dict[str, tuple[Callable[[], object], list[str], str]] = {
     "cp of nothing": (lambda: None, ["cp", "nope", "x.yaml"], "no file and no packaged recipe or config named nope"),
     "cp over a file": (lambda: None, ["cp", "smollm2/135M_owlore", "train.yaml"], "train.yaml exists; use --force"),
@@ -463,6 +594,57 @@ COMMANDS: dict[str, tuple[Callable[[], object], list[str], str]] = {
     "plot of a file": (lambda: None, ["plot", "train.json"], "train.json is not the output_dir of a training run"),
     "compare of nothing": (lambda: None, ["compare", "/nope"], "/nope has no results"),
     "compare of a file": (lambda: None, ["compare", "train.json"], "train.json is not a results file"),
+    "plot with a manifest that is a list": (lambda: a_run("manifest.json", "[]"), PLOT, NO_RUN),
+    "plot with a manifest that is nested deeply": (lambda: a_run("manifest.json", DEEP), PLOT, "nested too deeply"),
+    "plot with a manifest without memory": (lambda: a_run("manifest.json", {"memory_bytes": []}), PLOT, NO_RUN),
+    "plot with texts for memory": (
+        lambda: a_run("manifest.json", {"memory_bytes": {"planned": {"a": "1"}, "measured": {}}}), PLOT, NO_RUN
+    ),
+    "plot with huge numbers for memory": (
+        lambda: a_run("manifest.json", {"memory_bytes": {"planned": {"a": 10**400}, "measured": {}}}), PLOT, NO_RUN
+    ),
+    "plot with texts for probabilities": (lambda: a_run("manifest.json", {"probabilities": ["a"]}), PLOT, NO_RUN),
+    "plot with too few probabilities": (lambda: a_run("manifest.json", {"probabilities": [1]}), PLOT, NO_RUN),
+    "plot with a list for losses": (lambda: a_run("manifest.json", {"held_out_loss": [1]}), PLOT, NO_RUN),
+    "plot with a loss at no step": (lambda: a_run("manifest.json", {"held_out_loss": {"x": 1}}), PLOT, NO_RUN),
+    "plot with a text for steps": (lambda: a_run("manifest.json", {"steps": "2"}), PLOT, NO_RUN),
+    "plot with a list for the config": (lambda: a_run("manifest.json", {"config": []}), PLOT, NO_RUN),
+    "plot with scores that are texts": (lambda: a_run("scores.json", {"scores": ["a", "b"]}), PLOT, NO_RUN),
+    "plot with scores that are huge": (lambda: a_run("scores.json", {"scores": [1, 10**400]}), PLOT, NO_RUN),
+    "plot without scores": (lambda: a_run("scores.json", "{}"), PLOT, NO_RUN),
+    "plot with a step that is a list": (lambda: a_run("steps.jsonl", "[1]\n"), PLOT, NO_RUN),
+    "plot with a step without a loss": (lambda: a_run("steps.jsonl", '{"step": 1, "step_seconds": 1}\n'), PLOT, NO_RUN),
+    "plot with a text for a loss": (lambda: a_run("steps.jsonl", {"loss": "1"}), PLOT, NO_RUN),
+    "plot with a step that is no JSON": (lambda: a_run("steps.jsonl", "{\n"), PLOT, NO_RUN),
+    "plot with a draw of texts": (lambda: a_run("draws.jsonl", {"active": ["a"]}), PLOT, NO_RUN),
+    "plot with a draw that is nested deeply": (lambda: a_run("draws.jsonl", DEEP + "\n"), PLOT, "nested too deeply"),
+    "plot of no user's run": (lambda: None, ["plot", "~nosuchuser/r"], "there is no user nosuchuser"),
+    "compare with a list of averages": (lambda: an_evaluation(averages=[1]), COMPARE, NO_RESULTS),
+    "compare with a text for averages": (lambda: an_evaluation(averages="x"), COMPARE, NO_RESULTS),
+    "compare with huge averages": (lambda: an_evaluation(averages={"acc,none": 10**400}), COMPARE, "is no score"),
+    "compare with a list of results": (lambda: an_evaluation(results=[1]), COMPARE, NO_RESULTS),
+    "compare with huge scores": (lambda: an_evaluation(results={"t": {"acc,none": 10**400}}), COMPARE, "is no score"),
+    "compare with results nested deeply": (lambda: an_evaluation(DEEP), COMPARE, "nested too deeply"),
+    "compare with no user's run": (lambda: None, ["compare", "~nosuchuser/e"], "there is no user nosuchuser"),
+    "validate no user's file": (
+        lambda: None, ["validate", "--config", "~nosuchuser/x.yaml"], "there is no user nosuchuser"
+    ),
+    "cp to no user's home": (
+        lambda: None, ["cp", "smollm2/135M_owlore", "~nosuchuser/x.yaml"], "there is no user nosuchuser"
+    ),
+    "score to no user's home": (
+        lambda: None, ["score", "--config", "train.yaml", "--output", "~nosuchuser/s.json"], "no user nosuchuser"
+    ),
+    "memory to no user's home": (
+        lambda: None, ["memory", "--config", "train.yaml", "--output", "~nosuchuser/m.png"], "no user nosuchuser"
+    ),
+    "download to no user's home": (
+        lambda: None, ["download", "smollm2", "--output-dir", "~nosuchuser/x"], "there is no user nosuchuser"
+    ),
+    "score of a model of other heads": (
+        lambda: None, ["score", "--config", "train.yaml", "model.num_heads=2", "model.num_kv_heads=1"],
+        "builder has num_attention_heads=2, and config.json has 4",
+    ),
     "download into a directory": (
         lambda: nonempty("full"), ["download", "smollm2", "--output-dir", "full"], "full exists and is not SmolLM2-135M"
     ),
@@ -503,7 +685,7 @@ def test_a_wrong_command(case, place, capsys, monkeypatch):
 
 
 def test_there_are_enough_cases():
-    assert len(OVERRIDES) + len(FILES) + len(EVALUATIONS) + len(COMMANDS) >= 120
+    assert len(OVERRIDES) + len(FILES) + len(EVALUATIONS) + len(COMMANDS) >= 250
 
 
 class Reached(BaseException):

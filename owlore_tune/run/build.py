@@ -102,7 +102,6 @@ def _build_dataset(cfg: DictConfig, key: str, tokenizer: Any) -> tuple[Any, Coll
     """The dataset under ``key`` and its collate function. A list of datasets is concatenated."""
     nodes = dataset_nodes(cfg[key])
     for node in nodes:
-        check_block(key, node)
         check_type(f"{key}.packed", node.get("packed", False), bool)
     datasets = [build_with(key, node, ("__len__", "__getitem__"), tokenizer) for node in nodes]
     if len({node.get("packed", False) for node in nodes}) > 1:

@@ -127,9 +127,7 @@ class RunDirectory:
     def check_in_place(self) -> None:
         """Raise RunError if the directory was moved or replaced since it was claimed."""
         if not self.is_in_place():
-            raise RunError(
-                f"output_dir={self.path} was moved or replaced during the run, and its files with it"
-            )
+            raise RunError(f"output_dir={self.path} was moved or replaced during the run, and its files with it")
 
     def release(self) -> None:
         """Unlock the directory."""

@@ -91,5 +91,6 @@ def score_model(settings: TrainingSettings) -> LayerScores:
     """Load the config's model on one device and score its layers, without training."""
     inputs = build_inputs(settings)
     _, model = build_model(settings)
+    inputs.checkpointer.check_model(model)
     inputs.checkpointer.load_checkpoint(model, dtype=settings.dtype, device=settings.device)
     return score_layers(settings, model, inputs.data, inputs.checkpointer.fingerprint())
