@@ -61,6 +61,7 @@ bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and other
 	python benchmarks/faults.py --runs 3 --model smollm2 --output benchmarks/faults_smollm2.md
 	python benchmarks/faults.py --runs 20 --frozen int8 --output benchmarks/faults_int8.md
 	python benchmarks/faults.py --runs 20 --frozen nf4 --output benchmarks/faults_nf4.md
+	python benchmarks/faults_files.py --output benchmarks/faults_files.md
 	python benchmarks/distributed.py --output benchmarks/distributed.md
 	python benchmarks/distributed_steps.py --rounds 3 --output benchmarks/distributed_steps.md
 	python benchmarks/faults_distributed.py --output benchmarks/faults_distributed.md

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -285,6 +287,35 @@ def test_decoders_are_compared_with_transformers_own(monkeypatch):
 def test_attention_that_is_not_reproduced_is_refused(config):
     with torch.device("meta"), pytest.raises(ValueError, match="attention or positions that OwLore does not reproduce"):
         hf_decoder(**config.to_dict())
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+LISTED = re.search(r"pass the comparison:(.*?)\.\n", PAGE, re.DOTALL)[1].replace("(in full precision)", "")
+LISTED = re.findall(r"\w+", LISTED.replace(" and ", " "))
+LATENT = dict(
+    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16
+)  # fmt: skip
+MORE_SIZES = {  # of families whose defaults do not go with small sizes
+    "deepseek_v2": LATENT | dict(head_dim=8, topk_method="greedy", n_group=1, topk_group=1, num_experts_per_tok=2),
+    "minicpm3": LATENT, "youtu": LATENT, "hunyuan_v1_dense": dict(head_dim=16), "ministral": dict(head_dim=16),
+    "hunyuan_v1_moe": dict(head_dim=16, num_experts=4, moe_topk=2),
+    "nemotron": dict(head_dim=16, num_key_value_heads=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LISTED)
+def test_a_family_that_the_docs_name_computes_the_same_as_transformers(family, monkeypatch):
+    differences = []
+    distance = twin._distance
+    monkeypatch.setattr(twin, "_distance", lambda a, b: differences.append(distance(a, b)) or differences[-1])
+    sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0)
+    with torch.device("meta"):
+        hf_decoder(model_type=family, **(sizes | MORE_SIZES.get(family, {})))
+    assert len(differences) >= 2 and max(differences[-2:]) < 2e-5
+
+
+def test_the_docs_name_many_families():
+    assert len(LISTED) == len(set(LISTED)) >= 48
 
 
 def test_a_model_that_cannot_be_compared_is_named(caplog):
