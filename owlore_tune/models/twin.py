@@ -40,6 +40,8 @@ _SUSPECTS = (  # fields that builders often lack
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 
+_accepted: set[str] = set()  # configs that `check_decoder` has accepted in this process
+
 log = get_logger("INFO")
 
 
@@ -97,6 +99,8 @@ def check_decoder(decoder: Any, build: Callable[[Any], Any]) -> None:
         ValueError: if the outputs differ. A model that has no narrow twin is not compared; a warning says so.
     """
     kind = decoder.config.model_type
+    if (described := decoder.config.to_json_string()) in _accepted:
+        return
     with _small_and_quiet():
         try:
             reference, twin = _pair(decoder.config, build, _SIZES | _HEADS)
@@ -113,6 +117,7 @@ def check_decoder(decoder: Any, build: Callable[[Any], Any]) -> None:
                 f"model_type={kind} has attention or positions that OwLore does not reproduce: in a small copy, logits "
                 f"of {rows} differ from those of transformers by {difference:.1e} of the largest"
             )
+    _accepted.add(described)
 
 
 def _pair(config: Any, build: Callable[[Any], Any], sizes: dict[str, int]) -> tuple[Any, Any]:
