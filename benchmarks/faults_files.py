@@ -101,7 +101,7 @@ def main() -> None:
             operations = counter.read_text().split()
             expected = weights(scratch / format_ / "unbroken")
             kinds: Counter[str] = Counter()
-            found = dict.fromkeys(("unreadable newest checkpoints", "not bit-equal", "leftovers"), 0)
+            found = dict.fromkeys(("unreadable checkpoints", "not bit-equal", "leftovers"), 0)
             kills = args.kills // len(FORMATS)
             for number in range(kills):
                 place = number * len(operations) // kills
@@ -114,7 +114,7 @@ def main() -> None:
                         verify(directory)
                     except Exception as error:
                         print(error)
-                        found["unreadable newest checkpoints"] += 1
+                        found["unreadable checkpoints"] += 1
                 assert train(config, output_dir, None, counter) == 0
                 got = weights(output_dir)
                 same = all(torch.equal(weight, got[key]) for key, weight in expected.items())
@@ -131,7 +131,7 @@ def main() -> None:
         "",
         f"Runs of 12 steps with 6 checkpoints, killed with SIGKILL and resumed; {machine()}. Command: {command()}.",
         "",
-        "| frozen layers | operations of a run | kills | before | unreadable newest checkpoints | not bit-equal | leftovers |",
+        "| frozen layers | operations of a run | kills | before | unreadable checkpoints | not bit-equal | leftovers |",
         "|---|---|---|---|---|---|---|",
         *("| " + " | ".join(map(str, row)) + " |" for row in rows),
     ]

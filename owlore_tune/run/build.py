@@ -22,7 +22,6 @@ from owlore_tune.config import (
     build_ours,
     build_with,
     check_attributes,
-    check_block,
     check_type,
     find_component,
     plain,
