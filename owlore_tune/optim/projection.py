@@ -109,6 +109,54 @@ def range_finder(
     return world.from_first_(basis), torch.where(is_finite, share, math.nan)
 
 
+def product_range_finder(
+    left: Tensor,  # (t, m), a row for each token: the output's gradient
+    right: Tensor,  # (t, n), the input
+    rank: int,
+    *,
+    generator: torch.Generator,
+    start: Tensor | None = None,  # (n, r') columns to start from
+    world: World = ALONE,
+) -> tuple[Tensor, Tensor]:  # (n, r) orthonormal, () share of the energy
+    """`range_finder` of the gradient G = leftᵀ right (m, n), which is never formed: its products are two thin ones.
+
+    Processes of ``world`` have different tokens of one step, and get the same basis. They all-reduce products with G,
+    (m or n) · (r + 8) numbers each. The share is estimated from ``SKETCH_ROWS`` random columns outside the basis.
+    """
+    m, n = left.shape[1], right.shape[1]
+    dtype = torch.promote_types(right.dtype, torch.float32)
+
+    def forward(columns: Tensor) -> Tensor:  # (n, k) → G columns (m, k)
+        return world.sum_(times(left.T, times(right, columns)))
+
+    def backward(rows: Tensor) -> Tensor:  # (m, k) → Gᵀ rows (n, k)
+        return world.sum_(times(right.T, times(left, rows)))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=right.device, dtype=dtype)
+
+    width = min(rank + OVERSAMPLING, m, n)
+    if start is None:
+        columns = _unit_scale(backward(random(m, width)))
+    else:
+        kept = min(start.shape[1], width)
+        columns = torch.cat([start[:, :kept].to(dtype), random(n, width - kept) / n**0.5], dim=1)
+    rows = _unit_scale(forward(torch.linalg.qr(columns).Q))
+    orthonormal = torch.linalg.qr(_unit_scale(backward(rows))).Q
+    low = forward(orthonormal)  # (m, width)
+    scale = _scale(low, ALONE)
+    low = low / scale
+    gram = low.T @ low
+    is_finite = gram.isfinite().all()
+    eigenvalues, eigenvectors = _eigh(torch.where(is_finite, gram, 0.0))  # ascending
+    basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1))
+    outside = random(n, SKETCH_ROWS)
+    outside -= orthonormal @ (orthonormal.T @ outside)
+    rest = (forward(outside) / scale).double().square().sum() / SKETCH_ROWS
+    share = (eigenvalues[-rank:].sum() / (eigenvalues.sum() + rest)).clamp(0, 1)  # 0 / 0 is NaN
+    return world.from_first_(basis), torch.where(is_finite, share, math.nan)
+
+
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors; eigenvalues are NaN if the algorithm does not converge."""
     try:
