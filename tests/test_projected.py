@@ -273,5 +273,5 @@ def test_a_linear_is_itself_again():
     assert torch.equal(linear(x), expected)
     linear(x).sum().backward()
     weight.merge(linear.weight)
-    weight.detach()
+    weight.release()
     assert torch.equal(linear(x), expected) and "forward" not in vars(linear)

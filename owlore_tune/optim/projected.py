@@ -47,6 +47,7 @@ class ProjectedWeight:
         energy: share of the gradient's energy in the basis, estimated when it was made.
         turn: (r, r) old basisᵀ · new basis, until the moments are carried over; None without an old one.
         decay: c.
+        age: optimizer steps with this basis.
 
     Raises:
         ValueError: if ``rank`` is not below the shorter side.
@@ -75,19 +76,29 @@ class ProjectedWeight:
         weight = linear.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         shape = (m, rank) if self.right else (rank, n)
-        self.trained = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
+        self.trained = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device))
         self.basis: Tensor | None = None
         self.energy: Tensor | None = None
         self.turn: Tensor | None = None
         self.decay = 1.0
+        self.age = 0
         self._start: Tensor | None = None  # the last basis
         self._correction: Tensor | None = None
+        self._size = self.trained.shape
         weight.requires_grad_(False)
-        linear.forward = self.forward  # type: ignore[method-assign, assignment]
+        self.engage()
 
-    def detach(self) -> None:
-        """Give the Linear its own forward back. Call `merge` before, or the update since the last basis is lost."""
+    def engage(self) -> None:
+        """Let the Linear compute with A, which is 0."""
+        self.trained.data = self.trained.new_zeros(self._size)
+        self._linear.forward = self.forward  # type: ignore[method-assign, assignment]
+
+    def release(self) -> None:
+        """Give the Linear its own forward back, and free A and the basis. Without `merge` before, updates are lost."""
         del self._linear.forward  # type: ignore[method-assign]
+        self.trained.data = self.trained.new_empty(0)
+        self.basis = self.turn = self.energy = self._start = self._correction = None
+        self.decay, self.age = 1.0, 0
 
     def forward(self, x: Tensor) -> Tensor:  # (..., n) → (..., m)
         """The Linear's forward, with the weight c · W₀ + s · A Pᵀ."""
@@ -155,7 +166,7 @@ class ProjectedWeight:
         elif self.decay != 1.0:
             weight.mul_(self.decay)
         self.trained.zero_()
-        self.basis, self.decay, self._correction = None, 1.0, None
+        self.basis, self.decay, self.age, self._correction = None, 1.0, 0, None
 
     def _move(self, weight: Tensor, rows: Tensor, columns: Tensor, stochastic: bool) -> None:
         if weight.dtype == rows.dtype:
