@@ -63,7 +63,7 @@ def generate(
         for _ in range(steps):
             hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
             logits = model.output(hidden[:, -1]).float()
-            if not generated[0] and not logits.isfinite().all():
+            if not logits.isfinite().all():
                 raise RunError(NOT_FINITE)
             following = chooser(logits)
             for row, token in zip(rows, following.tolist(), strict=True):

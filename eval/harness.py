@@ -90,7 +90,9 @@ def check_fewshot(tasks: Iterable[Task | Group], num_fewshot: int | None) -> Non
             count = len(list(task.fewshot_docs()))
         except Exception as error:  # a task without a rule for examples
             raise ConfigError(f"num_fewshot={num_fewshot}: {task.task_name} has no examples: {error!r}") from error
-        if task.config.fewshot_split == task.config.test_split:
+        if task.config.fewshot_split in (task.config.test_split, None) and not (
+            task.has_training_docs() or task.has_validation_docs()
+        ):
             count -= 1  # the question itself
         if num_fewshot > count:
             raise ConfigError(f"num_fewshot={num_fewshot}; {task.task_name} has {count} examples")

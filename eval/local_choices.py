@@ -36,6 +36,7 @@ def local_choices_task(name: str, file: Path, scoring: str, plain: bool = False)
         "task": name,
         "custom_dataset": lambda **metadata: {"test": Dataset.from_list(docs)},
         "test_split": "test",
+        "fewshot_split": "test",  # the harness leaves the question itself out
         "doc_to_text": "{{prompt}}",
         "target_delimiter": "",  # it is part of the sentences
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],

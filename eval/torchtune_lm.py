@@ -179,7 +179,7 @@ class TorchtuneLM(TemplateLM):
         with tqdm(total=len(requests), desc="Log-likelihoods", disable=disable_tqdm) as progress:
             for batch, scored in zip(batches, self._on_all_ranks("_score", batches), strict=True):
                 for index, result in zip((i for row in batch for i in row.requests), scored, strict=True):
-                    if math.isnan(result[0]):
+                    if not math.isfinite(result[0]):
                         raise RunError(NOT_FINITE)
                     results[index] = result
                     if (texts := requests[index][0]) is not None:

@@ -133,6 +133,8 @@ def check_config(
     if missing := [key for key in required if cfg.get(key) is None]:
         raise ConfigError(f"missing in the config: {', '.join(missing)}")
     check_type("output_dir", cfg.output_dir, str)
+    if not cfg.output_dir.strip():
+        raise ConfigError("output_dir is empty; name a directory")
     for key in COMPONENTS & cfg.keys():
         is_list = key in ("dataset", "dataset_val") and isinstance(cfg[key], ListConfig) and len(cfg[key]) > 0
         for node in cfg[key] if is_list else [cfg[key]]:
@@ -269,20 +271,23 @@ def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
     check_type("device", cfg.device, str | None)
     check_type("dtype", cfg.dtype, str)
     try:
+        if cfg.device is not None:
+            wanted = torch.device(cfg.device).type
+            if wanted == "meta":
+                raise ValueError("it has no memory")
+            if wanted != "cpu" and not _is_available(wanted):  # torchtune takes another one
+                raise ValueError(f"torch finds no {wanted} device on this machine; see owlore doctor")
         device = utils.get_device(cfg.device)
-        if device.type == "meta":
-            raise ValueError("it has no memory")
-        wanted = device.type if cfg.device is None else torch.device(cfg.device).type
-        if wanted != device.type or (wanted != "cpu" and not _is_available(wanted)):  # torchtune takes another one
-            raise ValueError(f"torch finds no {wanted} device on this machine; see owlore doctor")
         return device, training.get_dtype(cfg.dtype, device=device)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error
 
 
 def _is_available(kind: str) -> bool:
-    found = getattr(getattr(torch, kind, None), "is_available", None)
-    return callable(found) and bool(found())
+    try:
+        return bool(getattr(torch, kind).is_available())
+    except (AttributeError, ImportError):  # torch has no such module, or it needs another package
+        return False
 
 
 def changed_fields(old: Any, new: Any, path: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from uuid import uuid4
 import xxhash
 from torchtune.utils import get_logger
 
-LARGEST_NUMBER = 1e100  # of a file that a person may have edited: sums of such numbers are finite
+LARGEST_NUMBER = 1e18  # of a file that a person may have edited: 64-bit integers and sums hold it
 
 log = get_logger("INFO")
 _checksums: dict[tuple[int, ...], str] = {}  # by identity of a file

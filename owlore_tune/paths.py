@@ -12,9 +12,9 @@ def user_path(text: str | Path) -> Path:
     Raises:
         ConfigError: if it has a character that no path can have, or names the home of a user who does not exist.
     """
+    if "\0" in str(text):
+        raise ConfigError(f"{str(text)!r} has a NUL character, which no path or name can have")
     path = os.path.expanduser(str(text))
-    if "\0" in path:
-        raise ConfigError(f"{path!r} is not a path: it has a NUL character")
     if path.startswith("~") and "/" in path:
         name = path[1:].split("/")[0]
         raise ConfigError(f"{path}: there is no user {name}; a file name that begins with ~ is written ./~{name}")

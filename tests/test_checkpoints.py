@@ -200,7 +200,7 @@ def test_damaged_weights_are_named_before_they_load(tmp_path):
     [
         ({"num_layers": 4}, "builder has num_hidden_layers=4, and config.json has 3"),
         ({"num_layers": 2}, "builder has num_hidden_layers=2, and config.json has 3"),
-        ({"intermediate_dim": 40}, "intermediate_size=40, .*; check that model and checkpointer.checkpoint_dir match"),
+        ({"intermediate_dim": 40}, "intermediate_size=40, and config.json has 48; .*checkpointer.checkpoint_dir="),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, changes, message):

@@ -411,6 +411,39 @@ def test_a_model_whose_outputs_are_nan_has_no_accuracy(tasks, make_config):
         recipe.evaluate()
 
 
+def test_nan_after_the_first_token_is_found_too(make_config):
+    """Embeddings of tokens that no prompt has are NaN."""
+    recipe = OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", limit=1, tasks=["mmlu_dev_worked"])))
+    recipe.setup()
+    hidden = []
+
+    def spoil(module, arguments, output):
+        hidden.append(1)
+        return output if len(hidden) == 1 else output * math.nan
+
+    recipe._lm._model.norm.register_forward_hook(spoil)
+    with pytest.raises(RunError, match="the model's outputs are not finite"):
+        recipe.evaluate()
+
+
+@pytest.mark.parametrize("scoring", ["loglikelihood", "last_number"])
+def test_examples_of_local_files_are_other_rows(scoring, make_config, tmp_path):
+    """Regression: a question could be one of its own examples, with its answer."""
+    rows = [{"instruction": f"Q{i}? Answer format: 1/2", "answer": "1"} for i in range(6)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = make_config(
+        "eval/mmlu_dev", tasks=[], data_files={"mine": str(tmp_path / "rows.json")}, scoring=scoring, num_fewshot=5,
+        apply_chat_template=False,
+    )  # fmt: skip
+    run(config)
+    (samples,) = (tmp_path / "run").glob("samples_mine_*")
+    for line in samples.read_text().splitlines():
+        asked = json.loads(line)["arguments"]["gen_args_0"]["arg_0"]
+        assert sorted(re.findall(r"Q(\d)", asked)) == list("012345")
+    with pytest.raises(ConfigError, match="num_fewshot=6; mine has 5 examples"):
+        OwLoreEvalRecipe(OmegaConf.create(config | {"num_fewshot": 6, "output_dir": str(tmp_path / "six")})).setup()
+
+
 ROW = {"instruction": "Which? Answer format: a/b", "answer": "a"}
 BAD_ROWS = {
     "a number for a math answer is NaN": ("last_number", {"answer": math.nan}, "answer=nan is not a number"),

@@ -192,7 +192,13 @@ OVERRIDES = {
     "clip_grad_norm=.nan": "clip_grad_norm=nan",
     "device=tpu": "device=tpu",
     "device=5": "device=5; it must be str",
-    "device=cuda:99": "device=cuda:99",
+    "device=cuda:99": "torch finds no cuda device on this machine",
+    "device=cuda:0": "torch finds no cuda device on this machine",
+    "device=hpu": "torch finds no hpu device on this machine",
+    "device=privateuseone": "torch finds no privateuseone device on this machine",
+    "model.max_seq_len=0": "model.max_seq_len=0; it must be 1 to 16,777,216",
+    "model.max_seq_len=-1": "model",
+    "model.max_seq_len=1.5": "model",
     "dtype=fp16": "dtype=fp16; choose bf16 or fp32",
     "dtype=fp64x": "dtype=fp64x",
     "dtype=5": "dtype=5; it must be str",
@@ -266,6 +272,12 @@ def scores(values: list) -> None:
     OmegaConf.save(OmegaConf.create(config), "train.yaml")
 
 
+def logger(**fields) -> None:
+    component = "torchtune.training.metric_logging.DiskLogger"
+    with_yaml("train.yaml", metric_logger={"_component_": component, "log_dir": "logs"} | fields)
+
+
+TOKENIZER = {"_component_": "owlore_tune.data.HFChatTokenizer", "path": "model"}
 INSTRUCTIONS = "owlore_tune.data.instruction_dataset"
 FILES: dict[str, tuple[Callable[[], object], str]] = {
     "config is missing": (lambda: Path("train.yaml").unlink(), "no file and no packaged config named train.yaml"),
@@ -372,6 +384,24 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     "loss is a text": (lambda: with_yaml("train.yaml", loss="x"), "loss=x; it must be a block of fields"),
     "loss has no component": (lambda: with_yaml("train.yaml", model={"a": 1}), "model={'a': 1}; it must be a block of"),
     "lr_scheduler is true": (lambda: with_yaml("train.yaml", lr_scheduler=True), "lr_scheduler=True; it must be a"),
+    "output_dir has a NUL behind a tilde": (
+        lambda: with_yaml("train.yaml", output_dir="~a\0b/c"), "has a NUL character, which no path or name can have"
+    ),
+    "output_dir is empty": (lambda: with_yaml("train.yaml", output_dir=""), "output_dir is empty; name a directory"),
+    "no row has a token to train": (
+        lambda: with_yaml("train.yaml", tokenizer=TOKENIZER | {"max_seq_len": 3}), "dataset: no row has a token to tra"
+    ),
+    "the logger's file is elsewhere": (lambda: logger(filename="/proc/x"), "metric_logger.filename=/proc/x; it"),
+    "the logger's file is below": (lambda: logger(filename="a/b.txt"), "metric_logger.filename=a/b.txt; it must be"),
+    "the logger's file is a number": (lambda: logger(filename=5), "metric_logger.filename=5; it must be str"),
+    "the logger's directory is a number": (lambda: logger(log_dir=5), "metric_logger.log_dir=5; it must be str"),
+    "the logger has no directory": (lambda: logger(log_dir=None), "metric_logger.log_dir=None; it must be str"),
+    "config.json has no positions": (
+        lambda: with_json("model/config.json", max_position_embeddings=0), "the model cannot be compared with"
+    ),
+    "config.json has one position": (
+        lambda: with_json("model/config.json", max_position_embeddings=1), "the model cannot be compared with"
+    ),
     "output_dir has a NUL": (lambda: with_yaml("train.yaml", output_dir="a\0b"), "has a NUL character"),
     "a path has a NUL": (
         lambda: with_yaml("train.yaml", dataset={"_component_": INSTRUCTIONS, "data_files": "a\0b"}), "has a NUL charac"
@@ -422,7 +452,7 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "there is a second set of weights": (
         lambda: shutil.copy("model/model.safetensors", "model/copy.safetensors"),
-        "choose with checkpointer.checkpoint_files=[copy.safetensors]",
+        "choose with checkpointer.checkpoint_files, such as [model.safetensors]",
     ),
     "a PyTorch file has a nested dict": (
         lambda: (torch.save({"model": {"a": torch.ones(1)}}, "model/pytorch_model.bin"), unlink_weights()),
@@ -605,6 +635,9 @@ COMMANDS: dict[str, tuple[Callable[[], object], list[str], str]] = {
     ),
     "plot with texts for probabilities": (lambda: a_run("manifest.json", {"probabilities": ["a"]}), PLOT, NO_RUN),
     "plot with too few probabilities": (lambda: a_run("manifest.json", {"probabilities": [1]}), PLOT, NO_RUN),
+    "plot with a step beyond 64 bits": (lambda: a_run("steps.jsonl", {"step": 2**63}), PLOT, NO_RUN),
+    "plot with scores beyond 64 bits": (lambda: a_run("scores.json", {"scores": [1, 2**63]}), PLOT, NO_RUN),
+    "plot with seconds beyond 64 bits": (lambda: a_run("steps.jsonl", {"step_seconds": 10**99}), PLOT, NO_RUN),
     "plot with a list for losses": (lambda: a_run("manifest.json", {"held_out_loss": [1]}), PLOT, NO_RUN),
     "plot with a loss at no step": (lambda: a_run("manifest.json", {"held_out_loss": {"x": 1}}), PLOT, NO_RUN),
     "plot with a text for steps": (lambda: a_run("manifest.json", {"steps": "2"}), PLOT, NO_RUN),

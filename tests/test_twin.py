@@ -1,7 +1,6 @@
 """Small copies: a builder that computes something else than config.json describes is refused, in every setting."""
 
 import json
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import (
     DeepseekV2Config,
     DogeConfig,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PhiConfig,
@@ -320,11 +320,81 @@ def test_the_docs_name_many_families():
     assert len(LISTED) == len(set(LISTED)) >= 48
 
 
-def test_a_model_that_cannot_be_compared_is_named(caplog):
-    config = DeepseekV2Config(num_hidden_layers=2, q_lora_rank=64, topk_method=None)
-    with torch.device("meta"), caplog.at_level(logging.WARNING):
+def test_a_model_that_cannot_be_compared_is_refused():
+    config = DeepseekV2Config(num_hidden_layers=2, q_lora_rank=64, topk_method="none of them")
+    with torch.device("meta"), pytest.raises(ValueError, match="model_type=deepseek_v2 cannot be compared with transf"):
         hf_decoder(**config.to_dict())
-    assert "model_type=deepseek_v2 was not compared with transformers' own computation" in caplog.text
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 16, "long_factor": [4.0] * 16,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def test_rows_end_where_rotary_embeddings_would_depend_on_the_longest():
+    """In a packed row, a sample's would depend on its neighbours."""
+    sizes = SIZES | {"hidden_size": 128}
+    with torch.device("meta"):
+        model = hf_decoder(model_type="llama", **sizes, rope_parameters=LONGROPE)
+        assert model.max_seq_len == 64
+        with pytest.raises(ValueError, match="rope_type=dynamic: rotary embeddings depend on a row's length"):
+            hf_decoder(model_type="llama", **SIZES, rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 4.0})
+    with pytest.raises(ValueError, match="rope_type=dynamic: rotary embeddings depend on a row's length"):
+        dynamic = LLAMA | {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 4.0}}
+        check(dynamic, built(LLAMA2, **(BUILDER | {"max_seq_len": 1024})), "LLAMA2")
+
+
+@pytest.mark.parametrize("config", [DogeConfig, Gemma3TextConfig])
+def test_longrope_hides_nothing(config):
+    """Its factors are cut with the heads of the copy."""
+    more = (
+        {"use_bidirectional_attention": True, "layer_types": ["full_attention"] * 4}
+        if config is Gemma3TextConfig
+        else {}
+    )
+    sizes = SIZES | {"hidden_size": 128, "head_dim": 32}
+    rope = {"full_attention": LONGROPE} if config is Gemma3TextConfig else LONGROPE
+    with torch.device("meta"), pytest.raises(ValueError, match="does not reproduce|cannot be compared"):
+        hf_decoder(**config(**sizes, **more, rope_parameters=rope).to_dict())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+        {"rope_parameters": ROPE | {"rope_theta": 2e4}},
+    ],
+    ids=["heads", "rope"],
+)
+def test_a_decoder_of_another_directory_is_refused(changes, tmp_path):
+    """``model.path`` and ``checkpointer.checkpoint_dir`` differ, and all weights fit."""
+    source = hf_model(LlamaConfig(**SIZES, head_dim=8), tmp_path / "source")
+    described = json.loads((source / "config.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(described | changes))
+    with torch.device("meta"):
+        model = hf_decoder(str(tmp_path / "other"))
+    with pytest.raises(
+        ConfigError, match="model.rope_parameters=|attention or positions that OwLore does not reproduce"
+    ):
+        HFCheckpointer(str(source), "HF").check_model(model)
+
+
+def test_fields_that_were_left_out_are_compared(tmp_path):
+    granite = GraniteConfig(**SIZES, embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=8.0)
+    source = hf_model(granite, tmp_path / "source")
+    with torch.device("meta"):
+        model = hf_decoder(model_type="granite", **{k: v for k, v in SIZES.items() if k != "dtype"})
+    with pytest.raises(ConfigError, match="differ from those of transformers by"):
+        HFCheckpointer(str(source), "HF").check_model(model)
+
+
+def test_a_builder_that_differs_in_one_layer_is_refused():
+    model = built(LLAMA2, **BUILDER)
+    model.layers[3].mlp_norm.eps = model.layers[3].sa_norm.eps = 1e-2
+    with pytest.raises(ValueError, match="builder has rms_norm_eps=0.01, and config.json has 1e-05"):
+        check(LLAMA, model, "LLAMA2")
 
 
 def test_a_bias_of_a_tied_head_is_refused_before_weights_load():
@@ -359,7 +429,7 @@ def test_weights_of_another_type_are_refused(dtype, kind, tiny_dir, tmp_path):
         torch.save(stored, tmp_path / "model" / "pytorch_model.bin")
     else:
         save_file(stored, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight in .* has the type .*; only weights in full"):
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight in .* has the type .*; it is no weight in full"):
         HFCheckpointer(str(tmp_path / "model"), "LLAMA2")
 
 
@@ -370,6 +440,9 @@ def test_content_of_a_pytorch_file_that_is_no_tensor_is_refused(tiny_dir, tmp_pa
     torch.save({"state_dict": {"a": torch.ones(2)}}, file)
     with pytest.raises(ValueError, match="has a dict at state_dict, not a tensor; convert it first"):
         HFCheckpointer(str(tmp_path / "model"), "LLAMA2")
+    torch.save({"a": torch.eye(2).to_sparse()}, file)
+    with pytest.raises(ValueError, match="has a tensor without plain values at a; convert it first"):
+        HFCheckpointer(str(tmp_path / "model"), "LLAMA2")
     torch.save([torch.ones(2)], file)
     with pytest.raises(ValueError, match="has a list, not a dict of tensors; convert it first"):
         HFCheckpointer(str(tmp_path / "model"), "LLAMA2")
@@ -379,7 +452,9 @@ def test_two_complete_sets_of_weights_are_refused(tiny_dir, tmp_path):
     shutil.copytree(tiny_dir, tmp_path / "model")
     stored = load_file(tiny_dir / "model.safetensors")
     save_file(stored, tmp_path / "model" / "other.safetensors")
-    with pytest.raises(ValueError, match=r"is in model.safetensors and in other.safetensors .*=\[model.safetensors\]"):
+    with pytest.raises(
+        ValueError, match=r"is in model.safetensors and in other.safetensors .* such as \[model.safetensors\]"
+    ):
         HFCheckpointer(str(tmp_path / "model"), "LLAMA2")
     HFCheckpointer(str(tmp_path / "model"), "LLAMA2", ["model.safetensors"])
     index = {"weight_map": dict.fromkeys(stored, "other.safetensors")}

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -89,6 +89,7 @@ class HFCheckpointer:
         self._to_tune, self._to_hf = converters(model_type, self.config)
         self._checked: WeakSet[nn.Module] = WeakSet()  # models that `check_model` has accepted
         self.tokenizer_dir = self.checkpoint_dir
+        self.tokenizer_files: list[Path] = []  # of one of torchtune's
 
     def _weight_files(self, names: list[str] | None) -> list[Path]:
         files = [self.checkpoint_dir / name for name in names or ()] or weight_files(self.checkpoint_dir)
@@ -101,15 +102,27 @@ class HFCheckpointer:
                 if (other := places.setdefault(name, file)) != file:
                     raise ValueError(
                         f"{name} is in {other.name} and in {file.name} of {self.checkpoint_dir}; choose with "
-                        f"checkpointer.checkpoint_files=[{other.name}]"
+                        f"checkpointer.checkpoint_files, such as [{max(other.name, file.name, key=_looks_whole)}]"
                     )
         return files
 
-    def take_tokenizer(self, directory: Path) -> None:
-        """Write the tokenizer of ``directory`` into checkpoints, instead of the model directory's."""
+    def take_tokenizer(self, path: Path, others: Sequence[Path] = ()) -> None:
+        """Write the tokenizer that trains into checkpoints, instead of the model directory's.
+
+        Args:
+            path: its directory, or a file of a tokenizer of torchtune.
+            others: its other files.
+        """
+        directory = path if path.is_dir() else path.parent
         if directory.resolve() != self.checkpoint_dir.resolve():
             log.info(f"Checkpoints get the tokenizer and chat template of {directory}, with which the run trains.")
-        self.tokenizer_dir = directory
+            self.tokenizer_dir = directory
+        self.tokenizer_files = [] if path.is_dir() else [path, *others]
+        if self.tokenizer_files:
+            names = ", ".join(file.name for file in self.tokenizer_files)
+            log.info(
+                f"The run trains with torchtune's format of conversations. Checkpoints get {names}, but no template."
+            )
 
     def check_model(self, model: nn.Module) -> None:
         """Check that ``model`` computes what ``config.json`` describes. `load_checkpoint` does this as well.
@@ -128,7 +141,7 @@ class HFCheckpointer:
             elif isinstance(model, TransformerDecoder):
                 check_builder(model, self.config, lambda config: converters(self._model_type, config)[0])
         except ValueError as error:
-            raise ConfigError(f"{error}; check that model and checkpointer.checkpoint_dir match") from error
+            raise ConfigError(f"{error} (checkpointer.checkpoint_dir={self.checkpoint_dir})") from error
         self._checked.add(model)
 
     def fingerprint(self) -> str:
@@ -254,7 +267,7 @@ class HFCheckpointer:
 
     def copy_companions(self, directory: Path, dtype: torch.dtype) -> None:
         files = [self.tokenizer_dir / name for name in TOKENIZER_FILES]
-        for file in [*files, *(self.checkpoint_dir / name for name in LICENSES)]:
+        for file in [*files, *self.tokenizer_files, *(self.checkpoint_dir / name for name in LICENSES)]:
             if not file.is_file():
                 continue
             if leads_outside(file):
@@ -271,9 +284,13 @@ def check_tied_copy(copy: Tensor, embeddings: Tensor, directory: Path) -> None:
     """Raise ConfigError if a head in ``directory`` is not the embeddings that the model has instead of it."""
     if not torch.equal(full(copy), full(embeddings)):
         raise ConfigError(
-            f"{directory} has an output head that differs from the embeddings, and the model's builder ties them; "
-            "choose a builder with a head of its own, or config hf/any"
+            f"{directory} has an output head that differs from the embeddings, and the model ties them; choose a model "
+            "with a head of its own (tie_word_embeddings=false in config.json)"
         )
+
+
+def _looks_whole(name: str) -> bool:
+    return name in ("model.safetensors", "pytorch_model.bin")
 
 
 def _kind_of_quantization(config: dict[str, Any]) -> str:
@@ -332,6 +349,8 @@ def _check_readable(file: Path) -> list[str]:
             for name, tensor in tensors.items():
                 if not isinstance(tensor, Tensor):
                     raise ValueError(f"{file} has a {type(tensor).__name__} at {name}, not a tensor; convert it first")
+                if tensor.layout != torch.strided or tensor.device.type != "cpu":
+                    raise ValueError(f"{file} has a tensor without plain values at {name}; convert it first")
                 if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
                     raise ValueError(_not_full_precision(name, file, tensor.dtype))
             return list(tensors)
@@ -340,7 +359,10 @@ def _check_readable(file: Path) -> list[str]:
 
 
 def _not_full_precision(name: str, file: Path, dtype: Any) -> str:
-    return f"{name} in {file} has the type {dtype}; only weights in full precision can be trained"
+    return (
+        f"{name} in {file} has the type {dtype}; it is no weight in full precision. Remove it from the file, or use "
+        "another copy of the model"
+    )
 
 
 @contextmanager

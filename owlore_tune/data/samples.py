@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset, PackedDataset
 from torchtune.modules.attention_utils import create_block_causal_mask
 
@@ -32,6 +33,17 @@ def check_samples(key: str, dataset: Any, collate: Callable[[list[Any]], Any], c
         raise ValueError(f"collate_fn={collate_name} cannot make a batch of {key}'s samples: {error!r}") from error
     if not isinstance(batch, dict) or not {"tokens", "labels"} <= batch.keys():
         raise ValueError(f"collate_fn={collate_name} does not make batches with tokens and labels")
+
+
+def check_labels(key: str, dataset: Any, max_seq_len: int | None) -> None:
+    """Raise ValueError if none of up to `MOST_ROWS` rows has a token to train."""
+    for index in range(0, len(dataset), math.ceil(len(dataset) / MOST_ROWS)):
+        if any(int(label) != CROSS_ENTROPY_IGNORE_IDX for label in dataset[index]["labels"][1:]):
+            return
+    raise ValueError(
+        f"{key}: no row has a token to train: every answer is cut off or masked; raise tokenizer.max_seq_len, which is "
+        f"{max_seq_len}, or shorten the prompts"
+    )
 
 
 def refuse_longer_than(dataset: Any, max_tokens: int) -> None:

@@ -252,7 +252,7 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """Raise ConfigError if a torchtune ``tokenizer`` has token ids that the embeddings of a decoder lack."""
     num_embeddings = model.tok_embeddings.weight.shape[0]
     special = getattr(tokenizer, "special_tokens", None) or {}
-    most = max([getattr(tokenizer, "vocab_size", 0) - 1, *special.values(), tokenizer.pad_id])
+    most = max([getattr(tokenizer, "vocab_size", 0) - 1, *special.values(), tokenizer.pad_id or 0])
     if most >= num_embeddings:
         raise ConfigError(
             f"the tokenizer has token ids up to {most}, and the model has embeddings for {num_embeddings} tokens; "

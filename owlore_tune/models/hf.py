@@ -15,13 +15,20 @@ from torchtune.modules import TiedLinear
 from owlore_tune.files import read_json
 from owlore_tune.models.hf_attention import CURRENT, register_attention
 from owlore_tune.models.hf_experts import split_experts
-from owlore_tune.models.twin import check_decoder, make_config
+from owlore_tune.models.twin import check_decoder, make_config, respect_rope
 from owlore_tune.paths import user_path
 
 Rename = Callable[[str], str]
 # Fields that a config of transformers does not declare. It takes all but the last for a model without rope_parameters
 # and layer_types; some models read the last if it is there.
-_OTHER_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "head_dim"}
+_OTHER_FIELDS = {
+    "rope_theta",
+    "rope_scaling",
+    "rope_local_base_freq",
+    "sliding_window_pattern",
+    "head_dim",
+    "partial_rotary_factor",
+}
 # Fields with a default that change what a model computes, and not the shapes of its weights.
 _BEHAVIOUR = (
     "rope_parameters", "layer_types", "no_rope_layers", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias",
@@ -199,7 +206,8 @@ def hf_decoder(path: str | None = None, **fields: Any) -> HFDecoder:
         raise
     except Exception as error:  # configs and models of transformers raise errors of all kinds
         raise ValueError(f"model_type={model_type} is not a decoder in a form that OwLore knows: {error!r}") from error
-    check_decoder(model, _of_config)
+    check_decoder(model, _of_config, config)
+    respect_rope(model, config)
     model.fields = tuple(given)
     return model
 
@@ -278,6 +286,7 @@ def check_config(model: HFDecoder, config: dict[str, Any]) -> None:
             raise ValueError(
                 f"model.{key}={ours}, and config.json has {found}; config hf/any takes all from config.json"
             )
+    check_decoder(model, _of_config, theirs)  # finds what no list of fields names
 
 
 def disk_names(config: dict[str, Any]) -> tuple[Rename, Rename]:

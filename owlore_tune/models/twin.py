@@ -25,7 +25,7 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 _SIZES = {
     "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     "vocab_size": 64, "num_hidden_layers": 4, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 _NUM_TOKENS = 24
 _FARTHEST = 4096  # position
@@ -40,7 +40,7 @@ _SUSPECTS = (  # fields that builders often lack
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 
-_accepted: set[str] = set()  # configs that `check_decoder` has accepted in this process
+_accepted: set[tuple[str, str]] = set()  # configs that `check_decoder` has accepted in this process
 
 log = get_logger("INFO")
 
@@ -64,6 +64,7 @@ def check_builder(
         theirs = make_config(config)
         _check_fields(model, theirs)
         _respect_window(model, theirs)
+        respect_rope(model, theirs)
         heads = theirs.num_attention_heads
         sizes = _SIZES | {"hidden_size": heads * math.ceil(32 / heads)}
         try:
@@ -72,14 +73,14 @@ def check_builder(
             _spread(reference)
             twin = _narrow_copy(model, narrow)
             _load(twin, reference.state_dict(), converter(narrow.to_dict()))
+            near = max(_plain_difference(twin, reference), _packed_difference(twin, reference))
+            window = getattr(theirs, "sliding_window", None) or _FARTHEST
+            far = _far_difference(twin, reference, min(_FARTHEST, window, twin.max_seq_len))
         except ConfigError:
             raise
         except Exception as error:  # a setting that no builder of torchtune has, or a weight that a layout lacks
             message = " ".join(str(error).split())
             raise ValueError(f"the model cannot be compared with config.json: {message}; {_ADVICE}") from error
-        near = max(_plain_difference(twin, reference), _packed_difference(twin, reference))
-        window = getattr(theirs, "sliding_window", None) or _FARTHEST
-        far = _far_difference(twin, reference, min(_FARTHEST, window, twin.max_seq_len))
     if not (near < _TOLERANCE and far < _FAR_TOLERANCE):
         fields = {key: config[key] for key in _SUSPECTS if config.get(key) is not None}
         raise ValueError(
@@ -88,28 +89,33 @@ def check_builder(
         )
 
 
-def check_decoder(decoder: Any, build: Callable[[Any], Any]) -> None:
+def check_decoder(decoder: Any, build: Callable[[Any], Any], config: Any) -> None:
     """Check a decoder of transformers, with this package's masks and positions, against transformers' own.
 
     Args:
         decoder: an `owlore_tune.models.HFDecoder`.
         build: makes such a decoder of a config of transformers.
+        config: of the model whose outputs the decoder should have, in transformers.
 
     Raises:
-        ValueError: if the outputs differ. A model that has no narrow twin is not compared; a warning says so.
+        ValueError: if the outputs differ, or the model has no narrow twin that runs.
     """
     kind = decoder.config.model_type
-    if (described := decoder.config.to_json_string()) in _accepted:
+    compared = (decoder.config.to_json_string(), config.to_json_string())
+    if compared in _accepted:
         return
     with _small_and_quiet():
         try:
-            reference, twin = _pair(decoder.config, build, _SIZES | _HEADS)
+            reference, twin = _pair(config, decoder.config, build, _SIZES | _HEADS)
         except Exception:  # latent attention needs as many heads for keys as for queries
             try:
-                reference, twin = _pair(decoder.config, build, _SIZES | _HEADS | {"num_key_value_heads": 4})
-            except Exception as error:  # sizes that depend on each other
-                log.warning(f"model_type={kind} was not compared with transformers' own computation: {error!r}")
-                return
+                sizes = _SIZES | _HEADS | {"num_key_value_heads": 4}
+                reference, twin = _pair(config, decoder.config, build, sizes)
+            except Exception as error:  # sizes that depend on each other in a way that is not known here
+                raise ValueError(
+                    f"model_type={kind} cannot be compared with transformers' own computation, so OwLore does not "
+                    f"train it: {error!r}"
+                ) from error
         plain, packed = _plain_difference(twin, reference), _packed_difference(twin, reference)
     for rows, difference in (("rows", plain), ("packed rows", packed)):
         if not difference < _TOLERANCE:
@@ -117,13 +123,12 @@ def check_decoder(decoder: Any, build: Callable[[Any], Any]) -> None:
                 f"model_type={kind} has attention or positions that OwLore does not reproduce: in a small copy, logits "
                 f"of {rows} differ from those of transformers by {difference:.1e} of the largest"
             )
-    _accepted.add(described)
+    _accepted.add(compared)
 
 
-def _pair(config: Any, build: Callable[[Any], Any], sizes: dict[str, int]) -> tuple[Any, Any]:
-    """A narrow model of transformers and its twin, which both run."""
-    narrow = _narrow(config, sizes)
-    reference, twin = _reference(narrow), _seeded(lambda: build(narrow)).eval()
+def _pair(config: Any, own: Any, build: Callable[[Any], Any], sizes: dict[str, int]) -> tuple[Any, Any]:
+    """A narrow model of transformers with ``config``, and a twin of the decoder with the config ``own``; both run."""
+    reference, twin = _reference(_narrow(config, sizes)), _seeded(lambda: build(_narrow(own, sizes))).eval()
     _plain_difference(twin, reference)
     return reference, twin
 
@@ -164,9 +169,18 @@ def _head_dim(config: Any) -> int:
 
 def _check_fields(model: TransformerDecoder, theirs: Any) -> None:
     """Compare the settings that torchtune's modules tell, to name the one that differs."""
-    layer: Any = model.layers[0]
+    rope = getattr(theirs, "rope_parameters", None) or {}
+    derived = {"head_dim": _head_dim(theirs), "rope_theta": rope.get("rope_theta")}
+    for layer in model.layers:
+        for key, ours in _settings(model, layer).items():
+            wanted = derived[key] if key in derived else getattr(theirs, key, None)
+            if ours is not None and wanted is not None and not math.isclose(ours, wanted, rel_tol=1e-6):
+                raise ValueError(f"the model's builder has {key}={ours}, and config.json has {wanted}; {_ADVICE}")
+
+
+def _settings(model: TransformerDecoder, layer: Any) -> dict[str, Any]:
     attention = layer.attn
-    settings: dict[str, Any] = {
+    return {
         "num_hidden_layers": len(model.layers),
         "hidden_size": model.tok_embeddings.weight.shape[1],
         "intermediate_size": layer.mlp.w1.weight.shape[0],
@@ -178,22 +192,16 @@ def _check_fields(model: TransformerDecoder, theirs: Any) -> None:
         "rope_theta": getattr(attention.pos_embeddings, "base", None),
         "tie_word_embeddings": isinstance(model.output, TiedLinear),
     }
-    rope = getattr(theirs, "rope_parameters", None) or {}
-    derived = {"head_dim": _head_dim(theirs), "rope_theta": rope.get("rope_theta")}
-    for key, ours in settings.items():
-        wanted = derived[key] if key in derived else getattr(theirs, key, None)
-        if ours is not None and wanted is not None and not math.isclose(ours, wanted, rel_tol=1e-6):
-            raise ValueError(f"the model's builder has {key}={ours}, and config.json has {wanted}; {_ADVICE}")
 
 
 def _respect_window(model: TransformerDecoder, theirs: Any) -> None:
     """Compare the windows of attention. They are wider than a twin's rows."""
-    window = getattr(theirs, "sliding_window", None)
+    window: Any = getattr(theirs, "sliding_window", None)
     types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * len(model.layers)
     attention: list[Any] = [layer.attn for layer in model.layers]
     ours = [getattr(a, "window", None) or getattr(a, "sliding_window_size", None) for a in attention]
     wanted = [window if kind == "sliding_attention" else None for kind in types]
-    if not any(ours) and any(wanted) and window < model.max_seq_len:
+    if not any(ours) and any(wanted) and 0 < window < model.max_seq_len:
         log.info(
             f"config.json has an attention window of {window} tokens, and the model's builder has none: rows and "
             f"inputs have at most {window} tokens."
@@ -201,6 +209,25 @@ def _respect_window(model: TransformerDecoder, theirs: Any) -> None:
         model.max_seq_len = window
     elif any(ours) and ours != wanted[: len(ours)]:
         raise ValueError(f"the model's builder has attention windows {ours}, and config.json has {wanted}; {_ADVICE}")
+
+
+def respect_rope(model: Any, theirs: Any) -> None:
+    """Lower ``model.max_seq_len`` to the length up to which rotary embeddings do not depend on a row's length.
+
+    Raises:
+        ValueError: if they always do.
+    """
+    ropes = getattr(theirs, "rope_parameters", None) or {}
+    for rope in [ropes] if "rope_type" in ropes else [each for each in ropes.values() if isinstance(each, dict)]:
+        if rope.get("rope_type") == "dynamic":
+            raise ValueError("rope_type=dynamic: rotary embeddings depend on a row's length, which OwLore cannot train")
+        limit = int(rope.get("original_max_position_embeddings") or theirs.max_position_embeddings)
+        if rope.get("rope_type") == "longrope" and limit < model.max_seq_len:
+            log.info(
+                f"Rows and inputs have at most {limit} tokens: in longer ones, rotary embeddings would depend on "
+                "the longest row (rope_type=longrope)."
+            )
+            model.max_seq_len = limit
 
 
 def _narrow(config: Any, sizes: dict[str, int], **others: int) -> Any:
@@ -214,10 +241,19 @@ def _narrow(config: Any, sizes: dict[str, int], **others: int) -> Any:
     for name, value in fields.items():
         if isinstance(value, list) and len(value) > num_layers and len(value) == config.num_hidden_layers:
             fields[name] = value[:num_layers]  # one for each layer
+    _shorten_factors(fields.get("rope_parameters"), _head_dim(config), others.get("head_dim", sizes.get("head_dim")))
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if fields.get(token) is not None:
             fields[token] = 0
     return type(config).from_dict(fields | others | {"initializer_range": 0.3})
+
+
+def _shorten_factors(ropes: Any, old: int, new: int | None) -> None:
+    """Cut the factors of longrope, one for each frequency of a head of ``old`` numbers, to those of ``new``."""
+    for name, value in ropes.items() if isinstance(ropes, dict) else ():
+        if isinstance(value, list) and new is not None and new < old:
+            ropes[name] = value[: len(value) * new // old]
+        _shorten_factors(value, old, new)
 
 
 def _seeded(build: Callable[[], Any]) -> Any:

@@ -27,7 +27,7 @@ from owlore_tune.config import (
     plain,
 )
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData
-from owlore_tune.data.samples import check_samples, collate_packed, longest_row, refuse_longer_than
+from owlore_tune.data.samples import check_labels, check_samples, collate_packed, longest_row, refuse_longer_than
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError
@@ -36,6 +36,7 @@ from owlore_tune.layers.active import ActiveLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.models.decoder import Decoder, find_layers, model_parts
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+from owlore_tune.paths import user_path
 from owlore_tune.run.settings import TrainingSettings
 
 TRIED_STEPS = 10_000  # steps of the trial schedule; longer than any warm-up, to test the steps after it too
@@ -74,6 +75,12 @@ def build_inputs(settings: TrainingSettings, world: World = ALONE, now: datetime
         tokenizer.now = now
     if isinstance(tokenizer, HFChatTokenizer):
         checkpointer.take_tokenizer(tokenizer.directory)
+    else:
+        paths = [
+            user_path(value) for key, value in cfg.tokenizer.items() if key != "_component_" and isinstance(value, str)
+        ]
+        if files := [path for path in paths if path.is_file()]:
+            checkpointer.take_tokenizer(files[0], files[1:])
     dataset, collate = _build_dataset(cfg, "dataset", tokenizer)
     try:
         data = TrainingData(
@@ -116,6 +123,8 @@ def _build_dataset(cfg: DictConfig, key: str, tokenizer: Any) -> tuple[Any, Coll
     collate = collate_packed if is_packed(cfg[key]) else padded
     try:
         check_samples(key, dataset, collate, cfg.collate_fn)
+        if key == "dataset":
+            check_labels(key, dataset, tokenizer.max_seq_len)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return dataset, collate
@@ -178,16 +187,17 @@ def build_model(settings: TrainingSettings) -> tuple[Any, Decoder]:
         ConfigError: if one cannot be built, they are incompatible, or γ exceeds the number of layers.
     """
     loss_fn = _build_loss(settings.cfg)
-    if (chunks := getattr(loss_fn, "num_output_chunks", 1)) < 1:
-        raise ConfigError(f"loss.num_output_chunks={chunks}; it must be at least 1")
+    chunks = getattr(loss_fn, "num_output_chunks", 1)
+    if type(chunks) is not int or chunks < 1:
+        raise ConfigError(f"loss.num_output_chunks={chunks}; it must be a whole number of at least 1")
     with training.set_default_dtype(settings.dtype), torch.device("meta"):
         model = build("model", settings.cfg.model)
     try:
         num_layers = len(find_layers(model))
     except TypeError as error:
         raise ConfigError(str(error)) from error
-    if model.max_seq_len > MOST_TOKENS:
-        raise ConfigError(f"model.max_seq_len={model.max_seq_len}; it must be at most {MOST_TOKENS:,}")
+    if type(model.max_seq_len) is not int or not 1 <= model.max_seq_len <= MOST_TOKENS:
+        raise ConfigError(f"model.max_seq_len={model.max_seq_len}; it must be 1 to {MOST_TOKENS:,}")
     if (num_active := settings.owlore.num_active_layers) is not None and num_active > num_layers:
         raise ConfigError(f"owlore.num_active_layers={num_active}; the model has {num_layers} layers")
     if hasattr(loss_fn, "set_model_output"):

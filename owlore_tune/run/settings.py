@@ -218,8 +218,13 @@ class TrainingSettings:
         if self.cfg.profiler is not None and self.cfg.profiler.get("enabled"):
             nodes["profiler.output_dir"] = self.cfg.profiler
         for field, node in nodes.items():
-            if isinstance(path := node.get(field.rpartition(".")[2]), str):
-                check_creatable(field, path)
+            if (key := field.rpartition(".")[2]) in node:
+                check_type(field, node[key], str)
+                check_creatable(field, node[key])
+        if (name := self.cfg.metric_logger.get("filename")) is not None:
+            check_type("metric_logger.filename", name, str)
+            if Path(name).name != name or Path(self.cfg.metric_logger.get("log_dir", "."), name).is_dir():
+                raise ConfigError(f"metric_logger.filename={name}; it must be the name of a file in log_dir")
 
     def check_launch(self, *, sharded: bool) -> None:
         """Raise ConfigError for a value that does not work on one device, or with a sharded model."""
