@@ -76,6 +76,40 @@ def test_layers_that_never_trained_keep_their_bits_and_others_stay_out_of_the_op
                and p not in set(model.parameters()))  # fmt: skip
 
 
+@pytest.mark.parametrize("moments", ["keep", "project"])
+@pytest.mark.parametrize("step", [2, 4, 6], ids=["at a refresh", "within a basis", "at a draw"])
+def test_a_resumed_loop_has_the_same_bits(step, moments, tokens):
+    """Saved between two steps, without a merge."""
+
+    def begin(model):
+        layers = layers_of(model, moments=moments, update_gap=2)
+        optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-2, weight_decay=0.1)
+        layers.attach(optimizer)
+        return layers, optimizer
+
+    def steps(model, layers, optimizer, first, count):
+        for number in range(first, first + count):
+            layers.begin_step()
+            F.cross_entropy(model(tokens.roll(number, 1)).flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, broken, resumed = tiny_llama(), tiny_llama(), tiny_llama(seed=1)
+    layers, optimizer = begin(whole)
+    steps(whole, layers, optimizer, 0, 10)
+    layers.merge()
+    layers, optimizer = begin(broken)
+    steps(broken, layers, optimizer, 0, step)
+    saved = copy.deepcopy((broken.state_dict(), layers.state_dict(), optimizer.state_dict()))
+    resumed.load_state_dict(saved[0])
+    layers, optimizer = begin(resumed)
+    layers.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[2])
+    steps(resumed, layers, optimizer, step, 10 - step)
+    layers.merge()
+    assert all(torch.equal(weight, weights_of(resumed)[name]) for name, weight in weights_of(whole).items())
+
+
 @pytest.mark.parametrize("build", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.AdamW])
 def test_optimizers_of_torch_lower_the_loss(build, tokens):
     model = tiny_llama()

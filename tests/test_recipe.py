@@ -252,11 +252,12 @@ PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
 PYTHON_EXAMPLES = [part.split("```")[0] for part in PAGE.split("```python\n")[1:]]
 
 
-def test_the_docs_training_example_runs(tokens):
+@pytest.mark.parametrize("optimizer", ["OwLoreAdamW", "torch.optim.AdamW"])
+def test_the_docs_training_example_runs(optimizer, tokens):
     """The docs' code with a tiny model, and smaller numbers because a tiny model has few outliers."""
     from conftest import tiny_llama
 
-    (code,) = [example for example in PYTHON_EXAMPLES if "OwLoreAdamW" in example]
+    (code,) = [example for example in PYTHON_EXAMPLES if f"optimizer = {optimizer}" in example]
     for large, small in (("rank=128", "rank=8"), ("num_active=5", "num_active=2"), ("threshold=13", "threshold=3")):
         code = code.replace(large, small)
     model = tiny_llama()

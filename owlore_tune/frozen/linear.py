@@ -43,18 +43,18 @@ def freeze(module: Any, kind: str, products: str = "full") -> None:
 def attach(module: Any, frozen: FrozenWeight, products: str, dtype: torch.dtype) -> None:
     """Make ``module`` compute with a quantized weight, in ``dtype``."""
     module.frozen_weight = frozen
-    module.has_int8_products = products == "int8" and isinstance(frozen, Int8Weight)
     if isinstance(module, nn.Embedding):
         module.forward = partial(_rows, frozen, dtype)  # type: ignore[method-assign]
         return
-    module.forward = partial(_linear, module)
+    function = int8_linear if products == "int8" and isinstance(frozen, Int8Weight) else frozen_linear
+    module.forward = partial(_linear, module, function)
 
 
 def thaw(module: Any, weight: Tensor) -> None:
     """Undo `freeze` with the full-precision ``weight``."""
     set_value(module.weight, weight)
     if "forward" in vars(module):
-        del module.forward, module.frozen_weight, module.has_int8_products
+        del module.forward, module.frozen_weight
 
 
 def set_value(parameter: Tensor, value: Tensor) -> None:
@@ -67,17 +67,9 @@ def _rows(frozen: FrozenWeight, dtype: torch.dtype, tokens: Tensor) -> Tensor:
     return frozen.dequantize(dtype, tokens.flatten()).view(*tokens.shape, -1)
 
 
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    product = frozen_product(linear, x)
+def _linear(linear: nn.Linear, function: Any, x: Tensor) -> Tensor:
+    product = function(x, linear.frozen_weight)
     return product if linear.bias is None else product + linear.bias
-
-
-def frozen_product(linear: Any, x: Tensor) -> Tensor:
-    """``x`` (..., n) · weightᵀ → (..., m), without bias, with the quantized weight if the Linear has one."""
-    if "frozen_weight" not in vars(linear):
-        return nn.functional.linear(x, linear.weight)
-    weight = linear.frozen_weight
-    return int8_linear(x, weight) if linear.has_int8_products else frozen_linear(x, weight)
 
 
 def frozen_linear(x: Tensor, weight: FrozenWeight) -> Tensor:

@@ -142,6 +142,29 @@ class ProjectedLayers:
         for linear, weight in self._active_weights():
             weight.merge(linear.weight)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule, and A and the basis of each weight that trains, for an exact resume between two steps.
+
+        Save the model's weights beside it without `merge`, and the optimizer's own state.
+        """
+        weights = {
+            index: {name: weight.state_dict() for name, (_, weight) in self._weights[index].items()}
+            for index in self.active
+        }
+        return {
+            "num_steps": self.num_steps, "drawn_at": self._drawn_at, "sampler": self._sampler.state_dict(),
+            "weights": weights,
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load it after `attach`, and the optimizer's state after it."""
+        self._activate(sorted(state_dict["weights"]))
+        for index, weights in state_dict["weights"].items():
+            for name, state in weights.items():
+                self._weights[index][name][1].load_state_dict(state)
+        self._sampler.load_state_dict(state_dict["sampler"])
+        self.num_steps, self._drawn_at = state_dict["num_steps"], state_dict["drawn_at"]
+
     def _active_weights(self) -> Iterator[tuple[nn.Linear, ProjectedWeight]]:
         for index in self.active:
             yield from self._weights[index].values()

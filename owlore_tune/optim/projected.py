@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from owlore_tune.frozen.linear import frozen_product
 from owlore_tune.optim.projection import is_right, product_range_finder, side_factor, svd_basis, times
 from owlore_tune.optim.rounding import noise_for, round_to
 
 MakeGenerator = Callable[[torch.device], torch.Generator]
+_TENSORS = ("basis", "energy", "turn", "_start", "_correction")
 _MOVED = 2**22  # values of a 16-bit weight that a merge changes at once
 
 
@@ -89,27 +89,26 @@ class ProjectedWeight:
         self.engage()
 
     def engage(self) -> None:
-        """Let the Linear compute with A, which is 0."""
+        """Let the Linear compute with A, which is 0, beside its own forward, which may be that of quantized weights."""
         self.trained.data = self.trained.new_zeros(self._size)
+        self._own_forward = self._linear.forward
         self._linear.forward = self.forward  # type: ignore[method-assign, assignment]
 
     def release(self) -> None:
         """Give the Linear its own forward back, and free A and the basis. Without `merge` before, updates are lost."""
-        del self._linear.forward  # type: ignore[method-assign]
+        self._linear.forward = self._own_forward  # type: ignore[method-assign]
         self.trained.data = self.trained.new_empty(0)
         self.basis = self.turn = self.energy = self._start = self._correction = None
         self.decay, self.age = 1.0, 0
 
     def forward(self, x: Tensor) -> Tensor:  # (..., n) → (..., m)
         """The Linear's forward, with the weight c · W₀ + s · A Pᵀ."""
-        product = frozen_product(self._linear, x)
+        product, bias = self._own_forward(x), self._linear.bias
         if self.decay != 1.0:
-            product = product * self.decay
+            product = product * self.decay if bias is None else (product - bias) * self.decay + bias
         if self.basis is not None:
-            product = product + self._update_of(x)
-        elif torch.is_grad_enabled():
-            product = _WithNewBasis.apply(product, x.detach(), self.trained, self)
-        return product if self._linear.bias is None else product + self._linear.bias
+            return product + self._update_of(x)
+        return _WithNewBasis.apply(product, x.detach(), self.trained, self) if torch.is_grad_enabled() else product
 
     def _update_of(self, x: Tensor) -> Tensor:
         """x (s · A Pᵀ)ᵀ. The gradient of A is that of s = 1, so that clipping and eps do not depend on s."""
@@ -151,6 +150,17 @@ class ProjectedWeight:
         product = times(error, self.basis) if self.right else times(error.T, self.basis).T
         self._correction = product.to(torch.bfloat16)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers that an exact resume needs, beside W₀ itself, which `merge` has not changed since."""
+        tensors = {key: getattr(self, key) for key in _TENSORS}
+        return {"trained": self.trained.detach(), "decay": self.decay, "age": self.age, **tensors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state, device = dict(state_dict), self.trained.device
+        self.trained.data = state.pop("trained").to(device, copy=True)
+        for key, value in state.items():
+            setattr(self, key, value.to(device, copy=True) if torch.is_tensor(value) else value)
+
     @torch.no_grad()
     def merge(self, weight: Tensor, *, stochastic: bool = True) -> None:
         """``weight`` (m, n) ← c · weight + s · A Pᵀ. Then A is 0, c is 1, and the next backward makes a new basis.
@@ -184,7 +194,8 @@ class _WithNewBasis(torch.autograd.Function):
     def forward(ctx: Any, product: Tensor, x: Tensor, trained: Tensor, weight: ProjectedWeight) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight = weight
-        return product.view_as(product)
+        ctx.mark_dirty(product)  # the same tensor: a copy would cost its memory
+        return product
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
