@@ -397,6 +397,12 @@ def test_a_builder_that_differs_in_one_layer_is_refused():
         check(LLAMA, model, "LLAMA2")
 
 
+@pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h", "gemma3n", "gemma4_assistant"])
+def test_families_that_transformers_itself_does_not_build_end_in_no_traceback(family):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"{family}|gemma3n_text"):
+        hf_decoder(model_type=family)
+
+
 def test_a_bias_of_a_tied_head_is_refused_before_weights_load():
     config = PhiConfig(num_hidden_layers=2, tie_word_embeddings=True)
     with torch.device("meta"), pytest.raises(ValueError, match="PhiForCausalLM has a bias in a head that is tied"):

@@ -54,7 +54,7 @@ TRAINING: dict[tuple[str, ...], str] = {
     ("dataset.data_files=[train.json,/nope.json]", "dataset.packed=true"): "dataset.data_files=/nope.json does not exist",
     ("dataset=torchtune.datasets.instruct_dataset", "dataset.source=/nope"): "dataset: Couldn't find any data file at /nope.",
     ("dataset=torchtune.datasets.instruct_dataset", "dataset.source=json", "dataset.column_map={input: nope, output: output}"): "dataset: its first row does not fit the dataset's component",
-    ("dataset=owlore_tune.data.mmlu_dev_dataset", "dataset.split=train"): "unknown key dataset.data_files",
+    ("dataset=owlore_tune.data.mmlu_dev_dataset", "dataset.split=train"): "or remove it with ~dataset.data_files",
     ("dataset=owlore_tune.data.mmlu_dev_dataset", "~dataset.data_files", "dataset.split=test"): "dataset.split='test'",
     ("dataset=owlore_tune.data.mmlu_dev_dataset", "~dataset.data_files", "dataset.num_held_out=300"): "dataset.num_held_out=300",
     ("batch_size=8", "gradient_accumulation_steps=6"): "dataset has 40 samples, less than one optimizer step of batch_size=8 × gradient_accumulation_steps=6",

@@ -129,7 +129,7 @@ def check_decoder(decoder: Any, build: Callable[[Any], Any], config: Any) -> Non
 def _pair(config: Any, own: Any, build: Callable[[Any], Any], sizes: dict[str, int]) -> tuple[Any, Any]:
     """A narrow model of transformers with ``config``, and a twin of the decoder with the config ``own``; both run."""
     reference, twin = _reference(_narrow(config, sizes)), _seeded(lambda: build(_narrow(own, sizes))).eval()
-    _plain_difference(twin, reference)
+    _packed_difference(twin, reference)
     return reference, twin
 
 
