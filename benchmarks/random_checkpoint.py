@@ -64,8 +64,14 @@ def head_sizes(model: TransformerDecoder) -> dict[str, int]:
 def hf_config(model: TransformerDecoder, model_type: str) -> dict:
     """Return the content of transformers' config.json for ``model``."""
     sizes, layer = head_sizes(model), find_layers(model)[0]
-    kind = ARCHITECTURES[model_type]
-    return {
+    kind, rope = ARCHITECTURES[model_type], layer.attn.pos_embeddings
+    scaling = {}
+    if getattr(rope, "scale_factor", 1) != 1:
+        scaling["rope_scaling"] = {
+            "rope_type": "llama3", "factor": float(rope.scale_factor), "low_freq_factor": float(rope.low_freq_factor),
+            "high_freq_factor": float(rope.high_freq_factor), "original_max_position_embeddings": rope.old_context_len,
+        }  # fmt: skip
+    return scaling | {
         "architectures": [f"{kind.title()}ForCausalLM"],
         "model_type": kind,
         "vocab_size": model.tok_embeddings.weight.shape[0],
@@ -77,7 +83,7 @@ def hf_config(model: TransformerDecoder, model_type: str) -> dict:
         "head_dim": sizes["head_dim"],
         "max_position_embeddings": model.max_seq_len,
         "rms_norm_eps": layer.sa_norm.eps,
-        "rope_theta": layer.attn.pos_embeddings.base,
+        "rope_theta": rope.base,
         "tie_word_embeddings": not any(name.startswith("output.") for name, _ in model.named_parameters()),
         "torch_dtype": "bfloat16",
     }
