@@ -1,4 +1,5 @@
 import copy
+import functools
 import importlib.util
 import sys
 import types
@@ -91,6 +92,7 @@ def test_shape_side_with_svd_equals_galore_in_numpy():
         torch.testing.assert_close(parameter.double(), torch.tensor(oracle.weight), atol=1e-5, rtol=0)
 
 
+@functools.cache  # the package without its __init__ can be found only once
 def galore_torch_adamw():
     """Import galore-torch's AdamW without the package's __init__, which needs bitsandbytes."""
     spec = importlib.util.find_spec("galore_torch")
