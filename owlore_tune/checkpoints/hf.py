@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -345,15 +344,15 @@ def _check_readable(file: Path) -> list[str]:
             if bad := [name for name, dtype in dtypes.items() if dtype not in _WEIGHT_DTYPES]:
                 raise ValueError(_not_full_precision(bad[0], file, dtypes[bad[0]]))
             return list(dtypes)
-        with _loaded(file) as tensors:
-            for name, tensor in tensors.items():
-                if not isinstance(tensor, Tensor):
-                    raise ValueError(f"{file} has a {type(tensor).__name__} at {name}, not a tensor; convert it first")
-                if tensor.layout != torch.strided or tensor.device.type != "cpu":
-                    raise ValueError(f"{file} has a tensor without plain values at {name}; convert it first")
-                if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                    raise ValueError(_not_full_precision(name, file, tensor.dtype))
-            return list(tensors)
+        tensors = _load_pickled(file)
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{file} has a {type(tensor).__name__} at {name}, not a tensor; convert it first")
+            if tensor.layout != torch.strided or tensor.device.type != "cpu":
+                raise ValueError(f"{file} has a tensor without plain values at {name}; convert it first")
+            if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                raise ValueError(_not_full_precision(name, file, tensor.dtype))
+        return list(tensors)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}; download it again") from error
 
@@ -365,8 +364,7 @@ def _not_full_precision(name: str, file: Path, dtype: Any) -> str:
     )
 
 
-@contextmanager
-def _loaded(file: Path) -> Iterator[dict[str, Any]]:
+def _load_pickled(file: Path) -> dict[str, Any]:
     """The tensors of a PyTorch file, which stay on the disk until they are used."""
     try:
         loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -374,7 +372,7 @@ def _loaded(file: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}; download it again") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{file} has a {type(loaded).__name__}, not a dict of tensors; convert it first")
-    yield loaded
+    return loaded
 
 
 def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -388,8 +386,7 @@ def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 with safe_open(file, framework="pt") as opened:
                     yield name, opened.get_tensor(name)
         else:
-            with _loaded(file) as tensors:
-                yield from tensors.items()
+            yield from _load_pickled(file).items()
 
 
 def _converted(to_tune: Convert, name: str, tensor: Tensor, directory: Path) -> StateDict:

@@ -17,15 +17,7 @@ from torchtune.datasets import ConcatDataset
 from torchtune.utils import get_logger
 
 from owlore_tune.checkpoints.hf import HFCheckpointer
-from owlore_tune.config import (
-    build,
-    build_ours,
-    build_with,
-    check_attributes,
-    check_type,
-    find_component,
-    plain,
-)
+from owlore_tune.config import build, build_ours, build_with, check_attributes, check_type, find_component, plain
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData
 from owlore_tune.data.samples import check_labels, check_samples, collate_packed, longest_row, refuse_longer_than
 from owlore_tune.data.tokenizer import HFChatTokenizer
