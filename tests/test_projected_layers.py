@@ -148,6 +148,13 @@ def test_projecting_the_moments_of_an_optimizer_without_them_is_refused(tokens):
         train(model, layers, optimizer, tokens)
 
 
+@pytest.mark.parametrize("build", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_weight_decay_that_is_not_decoupled_is_refused(build):
+    layers = layers_of(tiny_llama())
+    with pytest.raises(ValueError, match=f"weight_decay=0.1; {build.__name__} adds it to the gradient: set it to 0"):
+        layers.attach(build(layers.parameters(), lr=1e-2, weight_decay=0.1))
+
+
 def test_bad_values_are_refused():
     model = tiny_llama()
     for options, message in (({"every": 0}, "resample_every=0"), ({"update_gap": 0}, "update_gap=0")):

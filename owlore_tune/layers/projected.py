@@ -116,7 +116,18 @@ class ProjectedLayers:
         return projected + [parameter for layer in self._others for parameter in layer]
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Follow the steps of ``optimizer``, which has `parameters`."""
+        """Follow the steps of ``optimizer``, which has `parameters`.
+
+        Raises:
+            ValueError: if its weight decay is added to the gradient, which would act on A and not on the weight.
+        """
+        for group in optimizer.param_groups:
+            is_decoupled = group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
+            if group.get("weight_decay", 0.0) and not is_decoupled:
+                raise ValueError(
+                    f"weight_decay={group['weight_decay']}; {type(optimizer).__name__} adds it to the gradient: set it "
+                    "to 0, or use AdamW"
+                )
         self._optimizer = optimizer
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
