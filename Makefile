@@ -48,9 +48,7 @@ lint: install
 
 bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and others, evaluation is measured too
 	python benchmarks/methods.py --output benchmarks/methods.md
-	python benchmarks/frozen.py --output benchmarks/frozen.md
 	python benchmarks/gpu_counts.py --output benchmarks/gpu_counts.md
-	python benchmarks/few_bits.py --output benchmarks/few_bits.md
 	python benchmarks/llama2_7b.py --output benchmarks/llama2_7b.md
 	python benchmarks/memory_7b.py --output benchmarks/memory_7b.md --picture docs/pictures/memory_7b.png
 	python benchmarks/refresh.py --output benchmarks/refresh.md
@@ -59,8 +57,8 @@ bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and other
 	python benchmarks/faults.py --output benchmarks/faults.md
 	python benchmarks/faults.py --runs 5 --signal TERM --output benchmarks/faults_sigterm.md
 	python benchmarks/faults.py --runs 3 --model smollm2 --output benchmarks/faults_smollm2.md
-	python benchmarks/faults.py --runs 20 --frozen int8 --output benchmarks/faults_int8.md
-	python benchmarks/faults.py --runs 20 --frozen nf4 --output benchmarks/faults_nf4.md
+	python benchmarks/faults.py --runs 20 --weights int8 --output benchmarks/faults_int8.md
+	python benchmarks/faults.py --runs 20 --weights nf4 --output benchmarks/faults_nf4.md
 	python benchmarks/faults_files.py --output benchmarks/faults_files.md
 	python benchmarks/distributed.py --output benchmarks/distributed.md
 	python benchmarks/distributed_steps.py --rounds 3 --output benchmarks/distributed_steps.md

@@ -25,7 +25,7 @@ from owlore_tune.models.smollm2 import fetch
 
 SETTINGS = (
     "dataset.packed=true", "dataset_val=null", "tokenizer.max_seq_len=128", "lr_scheduler=null",
-    "owlore.num_active_layers=2", "optimizer.update_gap=5", "optimizer.eps=1e-3",
+    "owlore.num_active_layers=2", "owlore.update_gap=5", "optimizer.eps=1e-3",
 )  # fmt: skip
 ROWS_PER_FORWARD = 6  # over all ranks
 
@@ -75,7 +75,7 @@ def train(case: Case, num_ranks: int | None, scratch: Path, device: str, threads
         recipe += ["smollm2/135M_owlore"]
     overrides = (
         *SETTINGS, *case.overrides, f"output_dir={scratch}/run", f"device={device}",
-        f"batch_size={ROWS_PER_FORWARD // (num_ranks or 1)}", f"optimizer.rank={case.rank}",
+        f"batch_size={ROWS_PER_FORWARD // (num_ranks or 1)}", f"owlore.rank={case.rank}",
         f"max_steps_per_epoch={case.steps}", f"owlore.resample_every={case.resample_every}",
     )  # fmt: skip
     scratch.mkdir()

@@ -1,6 +1,6 @@
 """Kill runs at random moments, resume them until they finish, and compare with an uninterrupted run.
 
-    python benchmarks/faults.py [--runs 30] [--signal KILL] [--model small|smollm2] [--frozen FORMAT] [--output FILE]
+    python benchmarks/faults.py [--runs 30] [--signal KILL] [--model small|smollm2] [--weights FORMAT] [--output FILE]
 
 Half of the kills come at a random time, half during a save. Final weights must be bit-identical, and the newest
 checkpoint must be readable after every kill. Runs are forked from a process that has already imported everything, which
@@ -48,12 +48,12 @@ def small_model(directory: Path) -> None:
             shutil.copy(file, directory)
 
 
-def config_for(model: str, scratch: Path, frozen_weights: str = "full") -> dict:
+def config_for(model: str, scratch: Path, weights: str = "full") -> dict:
     """Config of 12 steps with gradient accumulation: checkpoint every 2, draw every 3, basis refresh every 2."""
     overrides = [
         "dataset_val=null", "batch_size=1", "gradient_accumulation_steps=2", "max_steps_per_epoch=6", "epochs=2",
         "owlore.resample_every=3", "owlore.outlier_threshold=5", "owlore.calibration_batches=2",
-        "optimizer.update_gap=2", "save_every_n_steps=2", "keep_last_n=2", "device=cpu", "tokenizer.max_seq_len=128",
+        "owlore.update_gap=2", "save_every_n_steps=2", "keep_last_n=2", "device=cpu", "tokenizer.max_seq_len=128",
         "resume_from_checkpoint=true",
     ]  # fmt: skip
     config = OmegaConf.to_container(load_config("smollm2/135M_owlore", overrides), resolve=False)
@@ -65,9 +65,9 @@ def config_for(model: str, scratch: Path, frozen_weights: str = "full") -> dict:
             "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 96, "max_seq_len": 512,
             "rope_base": 10_000, "scale_factor": 1, "norm_eps": 1e-6,
         }  # fmt: skip
-        config["optimizer"]["rank"] = 8
+        config["owlore"]["rank"] = 8
         config["owlore"]["num_active_layers"] = 2
-    config["owlore"]["frozen_weights"] = frozen_weights
+    config["owlore"]["weights"] = weights
     return config
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     arguments.add_argument("--runs", type=int, default=30)
     arguments.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     arguments.add_argument("--model", choices=["small", "smollm2"], default="small")
-    arguments.add_argument("--frozen", choices=["full", "int8", "nf4"], default="full", help="frozen layers")
+    arguments.add_argument("--weights", choices=["full", "int8", "nf4"], default="full", help="format on the device")
     arguments.add_argument("--seed", type=int, default=0)
     args = arguments.parse_args()
     number = signal.Signals[f"SIG{args.signal}"]
@@ -144,7 +144,7 @@ def main() -> None:
     counts = {"kills": 0, "kills in a save": 0, "unreadable newest checkpoints": 0, "runs not bit-equal": 0}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        config = config_for(args.model, scratch, args.frozen)
+        config = config_for(args.model, scratch, args.weights)
         started = time.monotonic()
         assert os.waitstatus_to_exitcode(os.waitpid(start(config, scratch / "unbroken"), 0)[1]) == 0
         seconds = time.monotonic() - started
@@ -178,7 +178,8 @@ def main() -> None:
     lines = [
         f"# {args.runs} runs of a {args.model} model under SIG{args.signal}",
         "",
-        f"Frozen layers: {args.frozen}. Seed {args.seed}, up to 4 kills per run; {machine()}. Command: {command()}.",
+        f"Weights on the device: {args.weights}. Seed {args.seed}, up to 4 kills per run; {machine()}. "
+        f"Command: {command()}.",
         "",
         "| | |",
         "|---|---|",

@@ -3,7 +3,7 @@
     python benchmarks/faults_files.py [--kills 102] [--output FILE]
 
 The operations are those in the run's directory: opening a file to write, renaming, linking and removing files, making
-and removing directories. The kills are spread evenly over all operations of a run, for frozen layers in full precision,
+and removing directories. The kills are spread evenly over all operations of a run, for weights in full precision,
 int8 and NF4. After each kill, the newest checkpoint must be readable. The resumed run must end with the same bits, and
 leave no temporary file.
 """
@@ -131,7 +131,7 @@ def main() -> None:
         "",
         f"Runs of 12 steps with 6 checkpoints, killed with SIGKILL and resumed; {machine()}. Command: {command()}.",
         "",
-        "| frozen layers | operations of a run | kills | before | unreadable checkpoints | not bit-equal | leftovers |",
+        "| weights | operations of a run | kills | before | unreadable checkpoints | not bit-equal | leftovers |",
         "|---|---|---|---|---|---|---|",
         *("| " + " | ".join(map(str, row)) + " |" for row in rows),
     ]

@@ -24,20 +24,22 @@ from owlore_tune.run.records import read_records
 RUN = [
     "dataset.source=null", "dataset.packed=true", "tokenizer.max_seq_len=512", "batch_size=1",
     "gradient_accumulation_steps=1", "max_steps_per_epoch=3", "save_every_n_steps=null", "owlore.resample_every=2",
-    "owlore.calibration_batches=1", "optimizer.rank=128", "device=cpu",
+    "owlore.calibration_batches=1", "owlore.rank=128", "device=cpu",
 ]  # fmt: skip
-LISA = ["owlore.num_active_layers=2", "owlore.score=uniform", "optimizer.rank=null"]
-INT8 = ["owlore.frozen_weights=int8", "owlore.frozen_products=int8"]
-NF4 = ["owlore.frozen_weights=nf4"]
+LISA = ["owlore.num_active_layers=2", "owlore.score=uniform", "owlore.rank=null"]
+INT8 = ["owlore.weights=int8", "owlore.products=int8"]
+NF4 = ["owlore.weights=nf4"]
 GAMMA_2 = ["owlore.num_active_layers=2"]
+EVERY = ["owlore.num_active_layers=null", "owlore.score=uniform"]
+EIGHT_BITS = ["optimizer=torchao.optim.AdamW8bit", "~optimizer.fused"]
 ROWS = {
-    "OwLore, γ=5, rank 128": ("7B", []),
-    "OwLore, γ=5, rank 128, frozen layers in int8": ("7B", INT8),
-    "OwLore, γ=5, rank 128, frozen layers in NF4": ("7B", NF4),
-    "OwLore, γ=2, rank 128, frozen layers in NF4": ("7B", [*NF4, *GAMMA_2]),
-    "LISA, γ=2": ("7B", LISA),
-    "LISA, γ=2, 8-bit moments": ("7B", [*LISA, "optimizer.state_bits=8"]),
-    "LLaMA-2-13B, OwLore, γ=2, rank 128, frozen layers in NF4": ("13B", [*NF4, *GAMMA_2]),
+    "OwLore, γ=5": ("7B", []),
+    "OwLore, γ=5, int8": ("7B", INT8),
+    "OwLore, γ=2, NF4": ("7B", [*NF4, *GAMMA_2]),
+    "OwLore, γ=5, NF4": ("7B", NF4),
+    "OwLore, all layers, NF4, 8-bit moments": ("7B", [*NF4, *EVERY, *EIGHT_BITS]),
+    "LISA, γ=2, 8-bit moments": ("7B", [*LISA, *EIGHT_BITS, "optimizer.bf16_stochastic_round=true"]),
+    "LLaMA-2-13B, OwLore, γ=2, NF4": ("13B", [*NF4, *GAMMA_2]),
 }
 
 
@@ -76,10 +78,10 @@ def main() -> None:
         f"score, 3 steps over 2 draws, save; {machine()}. Peak memory covers the whole process from start to "
         f"exit. Command: {command()}.",
         "",
-        "The time of a step is the median without its draw. Loading includes scoring and quantizing. A redraw writes "
-        "and reads layers, and quantizes those that stop training.",
+        "Rank 128. The time of a step is the median without its draw. Loading includes scoring and quantizing. A "
+        "redraw writes layers that leave, and quantizes them anew.",
         "",
-        "| run | peak memory, GB | planned, GB | measured / planned | optimizer state, GB | step, s | loading, s "
+        "| run | peak memory, GB | planned, GB | measured / planned | A, bases and moments, GB | step, s | loading, s "
         "| redraw, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -87,7 +89,7 @@ def main() -> None:
         size, overrides = ROWS[row]
         peak, manifest, steps = measure(size, overrides, random_model(size, args.models))
         planned, measured = manifest["memory_bytes"].values()
-        state = measured["moments"] + measured["bases"]
+        state = measured["projected"] + measured["moments"] + measured["bases"]
         expected = planned["total"] / 1e9
         seconds = statistics.median(step["step_seconds"] - step["redraw_seconds"] for step in steps)
         loading = manifest["seconds"]["load"] + manifest["seconds"].get("score", 0.0)

@@ -19,13 +19,17 @@ from owlore_tune.run.plots import plot_memory
 from owlore_tune.run.settings import TrainingSettings
 
 CONFIG = "llama2/7B_owlore"
-RUN = ["device=cpu", "batch_size=1", "gradient_accumulation_steps=1", "dataset.packed=true", "optimizer.rank=128"]
+RUN = ["device=cpu", "batch_size=1", "gradient_accumulation_steps=1", "dataset.packed=true", "owlore.rank=128"]
 OWN = {
     "OwLore, γ=5, bf16": (),
     "OwLore, γ=5, int8": INT8,
     "OwLore, γ=5, NF4": NF4,
     "OwLore, γ=2, NF4": (*NF4, "owlore.num_active_layers=2"),
-}
+    "OwLore, all layers, NF4, 8-bit moments": (
+        *NF4, "owlore.num_active_layers=null", "owlore.score=uniform", "optimizer=torchao.optim.AdamW8bit",
+        "~optimizer.fused",
+    ),
+}  # fmt: skip
 CARDS = (6, 8, 12, 16, 24, 48, 80)  # GB of common GPUs
 
 
@@ -48,12 +52,12 @@ def main() -> None:
         "fine-tuning. Plans count torch's allocations. A card fits if the plan is at most "
         f"{FREE_SHARE:.0%} of its memory. Command: {command()}.",
         "",
-        "| method | weights, GB | optimizer state, GB | total, GB | smallest card, GB |",
+        "| method | weights, GB | A, bases and moments, GB | total, GB | smallest card, GB |",
         "|---|---|---|---|---|",
     ]
     for name, plan in found.items():
         card = next((size for size in CARDS if plan.total / 1e9 <= FREE_SHARE * size), None)
-        state = (plan.moments + plan.bases) / 1e9
+        state = (plan.projected + plan.moments + plan.bases) / 1e9
         lines.append(f"| {name} | {plan.weights / 1e9:.2f} | {state:.2f} | {plan.total / 1e9:.2f} | {card or '-'} |")
     publish(lines, args.output)
     if args.picture:

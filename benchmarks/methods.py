@@ -3,15 +3,12 @@
     python benchmarks/methods.py [--rounds 1] [--steps 12] [--output benchmarks/methods.md] [--model llama2-7b]
 
 Each row runs in a separate process. A round has one run of each row: with several rounds, noise of the machine affects
-all rows alike. There are three kinds of runs:
+all rows alike. There are two kinds of runs:
 
 - time: seconds between two logged steps, without the first two. Methods with draws draw every 10 steps. With 12 steps,
   the mean covers ten steps, one of them with new bases. The backward pass ends at the lowest active layer, so a step's
   time depends on the draw: OwLore has the seed whose timed steps come nearest to the expected depth of backward, and
   BAdam trains the two layers in the middle of the model.
-- floor, only for our rows: the same run with floor_recipe.py, which compares each step with the forward pass plus the
-  required backward pass. That backward pass holds all gradients at once, while a step projects or accumulates them as
-  they appear. With all layers trained, a step can therefore be faster than its floor.
 - memory, only for methods with draws: a draw at every step; peak memory up to the second and the twentieth step.
 
 Memory is the resident size of the process on the CPU, and the allocator's peak on CUDA.
@@ -38,23 +35,27 @@ from owlore_tune.run.plots import BLUE, ORANGE
 
 ALL = {"owlore.num_active_layers": None, "owlore.train_embeddings": True, "owlore.train_output": True,
        "owlore.train_norm": True}  # fmt: skip
-LISA = ALL | {"owlore.num_active_layers": 2, "owlore.score": "uniform", "optimizer.rank": None}
-INT8 = {"owlore.frozen_weights": "int8", "owlore.frozen_products": "int8"}
-NF4 = {"owlore.frozen_weights": "nf4"}
+LISA = ALL | {"owlore.num_active_layers": 2, "owlore.score": "uniform", "owlore.rank": None}
+INT8 = {"owlore.weights": "int8", "owlore.products": "int8"}
+NF4 = {"owlore.weights": "nf4"}
+EVERY = {"owlore.num_active_layers": None, "owlore.score": "uniform", "owlore.rank": 64}
 RESAMPLE_EVERY = 10  # in runs for time
 GALORE_GAP = 50  # steps between refreshes
 OURS = {
     "OwLore, γ=2": {"owlore.num_active_layers": 2},
     "OwLore, γ=5": {"owlore.num_active_layers": 5},
-    "OwLore, γ=2, full rank": {"owlore.num_active_layers": 2, "optimizer.rank": None},
-    "OwLore, γ=5, full rank": {"owlore.num_active_layers": 5, "optimizer.rank": None},
+    "OwLore, γ=2, full rank": {"owlore.num_active_layers": 2, "owlore.rank": None},
+    "OwLore, γ=5, full rank": {"owlore.num_active_layers": 5, "owlore.rank": None},
     "OwLore, γ=2, int8": {"owlore.num_active_layers": 2, **INT8},
     "OwLore, γ=5, int8": {"owlore.num_active_layers": 5, **INT8},
     "OwLore, γ=2, NF4": {"owlore.num_active_layers": 2, **NF4},
     "OwLore, γ=5, NF4": {"owlore.num_active_layers": 5, **NF4},
+    "OwLore, all layers, rank 64": EVERY,
+    "OwLore, all layers, rank 64, int8": EVERY | INT8,
+    "OwLore, all layers, rank 64, NF4": EVERY | NF4,
     "LISA, γ=2": LISA,
-    "GaLore": ALL | {"optimizer.side": "shape", "optimizer.update_gap": GALORE_GAP},
-    "full": ALL | {"optimizer.rank": None},
+    "GaLore": ALL | {"owlore.side": "shape", "owlore.update_gap": GALORE_GAP},
+    "full": ALL | {"owlore.rank": None},
     "OwLore, γ=5, decoder of transformers": {
         "owlore.num_active_layers": 5, "checkpointer.model_type": "HF",
         "model": {"_component_": "owlore_tune.models.hf_decoder", "path": "${checkpointer.checkpoint_dir}"},
@@ -118,11 +119,10 @@ class Result:
     after: tuple[float, float] | None = None  # GB, after 2 draws and after 20
     state: float = 0.0  # GB
     planned: float | None = None  # GB
-    floor: float | None = None  # step time / floor
 
     def summary(self) -> str:
         median = statistics.median(self.seconds) if self.seconds else float("nan")
-        return f"{median:.2f} s, peak {self.peak:.2f} GB, after draws {self.after}, floor {self.floor}"
+        return f"{median:.2f} s, peak {self.peak:.2f} GB, after draws {self.after}"
 
 
 def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every: int) -> dict:
@@ -148,13 +148,13 @@ def row_config(row: str, model: Model, scratch: Path, steps: int, resample_every
         ours = OmegaConf.create(common | {
             "model": row_model(row, model),
             "checkpointer": {"_component_": "owlore_tune.checkpoints.HFCheckpointer", **checkpointer},
-            "owlore": {"resample_every": resample_every, "calibration_batches": 2},
-            "optimizer": {"_component_": "owlore_tune.optim.OwLoreAdamW", "lr": 3e-4, "rank": 128},
+            "owlore": {"resample_every": resample_every, "calibration_batches": 2, "rank": 128},
+            "optimizer": {"_component_": "torch.optim.AdamW", "lr": 3e-4, "weight_decay": 0.0, "fused": True},
             "loss": {"_component_": "owlore_tune.loss.LinearCrossEntropyLoss"},
         })  # fmt: skip
         for key, value in OURS[row].items():
             OmegaConf.update(ours, key, value)
-        if row.startswith("OwLore"):
+        if ours.owlore.num_active_layers is not None and row.startswith("OwLore"):
             set_typical_draws(ours, scratch, steps, resample_every)
         return OmegaConf.to_container(ours)
     weights = sorted(file.name for file in model.directory().glob("*.safetensors"))
@@ -226,7 +226,7 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(row: str, model: Model, steps: int, resample_every: int, floor: bool = False) -> tuple[list[dict], float, dict]:
+def run(row: str, model: Model, steps: int, resample_every: int) -> tuple[list[dict], float, dict]:
     """Return the step log, the peak memory in GB, and the manifest (our rows only)."""
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -243,8 +243,7 @@ def run(row: str, model: Model, steps: int, resample_every: int, floor: bool = F
         else:
             config = scratch / "config.yaml"
             OmegaConf.save(OmegaConf.create(row_config(row, model, scratch, steps, resample_every)), config)
-            recipe = "floor_recipe" if floor else TORCHTUNE.get(row, "owlore_full_finetune")
-            peak = tune_run(recipe, config, log=scratch / "log.txt")
+            peak = tune_run(TORCHTUNE.get(row, "owlore_full_finetune"), config, log=scratch / "log.txt")
         lines = [json.loads(line) for line in (scratch / "steps.jsonl").read_text().splitlines()]
         manifest = scratch / "run" / "manifest.json"
         content = json.loads(manifest.read_text()) if manifest.is_file() else {}
@@ -262,12 +261,6 @@ def time_row(row: str, model: Model, steps: int, result: Result) -> None:
     result.seconds += step_seconds(lines)
     result.peak = max(result.peak, peak)
     note_state(row, model, lines, manifest, result)
-
-
-def floor_row(row: str, model: Model, steps: int, result: Result) -> None:
-    lines, _, _ = run(row, model, steps, resample_every=RESAMPLE_EVERY, floor=True)
-    floors = sum(line["floor_seconds"] for line in lines[2:])
-    result.floor = (sum(step_seconds(lines)) - floors) / floors
 
 
 def weigh_row(row: str, model: Model, result: Result) -> None:
@@ -309,19 +302,16 @@ def table(results: dict[str, Result]) -> list[str]:
     against = [row for row in ("torchtune full", "torchtune LoRA, r=16", "galore-torch") if row in results]
     lines = [
         "| run | mean step, s | median (quartiles) | tokens/s | peak memory, GB | after 2 draws | after 20 draws "
-        "| optimizer state, GB | measured / planned | step / floor | "
-        + " | ".join(f"step / {row}" for row in against)
-        + " |",
-        "|---" * (10 + len(against)) + "|",
+        "| optimizer state, GB | measured / planned | " + " | ".join(f"step / {row}" for row in against) + " |",
+        "|---" * (9 + len(against)) + "|",
     ]
     for row, result in results.items():
         low, median, high = statistics.quantiles(result.seconds, n=4)
         planned = f"{result.peak / result.planned:.3f}" if result.planned else ""
         after = [f"{memory:.2f}" for memory in result.after] if result.after else ["", ""]
-        floor = f"{result.floor:.3f}" if result.floor else ""
         lines.append(
             f"| {row} | {mean[row]:.2f} | {median:.2f} ({low:.2f} to {high:.2f}) | {result.tokens / mean[row]:.0f} "
-            f"| {result.peak:.2f} | {after[0]} | {after[1]} | {result.state:.3f} | {planned} | {floor} | "
+            f"| {result.peak:.2f} | {after[0]} | {after[1]} | {result.state:.3f} | {planned} | "
             + " | ".join(f"{mean[row] / mean[other]:.2f}" for other in against)
             + " |"
         )
@@ -360,8 +350,6 @@ def main() -> None:
             time_row(row, model, args.steps, result)
             print(f"round {number + 1}: {row}: {result.summary()}", flush=True)
     for row, result in results.items():
-        if row in OURS:
-            floor_row(row, model, args.steps, result)
         if row in DRAWS:
             weigh_row(row, model, result)
         print(f"{row}: {result.summary()}", flush=True)

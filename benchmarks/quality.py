@@ -78,7 +78,7 @@ METHODS = {
     "galore-torch, r=128": Method("peer", {"method": "galore", "every": 50}, (1e-5, 3e-5, 1e-4, 3e-4)),
     "BAdam": Method("peer", {"method": "badam", "every": 3}, (1e-4, 3e-4, 1e-3, 3e-3)),
     "LISA, γ=2": Method("owlore", {"config": "smollm2/135M_lisa"}, (3e-5, 1e-4, 3e-4, 1e-3)),
-    "OwLore, γ=5, full rank": Method("owlore", {"optimizer.rank": None}, (3e-5, 1e-4, 3e-4, 1e-3)),
+    "OwLore, γ=5, full rank": Method("owlore", {"owlore.rank": None}, (3e-5, 1e-4, 3e-4, 1e-3)),
     DEFAULT: Method("owlore", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
     "OwLore, γ=2, r=128": Method("owlore", _GAMMA_2, (3e-4, 1e-3, 3e-3, 1e-2)),
     "OwLore, γ=5, r=128, int8": Method("owlore", INT8, tuned_as=DEFAULT),
@@ -95,9 +95,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "embeddings trained": _EMBEDDINGS,
     "embeddings trained, lr 3e-4": _EMBEDDINGS | {"optimizer.lr": 3e-4},
     "K=50": {"owlore.resample_every": 50},
-    "rank 32": {"optimizer.rank": 32},
+    "rank 32": {"owlore.rank": 32},
     "draw: sequential": {"owlore.draw": "sequential"},
-    "side: shape": {"optimizer.side": "shape"},
+    "side: shape": {"owlore.side": "shape"},
 }
 
 

@@ -53,12 +53,21 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
         raise ConfigError(f"{file} is {'not a mapping of fields' if loaded else 'empty'}")
     if bad := [key for key in loaded if not isinstance(key, str)]:
         raise ConfigError(f"{file}: the key {bad[0]!r} is not text")
+    return override(loaded, overrides)
+
+
+def override(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
+    """``cfg`` with ``field=value`` overrides, or ``~field`` to remove one, as torchtune's recipes take them.
+
+    Raises:
+        ConfigError: if an override is malformed or cannot be applied.
+    """
     overrides = list(overrides)
-    for override in overrides:
-        if not override.startswith("~") and (override.count("=") != 1 or override.endswith("=???")):
-            raise ConfigError(f"override {override!r} is not of the form field=value")
+    for text in overrides:
+        if not text.startswith("~") and (text.count("=") != 1 or text.endswith("=???")):
+            raise ConfigError(f"override {text!r} is not of the form field=value")
     try:
-        return _merge_yaml_and_cli_args(argparse.Namespace(**plain(loaded)), overrides)
+        return _merge_yaml_and_cli_args(argparse.Namespace(**plain(cfg)), overrides)
     except (ValueError, TypeError, AttributeError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"overrides {' '.join(overrides)}: {error}") from error
 

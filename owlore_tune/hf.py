@@ -1,184 +1,99 @@
 """OwLore in the Trainer of transformers, and in trainers that are built on it, such as TRL's.
 
-    optimizer = OwLoreOptimizer(model, outlier_scores(model, batches), num_active_layers=5, resample_every=50, lr=3e-4)
-    trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[OwLoreCallback(optimizer)], ...)
+    layers = ProjectedLayers(model, rank=128)
+    optimizer = torch.optim.AdamW(layers.parameter_groups(), lr=3e-4)
+    schedule = Schedule(layers, optimizer, LayerSampler(outlier_scores(model, batches), 5), resample_every=50)
+    trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[OwLoreCallback(model, schedule)], ...)
 
 docs/trainer.md has a complete example.
 """
 
-import math
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torchtune.utils import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from owlore_tune.layers.active import ActiveLayers
-from owlore_tune.layers.sampler import LayerSampler
-from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+from owlore_tune.layers.projected import ProjectedLayers
+from owlore_tune.layers.schedule import Schedule
+from owlore_tune.models.decoder import find_layers, plain_name
+from owlore_tune.quantized.layers import QuantizedLayers
+from owlore_tune.quantized.store import LayerStore
 
-_SCHEDULE = "active_layers"
-
-log = get_logger("INFO")
-
-
-class OwLoreOptimizer(OwLoreAdamW):
-    """`OwLoreAdamW` that also draws the active layers, freezes the others, and clips gradients.
-
-    Layers are drawn in the constructor and after every K steps. The schedule is part of the optimizer's state, so the
-    Trainer saves and restores it, and a resumed run equals an unbroken one.
-
-    Args:
-        model: a decoder of transformers or torchtune with loaded weights. Without ``train_…``, its embeddings, output
-            head and final norm are frozen.
-        scores: one number per layer, see `owlore_tune.layers.layer_scores`.
-        num_active_layers: γ.
-        resample_every: K, in optimizer steps.
-        max_grad_norm: the Trainer cannot clip projected gradients; set its own ``max_grad_norm`` to 0. None does not
-            clip.
-        draw: see `LayerSampler`.
-        inactive_state: see `ActiveLayers`.
-        train_embeddings: see `parameter_groups`, also for ``train_output`` and ``train_norm``.
-        options: passed to `OwLoreAdamW`, such as ``lr`` and ``rank``; ``seed`` is also that of the draws.
-
-    Attributes:
-        grad_norm: the norm before clipping in the last step; see `OwLoreAdamW.clip_grad_norm_`.
-        trained: the layers that were active in the last step.
-        num_steps: steps so far, with those that were skipped.
-
-    Raises:
-        TypeError: if ``model`` is no decoder whose parts can be identified.
-        ValueError: if a number is out of range.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        scores: list[float],
-        *,
-        num_active_layers: int,
-        resample_every: int,
-        max_grad_norm: float | None = 1.0,
-        draw: str = "systematic",
-        inactive_state: str = "drop",
-        train_embeddings: bool = False,
-        train_output: bool = False,
-        train_norm: bool = False,
-        **options: Any,
-    ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm}; it must be above 0, or None")
-        groups = parameter_groups(
-            model, train_embeddings=train_embeddings, train_output=train_output, train_norm=train_norm
-        )
-        super().__init__(groups, **options)
-        sampler = LayerSampler(scores, num_active_layers, draw, options.get("seed", 0))
-        self._max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
-        self._active_layers = ActiveLayers(
-            model, self, sampler, resample_every=resample_every, inactive_state=inactive_state
-        )
-        self._settings = {
-            "scores": [float(score) for score in scores], "num_active_layers": num_active_layers,
-            "resample_every": resample_every, "draw": draw, "inactive_state": inactive_state,
-            "rank": self.defaults["rank"], "side": self.defaults["side"], "seed": self._seed,
-        }  # fmt: skip
-        self.grad_norm = 0.0
-        self.num_steps = 0
-        self.trained: list[int] = []
-        self._active_layers.maybe_redraw(0)
-
-    @property
-    def active(self) -> list[int]:
-        """The active layers, ascending."""
-        return self._active_layers.active
-
-    def step(self, closure: Any = None) -> Any:
-        """Clip, update the active layers, and draw new ones if K steps have passed.
-
-        A step whose gradient is not finite is skipped, with a warning.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.grad_norm = self.clip_grad_norm_(self._max_grad_norm).item()
-        if math.isfinite(self.grad_norm):
-            super().step()
-        else:
-            log.warning(f"Step {self.num_steps}: the gradient is not finite; no update.")
-        self.zero_grad()  # the Trainer only clears the model's gradients, not low-rank ones
-        self.num_steps += 1
-        self.trained = self.active
-        self._active_layers.maybe_redraw(self.num_steps)
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        schedule = {**self._active_layers.state_dict(), "num_steps": self.num_steps, "settings": self._settings}
-        return {**super().state_dict(), _SCHEDULE: schedule}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: if the state is of another optimizer, or of one with other draws or projections.
-        """
-        rest = dict(state_dict)
-        if _SCHEDULE not in rest:
-            raise ValueError("the checkpoint is of another optimizer; start a new run from its weights")
-        for name, saved in rest[_SCHEDULE]["settings"].items():
-            if saved != self._settings[name]:
-                raise ValueError(
-                    f"{name}={self._settings[name]}, and the checkpoint has {saved}; pass the same value to continue"
-                )
-        schedule = tree_map_only(Tensor, Tensor.cpu, rest.pop(_SCHEDULE))  # the generator's state is of the CPU
-        self._active_layers.load_state_dict(schedule)  # first, because switching layers can drop state
-        self.num_steps = schedule["num_steps"]
-        super().load_state_dict(rest)
+STATE = "owlore"  # key of the schedule's state in the optimizer's
+MASTERS = "masters"
 
 
 class OwLoreCallback(TrainerCallback):
-    """Checks that the Trainer's settings go with `OwLoreOptimizer`, and logs the norm of the gradient and the draw.
+    """Draws layers in the Trainer, saves and restores the schedule with the optimizer's state, and logs the draw.
+
+    The Trainer's own clipping, accumulation, schedule and gradient scaler work as they are. What it saves are weights
+    with the updates so far. The optimizer's state has what an exact resume needs beside them. Make the callback before
+    the Trainer, which moves the model to its device.
 
     Args:
-        optimizer: the Trainer's. None takes it from the Trainer, if that creates it.
+        model: that of the schedule's layers; the parameters A become parameters of it.
+        schedule: with the optimizer of the Trainer.
 
     Raises:
-        ValueError: at the start of training, if the Trainer has another optimizer, or a setting that would train
-            something else without an error.
+        ValueError: at the start of training, if a setting would train something else without an error; or while a state
+            is loaded that does not go with the schedule.
     """
 
-    def __init__(self, optimizer: OwLoreOptimizer | None = None) -> None:
-        self._optimizer = optimizer
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        self._model = model
+        self._schedule = schedule
+        self._layers: ProjectedLayers = schedule.layers
+        self._trained: list[int] = []
+        own = {*model.parameters()}
+        keys = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+        self._names = [  # for each layer, names of its parameters: the model's, and those of `ProjectedLayers`
+            [(keys[p], f"layers.{index}.{plain_name(name)}") for name, p in layer.named_parameters()]
+            for index, layer in enumerate(find_layers(model))
+        ]
+        model.owlore = nn.ParameterList(p for p in self._layers.parameters() if p not in own)
+        model.register_state_dict_post_hook(partial(self._merge_weights))
+        model.register_load_state_dict_pre_hook(partial(self._take_weights))
+        schedule.optimizer.register_state_dict_post_hook(self._add_state)
+        schedule.optimizer.register_load_state_dict_pre_hook(self._take_state)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer = kwargs.get("optimizer")
         found = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if not isinstance(found, OwLoreOptimizer):
+        if found is not self._schedule.optimizer:
             raise ValueError(
-                f"the Trainer's optimizer is {type(found).__name__}; pass optimizers=(OwLoreOptimizer(…), None)"
+                f"the Trainer's optimizer is another {type(found).__name__}; pass optimizers=(optimizer, None), with "
+                "that of the schedule"
             )
-        if state.global_step != found.num_steps:
-            raise ValueError(
-                f"the Trainer is at step {state.global_step} and OwLoreOptimizer at {found.num_steps}; resume from a "
-                "checkpoint with an optimizer state (save_only_model=False), and make a new optimizer for a new run"
-            )
-        self._optimizer = found
-        found.zero_grad()  # of a step that an earlier call of `train` did not finish
-        if args.max_grad_norm:
-            raise ValueError(
-                f"max_grad_norm={args.max_grad_norm}; the Trainer cannot clip projected gradients: set it to 0, and "
-                "max_grad_norm of OwLoreOptimizer to the limit"
-            )
-        if args.fp16:
-            raise ValueError("fp16=True; a gradient scaler does not see projected gradients: use bf16")
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(
-                "the Trainer has several devices, and would not reduce projected gradients over them; train with one, "
-                "or with tune run --nproc_per_node N owlore_full_finetune"
+                "the Trainer has several devices, and their layers would differ; train with one, or with tune run "
+                "--nproc_per_node N owlore_full_finetune"
             )
+        steps = self._layers.num_steps
+        if state.global_step < steps or (state.global_step > 0 and steps == 0):
+            raise ValueError(
+                f"the Trainer is at step {state.global_step} and the schedule at {steps}; resume from a checkpoint "
+                "with an optimizer state (save_only_model=False), and make a new schedule for a new run"
+            )
+        self._schedule.optimizer.zero_grad()  # of a step that an earlier call of `train` did not finish
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._schedule.begin_step()
+        self._trained = self._schedule.active
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._layers.merge()
 
     def on_log(
         self,
@@ -188,8 +103,88 @@ class OwLoreCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "grad_norm" not in logs or self._optimizer is None:
+        if logs is None or "grad_norm" not in logs:
             return
-        # The Trainer's norm lacks projected gradients. It appends to the history before it calls callbacks.
-        for record in (logs, state.log_history[-1]):
-            record |= {"grad_norm": self._optimizer.grad_norm, "active_layers": self._optimizer.trained}
+        history: dict[str, Any] = state.log_history[-1]  # the Trainer appends to it before it calls callbacks
+        logs["active_layers"] = history["active_layers"] = self._trained
+
+    def _merge_weights(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """Make a model's ``state_dict`` that of a plain model with full-precision weights and the updates so far."""
+        for key in [key for key in state_dict if key.startswith(f"{prefix}owlore.")]:
+            del state_dict[key]
+        if self._layers.masters is None:
+            for name, parameter in model.named_parameters():
+                if prefix + plain_name(name) in state_dict:
+                    state_dict[prefix + plain_name(name)] = self._layers.merged(parameter)
+            return
+        for index, names in enumerate(self._names):
+            weights = self._layers.merged_layer(index)
+            state_dict.update({prefix + key: weights[name] for key, name in names})
+
+    def _take_weights(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Forget the updates before a model's ``state_dict`` is loaded, and quantize its weights."""
+        self._layers.forget_updates()
+        for name, parameter in model.owlore.named_parameters():  # type: ignore[union-attr, operator]
+            state_dict[f"{prefix}owlore.{name}"] = parameter.detach()
+        if (masters := self._layers.masters) is None:
+            return
+        parameters = dict(model.named_parameters())
+        for index, names in enumerate(self._names):
+            weights = {name: state_dict[prefix + key] for key, name in names if prefix + key in state_dict}
+            if weights:
+                masters.replace(index, masters.read(index) | weights)
+                state_dict.update({prefix + k: parameters[k].detach() for k, _ in names if not parameters[k].numel()})
+
+    def _add_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = self._schedule.state_dict()
+        if self._layers.masters is not None:
+            state[MASTERS] = {index: self._layers.masters.read(index) for index in self._schedule.active}
+        return {**state_dict, STATE: state}
+
+    def _take_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        rest = dict(state_dict)
+        if STATE not in rest:
+            raise ValueError("the checkpoint is of another optimizer; start a new run from its weights")
+        state = tree_map_only(Tensor, Tensor.cpu, rest.pop(STATE))  # the generator's state is of the CPU
+        for index, weights in state.pop(MASTERS, {}).items():
+            assert self._layers.masters is not None
+            self._layers.masters.replace(index, weights)
+        self._schedule.load_state_dict(state)
+        return rest
+
+
+def quantize_layers(model: nn.Module, kind: str, directory: str | Path, *, products: str = "full") -> QuantizedLayers:
+    """Write the layers' weights to files, and quantize them on the device. Assign the result to ``layers.masters``.
+
+    Args:
+        model: a decoder of transformers with loaded weights, in host memory or on a device.
+        kind: ``int8`` or ``nf4``.
+        directory: a new one, for the full-precision weights while the model trains.
+        products: see `owlore_tune.quantized.linear.freeze`.
+
+    Raises:
+        FileExistsError: if ``directory`` exists.
+    """
+    place = Path(directory)
+    place.mkdir(parents=True)
+    store = LayerStore(_OwnNames(place), (), place, next(model.parameters()).dtype)
+    quantized = QuantizedLayers(model, store, kind, products)
+    for index, layer in enumerate(find_layers(model)):
+        weights = {f"layers.{index}.{plain_name(name)}": p.detach() for name, p in layer.named_parameters()}
+        store.use(index, store.write(index, weights))
+        quantized.freeze(index)
+    return quantized
+
+
+class _OwnNames:
+    """The layout of a store whose names are the model's."""
+
+    def __init__(self, directory: Path) -> None:
+        self.checkpoint_dir = directory
+
+    def to_tune(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {name: tensor}
+
+    def write_tensors(self, weights: dict[str, Tensor], file: Path) -> list[str]:
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, file)
+        return list(weights)

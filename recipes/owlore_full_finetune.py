@@ -21,21 +21,25 @@ from torchtune import training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 
+from owlore_tune.checkpoints.optimizer import OptimizerState
 from owlore_tune.checkpoints.state import load_state, save_checkpoint
 from owlore_tune.clock import Clock
 from owlore_tune.data.loader import Batch
 from owlore_tune.data.tokenizer import check_vocabulary
 from owlore_tune.distributed.fsdp import shard_model
+from owlore_tune.distributed.grads import clip_grad_norm_, sum_grads
 from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world
 from owlore_tune.errors import CheckpointError, DivergedError, RunError
 from owlore_tune.heap import reuse_freed_memory
+from owlore_tune.layers.projected import ProjectedLayers
+from owlore_tune.layers.schedule import Refresh
 from owlore_tune.layers.scores import SCORES_FILE, LayerScores
 from owlore_tune.loss import mean_loss, shift_labels
 from owlore_tune.memory.measure import PeakMemory
 from owlore_tune.models.attention import attend_by_sample
 from owlore_tune.models.decoder import Decoder, find_layers
-from owlore_tune.optim.adamw import OwLoreAdamW, Refresh
+from owlore_tune.optim.moments import state_bytes
 from owlore_tune.program import parse
 from owlore_tune.run import build, resume
 from owlore_tune.run.directory import RunDirectory, shared_directory
@@ -46,7 +50,7 @@ from owlore_tune.run.rng import RngState
 from owlore_tune.run.scoring import read_scores
 from owlore_tune.run.settings import TrainingSettings
 from owlore_tune.run.signals import Stop, stop_request
-from owlore_tune.run.validation import bad_gradients, check_finite_weights, held_out_loss
+from owlore_tune.run.validation import bad_gradients, check_finite_weights, full_precision_loss, held_out_loss
 from owlore_tune.run.weights import Source, load_weights, weight_writer
 
 log = utils.get_logger("INFO")
@@ -56,11 +60,11 @@ EXPECTED_ERRORS = (ValueError, OSError, RunError, CheckpointError, torch.OutOfMe
 
 
 class OwLoreFullFinetuneRecipe(FTRecipeInterface):
-    """OwLore on one device, or under torchrun on several, with weights, gradients and state sharded by FSDP2.
+    """OwLore on one device, or under torchrun on several, with weights that FSDP2 shards or that every device has.
 
     `setup` checks everything that can be checked before weights load. Then it loads the weights, scores the layers and
     sets up the schedule of active layers. `train` draws new layers from that schedule every K steps. Full fine-tuning,
-    LISA and GaLore are settings of the ``owlore`` and ``optimizer`` blocks; see configs/smollm2.
+    LISA and GaLore are settings of the ``owlore`` block; see configs/smollm2.
 
     An interrupted run continues with ``resume_from_checkpoint=true``. Resumed on the same number of CPU ranks, it is
     bit-identical to an uninterrupted one. A step whose loss or gradient is not finite is skipped;
@@ -75,12 +79,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     _loss_fn: Any
     _model: Decoder
-    _optimizer: OwLoreAdamW
+    _layers: ProjectedLayers
+    _optimizer: torch.optim.Optimizer
 
     def __init__(self, settings: TrainingSettings) -> None:
         self._settings = settings
         self._cfg, self._device = settings.cfg, settings.device
-        self._is_sharded = dist.is_initialized()
+        self._is_sharded = dist.is_initialized() and settings.shards()
         settings.check_launch(sharded=self._is_sharded)
         self._world = current_world()
         self._run = RunDirectory(settings.output_dir, "training")
@@ -99,21 +104,20 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         shared_directory(cfg.output_dir, world)
         settings.check_log_directories()
         self._resume_dir = resume.find_checkpoint(self._run, cfg.resume_from_checkpoint, world)
-        saved = load_state(self._resume_dir, world) if self._resume_dir else None
+        saved = load_state(self._resume_dir) if self._resume_dir else None
         self._setup_inputs(saved)
         self._setup_model()
         self._known_scores = LayerScores(**saved["scores"]) if saved else self._read_scores()
         self.load_checkpoint()
         self._sampler = build.build_sampler(settings, self._scores.scores)
-        self._active_layers = build.build_active_layers(
-            settings, self._model, self._optimizer, self._sampler, self._frozen, world
-        )
+        self._layers.masters = self._quantized
+        self._schedule = build.build_schedule(settings, self._layers, self._optimizer, self._sampler, world)
         if cfg.compile:  # after scoring, whose hooks would be compiled too
-            self._loss_fn = build.compile_parts(self._loss_fn, self._model, self._optimizer)
+            self._loss_fn = build.compile_parts(self._loss_fn, self._model, self._layers)
         self._lr_scheduler = build.build_lr_scheduler(settings, self._optimizer, self._data.num_steps)
         if saved is not None:
             self._restore(saved)
-        world.attempt(self._start_run, first_alone=True)
+        self._start_run()
 
     def _setup_inputs(self, saved: dict[str, Any] | None) -> None:
         """Build data, tokenizer and checkpointer, and check that they are those of the checkpoint to resume from."""
@@ -131,7 +135,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Build loss, model and optimizer without weights, and check their memory plan against the limit."""
         settings, cfg = self._settings, self._cfg
         build.check_late_components(settings)
-        self._loss_fn, self._model, self._optimizer = built = build.build_parts(settings)
+        self._loss_fn, self._model, self._layers, self._optimizer = built = build.build_parts(settings, self._world)
         self._checkpointer.check_model(self._model)
         check_vocabulary(self._inputs.tokenizer, self._model)
         build.limit_row_lengths(self._inputs, self._model.max_seq_len)
@@ -148,7 +152,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._weights_device = self._device
         if sharding is not None:  # which replaces the parameters
             self._weights_device = shard_model(self._model, self._device, sharding)
-            self._optimizer = build.build_optimizer(settings, self._model)
+            self._layers, self._optimizer = build.build_trained(settings, self._model, self._world)
 
     def _read_scores(self) -> LayerScores | None:
         fingerprint = self._identity["digests"][resume.BASE_WEIGHTS]
@@ -156,7 +160,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def load_checkpoint(self) -> None:
         """Load the weights, from the checkpoint to resume from if there is one, and score the layers."""
-        self._frozen, self._scores = load_weights(
+        self._quantized, self._scores = load_weights(
             self._settings,
             self._inputs,
             self._model,
@@ -168,11 +172,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         )
 
     def _stateful(self) -> dict[str, Any]:
-        """The objects with state in a checkpoint. The optimizer's state depends on the active layers before it."""
+        """The objects with state in a checkpoint. The optimizer's state depends on the schedule before it."""
         stateful = {
             "progress": self._progress,
-            "active_layers": self._active_layers,
-            "optimizer": self._optimizer,
+            "schedule": self._schedule,
+            "optimizer": OptimizerState(self._optimizer, self._world),
             "lr_scheduler": self._lr_scheduler,
             "report": self._report,
             "rng": self._rng,
@@ -192,14 +196,18 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _start_run(self) -> None:
         """Mark the directory as this run's, then write its first files."""
-        if self._frozen is not None:
-            self._frozen.store.check_space()
-        self._run.start()
-        if self._frozen is not None:
-            self._frozen.fill_store()
+        if self._quantized is not None:
+            self._world.attempt(self._quantized.store.check_space, first_alone=True)
+        self._world.attempt(self._run.start, first_alone=True)
+        if self._quantized is not None:
+            self._quantized.fill_store()
+        self._world.attempt(self._start_report, first_alone=True)
+
+    def _start_report(self) -> None:
         self._scores.save(self._settings.output_dir / SCORES_FILE)
-        measure = partial(measured_bytes, self._model, self._optimizer, self._memory, self._frozen)
-        self._report.start(self._settings, self._run.run_id, self._plan, self._sampler.probabilities.tolist(), measure)
+        parts = (self._model, self._layers, self._optimizer, self._memory, self._device)
+        probabilities = self._sampler.probabilities.tolist()
+        self._report.start(self._settings, self._run.run_id, self._plan, probabilities, partial(measured_bytes, *parts))
         self._write_manifest()
 
     def train(self) -> None:
@@ -212,7 +220,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 self._train_loop()
             self._finish()
         except Exception as error:
-            can_save = self._is_complete and not self._active_layers.is_changing
+            can_save = self._is_complete and not self._schedule.is_changing
             save = self._save_whole_step if can_save else None
             note = resume.rescue(error, self._run, self._progress.step, self._world, save)
             if isinstance(error, EXPECTED_ERRORS):
@@ -232,8 +240,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             while progress.step < num_steps:
                 started = time.perf_counter()
                 with self._clock("redraw"):
-                    if (active := self._active_layers.maybe_redraw(progress.step)) is not None:
-                        trainable, last_moved = self._active_layers.num_trainable(), self._active_layers.last_moved
+                    if (active := self._schedule.begin_step()) is not None:
+                        trainable, last_moved = self._layers.num_trainable(), self._schedule.last_moved
                         self._report.draw(progress.step, active, trainable, last_moved)
                 with self._clock("data"):
                     micro_batches = self._data.micro_batches()
@@ -272,7 +280,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _save_whole_step(self) -> None:
         """Save after an error in a step, without what the step has accumulated."""
-        self._optimizer.zero_grad()  # carries moments over to the bases that the step has computed
+        self._optimizer.zero_grad()
         self.save_checkpoint()
 
     def _signalled(self) -> Signals | None:
@@ -299,9 +307,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 micro_loss = mean_loss(self._model, self._loss_fn, batch, batch_labels, self._device) * share
             with self._clock("backward"):
                 micro_loss.backward()
-                self._optimizer.project_grads()
             loss += micro_loss.detach()
-        norm = self._optimizer.clip_grad_norm_(self._settings.clip_grad_norm)
+        trained = self._layers.trained().values()
+        sum_grads(trained, self._world)
+        norm = clip_grad_norm_(trained, self._settings.clip_grad_norm, self._world)
         self._is_complete = False  # until the step is counted
         loss_value, grad_norm = torch.stack([self._world.sum_(loss), norm.to(loss)]).tolist()
         refreshes = self._update(loss_value, grad_norm, sum(num_trained))
@@ -317,7 +326,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "tokens_per_second": num_tokens / seconds,
             "trained_tokens_per_second": sum(num_trained) / seconds,
             **self._memory.metrics(),
-            "optimizer_state_gb": self._optimizer.state_bytes() / 1e9,
+            "optimizer_state_gb": (state_bytes(self._optimizer, self._device) + self._layers.nbytes()) / 1e9,
         }
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
@@ -331,13 +340,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         elif math.isfinite(loss) and math.isfinite(grad_norm):
             with self._clock("optimizer"):
                 self._optimizer.step()
-            refreshes = self._optimizer.last_refreshes
+            refreshes = self._schedule.refreshes
             progress.skipped_in_a_row = 0
             progress.trained_tokens += num_trained
         else:
             progress.skipped_steps += 1
             progress.skipped_in_a_row += 1
-            places = bad_gradients(self._model, self._optimizer, self._world)
+            places = bad_gradients(self._layers, self._world)
             log.warning(f"Step {progress.step}: loss {loss}, gradients not finite in {places}; no update.")
         self._optimizer.zero_grad(set_to_none=True)
         return refreshes
@@ -346,10 +355,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Log the held-out loss, if there is held-out data."""
         if self._held_out is None:
             return
-        frozen = self._frozen if when in ("before", "after") else None  # these two are measured in full precision
-        data, device = self._held_out, self._device
+        rest = self._loss_fn, self._held_out, self._device, self._world
         with self._memory.paused():
-            loss, num_tokens = held_out_loss(self._model, self._loss_fn, data, device, self._world, frozen)
+            if self._quantized is not None and when in ("before", "after"):
+                loss, num_tokens = full_precision_loss(self._model, self._layers, self._quantized, *rest)
+            else:
+                loss, num_tokens = held_out_loss(self._model, *rest)
         self._report.held_out_loss(when, self._progress.step, loss, num_tokens)
         if not math.isfinite(loss):
             self._write_manifest()
@@ -364,10 +375,10 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """
         self._world.attempt(self._run.check_in_place, first_alone=True)
         with self._report.timed("save"):
-            check_finite_weights(self._model, self._progress.step, self._world)
+            check_finite_weights(self._model, self._layers, self._progress.step, self._world)
             state = {name: owner.state_dict() for name, owner in self._stateful().items()}
             state |= {"identity": self._identity, "scores": asdict(self._scores)}
-            writer = weight_writer(self._inputs, self._model, self._frozen, self._world)
+            writer = weight_writer(self._inputs, self._model, self._layers, self._quantized, self._world)
             save_checkpoint(self._step_dir(), self._run.run_id, *writer, state, self._world)
         self._has_unproven_checkpoint = True
         self._write_manifest()
@@ -380,7 +391,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _finish(self) -> None:
         """Measure the final held-out loss, and write the last manifest, pictures and a summary."""
-        self._report.close_draw(self._active_layers.moved())
+        self._report.close_draw(self._schedule.moved())
         if not self._progress.trained_tokens:
             raise RunError(
                 "no token was trained in any step: every answer is cut off; raise tokenizer.max_seq_len, which is "

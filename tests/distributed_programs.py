@@ -13,11 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import owlore_full_finetune
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.distributed.launch import process_group
+from owlore_tune.distributed.world import local
+from owlore_tune.optim.moments import state_bytes
 from owlore_tune.run.settings import TrainingSettings
 
 
@@ -34,6 +38,11 @@ def finetune(cfg: DictConfig, recipe_class=OwLoreFullFinetuneRecipe) -> None:
     recipe.setup()
     recipe.train()
     recipe.cleanup()
+
+
+def sent_bytes(parameter: torch.Tensor) -> int:
+    """What a parameter's gradient sends, apart from FSDP2."""
+    return 0 if isinstance(parameter, DTensor) else parameter.nbytes
 
 
 class SentBytes(TorchDispatchMode):
@@ -59,7 +68,15 @@ def count(output: str, file: str) -> None:
         def _train_step(self, micro_batches, started):
             with SentBytes() as sent:
                 outcome = super()._train_step(micro_batches, started)
-            records.append({"sent": sent.counts, "state_bytes": self._optimizer.state_bytes()})
+            trained = self._layers.trained().values()
+            state = state_bytes(self._optimizer) + self._layers.nbytes()
+            records.append(
+                {
+                    "sent": sent.counts,
+                    "state_bytes": state,
+                    "trained_bytes": sum(map(sent_bytes, trained)),
+                }
+            )
             return outcome
 
     cfg = DictConfig(OmegaConf.load(file))
@@ -74,15 +91,15 @@ def poison(file: str) -> None:
     with process_group(torch.device(cfg.device), 600):
         recipe = OwLoreFullFinetuneRecipe(TrainingSettings.from_config(cfg))
         recipe.setup()
-        optimizer, clip = recipe._optimizer, recipe._optimizer.clip_grad_norm_
+        summed = owlore_full_finetune.sum_grads
 
-        def poisoned(max_norm: float) -> torch.Tensor:
+        def poisoned(trained, world) -> None:
             if recipe._progress.step == 4 and dist.get_rank() == dist.get_world_size() - 1:
-                for grad in optimizer.step_grads().values():
-                    grad.fill_(float("nan"))
-            return clip(max_norm)
+                for parameter in trained:
+                    local(parameter.grad).fill_(float("nan"))
+            summed(trained, world)
 
-        optimizer.clip_grad_norm_ = poisoned
+        owlore_full_finetune.sum_grads = poisoned
         recipe.train()
         recipe.cleanup()
 

@@ -1,6 +1,7 @@
 """Helpers to run, break and inspect training on a tiny model."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,3 +113,21 @@ def variant(config: dict, path: str, **changes) -> dict:
         else:
             other[block] = value
     return other
+
+
+def other_model(config: dict, directory: Path, **sizes: int) -> dict:
+    """Return ``config`` with other model sizes and the same tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = config["model"] | sizes
+    shape = LlamaConfig(
+        vocab_size=model["vocab_size"], hidden_size=model["embed_dim"], intermediate_size=model["intermediate_dim"],
+        num_hidden_layers=4, num_attention_heads=model["num_heads"], num_key_value_heads=model["num_kv_heads"],
+        max_position_embeddings=256, rms_norm_eps=1e-5, dtype="float32",
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(directory)
+    for file in Path(config["checkpointer"]["checkpoint_dir"]).iterdir():
+        if "token" in file.name:
+            shutil.copy(file, directory)
+    return config | {"model": model, "checkpointer": config["checkpointer"] | {"checkpoint_dir": str(directory)}}

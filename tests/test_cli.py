@@ -191,8 +191,8 @@ def test_doctor_lists_the_largest_models_that_fit_a_card():
     lines = [finding.text for finding in fits(14.4e9)]
     assert [line.split(":")[0] for line in lines] == [
         "qwen3/4B_owlore",
-        "qwen3/8B_owlore with owlore.frozen_weights=int8 owlore.frozen_products=int8",
-        "qwen3/14B_owlore with owlore.frozen_weights=nf4 owlore.frozen_products=full",
+        "qwen3/8B_owlore with owlore.weights=int8 owlore.products=int8",
+        "qwen3/14B_owlore with owlore.weights=nf4 owlore.products=full",
     ]
     assert all(float(re.search(r": ([\d.]+) GB planned", line)[1]) < 0.9 * 14.4 for line in lines)
     assert list(fits(1e9)) == []

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 
@@ -16,7 +17,6 @@ from owlore_tune.catalog import find_config, packaged_configs
 from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.config import changed_fields, check_config, load_config
 from owlore_tune.errors import ConfigError
-from owlore_tune.optim import OwLoreAdamW
 from owlore_tune.run.limit import plan_run
 from owlore_tune.run.settings import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig, TrainingSettings
 from runs import recipe_of
@@ -51,7 +51,6 @@ def test_the_table_of_planned_memory(row):
     assert plan.on_gpu().total / 1e9 == pytest.approx(float(told), abs=0.06)
 
 
-OPTIMIZER = "owlore_tune.optim.OwLoreAdamW"
 REFERENCES = ("smollm2/135M_owlore", "llama2/7B_owlore")
 
 
@@ -72,10 +71,10 @@ def test_a_reference_config_lists_every_field_with_its_default(name):
             assert told is not None and OmegaConf.create(f"x: {told[1]}").x == default, line
 
     owlore = {field.name: field.default for field in dataclasses.fields(OwLoreConfig)}
-    parameters = inspect.signature(OwLoreAdamW).parameters
-    optimizer = {key: parameter.default for key, parameter in parameters.items() if key != "params"}
+    assert cfg.owlore.keys() == owlore.keys()
+    parameters = inspect.signature(torch.optim.AdamW).parameters
+    optimizer = {key: parameters[key].default for key in cfg.optimizer if key != "_component_"}
     for block, defaults in (("owlore", owlore), ("optimizer", optimizer)):
-        assert cfg[block].keys() - {"_component_"} == defaults.keys()
         for key, default in defaults.items():
             check(key, cfg[block][key], list(default) if isinstance(default, tuple) else default, "  ")
     for key, default in DEFAULTS.items():
@@ -87,7 +86,7 @@ def test_a_reference_config_lists_every_field_with_its_default(name):
 def test_shipped_config_is_valid(name, monkeypatch, capsys, tmp_path, tiny_dir):
     """`owlore validate` needs no downloads and writes no files, except for a model that only its directory knows."""
     monkeypatch.chdir(tmp_path)
-    needed = [f"checkpointer.checkpoint_dir={tiny_dir}", "owlore.num_active_layers=2", "optimizer.rank=8"]
+    needed = [f"checkpointer.checkpoint_dir={tiny_dir}", "owlore.num_active_layers=2", "owlore.rank=8"]
     monkeypatch.setattr(sys, "argv", ["owlore", "validate", "--config", name, *(needed if name == ANY else ())])
     cli.main()
     assert capsys.readouterr().out.endswith(f"{name} is valid\n")
@@ -100,8 +99,8 @@ INVALID = {
         "owlore.num_active_layers=33",
         "num_active_layers=33; the model has 32 layers",
     ),
-    "rank": ("llama2/7B_owlore", "optimizer.rank=4096", "rank=4096; no weight's shorter side is above it"),
-    "unknown key": ("llama2/7B_owlore", "optimizer.rnk=4", "unknown key optimizer.rnk; did you mean rank"),
+    "rank": ("llama2/7B_owlore", "owlore.rank=4096", "rank=4096; no weight's shorter side is above it"),
+    "unknown key": ("llama2/7B_owlore", "owlore.rnk=4", "unknown key owlore.rnk; did you mean rank"),
     "missing": (
         "llama2/7B_owlore",
         "~lr_scheduler.num_warmup_steps",
@@ -136,13 +135,14 @@ def test_shipped_config_opens_with_its_download_and_launch(name):
 # Fields that may differ between a method's config and the model's OwLore config; all others must match.
 METHODS = {
     "owlore": set(),
-    "owlore_full_rank": {"optimizer.rank", "optimizer.lr"},
+    "owlore_full_rank": {"owlore.rank", "optimizer.lr", "optimizer.betas", "optimizer.eps"},
     "lisa": {"owlore.num_active_layers", "owlore.resample_every", "owlore.score", "owlore.train_embeddings",
-             "owlore.train_output", "owlore.train_norm", "optimizer.rank", "optimizer.lr"},
+             "owlore.train_output", "owlore.train_norm", "owlore.rank", "optimizer.lr", "optimizer.betas",
+             "optimizer.eps", "optimizer.fused", "optimizer._component_", "optimizer.bf16_stochastic_round"},
     "galore": {"owlore.num_active_layers", "owlore.score", "owlore.train_embeddings", "owlore.train_output",
-               "owlore.train_norm", "optimizer.side", "optimizer.rank", "optimizer.lr"},
+               "owlore.train_norm", "owlore.side", "owlore.rank", "optimizer.lr", "optimizer.betas", "optimizer.eps"},
     "full": {"owlore.num_active_layers", "owlore.score", "owlore.train_embeddings", "owlore.train_output",
-             "owlore.train_norm", "optimizer.rank", "optimizer.lr"},
+             "owlore.train_norm", "owlore.rank", "optimizer.lr", "optimizer.betas", "optimizer.eps"},
 }  # fmt: skip
 # Fields that may differ between a model's OwLore config and that of LLaMA-2-7B.
 MODEL_FIELDS = {"model", "tokenizer", "checkpointer", "batch_size", "gradient_accumulation_steps", "dist_timeout_s"}
@@ -168,8 +168,10 @@ def test_a_config_differs_in_its_model_or_method_alone(name):
     assert changed(own, name, 2) <= METHODS[method]
     if not name.startswith("smollm2/"):
         unpacked = {"dataset"} if name.startswith("gemma2/") else set()  # torchtune's Gemma 2 takes no block masks
-        assert changed("llama2/7B_owlore", own, 1) <= MODEL_FIELDS | {"optimizer"} | unpacked
-        assert {path for path in changed("llama2/7B_owlore", own, 2) if path.startswith("opt")} <= {"optimizer.rank"}
+        assert changed("llama2/7B_owlore", own, 1) <= MODEL_FIELDS | {"owlore", "optimizer"} | unpacked
+        written_out = {f"optimizer.{key}" for key in ("betas", "eps")}  # torch's defaults
+        allowed = {"owlore.rank"} | written_out
+        assert {path for path in changed("llama2/7B_owlore", own, 2) if path.startswith("o")} <= allowed
 
 
 def run(config: dict) -> None:
@@ -185,7 +187,7 @@ def other_scores(path, **changes) -> str:
 BAD = {
     "unknown key": ({"learning_rate": 1}, "unknown key learning_rate"),
     "unknown owlore key": ({"owlore.num_actve_layers": 2}, "owlore.num_actve_layers; did you mean num_active_layers"),
-    "unknown optimizer key": ({"optimizer.update_gp": 2}, "optimizer.update_gp; did you mean update_gap"),
+    "unknown optimizer key": ({"optimizer.weight_dcay": 2}, "optimizer.weight_dcay; did you mean weight_decay"),
     "missing key": ({"dataset": None}, "missing in the config: dataset"),
     "no loss": ({"loss": None}, "loss=null; the run needs one"),
     "more layers than there are": ({"owlore.num_active_layers": 40}, "num_active_layers=40; the model has 4 layers"),
@@ -196,8 +198,8 @@ BAD = {
     "boolean as number": ({"owlore.resample_every": True}, "owlore.resample_every=True; it must be int"),
     "unknown score": ({"owlore.score": "outliers"}, "owlore.score=outliers; choose one of outlier, uniform"),
     "unknown draw": ({"owlore.draw": "random"}, "owlore.draw=random; choose one of systematic"),
-    "rank too large": ({"optimizer.rank": 4096}, "optimizer: rank=4096; no weight's shorter side is above it"),
-    "rank zero": ({"optimizer.rank": 0}, "optimizer: rank=0"),
+    "rank too large": ({"owlore.rank": 4096}, "owlore.rank=4096; no weight's shorter side is above it"),
+    "rank zero": ({"owlore.rank": 0}, "owlore.rank=0; it must be above 0"),
     "missing checkpoint": ({"checkpointer.checkpoint_dir": "/no/such/model"}, "/no/such/model"),
     "not a decoder": ({"model": {"_component_": "torch.nn.Linear", "in_features": 2, "out_features": 2}}, "got Linear"),
     "unknown component": ({"model": {"_component_": "torchtune.models.llama2.lama2_7b"}}, "lama2_7b"),
@@ -217,10 +219,10 @@ BAD = {
         {"loss": {"_component_": "torch.nn.CrossEntropyLoss", "ignore_index": 0}}, "loss.ignore_index=0; torchtune's"
     ),
     "no seed": ({"seed": None}, "seed=None; it must be int"),
-    "broken rank": ({"optimizer.rank": 1.5}, "optimizer: rank=1.5; it must be an integer"),
+    "broken rank": ({"owlore.rank": 1.5}, "owlore.rank=1.5; it must be int"),
     "too little data": ({"batch_size": 64}, "dataset has 40 samples, less than one optimizer step"),
     "left padding": ({"collate_fn": "torchtune.data.left_pad_sequence"}, "pads on the left"),
-    "other optimizer": ({"optimizer": {"_component_": "torch.optim.AdamW"}}, "needs owlore_tune.optim.OwLoreAdamW"),
+    "other optimizer": ({"optimizer": {"_component_": "torch.nn.ParameterList"}}, "needs torch.optim.Optimizer"),
     "other checkpointer": (
         {
             "checkpointer": {
@@ -304,9 +306,8 @@ def test_a_block_without_a_component_changes_fields_of_the_default_one():
 
 def test_a_default_that_is_written_out_is_the_same_config(tiny_config):
     """So a run may resume with a config that states a default, and notices if a later release changes one."""
-    implicit = tiny_config | {"owlore": {"num_active_layers": 2}, "optimizer": {"_component_": OPTIMIZER}}
-    explicit = tiny_config | {"owlore": {"num_active_layers": 2, "resample_every": 50}}
-    explicit |= {"optimizer": {"_component_": OPTIMIZER, "rank": 128}}
+    implicit = tiny_config | {"owlore": {"num_active_layers": 2}}
+    explicit = tiny_config | {"owlore": {"num_active_layers": 2, "resample_every": 50, "rank": 128}}
     one, other = (TrainingSettings.from_config(OmegaConf.create(config)).cfg for config in (implicit, explicit))
     assert changed_fields(OmegaConf.to_container(one), OmegaConf.to_container(other)) == []
 
@@ -323,9 +324,9 @@ def test_an_evaluation_of_data_files_alone_is_validated(monkeypatch, tmp_path):
 
 
 def test_overrides_and_files(tmp_path):
-    cfg = load_config("smollm2/135M_owlore", ["owlore.num_active_layers=2", "optimizer.rank=null"])
+    cfg = load_config("smollm2/135M_owlore", ["owlore.num_active_layers=2", "owlore.rank=null"])
     assert cfg.owlore.num_active_layers == 2
-    assert cfg.optimizer.rank is None
+    assert cfg.owlore.rank is None
     (tmp_path / "mine.yaml").write_text("a: 1")
     assert load_config(str(tmp_path / "mine.yaml")).a == 1
     with pytest.raises(SystemExit, match="no file and no packaged config named smolm2/135M_owlore; available: smollm2"):

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,23 +21,19 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_sealed import small_disk  # noqa: F401
 from torch.distributed import HashStore
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from owlore_tune.distributed.fsdp import shard_model
 from owlore_tune.distributed.launch import let_gloo_finish
 from owlore_tune.distributed.world import current_world, shard_like
 from owlore_tune.errors import ConfigError
-from owlore_tune.optim.adamw import OwLoreAdamW
-from owlore_tune.optim.projection import OVERSAMPLING
-from owlore_tune.run.build import build_inputs, build_model, build_optimizer
+from owlore_tune.optim.projection import OVERSAMPLING, SKETCH_ROWS
+from owlore_tune.run.build import build_inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.settings import TrainingSettings
-from runs import finetune, recipe_of, variant, weights
+from runs import finetune, other_model, recipe_of, variant, weights
 
 PROGRAMS = Path(__file__).parent / "distributed_programs.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -74,7 +69,8 @@ def furthest(one: dict, other: dict) -> float:
 def config(tiny_config) -> dict:
     """12 steps of 6 rows over 4 draws. A large eps keeps Adam from amplifying rounding errors."""
     config = tiny_config | {"batch_size": 6, "epochs": 2}
-    config["optimizer"] = config["optimizer"] | {"eps": 1e-3, "update_gap": 4}
+    config["optimizer"] = config["optimizer"] | {"eps": 1e-3}
+    config["owlore"] = config["owlore"] | {"update_gap": 4}
     return config
 
 
@@ -87,15 +83,17 @@ CASES = {
     # On a CPU both offload settings are accepted and have no effect.
     "projected moments": {
         "owlore__inactive_state": "offload",
-        "optimizer__moments": "project",
+        "owlore__moments": "project",
         "fsdp_cpu_offload": True,
     },
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 3, "batch_size": 2},
     "checkpointing": {"enable_activation_checkpointing": True},
     "everything trained": ALL_TRAINED,
-    "after backward": {"owlore__project_in_backward": False},
-    "full rank": {"optimizer__rank": None},
+    "GaLore's side": {"owlore__side": "shape", "owlore__basis": "svd"},
+    "replicated": {"fsdp": False, "gradient_accumulation_steps": 3, "batch_size": 2} | ALL_TRAINED,
+    "bf16 norms": {"dtype": "bf16", "owlore__resample_every": 12, "owlore__train_norm": True},
+    "full rank": {"owlore__rank": None},
     "all layers": {"owlore__num_active_layers": None, "owlore__score": "uniform"},
     "chunked loss": {"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}},
     "compiled": {"compile": True},
@@ -119,7 +117,7 @@ OTHERS = [name for name in CASES if name != "plain"]
     ],
 )
 def test_ranks_together_train_as_one_process(num_ranks, names, config):
-    """Weights agree within 1e-6. On three ranks, no dimension divides evenly."""
+    """Weights agree within 5e-6. On three ranks, no dimension divides evenly."""
     pairs = []
     for name in names:
         case = CASES[name]
@@ -129,39 +127,23 @@ def test_ranks_together_train_as_one_process(num_ranks, names, config):
     train_together(num_ranks, *(several for _, several in pairs))
     for one, several in pairs:
         recipe = finetune(one)
-        assert furthest(one, several) < 1e-6, several["output_dir"]
+        assert furthest(one, several) < 5e-6, several["output_dir"]
         manifest = json.loads((Path(several["output_dir"]) / "manifest.json").read_text())
         assert [d["active"] for d in manifest["draws"]] == [d["active"] for d in recipe._report.records.draws]
         assert len(manifest["draws"]) == 4
         for when, loss in recipe._report.records.losses.items():
-            assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-5)
+            assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-4)
         ours = [json.loads(line) for line in (Path(several["output_dir"]) / "steps.jsonl").read_text().splitlines()]
         for step, other in zip(ours, recipe._report.records.steps, strict=True):
             assert step["loss"] == pytest.approx(other["loss"], abs=1e-5)
             assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def other_model(config: dict, directory: Path, **sizes: int) -> dict:
-    """Return ``config`` with other model sizes and the same tokenizer."""
-    torch.manual_seed(0)
-    model = config["model"] | sizes
-    shape = LlamaConfig(
-        vocab_size=model["vocab_size"], hidden_size=model["embed_dim"], intermediate_size=model["intermediate_dim"],
-        num_hidden_layers=4, num_attention_heads=model["num_heads"], num_key_value_heads=model["num_kv_heads"],
-        max_position_embeddings=256, rms_norm_eps=1e-5, dtype="float32",
-    )  # fmt: skip
-    LlamaForCausalLM(shape).save_pretrained(directory)
-    for file in Path(config["checkpointer"]["checkpoint_dir"]).iterdir():
-        if "token" in file.name:
-            shutil.copy(file, directory)
-    return config | {"model": model, "checkpointer": config["checkpointer"] | {"checkpoint_dir": str(directory)}}
-
-
 @pytest.mark.slow
 def test_uneven_shards_train_as_one_process(config, tmp_path):
     """47 and 301 are odd, and the third rank gets none of the 4 key rows. Scores depend on padding."""
     sizes = dict(vocab_size=301, num_heads=3, num_kv_heads=1, embed_dim=12, intermediate_dim=47)
-    changes = {"optimizer__rank": 3, "owlore__score": "uniform", **ALL_TRAINED}
+    changes = {"owlore__rank": 3, "owlore__score": "uniform", **ALL_TRAINED}
     one = other_model(variant(config, "one", **changes), tmp_path / "uneven", **sizes)
     two, three = (on_ranks(n, one, f"ranks_{n}") for n in (2, 3))
     finetune(one)
@@ -246,20 +228,34 @@ def test_resume_on_any_number_of_ranks(config):
         assert furthest(unbroken, run) < 1e-6
 
 
-@pytest.mark.slow
-def test_eight_bit_state_resumes_bit_for_bit(config, tmp_path):
-    """Also resume on another number of ranks, with different quantization blocks."""
-    config = other_model(config, tmp_path / "wide", num_kv_heads=4, embed_dim=256, intermediate_dim=512)
-    config["optimizer"] |= {"state_bits": 8, "basis_bits": 8, "rank": 64}
-    unbroken = on_ranks(2, config, "unbroken", save_every_n_steps=4)
-    again = on_ranks(2, config, "again", resume_from_checkpoint=f"{unbroken['output_dir']}/step_4")
-    alone = on_ranks(1, config, "alone", resume_from_checkpoint=f"{unbroken['output_dir']}/step_4")
-    train_together(2, unbroken, again)
-    names = {file.name for file in (Path(unbroken["output_dir"]) / "step_4" / "optimizer").iterdir()}
-    assert names == {"rank_0.safetensors", "rank_1.safetensors"}
-    assert furthest(unbroken, again) == 0
-    finetune(alone)
-    assert furthest(unbroken, alone) < 1e-3
+QUANTIZED = {
+    "int8": {"owlore__weights": "int8", "owlore__products": "int8"},
+    "nf4": {"owlore__weights": "nf4"},
+    "nf4, all layers": {"owlore__weights": "nf4", "owlore__num_active_layers": None, "owlore__score": "uniform"},
+}
+
+
+@pytest.mark.parametrize("names", [["nf4"], pytest.param(["int8", "nf4, all layers"], marks=pytest.mark.slow)], ids=str)
+def test_quantized_weights_train_on_two_ranks_as_in_one_process(names, config, tmp_path):
+    """Every rank has all weights. The first one writes layers that leave. Resumed, they have the same bits.
+
+    With int8 products, a rounding error can move an input to the next of 255 values.
+    """
+    config = other_model(config, tmp_path / "wide", num_kv_heads=4, embed_dim=64, intermediate_dim=128)
+    ones = [variant(config, f"one_{name}", **QUANTIZED[name]) for name in names]
+    twos = [on_ranks(2, one, "two", save_every_n_steps=4) for one in ones]
+    again = [
+        on_ranks(2, one, "again", resume_from_checkpoint=f"{two['output_dir']}/step_4")
+        for one, two in zip(ones, twos, strict=True)
+    ]
+    train_together(2, *twos, *again)
+    for one, two, resumed in zip(ones, twos, again, strict=True):
+        recipe = finetune(one)
+        assert furthest(one, two) < (1e-3 if "int8" in one["output_dir"] else 1e-5)
+        assert furthest(two, resumed) == 0
+        manifest = json.loads((Path(two["output_dir"]) / "manifest.json").read_text())
+        for when, loss in recipe._report.records.losses.items():
+            assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -271,11 +267,6 @@ def test_a_checkpoint_of_ranks_is_a_model_directory(config):
     exported = dict(AutoModelForCausalLM.from_pretrained(checkpoint).named_parameters())
     for name, weight in load_file(checkpoint / "model.safetensors").items():
         assert torch.equal(exported[name], weight)
-    with next((checkpoint / "optimizer").glob("rank_1.*")).open("r+b") as file:
-        file.write(b"damaged")
-    with pytest.raises(Exception, match="none of the 2 checkpoints"):
-        shutil.rmtree(RunDirectory.existing(Path(run["output_dir"])).steps.own()[0] / "optimizer")
-        RunDirectory.existing(Path(run["output_dir"])).steps.newest()
 
 
 def count(num_ranks: int, config: dict, tmp_path: Path) -> list[list[dict]]:
@@ -287,44 +278,51 @@ def count(num_ranks: int, config: dict, tmp_path: Path) -> list[list[dict]]:
 
 
 @pytest.mark.slow
-def test_bases_cost_what_is_planned_and_nothing_between_refreshes(config, tmp_path):
-    """Compare bytes of every collective with a full-rank run. Frozen layers send no gradients."""
-    config["owlore"] |= {"resample_every": 100, "num_active_layers": 2}
-    config["optimizer"]["update_gap"] = 5
-    projected = count(2, on_ranks(2, config, "projected"), tmp_path)[0]
-    full_rank = count(2, on_ranks(2, config, "full_rank", optimizer__rank=None), tmp_path)[0]
-    every_layer = count(2, on_ranks(2, config, "all", **CASES["all layers"], optimizer__rank=None), tmp_path)[0]
-    (reduced,) = [name for name in full_rank[0]["sent"] if "reduce_scatter" in name]
-    assert 2 * full_rank[0]["sent"][reduced] == every_layer[0]["sent"][reduced] > 0  # 2 layers against 4
+def test_a_step_sends_the_gradients_of_what_trains_and_a_basis_its_products(config, tmp_path):
+    """Weights that every rank has: 4 bytes for each value of A and of the norms, and a few counts."""
+    config["owlore"] |= {"resample_every": 100, "num_active_layers": 2, "update_gap": 5}
+    records = count(2, on_ranks(2, config, "replicated", fsdp=False, dataset_val=None), tmp_path)[0]
     rank, shapes = 8, [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]  # (m, n) in a layer
-    for step, (ours, theirs) in enumerate(zip(projected, full_rank, strict=True)):
-        extra = sum(ours["sent"].values()) - sum(theirs["sent"].values())
+    low = 4 * 2 * (sum(m * rank for m, _ in shapes) + 2 * 32)
+    for step, record in enumerate(records):
+        assert record["trained_bytes"] == low
+        extra = sum(record["sent"].values()) - low
         if step % 5:
-            assert ours["sent"] == theirs["sent"]
+            assert 0 <= extra < 200, record["sent"]
             continue
-        products = 2 if step == 0 else 1  # a warm start replaces the sketch
-        summed, broadcast = 0, 0
+        products = 0
         for m, n in 2 * shapes:
             width = min(rank + OVERSAMPLING, m, n)
-            summed += 4 * (products * n * width + width**2)
-            broadcast += 4 * n * rank
-        assert summed + broadcast <= extra <= 1.05 * summed + broadcast
+            sketch = n * width if step == 0 else 0  # a warm start replaces it
+            products += 4 * (sketch + n * width + 2 * m * width + m * SKETCH_ROWS + n * rank)
+        assert products <= extra < products + 200, record["sent"]
 
 
 @pytest.mark.slow
-def test_state_is_shared_out_as_planned_and_does_not_grow(config, tmp_path):
+def test_frozen_layers_send_no_gradients(config, tmp_path):
+    """Of weights that FSDP2 shards, only those that train as they are are reduced."""
+    config["owlore"] |= {"resample_every": 100, "num_active_layers": 2, "rank": None}
+    some = count(2, on_ranks(2, config, "some"), tmp_path)[0]
+    every_layer = count(2, on_ranks(2, config, "all", **CASES["all layers"]), tmp_path)[0]
+    projected = count(2, on_ranks(2, config, "projected", owlore__rank=8), tmp_path)[0]
+    (reduced,) = [name for name in some[0]["sent"] if "reduce_scatter" in name]
+    assert 2 * some[0]["sent"][reduced] == every_layer[0]["sent"][reduced] > 0  # 2 layers against 4
+    assert projected[1]["sent"][reduced] < 0.05 * some[1]["sent"][reduced]  # norms
+
+
+@pytest.mark.slow
+def test_state_is_what_is_planned_and_does_not_grow(config, tmp_path):
     config["owlore"]["resample_every"] = 1
     config |= {"epochs": 4}
-    one, two = variant(config, "one"), on_ranks(2, config, "two")
-    recipe = finetune(one)
+    two = on_ranks(2, config, "two")
     ranks = count(2, two, tmp_path)
     memory = json.loads((Path(two["output_dir"]) / "manifest.json").read_text())["memory_bytes"]
-    for category in ("weights", "moments", "bases"):
+    for category in ("weights", "projected", "bases"):
         assert memory["planned"][category] == memory["measured"][category] > 0
+    assert memory["measured"]["moments"] == pytest.approx(memory["planned"]["moments"], abs=4 * 100)
     for records in ranks:
         assert len(records) == 24
         assert len({record["state_bytes"] for record in records}) == 1
-        assert records[-1]["state_bytes"] < 0.75 * recipe._optimizer.state_bytes()
 
 
 @pytest.mark.slow
@@ -486,21 +484,6 @@ def fake_ranks():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"optimizer__side": "shape"}, "optimizer: side=shape projects sharded weights on their left; set side=right"),
-        ({"optimizer__basis": "svd"}, "optimizer: basis=svd needs whole gradients"),
-    ],
-)
-def test_an_optimizer_that_needs_whole_gradients_is_refused(changes, message, config, fake_ranks):
-    settings = TrainingSettings.from_config(OmegaConf.create(variant(config, "sharded", **changes)))
-    _, model = build_model(settings)
-    shard_model(model, settings.device, settings.sharding(2))
-    with pytest.raises(ConfigError, match=message):
-        build_optimizer(settings, model)
-
-
 def test_rows_of_other_ranks_never_reach_the_device(fake_ranks):
     mesh = init_device_mesh("cpu", (2,))
     like = distribute_tensor(torch.empty(5, 3, device="meta"), mesh, [Shard(0)], src_data_rank=None)
@@ -508,47 +491,6 @@ def test_rows_of_other_ranks_never_reach_the_device(fake_ranks):
     own = shard_like(value, like)
     assert own.shape == value.shape and torch.equal(own.to_local(), value[:3])
     assert own.to_local().data_ptr() == value.data_ptr()  # a view: nothing was copied
-
-
-class Collectives(TorchDispatchMode):
-    """The devices of the tensors that collectives get."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.devices: set[str] = set()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if str(func).startswith("c10d."):
-            self.names.add(func.overloadpacket.__name__)
-            self.devices |= {leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("offload", [False, True])
-def test_gradients_are_projected_and_sent_on_the_device_that_computes(offload, fake_ranks, monkeypatch):
-    """Rows of a weight on a mesh of meta devices: NCCL would not take a tensor of another device.
-
-    With ``offload``, FSDP2 keeps weight and gradient in host memory. Their projection and its state are on the device.
-    """
-    mesh = DeviceMesh.from_group(dist.group.WORLD, "meta")
-    stored = torch.device("cpu" if offload else "meta")
-
-    def rows() -> DTensor:
-        part = torch.ones(32, 48, device=stored)
-        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=(64, 48), stride=(48, 1))
-
-    weight = torch.nn.Parameter(rows())
-    optimizer = OwLoreAdamW([weight], rank=8)
-    monkeypatch.setattr(optimizer, "_generator", lambda *args: None)  # there are none on the meta device
-    weight.grad = rows()
-    with Collectives() as seen:
-        optimizer.project_grads()
-        assert optimizer.clip_grad_norm_(1.0).device.type == "meta"
-    assert seen.devices == {"meta"}
-    assert seen.names == {"allreduce_", "broadcast_"}
-    assert optimizer.state[weight]["basis"].device.type == "meta"
-    assert optimizer.state_bytes() == 48 * 8 * 4
 
 
 def test_values_that_do_not_go_with_several_ranks_are_refused(config, fake_ranks):
@@ -584,8 +526,8 @@ def test_smollm2_on_two_ranks_trains_as_in_one_process(smollm2_dir, tmp_path):
     """`tune run` by name, 12 steps over 4 draws at rank 16: weights within 5e-6 (see benchmarks/distributed.py)."""
     overrides = [
         f"checkpointer.checkpoint_dir={smollm2_dir}", "dataset_val=null", "tokenizer.max_seq_len=128",
-        "max_steps_per_epoch=12", "owlore.resample_every=3", "owlore.num_active_layers=2", "optimizer.rank=16",
-        "optimizer.eps=1e-3", "optimizer.update_gap=5", "owlore.score=uniform", "device=cpu", "lr_scheduler=null",
+        "max_steps_per_epoch=12", "owlore.resample_every=3", "owlore.num_active_layers=2", "owlore.rank=16",
+        "optimizer.eps=1e-3", "owlore.update_gap=5", "owlore.score=uniform", "device=cpu", "lr_scheduler=null",
     ]  # fmt: skip
     one = ["tune", "run", "owlore_full_finetune", "--config", "smollm2/135M_owlore", "batch_size=2"]
     two = ["tune", "run", "--nproc_per_node", "2", "owlore_full_finetune", "--config"]

@@ -147,7 +147,7 @@ def family_config(family: str, source: Path, data: Path) -> dict:
     }  # fmt: skip
     cfg["checkpointer"]["checkpoint_dir"] = str(source)
     cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "outlier_threshold": 2.0}
-    cfg["optimizer"]["rank"] = 8
+    cfg["owlore"]["rank"] = 8
     return cfg
 
 

@@ -88,8 +88,8 @@ def test_smollm2_trains_as_torchtunes_decoder(rank, basis, most, smollm2_dir, tm
     }  # fmt: skip
     cfg["checkpointer"]["checkpoint_dir"] = str(smollm2_dir)
     cfg["tokenizer"]["max_seq_len"] = 128
-    cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 3}
-    cfg["optimizer"] |= {"lr": 3e-4, "rank": rank, "basis": basis, "eps": 1e-3}
+    cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 3, "rank": rank, "basis": basis}
+    cfg["optimizer"] |= {"lr": 3e-4, "eps": 1e-3}
     other = variant(cfg, "transformers", checkpointer__model_type="HF")
     other["model"] = {"_component_": HF, "path": str(smollm2_dir)}
     one, two = finetune(cfg), finetune(other)
@@ -120,8 +120,8 @@ def test_packed_rows_are_samples_on_their_own(window, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"owlore__frozen_weights": "int8", "owlore__frozen_products": "int8"},
-        {"owlore__frozen_weights": "nf4"},
+        {"owlore__weights": "int8", "owlore__products": "int8"},
+        {"owlore__weights": "nf4"},
         {"enable_activation_checkpointing": False, "loss": {"_component_": "torch.nn.CrossEntropyLoss"}},
         {"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}},
         pytest.param({"compile": True}, marks=pytest.mark.slow),
@@ -135,7 +135,7 @@ def test_other_settings_train_alike(family, changes, tmp_path, tiny_data):
     cfg["tokenizer"]["max_seq_len"] = 32
     other = variant(cfg, "other", **changes)
     recipes = finetune(cfg), finetune(other)
-    quantized = "owlore__frozen_weights" in changes
+    quantized = "owlore__weights" in changes
     assert_same_shares(recipes[0]._scores.scores, recipes[1]._scores.scores, recipes[0]._model)
     losses = [[step["loss"] for step in recipe._report.records.steps] for recipe in recipes]
     assert losses[0] == pytest.approx(losses[1], rel=0.1 if quantized else 1e-4)
@@ -155,7 +155,7 @@ def test_families_resume_bit_for_bit_and_train_on_two_ranks_as_on_one(tmp_path, 
         cfg = family_config(family, source, tiny_data)
         cfg["optimizer"] |= {"eps": 1e-3}
         if family in EXPERTS:  # one with fewer tokens than the rank has a basis with arbitrary columns
-            cfg["optimizer"]["rank"] = None
+            cfg["owlore"]["rank"] = None
         broken = variant(cfg, "broken")
         finetune(cfg)
         finetune_until(broken, 3)

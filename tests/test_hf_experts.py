@@ -1,21 +1,20 @@
 """Mixtures of experts of transformers: outputs and gradients, scores with padding, and the memory plan."""
 
-import math
-
 import pytest
 import torch
 from test_families import FAMILIES, SIZES
 from test_memory_plan import CPU, LiveBytes
+from test_schedule import setup
 from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
 
-from owlore_tune.frozen.linear import freeze
 from owlore_tune.layers import outlier_scores
 from owlore_tune.loss import LinearCrossEntropyLoss
-from owlore_tune.memory.plan import StepShape, plan_memory
+from owlore_tune.memory.plan import Method, plan_memory
+from owlore_tune.memory.step import StepShape
 from owlore_tune.models.decoder import find_linears
 from owlore_tune.models.hf import HFDecoder, hf_decoder
 from owlore_tune.models.hf_experts import split_experts
-from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+from owlore_tune.quantized.linear import freeze
 
 
 def model_with_experts(config) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -80,20 +79,22 @@ def test_an_expert_without_tokens_has_no_outliers_and_no_basis():
     """Its gradient is zero in the first step. Once tokens reach it, it is projected as any other weight."""
     _, causal = model_with_experts(FAMILIES["olmoe"][-1])
     block = causal.model.layers[0].mlp
-    last = block.experts[3]["gate_proj"].weight
     model = HFDecoder(causal)
-    optimizer = OwLoreAdamW(parameter_groups(model), rank=4, weight_decay=0.0)
+    layers, optimizer, schedule = setup(model, num_active=len(model.layers), rank=4, weight_decay=0.0)
+    last = layers.layers[0].weights["layers.0.mlp.experts.3.gate_proj.weight"]
     tokens = torch.arange(2, 10)[None]
-    before = last.clone()
+    before = last.linear.weight.clone()
     for chosen in ([0, 1], [2, 3]):
         route = torch.full((8, 2), 0.5), torch.tensor(chosen).expand(8, 2)
         block.gate.forward = lambda hidden, route=route: (None, *route)
         outlier_scores(model, [{"tokens": tokens}])
+        schedule.begin_step()
         model(tokens).square().mean().backward()
+        assert last.is_new  # zero or not, its gradient is there for other processes
         optimizer.step()
         optimizer.zero_grad()
-        assert torch.equal(last, before) == (chosen == [0, 1])
-        assert math.isinf(optimizer.state[last]["basis_age"]) == (chosen == [0, 1])
+        assert torch.equal(layers.merged(last.linear.weight), before) == (chosen == [0, 1])
+        assert (last.basis is None) == (chosen == [0, 1])
 
 
 def test_a_step_without_data_holds_what_a_real_one_holds():
@@ -103,10 +104,8 @@ def test_a_step_without_data_holds_what_a_real_one_holds():
         planned_model = hf_decoder(**fields)
     model, loss_fn = hf_decoder(**fields), LinearCrossEntropyLoss()
     loss_fn.set_model_output(planned_model)
-    planned = plan_memory(
-        planned_model, loss_fn, OwLoreAdamW(parameter_groups(planned_model), rank=None),
-        StepShape(batch_size=4, seq_len=64), device=CPU, num_active=None,
-    )  # fmt: skip
+    method, shape = Method({"rank": None}, None, 8.0), StepShape(batch_size=4, seq_len=64)
+    planned = plan_memory(planned_model, loss_fn, method, shape, device=CPU)
     model.requires_grad_(False).layers.requires_grad_(True)
     loss_fn.set_model_output(model)
     with LiveBytes(model) as real:

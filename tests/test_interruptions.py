@@ -71,7 +71,7 @@ def test_an_error_loses_no_step(tiny_config, place, changes):
 def test_an_error_between_a_refresh_and_its_update_loses_no_step(tiny_config, moments):
     """In the second micro-batch of step 5, whose first one has given new bases."""
     changes = {"dataset_val": None, "gradient_accumulation_steps": 2, "batch_size": 2}
-    changes |= {"optimizer__moments": moments, "optimizer__update_gap": 2, "owlore__resample_every": 20}
+    changes |= {"owlore__moments": moments, "owlore__update_gap": 2, "owlore__resample_every": 20}
     config = variant(tiny_config, "broken", **changes)
     recipe = prepare(config)
     calls, original = [], recipe._loss_fn.forward
@@ -409,7 +409,7 @@ def test_a_foreign_checkpoint_runs_no_code(tiny_config, tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
 
-    for name in ("recipe_state.pt", "optimizer/rank_0.safetensors"):
+    for name in ("recipe_state.pt", "base/layer_0.safetensors"):
         file = checkpoint / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(pickle.dumps(Evil()))

@@ -18,8 +18,9 @@ from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.memory import plan as memory_plan
-from owlore_tune.memory.plan import MemoryPlan, StepShape, peer_plans, plan_memory
-from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+from owlore_tune.memory.peers import peer_plans
+from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
+from owlore_tune.memory.step import StepShape
 from owlore_tune.run.limit import plans_of_config, savings
 from owlore_tune.run.settings import TrainingSettings
 from runs import recipe_of
@@ -37,9 +38,8 @@ def plan(
         loss_fn.set_model_output(model)
     else:
         model.set_num_output_chunks(loss_fn.num_output_chunks)
-    groups = parameter_groups(model, train_embeddings=others, train_output=others, train_norm=others)
-    optimizer = OwLoreAdamW(groups, **{"rank": 8} | options)
-    return plan_memory(model, loss_fn, optimizer, shape, device=CPU, num_active=num_active)
+    outside = dict.fromkeys(("train_embeddings", "train_output", "train_norm"), others)
+    return plan_memory(model, loss_fn, Method({"rank": 8} | options | outside, num_active, 8.0), shape, device=CPU)
 
 
 class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
@@ -96,6 +96,7 @@ def test_bytes_that_are_known_exactly():
     full = 2 * 32
     outside = 64 * 32 * 2 + 32
     assert planned.moments == 2 * 4 * (2 * (low + full) + outside)
+    assert planned.projected == 4 * 2 * low
     assert planned.bases == 4 * 2 * 8 * (32 * 6 + 48)
 
 
@@ -167,7 +168,7 @@ def test_a_plan_over_the_limit_is_refused_before_weights_load(tiny_config, tmp_p
     planned = plans_of_config(TrainingSettings.from_config(config))["this config"]
     message = limited(tiny_config, tmp_path, (planned.total - planned.activations / 4) / 1e9)
     assert "device_memory_limit=" in message and "it fits with batch_size=1 gradient_accumulation_steps=40" in message
-    assert "or with enable_activation_checkpointing=true" in message and "state_bits" not in message
+    assert "or with enable_activation_checkpointing=true" in message and "AdamW8bit" not in message
     assert "none of the settings tried makes it fit" in limited(tiny_config, tmp_path, 1e-3)
 
 
@@ -178,8 +179,9 @@ def test_a_plan_within_the_limit_runs(tiny_config):
     manifest = json.loads((recipe._settings.output_dir / "manifest.json").read_text())
     planned, measured = manifest["memory_bytes"].values()
     assert planned.pop("total") == sum(planned.values())
-    for category in ("weights", "moments", "bases"):
+    for category in ("weights", "projected", "bases"):
         assert measured[category] == planned[category] > 0
+    assert measured["moments"] == pytest.approx(planned["moments"], abs=4 * 100)  # step counters
 
 
 def test_no_limit_is_promised_where_draws_vary(tiny_config):
@@ -201,7 +203,7 @@ def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
         f"output_dir={tmp_path / 'run'}", "checkpointer.checkpoint_dir=/nowhere", "model.num_layers=2",
         "model._component_=torchtune.models.llama2.llama2", "model.vocab_size=100", "model.num_heads=2",
         "model.num_kv_heads=2", "model.embed_dim=64", "model.max_seq_len=512", "owlore.num_active_layers=1",
-        "optimizer.rank=8",
+        "owlore.rank=8",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -209,6 +211,7 @@ def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
     first_words = [line.split()[0] for line in result.stdout.splitlines()]
     wanted = [
         "weights",
+        "projected",
         "moments",
         "bases",
         "gradients",
@@ -240,7 +243,7 @@ def test_a_plan_for_gpus_counts_what_they_offload_wherever_it_is_made(tiny_confi
 @pytest.mark.parametrize(("rank", "stays"), [(8, True), (None, False)])
 def test_offloaded_weights_leave_low_rank_state_on_the_gpu(rank, stays, tiny_config):
     config = tiny_config | {"device": "cpu", "fsdp_cpu_offload": True}
-    config["optimizer"] = config["optimizer"] | {"rank": rank}
+    config["owlore"] = config["owlore"] | {"rank": rank}
     settings = TrainingSettings.from_config(OmegaConf.create(config))
     here, there = (plans_of_config(settings, 64, world_size=2, gpu=gpu)["this config"] for gpu in (False, True))
     assert here.weights > there.weights

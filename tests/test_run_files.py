@@ -42,7 +42,7 @@ def test_a_copy_of_a_checkpoint_never_displaces_the_newest(tiny_config):
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_directory_that_is_moved_during_a_run_ends_it(weights, replaced, tiny_config, tmp_path):
     config = variant(tiny_config, "moved", save_every_n_steps=2, dataset_val=None)
-    config["owlore"]["frozen_weights"] = weights
+    config["owlore"]["weights"] = weights
     recipe = prepare(config)
     output_dir, moved = Path(config["output_dir"]), tmp_path / "elsewhere"
 
@@ -123,7 +123,7 @@ def test_checkpoints_have_the_tokenizer_that_trained(weights, tiny_config, tiny_
     settings["chat_template"] = settings["chat_template"].replace("<|end|>", "<|end|> ")
     (other / "tokenizer_config.json").write_text(json.dumps(settings))
     config = variant(tiny_config, "other", max_steps_per_epoch=2, dataset_val=None)
-    config["owlore"]["frozen_weights"] = weights
+    config["owlore"]["weights"] = weights
     config["tokenizer"]["path"] = str(other)
     finetune(config)
     digests = [HFChatTokenizer(str(path)).digest() for path in (checkpoints(config)[-1], other, tiny_dir)]

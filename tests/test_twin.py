@@ -226,7 +226,7 @@ def test_models_of_the_same_shape_are_told_apart(model):
 def test_training_and_evaluation_compare(quantized, tiny_config, tmp_path):
     tiny_config["model"] |= {"num_heads": 2, "num_kv_heads": 1}
     if quantized:
-        tiny_config["owlore"]["frozen_weights"] = "int8"
+        tiny_config["owlore"]["weights"] = "int8"
     with pytest.raises(ConfigError, match="builder has num_attention_heads=2, and config.json has 4"):
         prepare(tiny_config)
     evaluation = OmegaConf.to_container(load_config("eval/mmlu_dev"), resolve=False)
@@ -254,7 +254,7 @@ TIED = {"_component_": "torchtune.models.llama3_2.llama3_2", "scale_factor": 1, 
 @pytest.mark.parametrize("weights", ["full", "int8"])
 def test_a_head_of_its_own_is_not_dropped(weights, tiny_config, lying):
     tiny_config["model"] = dict(TINY_MODEL) | TIED
-    tiny_config["owlore"]["frozen_weights"] = weights
+    tiny_config["owlore"]["weights"] = weights
     tiny_config["checkpointer"]["model_type"] = "LLAMA3_2"
     with pytest.raises(ConfigError, match="builder has tie_word_embeddings=True, and config.json has False"):
         prepare(tiny_config)

@@ -10,13 +10,12 @@ from test_refusals import place, refused  # noqa: F401  (a fixture)
 import owlore_eval
 import owlore_full_finetune
 
-INT8 = "owlore.frozen_weights=int8"
+INT8 = "owlore.weights=int8"
 TRAINING: dict[tuple[str, ...], str] = {
     # fields of the owlore block
-    ("owlore.frozen_products=int8", "owlore.frozen_weights=nf4"): "owlore.frozen_products=int8 needs owlore.frozen_weights=int8, not nf4",
-    ("owlore.frozen_products=int8", "owlore.frozen_weights=full"): "owlore.frozen_products=int8 needs owlore.frozen_weights=int8, not full",
-    (INT8, "compile=true"): "owlore.frozen_weights=int8 cannot be compiled",
-    ("owlore.frozen_weights=nf4", "compile=true"): "owlore.frozen_weights=nf4 cannot be compiled",
+    ("owlore.products=int8", "owlore.weights=nf4"): "owlore.products=int8 needs owlore.weights=int8, not nf4",
+    ("owlore.products=int8", "owlore.weights=full"): "owlore.products=int8 needs owlore.weights=int8, not full",
+    ("optimizer=torch.optim.Adam", "optimizer.weight_decay=0.1"): "optimizer.weight_decay=0.1; Adam adds it to the gradient",
     ("owlore.draw=bernoulli", "device_memory_limit=20"): "device_memory_limit cannot be guaranteed with owlore.draw=bernoulli, which may draw all layers",
     ("owlore.num_active_layers=5", "owlore.draw=sequential"): "owlore.num_active_layers=5",
     ("owlore.scores_file=train.json", "owlore.score=uniform"): "scores_file=train.json cannot be read (owlore_tune.layers.scores.LayerScores() argument after ** must be a mapping, not list)",
@@ -31,7 +30,7 @@ TRAINING: dict[tuple[str, ...], str] = {
     ("model.norm_eps=0.01", "owlore.score=uniform"): "the model's builder has rms_norm_eps=0.01, and config.json has 1e-05",
     ("model.norm_eps=0.01", INT8): "the model's builder has rms_norm_eps=0.01, and config.json has 1e-05",
     ("model.rope_base=20000", "dtype=bf16"): "the model's builder has rope_theta=20000, and config.json has 10000.0",
-    ("model.rope_base=20000", "owlore.frozen_weights=nf4"): "the model's builder has rope_theta=20000, and config.json has 10000.0",
+    ("model.rope_base=20000", "owlore.weights=nf4"): "the model's builder has rope_theta=20000, and config.json has 10000.0",
     ("model.num_layers=3", "owlore.num_active_layers=3"): "the model's builder has num_hidden_layers=3, and config.json has 4",
     ("model.vocab_size=299", "tokenizer.max_seq_len=32"): "the model's builder has vocab_size=299, and config.json has 300",
     ("model.embed_dim=64", "model.num_heads=8"): "the model's builder has hidden_size=64, and config.json has 32",
@@ -61,9 +60,9 @@ TRAINING: dict[tuple[str, ...], str] = {
     ("batch_size=41", "shuffle=false"): "dataset has 40 samples, less than one optimizer step of batch_size=41 × gradient_accumulation_steps=1",
     ("collate_fn=torchtune.data.padded_collate_dpo", "dataset.packed=false"): "collate_fn=torchtune.data.padded_collate_dpo cannot make a batch of dataset's samples: KeyError('chosen_input_ids')",
     # optimizer and schedule
-    ("optimizer.rank=4096", "optimizer.side=shape"): "optimizer: rank=4096",
-    ("optimizer.lr=.inf", "optimizer.weight_decay=0.1"): "optimizer: lr=inf",
-    ("optimizer.betas=[0.9,0.999,0.9]", "optimizer.eps=1e-8"): "optimizer: betas=(0.9, 0.999, 0.9)",
+    ("owlore.rank=4096", "owlore.side=shape"): "owlore.rank=4096",
+    ("optimizer.lr=.inf", "optimizer.weight_decay=0.1"): "optimizer.lr=inf",
+    ("optimizer.betas=[0.9,0.999,0.9]", "optimizer.eps=1e-8"): "optimizer",
     ("lr_scheduler.num_warmup_steps=0", "lr_scheduler.num_cycles=.inf"): "'num_cycles': inf}: math domain error",
     ("lr_scheduler=torch.optim.lr_scheduler.StepLR", "~lr_scheduler.num_warmup_steps"): "lr_scheduler: missing a required argument: 'step_size' of torch.optim.lr_scheduler.StepLR",
     ("optimizer=torch.optim.SGD", "~optimizer.betas"): "unknown key optimizer.eps",

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -219,21 +219,34 @@ class HFCheckpointer:
         with sealed_directory(Path(directory), num_bytes, run_id=uuid4().hex) as partial_dir:
             self.write(model, partial_dir, shard_bytes=shard_bytes)
 
-    def write(self, model: nn.Module, directory: Path, *, shard_bytes: int = SHARD_BYTES, world: World = ALONE) -> None:
+    def write(
+        self,
+        model: nn.Module,
+        directory: Path,
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        value_of: Callable[[Tensor], Tensor] = Tensor.detach,
+        world: World = ALONE,
+    ) -> None:
         """Write weights, ``config.json`` and companion files into an existing directory.
 
         If the model is sharded over ``world``, all processes call this together. Weights are gathered one by one, and
         the first process writes them.
 
+        Args:
+            value_of: returns the value to write of a parameter.
+
         Raises:
             OSError: if a file cannot be written, for example on a full disk.
             RankError: if that happens on another process.
         """
-        self._write_shards(model, directory, shard_bytes, world)
+        self._write_shards(model, directory, shard_bytes, value_of, world)
         dtype = next(model.parameters()).dtype
         world.attempt(lambda: self.copy_companions(directory, dtype), first_alone=True)
 
-    def _write_shards(self, model: nn.Module, directory: Path, shard_bytes: int, world: World) -> None:
+    def _write_shards(
+        self, model: nn.Module, directory: Path, shard_bytes: int, value_of: Callable[[Tensor], Tensor], world: World
+    ) -> None:
         weight_map: dict[str, str] = {}
         pieces = list(shards(model, shard_bytes))
         hide = world.rank > 0
@@ -243,7 +256,7 @@ class HFCheckpointer:
             name = f"model-{number:05}-of-{len(pieces):05}.safetensors" if len(pieces) > 1 else "model.safetensors"
             whole: StateDict = {}
             for key, parameter in shard.items():
-                value = full(parameter.detach())  # a collective; the first process keeps the result
+                value = full(value_of(parameter))  # a collective; the first process keeps the result
                 if world.rank == 0:
                     whole[key] = value.cpu()
                 del value

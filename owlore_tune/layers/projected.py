@@ -1,241 +1,359 @@
-"""OwLore in any training loop, beside any optimizer: which layers train, and when their bases end.
-
-layers = ProjectedLayers(model, LayerSampler(scores, 5), rank=128)
-optimizer = torch.optim.AdamW(layers.parameters(), lr=3e-4)
-layers.attach(optimizer)
-for batch in batches:
-    layers.begin_step()
-    model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-layers.merge()
-"""
+"""The layers of a model in the projected form: what an optimizer trains in them, and their merged weights."""
 
 import hashlib
-from collections.abc import Iterator
-from typing import Any
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
 
-from owlore_tune.layers.sampler import LayerSampler
-from owlore_tune.models.decoder import find_layers, find_linears, model_parts
-from owlore_tune.optim.options import MOMENTS
+from owlore_tune.distributed.world import ALONE, World, full, shard_like
+from owlore_tune.models.decoder import find_layers, find_linears, model_parts, plain_name
 from owlore_tune.optim.projected import ProjectedWeight
+from owlore_tune.optim.projection import BASES, SIDES
+from owlore_tune.optim.whole import WholeParameter
+
+
+class Masters(Protocol):
+    """Full-precision weights of layers that are quantized on the device, by names as ``layers.0.mlp.w1.weight``.
+
+    `owlore_tune.quantized.layers.QuantizedLayers` is one.
+    """
+
+    def read(self, index: int) -> dict[str, Tensor]: ...
+
+    def replace(self, index: int, weights: dict[str, Tensor]) -> None: ...
+
+    def thaw(self, index: int, names: Iterable[str]) -> None: ...
+
+    def freeze(self, index: int) -> None: ...
+
+    def correct(self, index: int, weights: dict[str, ProjectedWeight]) -> None: ...
+
+
+class ProjectedLayer:
+    """One layer.
+
+    Args:
+        parameters: its parameters, by names as ``layers.0.mlp.w1.weight``.
+        weights: those that are projected.
+
+    Attributes:
+        others: parameters that train as they are.
+        age: optimizer steps since its bases ended.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], weights: dict[str, ProjectedWeight]) -> None:
+        self.weights = weights
+        self.others = {name: WholeParameter(p) for name, p in parameters.items() if name not in weights}
+        self.age = 0
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer trains, by the names of the parameters."""
+        projected = {name: weight.trained for name, weight in self.weights.items()}
+        return projected | {name: other.trained for name, other in self.others.items()}
+
+    def engage(self) -> None:
+        for weight in self.weights.values():
+            weight.engage()
+        for other in self.others.values():
+            other.engage()
+
+    def release(self, *, forget: bool) -> None:
+        for weight in self.weights.values():
+            weight.release(forget=forget)
+        for other in self.others.values():
+            other.release()
+        if forget:
+            self.age = 0
 
 
 class ProjectedLayers:
-    """Draws the layers that train, and trains their Linears through low-rank projections (OwLore, arXiv 2405.18380).
+    """The layers of a decoder, each of whose Linears trains through a low-rank projection of its gradient.
 
-    The optimizer gets a small parameter A for each Linear (see `ProjectedWeight`), and the other parameters of the
-    layers, such as norms, as they are. Its gradients are ordinary, so that accumulation, clipping, gradient scalers and
-    schedules work unchanged. Everything outside the layers is frozen. Weight decay must be decoupled, as in AdamW; it
-    acts on the full weight.
+    All parameters of the model are frozen, except for those outside the layers that are asked for. `activate` lets
+    layers train. The optimizer gets a small parameter A for each Linear (see `ProjectedWeight`), and the other
+    parameters of the layers, such as norms, as they are. Its gradients are ordinary: accumulation, clipping, gradient
+    scalers and schedules work unchanged.
+
+    With any optimizer, this is GaLore's projected optimizer (arXiv 2403.03507) for the layers that are active.
 
     Args:
-        model: a decoder of torchtune or transformers with loaded weights.
-        sampler: draws the layers.
-        rank: r. A Linear whose shorter side is not above it is trained as it is; null trains every weight so.
-        resample_every: K, in optimizer steps.
-        update_gap: optimizer steps between refreshes of a basis.
-        moments: of A at a refresh: ``keep`` (as GaLore), ``project`` onto the new basis, or ``reset``.
+        model: a decoder of torchtune or transformers. Its weights may be loaded later, in place.
+        rank: r. A Linear whose shorter side is not above it trains as it is; None trains every weight so.
         side, scale, basis: see `ProjectedWeight`.
-        seed: of the bases' random sketches.
+        seed: of the bases' random sketches, and of stochastic rounding in merges.
+        train_embeddings, train_output, train_norm: also train these parts, as they are, in every step.
+        world: processes that train together.
 
     Attributes:
+        layers: bottom first.
+        outside: what trains outside the layers, by name.
         active: the layers that train, ascending.
+        masters: full-precision weights of quantized layers; None if no layer is quantized. Set it once they exist.
         num_steps: optimizer steps so far.
+        settings: how weights are projected.
 
     Raises:
-        ValueError: if a value is out of range.
+        ValueError: if a value is out of range, or ``rank`` is too large for every weight.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        sampler: LayerSampler,
         *,
         rank: int | None = 128,
-        resample_every: int = 50,
-        update_gap: int = 100,
-        moments: str = "keep",
         side: str = "right",
         scale: float = 1.0,
         basis: str = "randomized",
         seed: int = 0,
+        train_embeddings: bool = False,
+        train_output: bool = False,
+        train_norm: bool = False,
+        world: World = ALONE,
     ) -> None:
-        for name, value in (("resample_every", resample_every), ("update_gap", update_gap)):
-            if value < 1:
-                raise ValueError(f"{name}={value}; it must be at least 1 optimizer step")
-        if moments not in MOMENTS:
-            raise ValueError(f"moments={moments!r}; choose one of {', '.join(MOMENTS)}")
-        self._sampler = sampler
-        self._resample_every, self._update_gap, self._moments, self._seed = resample_every, update_gap, moments, seed
-        self._optimizer: Optimizer | None = None
+        _check_options(rank, side, scale, basis)
+        self._seed = seed
+        self._rank = rank
+        self.settings = {"rank": rank, "side": side, "scale": scale, "basis": basis, "seed": seed}
+        self._options: dict[str, Any] = {"side": side, "scale": scale, "basis": basis, "world": world}
+        self._world = world
         self.active: list[int] = []
+        self.masters: Masters | None = None
         self.num_steps = 0
-        self._drawn_at: int | None = None
+        parts = model_parts(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        options: dict[str, Any] = {"side": side, "scale": scale, "basis": basis}
-        self._weights: list[dict[str, tuple[nn.Linear, ProjectedWeight]]] = []  # projected, by layer and name
-        self._others: list[list[nn.Parameter]] = []  # trained as they are
-        parts = model_parts(model).layers
-        for index, layer in enumerate(find_layers(model)):
-            linears = {
-                name: linear
-                for name, linear in find_linears(layer)
-                if rank is not None and rank < min(linear.in_features, linear.out_features)
-            }
-            self._weights.append(
-                {
-                    name: (linear, self._projected(index, name, linear, rank, options))
-                    for name, linear in linears.items()
-                }
-            )
-            projected = {linear.weight for linear in linears.values()}
-            self._others.append([parameter for parameter in parts[index].values() if parameter not in projected])
+        self.layers = [self._layer(index, layer) for index, layer in enumerate(find_layers(model))]
+        wanted = ((train_embeddings, parts.embeddings), (train_output, parts.output), (train_norm, parts.norm))
+        self.outside = {name: WholeParameter(p) for train, part in wanted if train for name, p in part.items()}
+        self._by_parameter = {weight.linear.weight: weight for _, weight in self._all_weights()}
+        if rank is not None:
+            _check_rank(rank, parts.layers, self._by_parameter)
 
-    def _projected(
-        self, index: int, name: str, linear: nn.Linear, rank: int | None, options: dict[str, Any]
-    ) -> ProjectedWeight:
-        assert rank is not None
+    def _layer(self, index: int, layer: nn.Module) -> ProjectedLayer:
+        parameters = {f"layers.{index}.{plain_name(name)}": p for name, p in layer.named_parameters()}
+        rank = self._rank
+        linears = {f"layers.{index}.{name}.weight": linear for name, linear in find_linears(layer)}
+        weights = {
+            name: ProjectedWeight(linear, rank, generator=partial(self.generator, name), **self._options)
+            for name, linear in linears.items()
+            if rank is not None and rank < min(linear.in_features, linear.out_features)
+        }
+        return ProjectedLayer(parameters, weights)
 
-        def generator(device: torch.device) -> torch.Generator:
-            text = f"{self._seed} {index} {name} {self.num_steps}"
-            return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
+    def generator(self, name: str, device: torch.device) -> torch.Generator | None:
+        """A generator for this weight and step. It needs no saved state, so a resumed run gets the same one."""
+        if device.type == "meta":
+            return None  # there are none
+        digest = hashlib.sha256(f"{self._seed} {name} {self.num_steps}".encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:4]))
 
-        weight = ProjectedWeight(linear, rank, generator=generator, **options)
-        weight.release()
-        return weight
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All parameters that can train, for an optimizer: those of projected weights, and all others.
+
+        Those of layers that are not active have no gradients, and those of projected weights no values.
+        """
+        projected = [weight.trained for _, weight in self._all_weights()]
+        others = [other.trained for layer in self.layers for other in layer.others.values()]
+        others += [other.trained for other in self.outside.values()]
+        return [{"params": params} for params in (projected, others) if params]
 
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters that can train, for the optimizer. Those of inactive layers have no values or gradients."""
-        projected = [weight.trained for layer in self._weights for _, weight in layer.values()]
-        return projected + [parameter for layer in self._others for parameter in layer]
+        """The parameters of `parameter_groups`, in one list."""
+        return [parameter for group in self.parameter_groups() for parameter in group["params"]]
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """Follow the steps of ``optimizer``, which has `parameters`.
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains now, by names as ``layers.0.mlp.w1.weight``, whatever the model calls its layers."""
+        found = {name: p for index in self.active for name, p in self.layers[index].trained().items()}
+        return found | {name: other.trained for name, other in self.outside.items()}
+
+    def num_trainable(self) -> int:
+        """Number of the model's weights that train now, in the active layers and outside the layers."""
+        active = [self.layers[index] for index in self.active]
+        projected = [weight.shape.numel() for layer in active for weight in layer.weights.values()]
+        others = [
+            other.parameter.numel()
+            for part in (*(layer.others for layer in active), self.outside)
+            for other in part.values()
+        ]
+        return sum(projected) + sum(others)
+
+    def activate(self, indices: list[int], *, forget: bool = True) -> None:
+        """Let the layers of ``indices`` train, and no others. Merge layers that leave first.
+
+        Args:
+            forget: free the bases of layers that leave.
+        """
+        if not self.active:
+            for other in self.outside.values():
+                other.engage()
+        for index in set(self.active) - set(indices):
+            self.layers[index].release(forget=forget)
+            if self.masters is not None:
+                self.masters.freeze(index)
+        for index in sorted(set(indices) - set(self.active)):
+            layer = self.layers[index]
+            if self.masters is not None:
+                self.masters.thaw(index, layer.others)
+            layer.engage()
+        self.active = sorted(indices)
+
+    def active_weights(self) -> Iterator[tuple[str, ProjectedWeight]]:
+        """The projected weights that train, by name."""
+        for index in self.active:
+            yield from self.layers[index].weights.items()
+
+    def lacks_basis(self, index: int) -> bool:
+        """Whether a backward pass through a layer makes bases."""
+        return index in self.active and any(weight.basis is None for weight in self.layers[index].weights.values())
+
+    def _all_weights(self) -> Iterator[tuple[str, ProjectedWeight]]:
+        for layer in self.layers:
+            yield from layer.weights.items()
+
+    def write_back(self) -> None:
+        """Round what is trained as a copy to the model's parameters, after a step."""
+        for part in (*(self.layers[index].others for index in self.active), self.outside):
+            for other in part.values():
+                other.write_back()
+
+    @torch.no_grad()
+    def merge(self, indices: Iterable[int] | None = None, *, keep_bases: bool = False) -> None:
+        """Add the updates of active layers to their weights, and end their bases. The next backward makes new ones.
+
+        Args:
+            indices: of the layers; all active ones if omitted.
+            keep_bases: go on with the bases, as if the layers had just begun with them.
 
         Raises:
-            ValueError: if its weight decay is added to the gradient, which would act on A and not on the weight.
+            DivergedError: if a quantized layer's weights are not finite. None has then changed.
+            OSError: if the disk of quantized layers is full or refuses. Later layers have then not changed.
         """
-        for group in optimizer.param_groups:
-            is_decoupled = group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
-            if group.get("weight_decay", 0.0) and not is_decoupled:
-                raise ValueError(
-                    f"weight_decay={group['weight_decay']}; {type(optimizer).__name__} adds it to the gradient: set it "
-                    "to 0, or use AdamW"
-                )
-        self._optimizer = optimizer
-        optimizer.register_step_pre_hook(lambda *_: self._before_step())
-        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        for index in self.active if indices is None else sorted(indices):
+            layer = self.layers[index]
+            if self.masters is not None:
+                self.masters.replace(index, self.merged_layer(index, stochastic=True))
+            for name, weight in layer.weights.items():
+                parameter = weight.linear.weight
+                if self.masters is None:
+                    weight.merge_into(parameter, self.generator(name, parameter.device))
+                weight.restart() if keep_bases else weight.end_basis()
+            if not keep_bases:
+                layer.age = 0
 
-    def begin_step(self) -> bool:
-        """Draw new layers, or end bases, if it is time. Call it before the first forward of each step.
+    def forget_updates(self) -> None:
+        """Begin anew with other weights, which are loaded next."""
+        for index in self.active:
+            for weight in self.layers[index].weights.values():
+                weight.end_basis()
+            self.layers[index].age = 0
 
-        Returns:
-            Whether layers were drawn.
-        """
-        assert self._optimizer is not None, "call attach(optimizer) first"
-        is_due = self._drawn_at is None or self.num_steps - self._drawn_at >= self._resample_every
-        if is_due:
-            self._activate(self._sampler.draw())
-            self._drawn_at = self.num_steps
-        for linear, weight in self._active_weights():
-            if weight.age >= self._update_gap:
-                weight.merge(linear.weight)
-        return is_due
+    def merged(self, parameter: Tensor) -> Tensor:
+        """The value of a parameter of the model with the updates so far, for an export. It is a copy if it has some."""
+        weight = self._by_parameter.get(parameter)
+        value = parameter.detach()
+        if weight is not None and weight.trained.numel():
+            value = value.clone()
+            weight.merge_into(value)
+        return value
 
-    def merge(self) -> None:
-        """Add the updates so far to the weights, for example before they are saved. The next step makes new bases."""
-        for linear, weight in self._active_weights():
-            weight.merge(linear.weight)
+    @torch.no_grad()
+    def merged_layer(self, index: int, *, stochastic: bool = False) -> dict[str, Tensor]:
+        """The full-precision weights of a quantized layer with the updates so far, by name."""
+        assert self.masters is not None
+        weights = self.masters.read(index)
+        if index not in self.active:
+            return weights
+        for name, weight in self.layers[index].weights.items():
+            on_device = weights[name].to(weight.device)
+            weight.merge_into(on_device, self.generator(name, on_device.device) if stochastic else None)
+            weights[name] = on_device.to(weights[name].device)
+        return weights | {name: other.parameter.detach() for name, other in self.layers[index].others.items()}
+
+    def nbytes(self) -> int:
+        """Bytes of bases and corrections."""
+        return sum(weight.nbytes for _, weight in self._all_weights())
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule, and A and the basis of each weight that trains, for an exact resume between two steps.
+        """A, bases and, unless they are quantized, W₀ of the layers that train, for an exact resume between two steps.
 
-        Save the model's weights beside it without `merge`, and the optimizer's own state.
+        Weights that FSDP2 shards are gathered; the first process gets them.
         """
-        weights = {
-            index: {name: weight.state_dict() for name, (_, weight) in self._weights[index].items()}
-            for index in self.active
-        }
+        base = {name: self._gathered(weight.linear.weight) for name, weight in self.active_weights()}
         return {
-            "num_steps": self.num_steps, "drawn_at": self._drawn_at, "sampler": self._sampler.state_dict(),
-            "weights": weights,
+            "active": self.active,
+            "num_steps": self.num_steps,
+            "ages": [layer.age for layer in self.layers],
+            "weights": {
+                name: weight.state_dict()
+                for name, weight in self._all_weights()
+                if weight.trained.numel() or weight.basis is not None
+            },
+            "others": {name: self._gathered(other.trained) for name, other in self._not_in_weights()},
+            "base": base if self.masters is None else {},
         }  # fmt: skip
 
+    def _gathered(self, parameter: Tensor) -> Tensor:
+        value = full(parameter.detach())
+        if not isinstance(parameter, DTensor):
+            return value
+        return value.cpu() if self._world.rank == 0 else value.new_empty(0)
+
+    def _not_in_weights(self) -> Iterator[tuple[str, WholeParameter]]:
+        """What trains as it is, and is not in the weights that are loaded before the state: copies in float32, and with
+        quantized weights everything in active layers, of which the masters are older."""
+        for part in (*(self.layers[index].others for index in self.active), self.outside):
+            for name, other in part.items():
+                if other.trained is not other.parameter or (self.masters is not None and part is not self.outside):
+                    yield name, other
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load it after `attach`, and the optimizer's state after it."""
-        self._activate(sorted(state_dict["weights"]))
-        for index, weights in state_dict["weights"].items():
-            for name, state in weights.items():
-                self._weights[index][name][1].load_state_dict(state)
-        self._sampler.load_state_dict(state_dict["sampler"])
-        self.num_steps, self._drawn_at = state_dict["num_steps"], state_dict["drawn_at"]
-
-    def _active_weights(self) -> Iterator[tuple[nn.Linear, ProjectedWeight]]:
-        for index in self.active:
-            yield from self._weights[index].values()
-
-    def _activate(self, layers: list[int]) -> None:
-        for index in set(self.active) - set(layers):
-            for linear, weight in self._weights[index].values():
-                weight.merge(linear.weight)
-                weight.release()
-            self._switch(index, False)
-        for index in set(layers) - set(self.active):
-            for _, weight in self._weights[index].values():
-                weight.engage()
-            self._switch(index, True)
-        self.active = layers
-
-    def _switch(self, index: int, trains: bool) -> None:
-        assert self._optimizer is not None
-        for parameter in (*(weight.trained for _, weight in self._weights[index].values()), *self._others[index]):
-            parameter.requires_grad_(trains)
-            parameter.grad = None
-            if not trains:
-                self._optimizer.state.pop(parameter, None)
-
-    def _before_step(self) -> None:
-        """Carry the moments of weights whose backward has made a new basis over to it."""
-        assert self._optimizer is not None
-        for _, weight in self._active_weights():
-            if weight.turn is not None:
-                carry_moments(self._optimizer, weight.trained, weight.turn, self._moments, weight.right)
-                weight.turn = None
-
-    def _after_step(self) -> None:
-        assert self._optimizer is not None
-        group_of = {parameter: group for group in self._optimizer.param_groups for parameter in group["params"]}
-        for _, weight in self._active_weights():
-            group = group_of[weight.trained]
-            weight.decay *= 1 - float(group["lr"]) * group.get("weight_decay", 0.0)
-            weight.age += weight.basis is not None
-        self.num_steps += 1
+        """Load it after the weights. The optimizer's state comes after it."""
+        self.activate([])
+        self.activate(list(state_dict["active"]))
+        self.num_steps = state_dict["num_steps"]
+        for layer, age in zip(self.layers, state_dict["ages"], strict=True):
+            layer.age = age
+        weights = dict(self._all_weights())
+        for name, base in state_dict["base"].items():
+            parameter = weights[name].linear.weight
+            parameter.copy_(shard_like(base.to(parameter.dtype), parameter))
+        for name, state in state_dict["weights"].items():
+            weights[name].load_state_dict(state)
+        for name, other in self._not_in_weights():
+            other.trained.copy_(shard_like(state_dict["others"][name], other.trained))
+            other.write_back()
 
 
-def carry_moments(optimizer: Optimizer, parameter: Tensor, turn: Tensor, moments: str, right: bool) -> None:
-    """Carry the optimizer's moments of A over to a new basis, in place.
+def _check_options(rank: Any, side: str, scale: Any, basis: str) -> None:
+    for name, value, choices in (("side", side, SIDES), ("basis", basis, BASES)):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}; choose one of {', '.join(choices)}")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ValueError(f"rank={rank}; it must be an integer >= 1, or null for full rank")
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale < math.inf:
+        raise ValueError(f"scale={scale!r}; it must be a finite number >= 0")
 
-    Args:
-        turn: (r, r) old basisᵀ · new basis.
-        moments: ``keep`` does nothing; ``reset`` drops the state; ``project`` rotates ``exp_avg`` with ``turn``, and
-            ``exp_avg_sq`` with its elementwise square.
-        right: whether A is (m, r), and not (r, n).
 
-    Raises:
-        ValueError: if the optimizer has no such moments to project.
-    """
-    if moments == "reset":
-        optimizer.state.pop(parameter, None)
-    if moments != "project" or not (state := optimizer.state.get(parameter)):
+def _check_rank(rank: int, layers: list[dict[str, nn.Parameter]], projected: dict[Tensor, ProjectedWeight]) -> None:
+    """Refuse a rank that projects nothing, and warn of one that projects only some matrices."""
+    matrices = [parameter for layer in layers for parameter in layer.values() if parameter.ndim == 2]
+    others = [parameter for parameter in matrices if parameter not in projected]
+    if not others:
         return
-    if not state.keys() >= {"exp_avg", "exp_avg_sq"}:
-        raise ValueError(f"moments=project; {type(optimizer).__name__} has no exp_avg and exp_avg_sq to project")
-    for key, matrix in (("exp_avg", turn), ("exp_avg_sq", turn.square())):
-        moment = state[key] if type(state[key]) is Tensor else state[key].dequantize()
-        state[key].copy_(moment @ matrix if right else matrix.T @ moment)
+    sides = sorted({min(parameter.shape) for parameter in others})
+    if not projected:
+        raise ValueError(
+            f"rank={rank}; no weight's shorter side is above it (shorter sides: {sides}); lower it, or set rank=null"
+        )
+    warnings.warn(
+        f"rank={rank} is not below the shorter side ({', '.join(map(str, sides))}) of {len(others)} of "
+        f"{len(matrices)} weights; these are trained at full rank",
+        stacklevel=3,
+    )

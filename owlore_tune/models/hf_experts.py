@@ -54,7 +54,7 @@ class Experts(nn.ModuleList):
         counts = self._counts(choices)
         outputs = []
         for expert, own, x in zip(self, tokens.split(counts), hidden_states[tokens].split(counts), strict=True):
-            # With FSDP2, all processes must have a gradient for the same parameters. It is zero without tokens.
+            # All processes must have a gradient for the same parameters. It is zero without tokens.
             if len(x) or (torch.is_grad_enabled() and _trains(expert)):
                 self.tokens = own
                 outputs.append(self._of_expert(expert, x))
@@ -76,7 +76,8 @@ class Experts(nn.ModuleList):
 
 
 def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+    """Whether a weight trains, as it is or in the projected form."""
+    return any(p.requires_grad for p in module.parameters()) or any("projected" in vars(m) for m in module.modules())
 
 
 def _linear(weight: Tensor) -> nn.Linear:

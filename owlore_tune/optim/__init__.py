@@ -1,5 +1,1 @@
-"""AdamW on low-rank gradients, with state in 32, 16 or 8 bits."""
-
-from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
-
-__all__ = ["OwLoreAdamW", "parameter_groups"]
+"""How weights are trained: low-rank bases, the projected form, and the state of any optimizer beside them."""

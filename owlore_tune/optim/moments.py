@@ -1,85 +1,74 @@
-"""Moments of AdamW in 32 or 8 bits, of a gradient or of its projection."""
+"""What an optimizer knows about a trained parameter: its moments at a new basis, in host memory, and their size."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
-from owlore_tune.optim import low_bits
-
-MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
-
-
-def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype of moments and of the update: float32, or float64 for float64 weights."""
-    return torch.promote_types(parameter.dtype, torch.float32)
+MOMENTS = ("keep", "project", "reset")
 
 
-def zero_moments(parameter: Tensor, shape: Sequence[int], group: dict[str, Any], by_column: bool) -> dict[str, Tensor]:
-    """Moments of ``shape`` by their keys, in the group's ``state_bits``, on the device of ``parameter``.
+def carry_moments(optimizer: Optimizer, parameter: Tensor, turn: Tensor, moments: str, right: bool) -> None:
+    """Carry the optimizer's moments of A over to a new basis, in place.
 
     Args:
-        by_column: see `low_bits.zeros`.
-    """
-    bits, dtype, device = group["state_bits"], compute_dtype(parameter), parameter.device
-    return {
-        key: low_bits.zeros(shape, bits, signed=signed, dtype=dtype, device=device, by_column=by_column)
-        for key, signed in zip(MOMENT_KEYS, (True, False), strict=True)
-    }
+        turn: (r, r) old basisᵀ · new basis.
+        moments: ``keep`` does nothing; ``reset`` drops the state; ``project`` rotates ``exp_avg`` with ``turn``, and
+            ``exp_avg_sq`` with its elementwise square.
+        right: whether A is (m, r), and not (r, n).
 
-
-def carry_moments(state: dict[str, Any], turn: Tensor | None, moments: str, right: bool) -> None:
-    """Carry the moments of a weight over a refresh of its basis, in place.
-
-    Args:
-        state: with ``step`` and the moments, (m, r) on the right side, else (r, n).
-        turn: (r, r) old basisᵀ · new basis, if the moments are projected.
-        moments: ``keep``, ``project`` or ``reset``.
+    Raises:
+        ValueError: if the optimizer has no such moments to project.
     """
     if moments == "reset":
-        state["step"] = 0
-        for key in MOMENT_KEYS:
-            moment = low_bits.restore(state[key], torch.float32, by_column=right)
-            low_bits.update(state[key], torch.zeros_like(moment), by_column=right)
-    elif moments == "project":
-        assert turn is not None
-        for key, matrix in zip(MOMENT_KEYS, (turn, turn.square()), strict=True):
-            moment = low_bits.restore(state[key], turn.dtype, by_column=right)
-            low_bits.update(state[key], moment @ matrix if right else matrix.T @ moment, by_column=right)
+        optimizer.state.pop(parameter, None)
+    if moments != "project" or not (state := optimizer.state.get(parameter)):
+        return
+    if not state.keys() >= {"exp_avg", "exp_avg_sq"}:
+        raise ValueError(f"moments=project; {type(optimizer).__name__} has no exp_avg and exp_avg_sq to project")
+    for key, matrix in (("exp_avg", turn), ("exp_avg_sq", turn.square())):
+        moment = state[key] if type(state[key]) is Tensor else state[key].dequantize()
+        state[key].copy_(moment @ matrix if right else matrix.T @ moment)
 
 
-def restore_moments(stored: Sequence[Tensor], dtype: torch.dtype, by_column: bool = False) -> list[Tensor]:
-    """Mean and mean square, dequantized.
-
-    If 8-bit rounding made a mean square zero, the squared mean replaces it. This bounds the direction: dividing by
-    (nearly) zero gave directions of several hundred.
+def check_decay(optimizer: Optimizer) -> None:
     """
-    mean, mean_square = (low_bits.restore(moment, dtype, by_column=by_column) for moment in stored)
-    if low_bits.is_rounded(stored[1]):
-        torch.where(mean_square == 0, mean.square(), mean_square, out=mean_square)
-    return [mean, mean_square]
-
-
-def adamw_(
-    targets: list[Tensor],
-    grads: list[Tensor],
-    moments: list[list[Tensor]],  # of each target: mean and mean square of its gradients, updated in place
-    step: int,  # from 1
-    group: dict[str, Any],
-    *,
-    lr: float,
-    weight_decay: float,
-) -> None:
-    """One step of torch's fused AdamW on ``targets``, in place. All tensors have one dtype and device.
-
-    The tensors of a target share its shape.
+    Raises:
+        ValueError: if the optimizer adds weight decay to the gradient, where it would act on A and not on the weight.
     """
-    exp_avgs, exp_avg_sqs = (list(each) for each in zip(*moments, strict=True))
-    beta1, beta2 = group["betas"]
-    counts = torch.full((len(targets),), step - 1.0, dtype=torch.float32, device=targets[0].device)  # no device sync
-    adamw(
-        targets, grads, exp_avgs, exp_avg_sqs, [], list(counts.unbind()), fused=True, amsgrad=False, maximize=False,
-        beta1=beta1, beta2=beta2, eps=group["eps"], lr=lr, weight_decay=weight_decay,
-    )  # fmt: skip
+    for group in optimizer.param_groups:
+        is_decoupled = group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
+        if group.get("weight_decay", 0.0) and not is_decoupled:
+            raise ValueError(
+                f"weight_decay={group['weight_decay']}; {type(optimizer).__name__} adds it to the gradient: set it "
+                "to 0, or use AdamW"
+            )
+
+
+def move_state(optimizer: Optimizer, parameter: Tensor, device: torch.device) -> None:
+    """Move the optimizer's state of a parameter, but for its step counter, to ``device``."""
+    if state := optimizer.state.get(parameter):
+        moved = {key: value for key, value in state.items() if key != "step"}
+        state |= tree_map_only(Tensor, lambda value: value.to(device), moved)
+
+
+def state_bytes(optimizer: Optimizer, device: torch.device | None = None) -> int:
+    """Bytes of the optimizer's state on this process; only those on the kind of ``device``, if it is given."""
+    return sum(
+        num_bytes(value)
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and (device is None or value.device.type == device.type)
+    )
+
+
+def num_bytes(value: Any) -> int:
+    """Bytes of a tensor on this process: of its shard, or of the codes and scales of torchao's 8-bit state."""
+    if hasattr(value, "to_local"):
+        value = value.to_local()
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        return sum(num_bytes(getattr(value, name)) for name in names)
+    return value.nbytes

@@ -4,53 +4,59 @@ Between two refreshes of its basis P (n, r), GaLore's update moves a weight only
 W₀ (m, n) stays as it is, in any format, and A (m, r) is the sum of the updates. It starts at 0, and its gradient is
 G P = (∂L/∂y)ᵀ (x P), for an input x and the output's gradient. No full gradient exists, and backward keeps x P (t, r)
 instead of x (t, n). c is the product of the decay factors, and s a constant scale. When a basis ends, W₀ absorbs the
-rest (`ProjectedWeight.merge`). This is the duality of gradient projections and adapters (arXiv 2502.13811) with a basis
-that changes.
+rest (`ProjectedWeight.merge_into`). This is the duality of gradient projections and adapters (arXiv 2502.13811) with a
+basis that changes.
 
 On the left side (GaLore's rule for wide weights), W = c · W₀ + s · P A with P (m, r) and A (r, n).
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from owlore_tune.optim.projection import is_right, product_range_finder, side_factor, svd_basis, times
+from owlore_tune.clock import Clock
+from owlore_tune.distributed.world import ALONE, World, compute_device, local, rows_of
+from owlore_tune.optim.projection import is_right, range_finder, side_factor, svd_basis, times
 from owlore_tune.optim.rounding import noise_for, round_to
 
-MakeGenerator = Callable[[torch.device], torch.Generator]
-_TENSORS = ("basis", "energy", "turn", "_start", "_correction")
+MakeGenerator = Callable[[torch.device], torch.Generator | None]
+_TENSORS = ("basis", "energy", "turn", "start", "correction")
 _MOVED = 2**22  # values of a 16-bit weight that a merge changes at once
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype in which a parameter is trained: float32, or float64 for float64 parameters."""
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 class ProjectedWeight:
     """The trained part of the weight of one Linear.
 
-    While it is attached, the Linear computes with c · W₀ + s · A Pᵀ. W₀ is the Linear's weight, or its quantized weight
-    (`owlore_tune.frozen.linear.freeze`), and gets no gradient. A new basis is computed in the first backward pass
-    without one, from the input and the output's gradient of that Linear. A is 0 until then.
+    From `engage` to `release`, the Linear computes with c · W₀ + s · A Pᵀ. W₀ is the Linear's weight, or its quantized
+    weight (`owlore_tune.quantized`), and gets no gradient. The first backward pass without a basis makes one, from the
+    input and the output's gradient of that Linear. A is 0 until then.
 
     Args:
-        linear: with a weight (m, n).
+        linear: with a weight (m, n), whose rows FSDP2 may shard.
         rank: r, below min(m, n).
         side: ``right``, or ``shape`` for GaLore's rule (the shorter side).
-        scale: factor on the update. With side ``right``, the update of a wide weight is also multiplied by √(n/m).
+        scale: factor on the update. With side ``right``, the update of a wide weight is also multiplied by √(n/m), the
+            ratio of the sizes of GaLore's updates on the two sides.
         basis: ``randomized``, or ``svd`` (exact, slow, and it needs the full gradient once).
         generator: returns the generator of a basis' random sketch, on a device.
+        world: processes that train on different tokens of one step. All get the same basis.
 
     Attributes:
-        trained: A, (m, r) or (r, n), float32, or float64 for float64 weights.
-        basis: P, (n, r) or (m, r), in A's dtype; None until the next backward pass.
-        energy: share of the gradient's energy in the basis, estimated when it was made.
-        turn: (r, r) old basisᵀ · new basis, until the moments are carried over; None without an old one.
+        trained: A, (m, r) or (r, n), in float32, or float64 for float64 weights. Empty if the Linear is not engaged.
+        basis: P, (n, r) or (m, r), in the weight's dtype; None until the next backward pass.
+        energy: () share of the first gradient's energy in the basis; NaN if the gradient gave none.
+        start: the basis before this one, from which the next one starts.
+        turn: (r, r) old basisᵀ · new basis; None without an old one.
+        correction: (W₀ − Q(W₀)) P of a quantized weight Q(W₀), in A's shape, in bfloat16.
+        is_new: whether no optimizer step has used the basis yet.
         decay: c.
-        age: optimizer steps with this basis.
-
-    Raises:
-        ValueError: if ``rank`` is not below the shorter side.
     """
 
     def __init__(
@@ -62,129 +68,197 @@ class ProjectedWeight:
         side: str = "right",
         scale: float = 1.0,
         basis: str = "randomized",
+        world: World = ALONE,
     ) -> None:
-        self._linear = linear
-        self.shape = torch.Size((linear.out_features, linear.in_features))
-        m, n = self.shape
-        if not 0 < rank < min(m, n):
-            raise ValueError(f"rank={rank}; it must be below the shorter side of a weight of shape {(m, n)}")
-        self.rank = rank
+        self.linear = linear
+        m, n = self.shape = torch.Size((linear.out_features, linear.in_features))
         self.right = is_right(self.shape, side)
+        self.size = torch.Size((m, rank) if self.right else (rank, n))
+        self.rank = rank
         self._scale = scale * (side_factor(self.shape) if self.right else 1.0)
         self._kind = basis
         self._generator = generator
-        weight = linear.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        shape = (m, rank) if self.right else (rank, n)
-        self.trained = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device))
+        self._world = world
+        self._clock: Clock | None = None
+        self._dtype = compute_dtype(linear.weight)
+        self.trained = nn.Parameter(torch.empty(0, dtype=self._dtype), requires_grad=False)
+        linear.weight.requires_grad_(False)
+        self._forget()
+
+    def _forget(self) -> None:
         self.basis: Tensor | None = None
         self.energy: Tensor | None = None
+        self.start: Tensor | None = None
         self.turn: Tensor | None = None
+        self.correction: Tensor | None = None
+        self.is_new = False
         self.decay = 1.0
-        self.age = 0
-        self._start: Tensor | None = None  # the last basis
-        self._correction: Tensor | None = None
-        self._size = self.trained.shape
-        weight.requires_grad_(False)
-        self.engage()
+        self._decay: Tensor | None = None  # () of the host: a number would be a constant of a compiled layer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the Linear computes."""
+        return compute_device(self.linear.weight)
 
     def engage(self) -> None:
         """Let the Linear compute with A, which is 0, beside its own forward, which may be that of quantized weights."""
-        self.trained.data = self.trained.new_zeros(self._size)
-        self._own_forward = self._linear.forward
-        self._linear.forward = self.forward  # type: ignore[method-assign, assignment]
+        self.trained.data = torch.zeros(self.size, dtype=self._dtype, device=self.device)
+        self.trained.requires_grad_(True)
+        self._clock = Clock(self.device)
+        self._own_forward = self.linear.forward
+        self.linear.forward = self.forward  # type: ignore[method-assign, assignment]
+        self.linear.projected = self  # type: ignore[assignment]
 
-    def release(self) -> None:
-        """Give the Linear its own forward back, and free A and the basis. Without `merge` before, updates are lost."""
-        self._linear.forward = self._own_forward  # type: ignore[method-assign]
-        self.trained.data = self.trained.new_empty(0)
-        self.basis = self.turn = self.energy = self._start = self._correction = None
-        self.decay, self.age = 1.0, 0
+    def release(self, *, forget: bool = True) -> None:
+        """Give the Linear its own forward back, and free A. Without a merge before, its updates are lost.
+
+        Args:
+            forget: also free the basis.
+        """
+        self.linear.forward = self._own_forward  # type: ignore[method-assign]
+        del self.linear.projected
+        self.trained.requires_grad_(False)
+        self.trained.grad = None
+        self.trained.data = torch.empty(0, dtype=self._dtype, device=self.trained.device)
+        if forget:
+            self._forget()
 
     def forward(self, x: Tensor) -> Tensor:  # (..., n) → (..., m)
         """The Linear's forward, with the weight c · W₀ + s · A Pᵀ."""
-        product, bias = self._own_forward(x), self._linear.bias
-        if self.decay != 1.0:
-            product = product * self.decay if bias is None else (product - bias) * self.decay + bias
+        rows = x.reshape(-1, x.shape[-1])
+        product, bias = self._own_forward(rows), self.linear.bias
+        if self._decay is not None:
+            product = product * self._decay if bias is None else (product - bias) * self._decay + bias
         if self.basis is not None:
-            return product + self._update_of(x)
-        return _WithNewBasis.apply(product, x.detach(), self.trained, self) if torch.is_grad_enabled() else product
+            product = self._with_update(product, rows)
+        elif torch.is_grad_enabled():
+            product = _WithNewBasis.apply(product, rows.detach(), self.trained, self)
+        return product.view(*x.shape[:-1], product.shape[-1])
 
-    def _update_of(self, x: Tensor) -> Tensor:
-        """x (s · A Pᵀ)ᵀ. The gradient of A is that of s = 1, so that clipping and eps do not depend on s."""
+    def _with_update(self, product: Tensor, x: Tensor) -> Tensor:
+        """``product`` + x (s · A Pᵀ)ᵀ.
+
+        The gradient of A is that of s = 1, so that clipping and eps do not depend on s.
+        """
         assert self.basis is not None
         factor = self.trained if self._scale == 1.0 else self.trained + (self._scale - 1) * self.trained.detach()
-        if self._correction is not None:
-            factor = factor + self._correction
-        basis, factor = self.basis.to(x.dtype), factor.to(x.dtype)
-        return F.linear(x @ basis, factor) if self.right else F.linear(F.linear(x, factor), basis)
+        if self.correction is not None:
+            factor = factor + self.correction
+        factor, basis = factor.to(x.dtype), self.basis.to(x.dtype)
+        first, second = (basis, factor.T) if self.right else (factor.T, basis.T)
+        return product.addmm_((x @ first).to(product.dtype), second.to(product.dtype))  # autocast may round products
 
-    def make_basis(self, x: Tensor, grad: Tensor) -> Tensor:  # (..., n), (..., m) → the gradient of A
-        """Make the basis from the Linear's input and its output's gradient, unless there is one already."""
-        x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        if self.basis is None:
-            rows, columns = (grad, x) if self.right else (x, grad)  # the basis is of the second one's features
-            if self._kind == "svd":
-                basis, energy = svd_basis(times(grad.T, x.to(self.trained.dtype)), self.rank, self.right)
-            else:
-                generator = self._generator(x.device)
-                basis, energy = product_range_finder(rows, columns, self.rank, generator=generator, start=self._start)
-            if energy.isnan():  # a zero gradient, or one that is not finite: a later one gives the basis
-                is_finite = grad.isfinite().all() & x.isfinite().all()
-                return torch.full_like(self.trained, 0.0 if is_finite else math.nan)
-            self.basis, self.energy = basis.to(self.trained.dtype), energy
-            self.turn = None if self._start is None else self._start.T @ self.basis
-        if self.right:
-            return times(grad.T, times(x, self.basis))
-        return times(times(grad, self.basis).T, x.to(self.basis.dtype))
+    def make_basis(self, x: Tensor, grad: Tensor) -> Tensor:  # (t, n), (t, m) → the gradient of A
+        """Make the basis from the Linear's input and its output's gradient, unless there is one already.
 
-    def correct(self, error: Tensor) -> None:
-        """Make a quantized weight exact within the basis.
-
-        Otherwise A would also learn to undo the rounding of W₀, which is wrong for the merged weight.
-
-        Args:
-            error: W₀ − Q(W₀), (m, n).
+        The host reads no value. If the gradient is zero or not finite, the basis is arbitrary, and ``energy`` is NaN.
         """
-        assert self.basis is not None
-        product = times(error, self.basis) if self.right else times(error.T, self.basis).T
-        self._correction = product.to(torch.bfloat16)
+        assert self._clock is not None
+        if self.basis is None:
+            with self._clock("basis"):
+                basis, self.energy = self._new_basis(x, grad)
+                self.turn = None if self.start is None else self.start.to(basis.dtype).T @ basis
+                self.basis, self.is_new = basis.to(self.linear.weight.dtype), True
+        basis = self.basis.to(self._dtype)
+        if self.right:
+            return times(grad.T, times(x, basis))
+        return times(times(grad, basis).T, x.to(basis.dtype))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers that an exact resume needs, beside W₀ itself, which `merge` has not changed since."""
-        tensors = {key: getattr(self, key) for key in _TENSORS}
-        return {"trained": self.trained.detach(), "decay": self.decay, "age": self.age, **tensors}
+    def _new_basis(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if self._kind == "svd":
+            whole = self._world.sum_(times(grad.T, x.to(self._dtype)))
+            return svd_basis(whole, self.rank, self.right)
+        rows, columns = (grad, x) if self.right else (x, grad)  # the basis is of the second one's features
+        generator = self._generator(x.device)
+        return range_finder(rows, columns, self.rank, generator=generator, start=self.start, world=self._world)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state, device = dict(state_dict), self.trained.device
-        self.trained.data = state.pop("trained").to(device, copy=True)
-        for key, value in state.items():
-            setattr(self, key, value.to(device, copy=True) if torch.is_tensor(value) else value)
+    def seconds(self) -> float:
+        """Time that the last basis took. Waits for the device."""
+        return sum(self._clock.read().values()) if self._clock is not None else 0.0
+
+    def give_up_basis(self) -> None:
+        """Undo a basis whose gradient gave none. A later gradient makes it."""
+        self.basis, self.energy, self.turn, self.is_new = None, None, None, False
+        self.trained.grad = None
+
+    def decay_by(self, factor: float) -> None:
+        """Multiply c with the factor by which a step of decoupled weight decay shrinks the weight."""
+        if factor == 1.0:
+            return
+        self.decay *= factor
+        if self._decay is None:
+            self._decay = torch.ones((), dtype=torch.float64)
+        self._decay.fill_(self.decay)
 
     @torch.no_grad()
-    def merge(self, weight: Tensor, *, stochastic: bool = True) -> None:
-        """``weight`` (m, n) ← c · weight + s · A Pᵀ. Then A is 0, c is 1, and the next backward makes a new basis.
+    def merge_into(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
+        """``weight`` (m, n) ← c · weight + s · A Pᵀ, rounded once.
 
         Args:
-            weight: W₀ in full precision. It is rounded once.
-            stochastic: round a bfloat16 weight stochastically.
+            weight: W₀ in full precision; sharded as that of the Linear.
+            generator: rounds a bfloat16 weight stochastically. None rounds to the nearest value.
         """
-        if self.basis is not None:
-            rows, columns = (self.trained, self.basis.T) if self.right else (self.basis, self.trained)
-            self._move(weight, rows.to(weight.device), columns.to(weight.device), stochastic)
-            self._start = self.basis
-        elif self.decay != 1.0:
-            weight.mul_(self.decay)
-        self.trained.zero_()
-        self.basis, self.decay, self.age, self._correction = None, 1.0, 0, None
-
-    def _move(self, weight: Tensor, rows: Tensor, columns: Tensor, stochastic: bool) -> None:
-        if weight.dtype == rows.dtype:
-            weight.addmm_(rows, columns, beta=self.decay, alpha=self._scale)
+        own = local(weight)
+        if self.basis is None:
+            if self.decay != 1.0:
+                own.mul_(self.decay)
             return
-        pieces = -(-weight.numel() // _MOVED) or 1
-        for some, some_rows in zip(weight.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
-            round_to(some, (some_rows @ columns).mul_(self._scale), noise_for(some, stochastic), self.decay)
+        first, end = rows_of(weight)
+        basis = self.basis.to(self._dtype)
+        rows, columns = (self.trained, basis.T) if self.right else (basis, self.trained)
+        rows, columns = rows[first:end].to(own.device), columns.to(own.device)
+        if own.dtype == rows.dtype:
+            own.addmm_(rows, columns, beta=self.decay, alpha=self._scale)
+            return
+        pieces = -(-own.numel() // _MOVED) or 1
+        for some, some_rows in zip(own.tensor_split(pieces), rows.tensor_split(pieces), strict=True):
+            round_to(some, (some_rows @ columns).mul_(self._scale), noise_for(some, generator), self.decay)
+
+    @torch.no_grad()
+    def end_basis(self) -> None:
+        """Begin anew after a merge: A is 0, c is 1, and the next backward pass makes a basis."""
+        self.restart()
+        if self.basis is not None:
+            self.start = self.basis
+        self.basis = self.energy = self.turn = None
+        self.is_new = False
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew after a merge, with the same basis. Its correction no longer holds."""
+        self.trained.zero_()
+        self.decay, self._decay, self.correction = 1.0, None, None
+
+    def move_basis(self, device: torch.device) -> None:
+        """Move the basis of a Linear that is not engaged, or just was."""
+        if self.basis is not None:
+            self.basis = self.basis.to(device)
+
+    def has_moved(self) -> Tensor:
+        """() whether A or c has changed since the last merge."""
+        if self.decay != 1.0:
+            return torch.ones((), dtype=torch.bool, device=self.trained.device)
+        return self.trained.detach().any()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the basis and the correction."""
+        return sum(tensor.nbytes for tensor in (self.basis, self.start, self.correction) if tensor is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs beside W₀."""
+        tensors = {key: getattr(self, key) for key in _TENSORS}
+        return {"trained": self.trained.detach(), "decay": self.decay, "is_new": self.is_new, **tensors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load it after `engage`, or into a Linear that is not engaged but keeps its basis."""
+        state = dict(state_dict)
+        if (trained := state.pop("trained")).numel():
+            self.trained.data = trained.to(self.trained.device, copy=True)
+        for key, value in state.items():
+            setattr(self, key, value.to(self.device, copy=True) if torch.is_tensor(value) else value)
+        if self.decay != 1.0:
+            self._decay = torch.full((), self.decay, dtype=torch.float64)
 
 
 class _WithNewBasis(torch.autograd.Function):

@@ -20,13 +20,13 @@ def round_to(weight: Tensor, change: Tensor, noise: Tensor | None, decay: float 
     weight.copy_(bits.view(torch.float32))
 
 
-def noise_for(weight: Tensor, stochastic: bool) -> Tensor | None:
-    """Uniform int16 noise in the shape of ``weight``; None if it is not ``stochastic``, or not bfloat16.
+def noise_for(weight: Tensor, generator: torch.Generator | None) -> Tensor | None:
+    """Uniform int16 noise in the shape of ``weight``; None without a ``generator``, or if it is not bfloat16.
 
     Four values come from one random number, because a CPU generates these one after the other.
     """
-    if not stochastic or weight.dtype != torch.bfloat16:
+    if generator is None or weight.dtype != torch.bfloat16:
         return None
     words = torch.empty(-(-weight.numel() // 4), dtype=torch.int64, device=weight.device)
-    words.random_(torch.iinfo(torch.int64).min, None)
+    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
     return words.view(torch.int16)[: weight.numel()].view(weight.shape)

@@ -23,11 +23,11 @@ from owlore_tune.data.samples import check_labels, check_samples, collate_packed
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError
-from owlore_tune.frozen.layers import FrozenLayers
-from owlore_tune.layers.active import ActiveLayers
+from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import LayerSampler
+from owlore_tune.layers.schedule import Schedule
 from owlore_tune.models.decoder import Decoder, find_layers, model_parts
-from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
+from owlore_tune.optim.moments import check_decay
 from owlore_tune.paths import user_path
 from owlore_tune.run.settings import TrainingSettings
 
@@ -155,17 +155,18 @@ class Parts(NamedTuple):
 
     loss_fn: Any
     model: Decoder
-    optimizer: OwLoreAdamW
+    layers: ProjectedLayers
+    optimizer: torch.optim.Optimizer
 
 
-def build_parts(settings: TrainingSettings) -> Parts:
-    """Loss, model and optimizer on the meta device, for plans and checks.
+def build_parts(settings: TrainingSettings, world: World = ALONE) -> Parts:
+    """Loss, model on the meta device, its layers in the projected form, and the optimizer.
 
     Raises:
         ConfigError: if one cannot be built, or they are incompatible.
     """
     loss_fn, model = build_model(settings)
-    return Parts(loss_fn, model, build_optimizer(settings, model))
+    return Parts(loss_fn, model, *build_trained(settings, model, world))
 
 
 def build_model(settings: TrainingSettings) -> tuple[Any, Decoder]:
@@ -213,35 +214,75 @@ def _build_loss(cfg: DictConfig) -> Any:
     return loss_fn
 
 
-def build_optimizer(settings: TrainingSettings, model: Decoder) -> OwLoreAdamW:
-    """The optimizer over all parameters of ``model`` that train with the ``owlore`` block."""
-    owlore = settings.owlore
+def build_trained(
+    settings: TrainingSettings, model: Decoder, world: World = ALONE
+) -> tuple[ProjectedLayers, torch.optim.Optimizer]:
+    """The layers of ``model`` in the projected form, and the optimizer over all parameters that train.
+
+    Raises:
+        ConfigError: if one cannot be built.
+    """
+    owlore, cfg = settings.owlore, settings.cfg
     if owlore.train_output and not owlore.train_embeddings and not model_parts(model).output:
         raise ConfigError(
             "owlore.train_output=true trains nothing, because the model's head is its embeddings; set "
             "owlore.train_embeddings=true to train both, or owlore.train_output=false"
         )
-    groups = parameter_groups(model, **owlore.train_outside())
-    return build_ours("optimizer", settings.cfg.optimizer, OwLoreAdamW, groups)
+    try:
+        layers = ProjectedLayers(model, **owlore.projection(), **owlore.train_outside(), seed=cfg.seed, world=world)
+    except ValueError as error:
+        raise ConfigError(f"owlore.{error}") from error
+    return layers, build_optimizer(settings, layers.parameter_groups())
 
 
-def compile_parts(loss_fn: Any, model: Decoder, optimizer: OwLoreAdamW) -> Any:
-    """Compile ``model``, layer by layer, and ``optimizer`` in place; returns the loss, compiled if possible.
+def build_optimizer(settings: TrainingSettings, groups: list[Any]) -> torch.optim.Optimizer:
+    """The config's optimizer over parameter groups.
+
+    Raises:
+        ConfigError: if it cannot be built, needs a closure, or has weight decay that is not decoupled.
+    """
+    node = settings.cfg.optimizer
+    for key, value in node.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (key == "lr" and not is_number) or (is_number and not math.isfinite(value)):
+            raise ConfigError(f"optimizer.{key}={value!r}; it must be a finite number")
+    optimizer = build_ours("optimizer", node, torch.optim.Optimizer, groups)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(f"optimizer._component_={node._component_} needs a closure, which the recipe does not have")
+    try:
+        check_decay(optimizer)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.{error}") from error
+    return optimizer
+
+
+def compile_parts(loss_fn: Any, model: Decoder, layers: ProjectedLayers) -> Any:
+    """Compile ``model``, layer by layer, in place; returns the loss, compiled if possible.
 
     All layers share their graphs. There is one for each kind of layer and pass: trained or frozen, with or without a
-    gradient to its input, and without any gradients in validation. A draw compiles nothing once each kind exists.
+    gradient to its input, and without any gradients in validation. A draw compiles nothing once each kind exists. A
+    layer whose bases are not made yet runs as it is, because its backward makes them.
     """
     # Kinds times row lengths (one, then any) times batch sizes can exceed torch's limit of 8. Beyond the limit, layers
     # would run uncompiled without an error.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     backend = os.environ.get("TORCH_COMPILE_BACKEND", "inductor")  # as torchtune's parts
-    for layer in find_layers(model):
+    for index, layer in enumerate(find_layers(model)):
         inner: nn.Module = getattr(layer, "_checkpoint_wrapped_module", layer)
-        inner.compile(backend=backend)
-    optimizer.compile(backend=backend)
+        inner.forward = partial(  # type: ignore[method-assign]
+            _compiled_or_not, inner.forward, torch.compile(inner.forward, backend=backend), layers, index
+        )
     # A loss that takes the model's head computes gradients inside forward.
     return loss_fn if hasattr(loss_fn, "set_model_output") else training.compile_loss(loss_fn)
+
+
+def _compiled_or_not(
+    plain_forward: Any, compiled: Any, layers: ProjectedLayers, index: int, *args: Any, **kwargs: Any
+) -> Any:
+    forward = plain_forward if layers.lacks_basis(index) else compiled
+    return forward(*args, **kwargs)
 
 
 def build_profiler(settings: TrainingSettings) -> Any:
@@ -275,24 +316,23 @@ def build_sampler(settings: TrainingSettings, scores: list[float]) -> LayerSampl
     return sampler
 
 
-def build_active_layers(
+def build_schedule(
     settings: TrainingSettings,
-    model: Decoder,
-    optimizer: OwLoreAdamW,
+    layers: ProjectedLayers,
+    optimizer: torch.optim.Optimizer,
     sampler: LayerSampler,
-    frozen: FrozenLayers | None = None,
     world: World = ALONE,
-) -> ActiveLayers:
+) -> Schedule:
     """The schedule of active layers. All layers are frozen until the first draw."""
     owlore = settings.owlore
-    return ActiveLayers(
-        model,
+    return Schedule(
+        layers,
         optimizer,
         sampler,
         resample_every=owlore.resample_every,
+        update_gap=owlore.update_gap,
+        moments=owlore.moments,
         inactive_state=owlore.inactive_state,
-        project_in_backward=owlore.project_in_backward,
-        frozen=frozen,
         world=world,
     )
 
@@ -330,11 +370,9 @@ def _check_lr_scheduler(settings: TrainingSettings) -> None:
 def describe(settings: TrainingSettings) -> str:
     """Check everything that needs no files. Returns the size of the model and of its trained part, as text."""
     check_late_components(settings)
-    _, model, optimizer = build_parts(settings)
-    layers = model_parts(model).layers
-    sizes = sorted(sum(parameter.numel() for parameter in layer.values()) for layer in layers)
-    num_active = settings.owlore.num_active_layers or len(layers)
+    _, model, trained, _ = build_parts(settings)
+    sizes = sorted(sum(parameter.numel() for parameter in layer.values()) for layer in model_parts(model).layers)
+    num_active = settings.owlore.num_active_layers or len(sizes)
     total = sum(parameter.numel() for parameter in model.parameters())
-    held = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
-    at_once = held - sum(sizes[: len(layers) - num_active])
-    return f"{total:,} parameters, {len(layers)} layers; {num_active} of them, {at_once:,} parameters, train at once"
+    at_once = sum(sizes[len(sizes) - num_active :]) + trained.num_trainable()  # outside the layers, before any draw
+    return f"{total:,} parameters, {len(sizes)} layers; {num_active} of them, {at_once:,} parameters, train at once"

@@ -3,30 +3,33 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune.utils import get_logger
 from tqdm import tqdm
 
+from owlore_tune.config import override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
-from owlore_tune.memory.plan import MemoryPlan, StepShape, peer_plans, plan_memory
-from owlore_tune.run.build import Parts, build_inputs, build_parts, is_packed, row_length
+from owlore_tune.memory.peers import peer_plans
+from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory, state_per_value
+from owlore_tune.memory.step import StepShape
+from owlore_tune.run.build import Parts, build_inputs, build_optimizer, build_parts, is_packed, row_length
 from owlore_tune.run.settings import TrainingSettings
 
-QUANTIZED = (  # on one device
-    ("owlore.frozen_weights=int8", "owlore.frozen_products=int8"),
-    ("owlore.frozen_weights=nf4", "owlore.frozen_products=full"),
+QUANTIZED = (
+    ("owlore.weights=int8", "owlore.products=int8"),
+    ("owlore.weights=nf4", "owlore.products=full"),
 )
 # Overrides to try if a plan exceeds device_memory_limit: first each one, then all helpful ones together.
 SAVINGS = (
     ("enable_activation_checkpointing=true",),
-    ("optimizer.state_bits=8", "optimizer.basis_bits=16"),
     *QUANTIZED,
     ("owlore.train_embeddings=false", "owlore.train_output=false"),
-    ("owlore.inactive_state=drop", "owlore.project_in_backward=true"),
+    ("owlore.inactive_state=drop",),
     ("owlore.num_active_layers=2",),
-    ("optimizer.rank=128",),
+    ("owlore.rank=128",),
     ("dtype=bf16",),
 )
 OFFLOAD = "fsdp_cpu_offload=true"
@@ -62,19 +65,24 @@ def plan_run(
         )
     owlore = settings.owlore
     offloads_state = owlore.inactive_state == "offload" and (gpu or settings.device.type != "cpu")
+    try:
+        per_value = state_per_value(partial(build_optimizer, settings))
+    except Exception as error:  # of any optimizer
+        raise ConfigError(
+            f"optimizer._component_={settings.cfg.optimizer._component_} fails in a step: {error}"
+        ) from error
+    method = Method(
+        {**owlore.projection(), **owlore.train_outside()},
+        owlore.num_active_layers,
+        per_value,
+        holds_all_state=owlore.inactive_state != "drop" and not offloads_state,
+    )
     plan = plan_memory(
         parts.model,
         parts.loss_fn,
-        parts.optimizer,
-        replace(
-            _step_shape(settings.cfg, seq_len),
-            frozen_weights=owlore.frozen_weights,
-            frozen_products=owlore.frozen_products,
-        ),
+        method,
+        replace(_step_shape(settings.cfg, seq_len), weights=owlore.weights, products=owlore.products),
         device=settings.device,
-        num_active=owlore.num_active_layers,
-        holds_all_state=owlore.inactive_state != "drop" and not offloads_state,
-        projects_in_backward=owlore.project_in_backward,
         framework=framework,
         sharding=sharding,
     )
@@ -92,7 +100,7 @@ def plan_with_peers(
         parts.loss_fn,
         _step_shape(settings.cfg, seq_len),
         device=settings.device,
-        rank=parts.optimizer.param_groups[0]["rank"] or 128,
+        rank=settings.owlore.rank or 128,
         framework=own.framework,
         train_outside=settings.owlore.train_outside(),
         sharding=sharding,
@@ -119,7 +127,7 @@ def plans_of_config(
             if (seq_len := settings.cfg.tokenizer.get("max_seq_len")) is None:
                 raise
             log.warning(f"{error}. Planning for rows of tokenizer.max_seq_len={seq_len} tokens.")
-    sharding = settings.sharding(world_size, gpu=gpu) if world_size > 1 else None
+    sharding = settings.sharding(world_size, gpu=gpu) if world_size > 1 and settings.shards() else None
     return plan_with_peers(settings, seq_len, sharding, gpu=gpu)
 
 
@@ -133,9 +141,7 @@ def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, shar
         """Bytes of the plan with ``overrides``; infinite if they are invalid."""
         devices = sharding and replace(sharding, cpu_offload=sharding.cpu_offload or OFFLOAD in overrides)
         try:
-            other = TrainingSettings.from_config(
-                DictConfig(OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides))))
-            )
+            other = TrainingSettings.from_config(override(cfg, overrides))
             return plan_run(other, seq_len, devices, plan.framework).total
         except ConfigError:
             return math.inf
@@ -145,7 +151,7 @@ def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, shar
     for overrides in savings(settings, sharding):
         saved = planned_with(overrides)
         if saved < plan.total:
-            together |= {override.partition("=")[0]: override for override in overrides}
+            together |= {text.partition("=")[0]: text for text in overrides}
         if saved <= limit:
             found.append(" ".join(overrides))
     if not found and planned_with(list(together.values())) <= limit:
@@ -160,8 +166,12 @@ def savings(settings: TrainingSettings, sharding: Sharding | None) -> list[tuple
     """The overrides to try if a plan exceeds its limit."""
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
     possible = [overrides for overrides in SAVINGS if sharding is None or overrides not in QUANTIZED]
+    eight_bits = (
+        "optimizer=torchao.optim.AdamW8bit",
+        *(["~optimizer.fused"] if "fused" in settings.cfg.optimizer else []),
+    )
     offload = [(OFFLOAD,)] if sharding is not None and settings.device.type != "cpu" else []
-    return [("batch_size=1", f"gradient_accumulation_steps={rows}"), *possible, *offload]
+    return [("batch_size=1", f"gradient_accumulation_steps={rows}"), eight_bits, *possible, *offload]
 
 
 def _step_shape(cfg: DictConfig, seq_len: int) -> StepShape:
@@ -171,5 +181,4 @@ def _step_shape(cfg: DictConfig, seq_len: int) -> StepShape:
         packed=is_packed(cfg.dataset),
         accumulates=cfg.gradient_accumulation_steps > 1,
         checkpointing=cfg.enable_activation_checkpointing,
-        compiled=cfg.compile,
     )

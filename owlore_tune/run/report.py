@@ -8,7 +8,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 from torchtune.training.metric_logging import DiskLogger, StdoutLogger, TensorBoardLogger
 from torchtune.utils import get_logger
 from tqdm import tqdm
@@ -16,11 +18,12 @@ from tqdm import tqdm
 from owlore_tune.config import build_with, plain, printable
 from owlore_tune.distributed.world import ALONE, World, local
 from owlore_tune.files import write_json
-from owlore_tune.frozen.layers import FrozenLayers
+from owlore_tune.layers.projected import ProjectedLayers
+from owlore_tune.layers.schedule import Refresh
 from owlore_tune.layers.scores import SCORES_FILE
 from owlore_tune.memory.measure import PeakMemory
 from owlore_tune.memory.plan import MemoryPlan
-from owlore_tune.optim.adamw import OwLoreAdamW, Refresh
+from owlore_tune.optim.moments import state_bytes
 from owlore_tune.run.build import LOGGER_METHODS
 from owlore_tune.run.manifest import MANIFEST, machine, versions
 from owlore_tune.run.progress import Progress
@@ -217,13 +220,14 @@ class Report:
 
 
 def measured_bytes(
-    model: nn.Module, optimizer: OwLoreAdamW, peak: PeakMemory, frozen: FrozenLayers | None = None
+    model: nn.Module, layers: ProjectedLayers, optimizer: Optimizer, peak: PeakMemory, device: torch.device
 ) -> dict[str, int]:
-    """Bytes in use on this process by category, and their peak so far as ``total``."""
+    """Bytes in use on this process by category, and their peak so far as ``total``. Host memory apart from ``device``
+    counts for weights only."""
     return {
-        "weights": sum(local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
-        + (0 if frozen is None else frozen.nbytes()),
-        "moments": optimizer.state_bytes("exp_avg", "exp_avg_sq"),
-        "bases": optimizer.state_bytes("basis"),
+        "weights": sum(local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "projected": sum(weight.trained.nbytes for _, weight in layers.active_weights()),
+        "moments": state_bytes(optimizer, device),
+        "bases": layers.nbytes(),
         "total": peak.read(),
     }

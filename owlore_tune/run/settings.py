@@ -1,6 +1,5 @@
 """The settings of a training run: the fields of its config, checked and parsed once."""
 
-import inspect
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,13 @@ from owlore_tune.config import (
 )
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
-from owlore_tune.frozen.formats import FORMATS
-from owlore_tune.frozen.linear import PRODUCTS
 from owlore_tune.layers.sampler import DRAWS
+from owlore_tune.layers.schedule import INACTIVE_STATES
 from owlore_tune.layers.scores import SCORES
-from owlore_tune.optim.adamw import INACTIVE_STATES, OwLoreAdamW
+from owlore_tune.optim.moments import MOMENTS
+from owlore_tune.optim.projection import BASES, SIDES
+from owlore_tune.quantized.formats import FORMATS
+from owlore_tune.quantized.linear import PRODUCTS
 from owlore_tune.run.directory import check_creatable
 
 REQUIRED = (
@@ -47,7 +48,8 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "bf16",
     "compile": False,
     "enable_activation_checkpointing": False,
-    "fsdp_cpu_offload": False,  # weights and their gradients in host memory; low-rank state stays on the device
+    "fsdp": None,  # on several devices: true for full weights, else false (every device has all weights)
+    "fsdp_cpu_offload": False,  # weights in host memory; what trains in the projected form stays on the device
     "fsdp_reshard_after_forward": True,
     "dist_timeout_s": 600,
     "metric_logger": {
@@ -81,9 +83,9 @@ FREE = frozenset(
     (
         "batch_size", "gradient_accumulation_steps",  # only their product must match, see `TrainingData.rows_per_step`
         "output_dir", "device", "device_memory_limit", "compile", "enable_activation_checkpointing",
-        "fsdp_cpu_offload", "fsdp_reshard_after_forward", "dist_timeout_s", "metric_logger", "log_every_n_steps",
-        "run_val_every_n_steps", "dataset_val", "batch_size_val", "profiler", "save_every_n_steps", "keep_last_n",
-        "resume_from_checkpoint", "max_skipped_steps",
+        "fsdp", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "dist_timeout_s", "metric_logger",
+        "log_every_n_steps", "run_val_every_n_steps", "dataset_val", "batch_size_val", "profiler",
+        "save_every_n_steps", "keep_last_n", "resume_from_checkpoint", "max_skipped_steps",
     )
 )  # fmt: skip
 # Paths inside other fields that can change too. Digests of their content are compared instead.
@@ -111,29 +113,34 @@ class OwLoreConfig:
     train_embeddings: bool = False
     train_output: bool = False
     train_norm: bool = False
-    project_in_backward: bool = True
-    frozen_weights: str = "full"
-    frozen_products: str = "full"
+    rank: int | None = 128  # r; null for full rank
+    update_gap: int = 100  # optimizer steps
+    scale: float = 1.0
+    side: str = "right"
+    basis: str = "randomized"
+    moments: str = "keep"
+    weights: str = "full"
+    products: str = "full"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             check_type(f"owlore.{field.name}", getattr(self, field.name), field.type)
         choices_of = {
             "score": SCORES, "draw": DRAWS, "inactive_state": INACTIVE_STATES,
-            "frozen_weights": ("full", *FORMATS), "frozen_products": PRODUCTS,
+            "side": SIDES, "basis": BASES, "moments": MOMENTS, "weights": ("full", *FORMATS), "products": PRODUCTS,
         }  # fmt: skip
         for key, choices in choices_of.items():
             if getattr(self, key) not in choices:
                 raise ConfigError(f"owlore.{key}={getattr(self, key)}; choose one of {', '.join(choices)}")
-        for key in ("num_active_layers", "resample_every", "outlier_threshold", "calibration_batches"):
+        counts = ("num_active_layers", "resample_every", "calibration_batches", "rank", "update_gap")
+        for key in (*counts, "outlier_threshold"):
             value = getattr(self, key)
             if value is not None and not 0 < value <= LARGEST_COUNT:
                 raise ConfigError(f"owlore.{key}={value}; it must be above 0, and at most {LARGEST_COUNT:,}")
-
-        if self.frozen_products == "int8" and self.frozen_weights != "int8":
-            raise ConfigError(
-                f"owlore.frozen_products=int8 needs owlore.frozen_weights=int8, not {self.frozen_weights}"
-            )
+        if not 0 <= self.scale < float("inf"):
+            raise ConfigError(f"owlore.scale={self.scale}; it must be a finite number >= 0")
+        if self.products == "int8" and self.weights != "int8":
+            raise ConfigError(f"owlore.products=int8 needs owlore.weights=int8, not {self.weights}")
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "OwLoreConfig":
@@ -142,20 +149,17 @@ class OwLoreConfig:
         check_keys(cfg, [field.name for field in fields(cls)], "owlore")
         return cls(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
-    def train_outside(self) -> dict[str, bool]:
-        """Which parameters outside the layers train: the keyword arguments of `parameter_groups`."""
+    def train_outside(self) -> dict[str, Any]:
+        """Which parameters outside the layers train: keyword arguments of `ProjectedLayers`."""
         return {
             "train_embeddings": self.train_embeddings,
             "train_output": self.train_output,
             "train_norm": self.train_norm,
         }
 
-
-def optimizer_defaults() -> dict[str, Any]:
-    """The options of `OwLoreAdamW` with their defaults."""
-    parameters = inspect.signature(OwLoreAdamW).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "params"}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+    def projection(self) -> dict[str, Any]:
+        """How weights are projected: keyword arguments of `ProjectedLayers`."""
+        return {"rank": self.rank, "side": self.side, "scale": self.scale, "basis": self.basis}
 
 
 @dataclass(frozen=True)
@@ -186,8 +190,6 @@ class TrainingSettings:
                 raise ConfigError(f"{key}=null; the run needs one: leave the field out for the default")
         owlore = OwLoreConfig.from_config(cfg.owlore)
         cfg.owlore = OmegaConf.merge(asdict(OwLoreConfig()), cfg.owlore)
-        if cfg.optimizer.get("_component_") == "owlore_tune.optim.OwLoreAdamW":
-            cfg.optimizer = OmegaConf.merge(optimizer_defaults(), cfg.optimizer)
         device, dtype = device_and_dtype(cfg)
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
@@ -204,8 +206,9 @@ class TrainingSettings:
             check_type(key, cfg[key], bool)
         check_type("dist_timeout_s", cfg.dist_timeout_s, float)
         check_positive("dist_timeout_s", cfg.dist_timeout_s)
-        if owlore.frozen_weights != "full" and cfg.compile:
-            raise ConfigError(f"owlore.frozen_weights={owlore.frozen_weights} cannot be compiled; set compile=false")
+        check_type("fsdp", cfg.fsdp, bool | None)
+        if owlore.weights != "full" and cfg.fsdp:
+            raise ConfigError(f"fsdp=true; owlore.weights={owlore.weights} cannot be sharded: leave fsdp out")
         if cfg.profiler is not None:
             check_type("profiler.enabled", cfg.profiler.get("enabled", False), bool)
         check_type("resume_from_checkpoint", cfg.resume_from_checkpoint, bool | str)
@@ -228,14 +231,15 @@ class TrainingSettings:
 
     def check_launch(self, *, sharded: bool) -> None:
         """Raise ConfigError for a value that does not work on one device, or with a sharded model."""
-        if sharded and self.owlore.frozen_weights != "full":
-            raise ConfigError(
-                f"owlore.frozen_weights={self.owlore.frozen_weights}; it works on one device only: set it to full"
-            )
         if not sharded and self.cfg.fsdp_cpu_offload:
             raise ConfigError(
-                "fsdp_cpu_offload=true; it needs FSDP2: launch with tune run --nproc_per_node N, or set it to false"
+                "fsdp_cpu_offload=true; it needs FSDP2: launch with tune run --nproc_per_node N and "
+                "owlore.weights=full, or set it to false"
             )
+
+    def shards(self) -> bool:
+        """Whether a run on several devices shards the weights. Else each device has all of them."""
+        return self.owlore.weights == "full" if self.cfg.fsdp is None else self.cfg.fsdp
 
     def sharding(self, world_size: int, *, gpu: bool = False) -> Sharding:
         """FSDP2 settings for ``world_size`` devices; for GPUs if ``gpu``, even on a machine without one."""

@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from owlore_tune.data.loader import HeldOutData
 from owlore_tune.distributed.fsdp import reshard
-from owlore_tune.distributed.world import ALONE, World, is_finite
+from owlore_tune.distributed.world import ALONE, World, is_finite, local
 from owlore_tune.errors import ConfigError, DivergedError
-from owlore_tune.frozen.layers import FrozenLayers
-from owlore_tune.frozen.stream import forward_by_layer
+from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.loss import loss_of_outputs, mean_loss, shift_labels
 from owlore_tune.models.decoder import plain_name
-from owlore_tune.optim.adamw import OwLoreAdamW
+from owlore_tune.quantized.layers import QuantizedLayers
+from owlore_tune.run.stream import Run, forward_by_layer
 
 MOST_TOKENS = 2**15  # of held-out data whose hidden states are in memory at once; 0.3 GB for 7B in bf16
 NO_TOKENS = "dataset_val has no tokens to predict; is tokenizer.max_seq_len too short?"
@@ -29,19 +29,12 @@ def held_out_loss(
     data: HeldOutData,
     device: torch.device,
     world: World = ALONE,
-    frozen: FrozenLayers | None = None,
 ) -> tuple[float, int]:
     """The mean loss over all tokens to predict, and their number, over all processes of ``world`` together.
-
-    Args:
-        frozen: read its quantized layers from the store, one after the other, to measure the loss of the weights as
-            they are saved. Without it, the loss is that of the weights on the device.
 
     Raises:
         ConfigError: if there are no tokens to predict.
     """
-    if frozen is not None:
-        return _full_precision_loss(model, frozen, loss_fn, data, device)
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -56,29 +49,41 @@ def held_out_loss(
         num_here += count
     model.train(was_training)
     reshard(model)
-    (num_tokens,) = world.sums([num_here], device)
-    if num_tokens == 0:
-        raise ConfigError(NO_TOKENS)
-    return world.sum_(total).item() / num_tokens, num_tokens
+    return _mean(total, num_here, world)
 
 
-def _full_precision_loss(
-    model: Any, frozen: FrozenLayers, loss_fn: Any, data: HeldOutData, device: torch.device
+@torch.no_grad()
+def full_precision_loss(
+    model: Any,
+    layers: ProjectedLayers,
+    quantized: QuantizedLayers,
+    loss_fn: Any,
+    data: HeldOutData,
+    device: torch.device,
+    world: World = ALONE,
 ) -> tuple[float, int]:
-    total, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    with frozen.whole_outside(device):
+    """`held_out_loss` of the full-precision weights as they are saved, which are read layer by layer."""
+    total, num_here = torch.zeros((), dtype=torch.float64, device=device), 0
+
+    def visit(index: int, run: Run) -> None:
+        quantized.run_whole(index, run, layers.merged_layer(index))
+
+    with quantized.whole_outside():
         for batches, labels in _groups(data, loss_fn.ignore_index, device):
-            hidden = forward_by_layer(
-                model, batches, lambda index, run: frozen.run_whole(index, run, device), "Validating in full precision"
-            )
+            hidden = forward_by_layer(model, batches, visit, "Validating in full precision")
             for states, batch_labels in zip(hidden, labels, strict=True):
                 if count := int((batch_labels != loss_fn.ignore_index).sum()):
                     loss = loss_of_outputs(loss_fn, model.unembed(states), batch_labels)
                     total += loss.double() * count
-                    num_tokens += count
+                    num_here += count
+    return _mean(total, num_here, world)
+
+
+def _mean(total: Tensor, num_here: int, world: World) -> tuple[float, int]:
+    (num_tokens,) = world.sums([num_here], total.device)
     if num_tokens == 0:
         raise ConfigError(NO_TOKENS)
-    return total.item() / num_tokens, num_tokens
+    return world.sum_(total).item() / num_tokens, num_tokens
 
 
 def _groups(
@@ -100,9 +105,10 @@ def _groups(
         yield batches, labels
 
 
-def check_finite_weights(model: nn.Module, step: int, world: World = ALONE) -> None:
+def check_finite_weights(model: nn.Module, layers: ProjectedLayers, step: int, world: World = ALONE) -> None:
     """Raise DivergedError if a weight of ``model`` is not finite on any process of ``world``."""
-    here = {plain_name(name) for name, parameter in model.named_parameters() if not is_finite(parameter)}
+    named = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
+    here = {name for name, parameter in (*named, *layers.trained().items()) if not is_finite(parameter)}
     if bad := sorted(here.union(*world.gather(here))):
         raise DivergedError(
             f"weights are not finite after step {step}: {', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}; lower "
@@ -110,9 +116,9 @@ def check_finite_weights(model: nn.Module, step: int, world: World = ALONE) -> N
         )
 
 
-def bad_gradients(model: nn.Module, optimizer: OwLoreAdamW, world: World = ALONE) -> list[str]:
-    """The parts of ``model``, such as ``layers.3``, with a non-finite gradient on any process of ``world``."""
-    bad = {parameter for parameter, grad in optimizer.step_grads().items() if not grad.isfinite().all()}
-    names = (plain_name(name) for name, parameter in model.named_parameters() if parameter in bad)
-    here = {".".join(name.split(".")[:2]) for name in names}
+def bad_gradients(layers: ProjectedLayers, world: World = ALONE) -> list[str]:
+    """The parts of the model, such as ``layers.3``, with a non-finite gradient on any process of ``world``."""
+    grads = {name: parameter.grad for name, parameter in layers.trained().items() if parameter.grad is not None}
+    bad = (name for name, grad in grads.items() if not local(grad).isfinite().all())
+    here = {".".join(name.split(".")[:2]) for name in bad}
     return sorted(here.union(*world.gather(here)))

@@ -10,19 +10,20 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.errors import ConfigError, RunError
 
 OUTSIDE = -1  # the index of everything outside the layers
+BASES = "base"  # folder of a checkpoint: what the layers that train had before their last updates
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _OWN = re.compile(r"(?:outside|layer_\d+)\.\d+\.safetensors|\.tmp\w{6}")  # safetensors writes to the latter first
 
@@ -36,11 +37,22 @@ class _BaseTensor:
     numel: int
 
 
+class Layout(Protocol):
+    """Converts weights between the model's names and those in files, as `HFCheckpointer` does."""
+
+    @property
+    def checkpoint_dir(self) -> Path: ...
+
+    def to_tune(self, name: str, tensor: Tensor) -> dict[str, Tensor]: ...
+
+    def write_tensors(self, weights: dict[str, Tensor], file: Path) -> list[str]: ...
+
+
 class LayerStore:
-    """Weights by layer, in Hugging Face's layout and the run's dtype.
+    """Weights by layer, in the run's dtype and a layout such as Hugging Face's.
 
     Args:
-        checkpointer: converts the layout.
+        layout: such as `HFCheckpointer`.
         files: weights of a model directory, or of a checkpoint of this run.
         directory: of the store's own files, two levels below ``output_dir``. No other run has it; `fill` makes it.
         dtype: of the run.
@@ -49,19 +61,17 @@ class LayerStore:
         ConfigError: if a file is not in the safetensors format.
     """
 
-    def __init__(
-        self, checkpointer: HFCheckpointer, files: Iterable[Path], directory: Path, dtype: torch.dtype
-    ) -> None:
-        self._checkpointer = checkpointer
+    def __init__(self, layout: Layout, files: Iterable[Path], directory: Path, dtype: torch.dtype) -> None:
+        self._layout = layout
         self._directory = directory
         self._dtype = dtype
         self._generation = 0
-        self._files: dict[int, Path] = {}  # of layers with a file of their own
+        self.files: dict[int, Path] = {}  # of layers with a file of their own
         self._base: dict[int, list[_BaseTensor]] = {}  # of all others
         self._base_files: dict[Path, tuple[int, int]] = {}  # size and modification time
         for file in files:
             if file.suffix != ".safetensors":
-                raise ConfigError(f"{file}: owlore.frozen_weights needs safetensors; convert the model directory first")
+                raise ConfigError(f"{file}: owlore.weights needs safetensors; convert the model directory first")
             self._base_files[file] = _identity(file)
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
@@ -71,20 +81,28 @@ class LayerStore:
     @property
     def place(self) -> Path:
         """Where the weights are from."""
-        return self._checkpointer.checkpoint_dir
+        return self._layout.checkpoint_dir
 
     def indices(self) -> set[int]:
         """The layers that have weights; OUTSIDE is one of them."""
-        return {*self._base, *self._files}
+        return {*self._base, *self.files}
+
+    def nbytes(self, indices: Iterable[int]) -> int:
+        """Bytes of the files of layers."""
+        return sum(self.files[index].stat().st_size for index in indices if index in self.files)
 
     def adopt(self) -> None:
-        """Link to the files of a checkpoint with a file for each layer, so that the checkpoint may be removed."""
+        """Link to the files of a checkpoint with a file for each layer, so that the checkpoint may be removed.
+
+        Of layers that train, these are the weights before their last updates, which the run's state has.
+        """
         self._directory.mkdir(parents=True, exist_ok=True)
         for index, tensors in self._base.items():
             (file,) = {tensor.file for tensor in tensors}
+            base = file.parent / BASES / _file_name(index)
             target = self._new_file(index)
-            _link(file, target)
-            self._files[index] = target
+            _link(base if base.is_file() else file, target)
+            self.files[index] = target
         self._base.clear()
 
     def read(self, index: int) -> dict[str, Tensor]:
@@ -93,32 +111,41 @@ class LayerStore:
         Raises:
             OSError: if a file of the model directory changed since the start.
         """
-        weights: dict[str, Tensor] = {}
-        for name, tensor in self._read(index):
-            converted = self._checkpointer.to_tune(name, tensor)
-            weights |= {key: value.to(self._dtype, copy=True) for key, value in converted.items()}
-        return weights
+        return dict(self.tensors(index))
 
-    def write(self, index: int, weights: dict[str, Tensor]) -> None:
-        """Keep new weights of a layer. The file of its earlier ones is removed; checkpoints still have it.
+    def tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """`read`, one weight at a time."""
+        for name, tensor in self._read(index):
+            for key, value in self._layout.to_tune(name, tensor).items():
+                yield key, value.to(self._dtype, copy=True)
+
+    def write(self, index: int, weights: dict[str, Tensor]) -> Path:
+        """Write new weights of a layer to a new file, for `use`.
 
         Raises:
-            OSError: if the disk is full or refuses; the earlier file is then still in use.
+            OSError: if the disk is full or refuses.
         """
-        old, self._files[index] = self._files.get(index), self._write(index, weights)
+        file = self._new_file(index)
+        self._save(weights, file)
+        os.chmod(file, 0o444)  # checkpoints share it
+        return file
+
+    def use(self, index: int, file: Path) -> None:
+        """Read a layer from ``file`` from now on. The earlier file is removed; checkpoints still have it."""
+        old, self.files[index] = self.files.get(index), file
         if old is not None:
-            old.unlink()
+            old.unlink(missing_ok=True)  # another process may have removed it
 
     def check_space(self) -> None:
         """
         Raises:
             RunError: if the disk has too little space for the files that `fill` writes.
         """
-        tensors = (tensor for index, some in self._base.items() if index not in self._files for tensor in some)
+        tensors = (tensor for index, some in self._base.items() if index not in self.files for tensor in some)
         num_bytes = sum(tensor.numel for tensor in tensors) * self._dtype.itemsize
         if (free := shutil.disk_usage(self._directory.parents[1]).free) < num_bytes:
             raise RunError(
-                f"{self._directory} needs {num_bytes:,} bytes for the weights of the frozen layers, and only "
+                f"{self._directory} needs {num_bytes:,} bytes for the full-precision weights, and only "
                 f"{free:,} are free; choose another output_dir"
             )
 
@@ -132,25 +159,31 @@ class LayerStore:
             OSError: if the disk refuses, or the model directory changed.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
-        for index in tqdm(sorted(names.keys() - self._files), desc="Copying layers", unit="layer", leave=False):
+        for index in tqdm(sorted(names.keys() - self.files), desc="Copying layers", unit="layer", leave=False):
             weights = self.read(index)
-            self._files[index] = self._write(index, {name: weights[name] for name in names[index]})
+            self.files[index] = self.write(index, {name: weights[name] for name in names[index]})
         self._base.clear()
 
-    def write_checkpoint(self, directory: Path, active: dict[int, dict[str, Tensor]]) -> None:
-        """Write a model directory's weights: links to the store's files, and layers that train from memory.
+    def write_checkpoint(
+        self, directory: Path, active: list[int], weights_of: Callable[[int], dict[str, Tensor]]
+    ) -> None:
+        """Write a model directory's weights: links to the store's files, and what trains now from memory.
 
         Args:
-            active: weights by torchtune's names of each layer, or of OUTSIDE, that trains now.
+            active: the layers, or OUTSIDE, that train now. The folder `BASES` gets links to the layers' files.
+            weights_of: returns their weights, by torchtune's names.
         """
+        (directory / BASES).mkdir()
         weight_map: dict[str, str] = {}
         total = 0
-        for number, index in enumerate(sorted(self._files), start=1):
-            file = directory / f"model-{number:05}-of-{len(self._files):05}.safetensors"
+        for number, index in enumerate(sorted(self.files), start=1):
+            file = directory / f"model-{number:05}-of-{len(self.files):05}.safetensors"
             if index in active:
-                self._save(active[index], file)
+                self._save(weights_of(index), file)
+                if index != OUTSIDE:
+                    _link(self.files[index], directory / BASES / _file_name(index))
             else:
-                _link(self._files[index], file)
+                _link(self.files[index], file)
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     weight_map[name] = file.name
@@ -161,12 +194,12 @@ class LayerStore:
     def remove_leftovers(self) -> None:
         """Remove files that the store does not use: those of an interrupted process, known by their names."""
         for file in self._directory.glob("*"):
-            if _OWN.fullmatch(file.name) and file.is_file() and file not in self._files.values():
+            if _OWN.fullmatch(file.name) and file.is_file() and file not in self.files.values():
                 file.unlink()
 
     def _read(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        if index in self._files:
-            with safe_open(self._files[index], framework="pt") as opened:
+        if index in self.files:
+            with safe_open(self.files[index], framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     yield name, opened.get_tensor(name)
             return
@@ -176,15 +209,9 @@ class LayerStore:
             with safe_open(tensor.file, framework="pt") as opened:  # anew, or pages of the file count as memory
                 yield tensor.name, opened.get_tensor(tensor.name)
 
-    def _write(self, index: int, weights: dict[str, Tensor]) -> Path:
-        file = self._new_file(index)
-        self._save(weights, file)
-        os.chmod(file, 0o444)  # checkpoints share it
-        return file
-
     def _save(self, weights: dict[str, Tensor], file: Path) -> None:
         try:
-            self._checkpointer.write_tensors({key: value.detach().cpu() for key, value in weights.items()}, file)
+            self._layout.write_tensors({key: value.detach().cpu() for key, value in weights.items()}, file)
         except SafetensorError as error:  # its way to report a full disk
             raise OSError(str(error)) from error
 
@@ -201,6 +228,10 @@ def layer_of(name: str) -> int:
     """The layer that a weight belongs to, by its name in Hugging Face's layout; OUTSIDE if it is in none."""
     found = _LAYER.search(name)
     return int(found[1]) if found else OUTSIDE
+
+
+def _file_name(index: int) -> str:
+    return f"layer_{index}.safetensors"
 
 
 def _identity(file: Path) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""Frozen weights in few bits: int8 with a scale for each row, and NF4 with a scale for each block of 64 values.
+"""Weights in few bits: int8 with a scale for each row, and NF4 with a scale for each block of 64 values.
 
 torchao's int8 training weight saves its input for backward even if the weight is frozen, and its NF4 tensor
-is slow to dequantize on a CPU. These formats hold plain tensors that are never trained.
+is slow to dequantize on a CPU. These formats hold plain tensors that get no gradient.
 """
 
 from dataclasses import dataclass
@@ -117,21 +117,21 @@ def _divided(columns: slice, size: int) -> slice:
     return slice(*(bound if bound is None else bound // size for bound in (columns.start, columns.stop)))
 
 
-FrozenWeight = Int8Weight | NF4Weight
+QuantizedWeight = Int8Weight | NF4Weight
 
 
-def quantize(weight: Tensor, kind: str) -> FrozenWeight:
+def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
     """``weight`` (m, n) in ``kind``, one of `FORMATS`. A weight that NF4's blocks don't divide becomes int8.
 
     Raises:
         ValueError: if ``kind`` is unknown.
     """
     if kind not in FORMATS:
-        raise ValueError(f"frozen_weights={kind!r}; choose one of {', '.join(FORMATS)}")
+        raise ValueError(f"weights={kind!r}; choose one of {', '.join(FORMATS)}")
     return NF4Weight.quantize(weight) if kind == "nf4" and weight.shape[1] % BLOCK == 0 else Int8Weight.quantize(weight)
 
 
-def empty(shape: torch.Size, kind: str, device: torch.device) -> FrozenWeight:
+def empty(shape: torch.Size, kind: str, device: torch.device) -> QuantizedWeight:
     """A weight without values: its memory alone."""
     m, n = shape
     if kind == "nf4" and n % BLOCK == 0:

@@ -1,4 +1,4 @@
-"""Frozen layers in few bits: what is trained and saved stays in full precision, bit for bit."""
+"""Layers in few bits: what is saved is in full precision, and of layers that never trained bit for bit."""
 
 import json
 import shutil
@@ -11,16 +11,27 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.frozen.formats import Int8Weight, NF4Weight, quantize
-from owlore_tune.frozen.linear import freeze, frozen_linear, int8_linear, quantizable_outside, thaw
-from runs import after_step, changed, checkpoints, finetune, finetune_until, prepare, variant, weights
+from owlore_tune.quantized.formats import Int8Weight, NF4Weight, quantize
+from owlore_tune.quantized.linear import freeze, int8_linear, quantizable_outside, quantized_linear, thaw, weight_of
+from runs import (
+    after_step,
+    changed,
+    checkpoints,
+    finetune,
+    finetune_until,
+    other_model,
+    prepare,
+    read_weights,
+    variant,
+    weights,
+)
 
 KINDS = {"int8": ("int8", "full"), "int8 products": ("int8", "int8"), "nf4": ("nf4", "full")}
 
 
-def frozen_config(config: dict, kind: str, name: str = "frozen", **changes) -> dict:
+def quantized_config(config: dict, kind: str, name: str = "quantized", **changes) -> dict:
     weights_kind, products = KINDS[kind]
-    return variant(config, name, owlore__frozen_weights=weights_kind, owlore__frozen_products=products, **changes)
+    return variant(config, name, owlore__weights=weights_kind, owlore__products=products, **changes)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("nf4", 0.1)])
@@ -43,7 +54,7 @@ def test_zeros_and_widths_that_blocks_do_not_divide():
 
 @pytest.mark.parametrize("sizes", [(5, 1, 8), (5, 8, 1), (1, 8, 8), (0, 8, 8), (5, 1, 1)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_linear_takes_every_size(sizes, kind):
+def test_a_quantized_linear_takes_every_size(sizes, kind):
     """Regression: torch's 8-bit product of one input feature was wrong, and an empty input raised."""
     rows, n, m = sizes
     torch.manual_seed(0)
@@ -52,7 +63,7 @@ def test_a_frozen_linear_takes_every_size(sizes, kind):
     freeze(linear, *KINDS[kind])
     product = linear(x)
     (got,) = torch.autograd.grad(product.sum(), x)
-    stored = linear.frozen_weight.dequantize(torch.float32)
+    stored = weight_of(linear).dequantize(torch.float32)
     torch.testing.assert_close(product, x @ stored.T + linear.bias, atol=0.05, rtol=0)
     torch.testing.assert_close(got, stored.sum(0).expand(rows, n), atol=0.05, rtol=0)
 
@@ -64,12 +75,12 @@ def test_products_are_in_full_precision_where_8_bit_ones_overflow(monkeypatch):
     x = torch.full((4, 64), 2.0)
     expected = x @ weight.dequantize(torch.float32).T
     torch.testing.assert_close(int8_linear(x, weight), expected, rtol=1e-5, atol=0)
-    monkeypatch.setattr("owlore_tune.frozen.linear.CPU_IS_EXACT", False)
-    assert torch.equal(int8_linear(x, weight), frozen_linear(x, weight))
+    monkeypatch.setattr("owlore_tune.quantized.linear.CPU_IS_EXACT", False)
+    assert torch.equal(int8_linear(x, weight), quantized_linear(x, weight))
 
 
 def test_the_index_of_a_checkpoint_counts_the_bytes_of_its_tensors(tiny_config):
-    config = frozen_config(tiny_config, "int8", dataset_val=None, max_steps_per_epoch=2)
+    config = quantized_config(tiny_config, "int8", dataset_val=None, max_steps_per_epoch=2)
     finetune(config)
     index = json.loads((checkpoints(config)[-1] / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights(config).values())
@@ -77,8 +88,8 @@ def test_the_index_of_a_checkpoint_counts_the_bytes_of_its_tensors(tiny_config):
 
 @pytest.mark.parametrize("piece", [2**22, 64 * 96], ids=["whole", "pieces"])  # 64 rows or columns at once
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_linear_is_the_linear_of_its_dequantized_weight(kind, piece, monkeypatch):
-    monkeypatch.setattr("owlore_tune.frozen.linear._PIECE", {"cpu": piece})
+def test_a_quantized_linear_is_the_linear_of_its_dequantized_weight(kind, piece, monkeypatch):
+    monkeypatch.setattr("owlore_tune.quantized.linear._PIECE", {"cpu": piece})
     torch.manual_seed(0)
     linear = nn.Linear(128, 96)
     parameter, weight = linear.weight, linear.weight.detach().clone()
@@ -88,7 +99,7 @@ def test_a_frozen_linear_is_the_linear_of_its_dequantized_weight(kind, piece, mo
     product = linear(x)
     gradient = torch.randn_like(product)
     (got,) = torch.autograd.grad(product, x, gradient)
-    stored = linear.frozen_weight.dequantize(torch.float32)
+    stored = weight_of(linear).dequantize(torch.float32)
     tolerance = 0.02 if kind == "int8 products" else 1e-6
     for ours, expected in ((product, x @ stored.T + linear.bias), (got, gradient @ stored)):
         assert torch.linalg.vector_norm(ours - expected) < tolerance * torch.linalg.vector_norm(expected)
@@ -98,7 +109,7 @@ def test_a_frozen_linear_is_the_linear_of_its_dequantized_weight(kind, piece, mo
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_that_never_trained_are_saved_bit_for_bit(kind, tiny_config, tiny_dir):
-    config = frozen_config(tiny_config, kind, dataset_val=None)
+    config = quantized_config(tiny_config, kind, dataset_val=None)
     recipe = finetune(config)
     layers, outside = changed(tiny_dir, checkpoints(config)[-1])
     assert layers == sorted({layer for draw in recipe._report.records.draws for layer in draw["active"]})
@@ -108,14 +119,14 @@ def test_layers_that_never_trained_are_saved_bit_for_bit(kind, tiny_config, tiny
 @pytest.mark.parametrize("score", ["outlier", "reverse", "weight_norm", "heavy_tail", "increase"])
 def test_scores_equal_those_of_the_whole_model(score, tiny_config):
     plain = prepare(variant(tiny_config, "plain", owlore__score=score))
-    frozen = prepare(frozen_config(tiny_config, "nf4", owlore__score=score))
-    assert frozen._scores.scores == plain._scores.scores
+    quantized = prepare(quantized_config(tiny_config, "nf4", owlore__score=score))
+    assert quantized._scores.scores == plain._scores.scores
 
 
 @pytest.mark.parametrize(("kind", "state"), [(kind, "drop") for kind in KINDS] + [("nf4", "keep"), ("int8", "offload")])
 def test_a_resumed_run_equals_the_unbroken_one(kind, state, tiny_config):
     changes = {"owlore__inactive_state": state, "epochs": 2, "dataset_val": None}
-    config = frozen_config(tiny_config, kind, "unbroken", **changes)
+    config = quantized_config(tiny_config, kind, "unbroken", **changes)
     broken = variant(config, "broken", save_every_n_steps=3, keep_last_n=1)
     finetune(config)
     finetune_until(broken, 4)
@@ -132,7 +143,7 @@ LOSSES = ("owlore_tune.loss.LinearCrossEntropyLoss", "torchtune.modules.loss.CEW
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_final_loss_is_that_of_the_saved_weights(kind, loss, tiny_config):
     """In full precision, whatever is quantized on the device; and so is the loss before training."""
-    config = frozen_config(tiny_config, kind, loss={"_component_": loss})
+    config = quantized_config(tiny_config, kind, loss={"_component_": loss})
     losses = finetune(config)._report.records.losses
     final = losses["after"]
     whole = finetune(variant(tiny_config, "whole", max_steps_per_epoch=1))._report.records.losses
@@ -144,45 +155,80 @@ def test_the_final_loss_is_that_of_the_saved_weights(kind, loss, tiny_config):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plan_counts_the_quantized_weights(kind, tiny_config):
-    recipe = finetune(frozen_config(tiny_config, kind))
+    recipe = finetune(quantized_config(tiny_config, kind))
     measured, plan = recipe._report._measure_memory(), recipe._plan
-    for category in ("weights", "moments", "bases"):
+    for category in ("weights", "projected", "bases"):
         assert measured[category] == getattr(plan, category) > 0
     whole = finetune(variant(tiny_config, "whole"))._plan
-    assert plan.weights < 0.8 * whole.weights  # 2 of 4 layers, in float32
+    assert plan.weights < 0.5 * whole.weights  # in float32
 
 
 def test_what_does_not_go_together_is_refused(tiny_config):
     for changes, message in (
-        ({"owlore__frozen_weights": "int4"}, "owlore.frozen_weights=int4; choose one of full, int8, nf4"),
-        ({"owlore__frozen_weights": "nf4", "owlore__frozen_products": "int8"}, "needs owlore.frozen_weights=int8"),
-        ({"owlore__frozen_weights": "int8", "compile": True}, "cannot be compiled; set compile=false"),
+        ({"owlore__weights": "int4"}, "owlore.weights=int4; choose one of full, int8, nf4"),
+        ({"owlore__weights": "nf4", "owlore__products": "int8"}, "needs owlore.weights=int8"),
+        ({"owlore__weights": "int8", "fsdp": True}, "cannot be sharded: leave fsdp out"),
     ):
         with pytest.raises(ConfigError, match=message):
             prepare(variant(tiny_config, "refused", **changes))
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_training_equals_that_with_fake_quantized_frozen_layers(kind, tiny_config, monkeypatch):
-    """Bit for bit: a run whose frozen weights are in full precision, but rounded to the format's values."""
-    real = frozen_config(tiny_config, kind, "real", dataset_val=None)
+def test_training_equals_that_with_rounded_weights_in_full_precision(kind, tiny_config, monkeypatch):
+    """Bit for bit: a run whose weights are in full precision on the device, but rounded to the format's values."""
+    real = quantized_config(tiny_config, kind, "real", dataset_val=None)
     finetune(real)
 
-    def fake(linear, stored, products, dtype):
-        whole = stored.dequantize(dtype)
-        linear.frozen_weight = stored
-        rows = (lambda tokens: whole[tokens]) if isinstance(linear, nn.Embedding) else None
-        linear.forward = rows or (lambda x: nn.functional.linear(x, whole))
+    def product(x, weight):
+        return nn.functional.linear(x, weight.dequantize(x.dtype))
 
-    monkeypatch.setattr("owlore_tune.frozen.linear.attach", fake)
-    pretended = frozen_config(tiny_config, kind, "fake", dataset_val=None)
+    monkeypatch.setattr("owlore_tune.quantized.linear.quantized_linear", product)
+    pretended = quantized_config(tiny_config, kind, "fake", dataset_val=None)
     finetune(pretended)
     for name, weight in weights(real).items():
         assert torch.equal(weight, weights(pretended)[name]), name
 
 
+def wide(config: dict, tmp_path: Path) -> dict:
+    """``config`` with a model whose weights NF4's blocks divide."""
+    return other_model(config, tmp_path / "wide", num_kv_heads=4, embed_dim=64, intermediate_dim=128)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_weights_are_those_before_and_the_updates(kind, tiny_config, tmp_path):
+    """What trains is quantized. What is saved is W₀ + A Pᵀ, of W₀ in full precision, rounded once."""
+    config = wide(quantized_config(tiny_config, kind, dataset_val=None, owlore__resample_every=50), tmp_path)
+    recipe = finetune(config)
+    before, saved = read_weights(Path(config["checkpointer"]["checkpoint_dir"])), weights(config)
+    number = 0
+    for name, weight in recipe._layers.active_weights():
+        assert weight.linear.weight.numel() == 0
+        _, index, part = name.split(".", 2)
+        key = f"model.layers.{index}.mlp.down_proj.weight"
+        if part == "mlp.w2.weight":
+            update = 2**0.5 * weight.trained.detach().double() @ weight.basis.double().T
+            torch.testing.assert_close(saved[key], (before[key].double() + update).float(), atol=1e-8, rtol=2e-7)
+            assert update.abs().max() > 1e-4
+            number += 1
+    assert number == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"update_gap": 2}, {"inactive_state": "keep", "resample_every": 1}], ids=str)
+def test_a_weight_in_nf4_is_exact_within_its_basis(changes, tiny_config, tmp_path):
+    """Also after a refresh, and in a layer that returns with its old basis: (Q(W₀) + correction Pᵀ) P = W₀ P."""
+    changes = {f"owlore__{key}": value for key, value in changes.items()}
+    config = wide(quantized_config(tiny_config, "nf4", dataset_val=None, **changes), tmp_path)
+    recipe = finetune(config)
+    store = recipe._quantized.store
+    for name, weight in recipe._layers.active_weights():
+        whole, stored = store.read(int(name.split(".")[1]))[name], weight_of(weight.linear).dequantize(torch.float32)
+        error = (whole - stored) @ weight.basis
+        assert torch.linalg.vector_norm(error) > 0.05 * torch.linalg.vector_norm(whole @ weight.basis)
+        torch.testing.assert_close(weight.correction.float(), error, atol=1e-6, rtol=0.01)
+
+
 def test_accumulation_checkpointing_and_all_kinds_of_state(tiny_config):
-    config = frozen_config(
+    config = quantized_config(
         tiny_config, "nf4", "all", batch_size=2, gradient_accumulation_steps=2, enable_activation_checkpointing=True,
         owlore__inactive_state="keep", owlore__train_embeddings=True, owlore__train_output=True,
         owlore__train_norm=True, dtype="bf16",
@@ -195,7 +241,7 @@ def test_only_the_named_files_are_read(tiny_config, tiny_dir, tmp_path):
     shutil.copytree(tiny_dir, tmp_path / "model")
     other = {name: torch.zeros_like(w) for name, w in load_file(tiny_dir / "model.safetensors").items()}
     save_file(other, tmp_path / "model" / "z_ema.safetensors")
-    config = frozen_config(tiny_config, "nf4", dataset_val=None)
+    config = quantized_config(tiny_config, "nf4", dataset_val=None)
     config["checkpointer"] |= {"checkpoint_dir": str(tmp_path / "model"), "checkpoint_files": ["model.safetensors"]}
     finetune(config)
     assert all(weight.any() for weight in weights(config).values())
@@ -205,20 +251,21 @@ def test_only_the_named_files_are_read(tiny_config, tiny_dir, tmp_path):
 
 
 def test_a_model_with_fewer_layers_than_its_files_is_refused(tiny_config):
-    config = frozen_config(tiny_config, "nf4")
+    config = quantized_config(tiny_config, "nf4")
     config["model"]["num_layers"] = 3
     with pytest.raises(ConfigError, match="builder has num_hidden_layers=3, and config.json has 4"):
         prepare(config)
 
 
 def test_weights_that_are_not_finite_are_not_kept(tiny_config):
-    config = frozen_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=2)
+    config = quantized_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=2)
     recipe = prepare(config)
 
     @torch.no_grad()
     def spoil():
-        for layer in recipe._active_layers.active:
-            recipe._model.layers[layer].mlp.w1.weight[0, 0] = float("inf")
+        for name, weight in recipe._layers.active_weights():
+            if "mlp.w1" in name:
+                weight.trained[0, 0] = float("inf")
 
     after_step(recipe, 3, spoil)  # the last before a draw
     with pytest.raises(RunError, match="weights are not finite: layers.*mlp.w1.weight; lower optimizer.lr"):
@@ -229,28 +276,28 @@ def test_weights_that_are_not_finite_are_not_kept(tiny_config):
 
 def test_a_disk_that_fills_up_at_a_draw_loses_no_step(tiny_config, monkeypatch):
     """The layers that leave are written before anything changes, so the state after the last step can be saved."""
-    config = frozen_config(tiny_config, "int8", "full", dataset_val=None)
+    config = quantized_config(tiny_config, "int8", "full", dataset_val=None)
     recipe = prepare(config)
-    write = recipe._frozen.store.write
+    write = recipe._quantized.store.write
 
     def full_disk(index, layer_weights):
         if recipe._progress.step == 6:
             raise OSError("No space left on device")
-        write(index, layer_weights)
+        return write(index, layer_weights)
 
-    monkeypatch.setattr(recipe._frozen.store, "write", full_disk)
+    monkeypatch.setattr(recipe._quantized.store, "write", full_disk)
     with pytest.raises(RunError, match="No space left on device. The state after step 6 is saved in"):
         recipe.train()
     recipe.cleanup()
     finetune(config | {"resume_from_checkpoint": True})
-    unbroken = frozen_config(tiny_config, "int8", "unbroken", dataset_val=None)
+    unbroken = quantized_config(tiny_config, "int8", "unbroken", dataset_val=None)
     finetune(unbroken)
     for name, weight in weights(unbroken).items():
         assert torch.equal(weight, weights(config)[name]), name
 
 
 def test_checkpoints_share_the_files_of_frozen_layers(tiny_config):
-    config = frozen_config(tiny_config, "nf4", dataset_val=None, save_every_n_steps=2)
+    config = quantized_config(tiny_config, "nf4", dataset_val=None, save_every_n_steps=2)
     finetune(config)
     last_two = checkpoints(config)[-2:]
     files = [{file.stat().st_ino for file in directory.glob("model-*.safetensors")} for directory in last_two]
@@ -261,7 +308,7 @@ def test_checkpoints_share_the_files_of_frozen_layers(tiny_config):
 
 def test_a_checkpoint_writes_only_the_layers_that_train(tiny_config):
     """All others, also those that never trained, are files of the store, and are not read again for their checksum."""
-    config = frozen_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=2)
+    config = quantized_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=2)
     finetune_until(config, 3)
     (first,) = checkpoints(config)
     own = [file for file in first.glob("model-*.safetensors") if file.stat().st_nlink == 1]
@@ -271,8 +318,8 @@ def test_a_checkpoint_writes_only_the_layers_that_train(tiny_config):
 def test_a_disk_too_small_for_the_store_is_refused(tiny_config, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(RunError, match="weights/.* needs .* bytes for the weights of .* only 1,000"):
-        prepare(frozen_config(tiny_config, "int8"))
+    with pytest.raises(RunError, match="weights/.* needs .* bytes for the full-precision weights, and only 1,000"):
+        prepare(quantized_config(tiny_config, "int8"))
     assert not (Path(tiny_config["output_dir"]) / "run.json").exists()  # the same command can be repeated
 
 
@@ -288,7 +335,7 @@ def test_embeddings_that_are_more_than_a_table_are_not_quantized():
 
 
 def test_a_users_file_in_the_store_stays(tiny_config):
-    config = frozen_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=4)
+    config = quantized_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=4)
     finetune_until(config, 5)
     (store,) = (Path(config["output_dir"]) / "weights").iterdir()
     (store / "layer_0.999.safetensors").write_text("of an interrupted process")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from owlore_tune.frozen.layers import FrozenLayers
 from owlore_tune.layers.outliers import InputSquares, outlier_share
 from owlore_tune.layers.scores import NEEDS_DATA, score_of_layer
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, layer_inputs
+from owlore_tune.quantized.layers import QuantizedLayers
 
 Batch = Mapping[str, Tensor]
 Run = Callable[[Callable[[Batch], None] | None], None]
@@ -54,7 +54,7 @@ def forward_by_layer(
 
 def load_and_score(
     model: Decoder,
-    frozen: FrozenLayers,
+    quantized: QuantizedLayers,
     device: torch.device,
     score: str | None,
     batches: Callable[[], Iterable[Batch]],
@@ -78,7 +78,7 @@ def load_and_score(
 
     def visit(index: int, run: Run) -> None:
         layer = layers[index]
-        frozen.load(index, device)
+        quantized.load(index, device)
         if score in NEEDS_DATA:
             inputs = InputSquares(layer)
 
@@ -95,7 +95,7 @@ def load_and_score(
                 raise ValueError(f"layer {index}: {error}") from error
         elif score is not None:
             scores.append(score_of_layer(layer, score, index, len(layers)))
-        frozen.freeze(index)
+        quantized.freeze(index)
 
     forward_by_layer(model, calibration, visit, "Loading layers" if score is None else "Loading and scoring layers")
     if score == "reverse":

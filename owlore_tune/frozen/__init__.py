@@ -1,1 +1,0 @@
-"""Layers that don't train now: few bits on the device, full precision on disk."""

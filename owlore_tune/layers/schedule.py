@@ -1,0 +1,288 @@
+"""Which layers train, and when their bases end, in any training loop beside any optimizer (OwLore, arXiv 2405.18380).
+
+layers = ProjectedLayers(model, rank=128)
+optimizer = torch.optim.AdamW(layers.parameter_groups(), lr=3e-4)
+schedule = Schedule(layers, optimizer, LayerSampler(scores, 5), resample_every=50)
+for batch in batches:
+    schedule.begin_step()
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+layers.merge()
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from owlore_tune.distributed.world import ALONE, World, local
+from owlore_tune.layers.projected import ProjectedLayers
+from owlore_tune.layers.sampler import LayerSampler
+from owlore_tune.optim.moments import MOMENTS, carry_moments, check_decay, move_state
+from owlore_tune.optim.projected import ProjectedWeight
+
+INACTIVE_STATES = ("drop", "offload", "keep")
+HOST = torch.device("cpu")
+
+
+class Refresh(NamedTuple):
+    """A basis that was made in a step."""
+
+    seconds: float
+    energy: float  # share of the energy of the first micro-batch's gradient in the basis
+
+
+class Schedule:
+    """Draws the layers that train every K steps, and ends their bases every ``update_gap`` steps (algorithm 1).
+
+    It follows the optimizer's steps by hooks: weight decay, which must be decoupled, acts on the full weight, and
+    moments are carried over to new bases.
+
+    If all layers train and their weights are quantized, their bases end in different steps, so that no step waits for
+    the whole model.
+
+    Args:
+        optimizer: has `ProjectedLayers.parameter_groups`.
+        sampler: draws the layers.
+        resample_every: K, in optimizer steps.
+        update_gap: optimizer steps between refreshes of a basis.
+        moments: at a refresh, ``keep`` the moments of A (GaLore's behavior), ``project`` them onto the new basis, or
+            ``reset`` them.
+        inactive_state: optimizer state of inactive layers. ``drop``: a layer that returns starts with new bases and
+            moments. ``keep``: it continues with its old ones; only its own steps count toward a refresh, as in the
+            authors' code. ``offload``: like ``keep``, in host memory.
+        world: processes that train together; all use rank 0's draw.
+
+    Attributes:
+        layers, optimizer: as given.
+        drawn_at: optimizer steps before the last draw.
+        last_moved: the layers of the draw before whose weights changed while they were active.
+        refreshes: the bases made in the last step.
+        is_changing: whether a draw is not complete. A checkpoint would then not be consistent.
+
+    Raises:
+        ValueError: if a value is out of range, or the optimizer's weight decay is not decoupled.
+    """
+
+    def __init__(
+        self,
+        layers: ProjectedLayers,
+        optimizer: Optimizer,
+        sampler: LayerSampler,
+        *,
+        resample_every: int = 50,
+        update_gap: int = 100,
+        moments: str = "keep",
+        inactive_state: str = "drop",
+        world: World = ALONE,
+    ) -> None:
+        for name, count in (("resample_every", resample_every), ("update_gap", update_gap)):
+            if not count >= 1:
+                raise ValueError(f"{name}={count}; it must be at least 1 optimizer step")
+        for name, value, choices in (
+            ("moments", moments, MOMENTS), ("inactive_state", inactive_state, INACTIVE_STATES),
+        ):  # fmt: skip
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}; choose one of {', '.join(choices)}")
+        check_decay(optimizer)
+        self.layers = layers
+        self.optimizer = optimizer
+        self._sampler = sampler
+        self._resample_every = resample_every
+        self._update_gap = update_gap
+        self._moments = moments
+        self._inactive_state = inactive_state
+        self._world = world
+        self._settings = {
+            **layers.settings, "resample_every": resample_every, "update_gap": update_gap, "moments": moments,
+            "inactive_state": inactive_state, "probabilities": sampler.probabilities.tolist(),
+        }  # fmt: skip
+        self.drawn_at: int | None = None
+        self.last_moved: list[int] = []
+        self.refreshes: list[Refresh] = []
+        self.is_changing = False
+        self._moved: set[int] = set()  # active layers known to have changed since the draw
+        self._hashes: dict[int, Tensor] = {}  # of what trains as it is in active layers, at the draw
+        optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        optimizer.register_step_post_hook(lambda *_: self._after_step())
+
+    @property
+    def active(self) -> list[int]:
+        """The layers that train, ascending."""
+        return self.layers.active
+
+    def begin_step(self) -> list[int] | None:
+        """Draw new layers, or end bases, if it is time. Call it before the first forward of each step.
+
+        Returns:
+            The active layers if there was a draw, else None.
+
+        Raises:
+            OSError: if the disk of quantized layers is full or refuses. A checkpoint may still be saved.
+            DivergedError: if the weights of a quantized layer are not finite.
+        """
+        self._settle()  # of a step that was skipped
+        steps = self.layers.num_steps
+        is_due = self.drawn_at is None or steps - self.drawn_at >= self._resample_every
+        if is_due:
+            self._draw()
+        ended = [index for index in self.active if self.layers.layers[index].age >= self._update_gap]
+        self._note_moved(ended)
+        self.layers.merge(ended)
+        return self.active if is_due else None
+
+    def _draw(self) -> None:
+        before = self._sampler.state_dict()
+        drawn = self._world.share(self._sampler.draw())
+        leaving, entering = (sorted(set(a) - set(b)) for a, b in ((self.active, drawn), (drawn, self.active)))
+        last_moved = self.moved()
+        try:
+            self.layers.merge(leaving, keep_bases=self._keeps_state)
+        except BaseException:
+            self._sampler.load_state_dict(before)  # layers that are merged train on: a checkpoint may be saved
+            raise
+        self.is_changing = True  # stays so after an error, since some layers may have changed
+        self.layers.activate(drawn, forget=not self._keeps_state)
+        for index in leaving:
+            self._put_away(index)
+        for index in entering:
+            self._bring_back(index)
+        self.last_moved, self._moved, self._hashes = last_moved, set(), self._hash_others()
+        self.drawn_at, self.is_changing = self.layers.num_steps, False
+
+    @property
+    def _keeps_state(self) -> bool:
+        return self._inactive_state != "drop"
+
+    def _put_away(self, index: int) -> None:
+        for parameter in self.layers.layers[index].trained().values():
+            if self._inactive_state == "drop":
+                self.optimizer.state.pop(parameter, None)
+            elif self._inactive_state == "offload":
+                move_state(self.optimizer, parameter, HOST)
+        if self._inactive_state == "offload":
+            for weight in self.layers.layers[index].weights.values():
+                weight.move_basis(HOST)
+
+    def _bring_back(self, index: int) -> None:
+        layer = self.layers.layers[index]
+        for weight in layer.weights.values():
+            weight.move_basis(weight.device)
+        for parameter in layer.trained().values():
+            move_state(self.optimizer, parameter, parameter.device)
+        is_new = not any(weight.basis is not None for weight in layer.weights.values())
+        if is_new and self.layers.masters is not None and self._sampler.num_active == len(self.layers.layers):
+            layer.age = index * self._update_gap // len(self.layers.layers)
+
+    def _before_step(self) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Carry moments over to new bases, correct quantized weights, and undo bases that a gradient did not give.
+
+        Waits for the device if there are new bases.
+        """
+        new = [weight for _, weight in self.layers.active_weights() if weight.is_new]
+        self.refreshes = []
+        if new:
+            energies = torch.stack([weight.energy for weight in new if weight.energy is not None]).tolist()
+            for weight, energy in zip(new, energies, strict=True):
+                self._settle_basis(weight, energy)
+        if self.layers.masters is not None:
+            for index in self.active:
+                weights = self.layers.layers[index].weights
+                bare = {name: w for name, w in weights.items() if w.basis is not None and w.correction is None}
+                self.layers.masters.correct(index, bare)
+
+    def _settle_basis(self, weight: ProjectedWeight, energy: float) -> None:
+        seconds = weight.seconds()
+        if energy != energy:
+            weight.give_up_basis()
+            return
+        self.refreshes.append(Refresh(seconds, energy))
+        if weight.turn is not None:
+            carry_moments(self.optimizer, weight.trained, weight.turn, self._moments, weight.right)
+        weight.turn = weight.start = None
+        weight.is_new = False
+
+    def _after_step(self) -> None:
+        layers = self.layers
+        factor_of = {
+            parameter: 1 - float(group["lr"]) * group.get("weight_decay", 0.0)
+            for group in self.optimizer.param_groups
+            if group.get("weight_decay", 0.0)
+            for parameter in group["params"]
+        }
+        for _, weight in layers.active_weights():
+            if factor_of and weight.trained.grad is not None:
+                weight.decay_by(factor_of.get(weight.trained, 1.0))
+        for index in self.active:
+            layers.layers[index].age += 1
+        layers.write_back()
+        layers.num_steps += 1
+
+    def moved(self) -> list[int]:
+        """The active layers whose weights have changed since the draw. All processes must call this together."""
+        self._note_moved(self.active)
+        here = set(self._moved)
+        if self._hashes:
+            now = self._hash_others()
+            changed = torch.stack([(now[index] != then).any() for index, then in self._hashes.items()]).tolist()
+            here |= {index for index, has_changed in zip(self._hashes, changed, strict=True) if has_changed}
+        self._moved.update(*self._world.gather(here))
+        return sorted(self._moved)
+
+    def _note_moved(self, indices: list[int]) -> None:
+        """Remember which of these layers have an update that is not 0."""
+        for index in indices:
+            weights = self.layers.layers[index].weights.values()
+            flags = [weight.has_moved() for weight in weights if weight.trained.numel()]
+            if flags and torch.stack(flags).any():
+                self._moved.add(index)
+
+    def _hash_others(self) -> dict[int, Tensor]:
+        """Hashes of this process's part of what trains as it is, by layer."""
+        found = {}
+        for index in self.active:
+            parts = [local(other.trained.detach()) for other in self.layers.layers[index].others.values()]
+            if parts:
+                found[index] = torch.stack([_hash(part) for part in parts])
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule and the layers, for an exact resume between two steps; see `ProjectedLayers.state_dict`.
+
+        The optimizer's own state is not in it.
+        """
+        return {
+            "drawn_at": self.drawn_at,
+            "moved": self.moved(),
+            "sampler": self._sampler.state_dict(),
+            "layers": self.layers.state_dict(),
+            "settings": self._settings,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load it after the weights, and the optimizer's state after it.
+
+        Raises:
+            ValueError: if the state is of a schedule with other settings.
+        """
+        for name, saved in state_dict["settings"].items():
+            if saved != self._settings[name]:
+                raise ValueError(
+                    f"{name}={self._settings[name]}, and the checkpoint has {saved}; pass the same value to continue"
+                )
+        self._sampler.load_state_dict(state_dict["sampler"])
+        self.layers.load_state_dict(state_dict["layers"])
+        self._moved, self._hashes = set(state_dict["moved"]), self._hash_others()
+        self.drawn_at = state_dict["drawn_at"]
+
+
+def _hash(part: Tensor) -> Tensor:
+    """A hash of the values of ``part``, () int64; 0 if it has none, as a shard of a weight with few rows."""
+    if part.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=part.device)
+    return torch.hash_tensor(part).view(torch.int64)

@@ -1,0 +1,1 @@
+"""Layers whose weights have few bits on the device, and full precision on disk."""
