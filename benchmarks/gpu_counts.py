@@ -25,7 +25,7 @@ from owlore_tune.layers.active import ActiveLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
 from owlore_tune.optim.adamw import OwLoreAdamW, parameter_groups
-from owlore_tune.run.build import RECOMPILE_LIMIT
+from owlore_tune.run.compiled import RECOMPILE_LIMIT
 
 META = torch.device("meta")
 ROWS = {

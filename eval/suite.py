@@ -10,7 +10,7 @@ from owlore_evals.harness import check_fewshot, evaluate, leaf_tasks, load_tasks
 from owlore_evals.judge import JudgeConfig, check_url
 from owlore_evals.mt_bench import MT_BENCH, MTBench
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
-from owlore_tune.config import check_counts, check_type
+from owlore_tune.checks import check_counts, check_type
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError
 from owlore_tune.models.decoder import Decoder

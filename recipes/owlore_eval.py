@@ -18,7 +18,8 @@ from torchtune.recipe_interfaces import EvalRecipeInterface
 from owlore_evals.results import check_output_dir, print_results, save_results
 from owlore_evals.suite import SUITE, Suite, build_lm, check_suite
 from owlore_tune.checkpoints.hf import HFCheckpointer
-from owlore_tune.config import build, build_ours, check_config, check_type, device_and_dtype, plain
+from owlore_tune.checks import check_type
+from owlore_tune.config import build, build_ours, check_config, device_and_dtype, plain
 from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
 from owlore_tune.distributed.launch import join_process_group, let_gloo_finish
 from owlore_tune.errors import ConfigError

@@ -42,6 +42,7 @@ from owlore_tune.models.decoder import Decoder, find_layers
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.program import parse
 from owlore_tune.run import build, resume
+from owlore_tune.run.compiled import compile_parts
 from owlore_tune.run.directory import RunDirectory, shared_directory
 from owlore_tune.run.limit import check_limit, plan_run
 from owlore_tune.run.progress import Progress
@@ -113,7 +114,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._layers.masters = self._quantized
         self._schedule = build.build_schedule(settings, self._layers, self._optimizer, self._sampler, world)
         if cfg.compile:  # after scoring, whose hooks would be compiled too
-            self._loss_fn = build.compile_parts(self._loss_fn, self._model, self._layers)
+            self._loss_fn = compile_parts(self._loss_fn, self._model, self._layers)
         self._lr_scheduler = build.build_lr_scheduler(settings, self._optimizer, self._data.num_steps)
         if saved is not None:
             self._restore(saved)

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.backends.registry import register_backend
 
-from owlore_tune.run.build import RECOMPILE_LIMIT
+from owlore_tune.run.compiled import RECOMPILE_LIMIT
 from runs import other_model, prepare, variant
 
 KINDS: Counter = Counter()

@@ -30,7 +30,7 @@ from owlore_tune.checkpoints.hf import HFCheckpointer
 from owlore_tune.checkpoints.layouts import converters
 from owlore_tune.config import load_config
 from owlore_tune.errors import ConfigError
-from owlore_tune.models import hf_decoder, twin
+from owlore_tune.models import differences, hf_decoder, twin
 from owlore_tune.models.twin import check_builder
 from runs import finetune, prepare
 
@@ -271,13 +271,13 @@ def test_a_head_of_its_own_is_not_dropped(weights, tiny_config, lying):
 
 
 def test_decoders_are_compared_with_transformers_own(monkeypatch):
-    differences = []
-    distance = twin._distance
+    found = []
+    distance = differences._distance
     monkeypatch.setattr(twin, "_accepted", set())
-    monkeypatch.setattr(twin, "_distance", lambda a, b: differences.append(distance(a, b)) or differences[-1])
+    monkeypatch.setattr(differences, "_distance", lambda a, b: found.append(distance(a, b)) or found[-1])
     with torch.device("meta"):
         hf_decoder(**Qwen3Config(**SIZES, head_dim=8).to_dict())
-    assert len(differences) >= 2 and max(differences) < 1e-5
+    assert len(found) >= 2 and max(found) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -306,14 +306,14 @@ MORE_SIZES = {  # of families whose defaults do not go with small sizes
 
 @pytest.mark.parametrize("family", LISTED)
 def test_a_family_that_the_docs_name_computes_the_same_as_transformers(family, monkeypatch):
-    differences = []
-    distance = twin._distance
+    found = []
+    distance = differences._distance
     monkeypatch.setattr(twin, "_accepted", set())
-    monkeypatch.setattr(twin, "_distance", lambda a, b: differences.append(distance(a, b)) or differences[-1])
+    monkeypatch.setattr(differences, "_distance", lambda a, b: found.append(distance(a, b)) or found[-1])
     sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0)
     with torch.device("meta"):
         hf_decoder(model_type=family, **(sizes | MORE_SIZES.get(family, {})))
-    assert len(differences) >= 2 and max(differences[-2:]) < 2e-5
+    assert len(found) >= 2 and max(found[-2:]) < 2e-5
 
 
 def test_the_docs_name_many_families():

@@ -1,8 +1,6 @@
 """The layers of a model in the projected form: what an optimizer trains in them, and their merged weights."""
 
 import hashlib
-import math
-import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -13,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from owlore_tune.distributed.world import ALONE, World, full, shard_like
 from owlore_tune.models.decoder import find_layers, find_linears, model_parts, plain_name
+from owlore_tune.optim.options import check_options, check_rank
 from owlore_tune.optim.projected import ProjectedWeight
-from owlore_tune.optim.projection import BASES, SIDES
 from owlore_tune.optim.whole import WholeParameter
 
 
@@ -116,7 +114,7 @@ class ProjectedLayers:
         train_norm: bool = False,
         world: World = ALONE,
     ) -> None:
-        _check_options(rank, side, scale, basis)
+        check_options(rank, side, scale, basis)
         self._seed = seed
         self._rank = rank
         self.settings = {"rank": rank, "side": side, "scale": scale, "basis": basis, "seed": seed}
@@ -133,7 +131,7 @@ class ProjectedLayers:
         self.outside = {name: WholeParameter(p) for train, part in wanted if train for name, p in part.items()}
         self._by_parameter = {weight.linear.weight: weight for _, weight in self._all_weights()}
         if rank is not None:
-            _check_rank(rank, parts.layers, self._by_parameter)
+            check_rank(rank, parts.layers, self._by_parameter)
 
     def _layer(self, index: int, layer: nn.Module) -> ProjectedLayer:
         parameters = {f"layers.{index}.{plain_name(name)}": p for name, p in layer.named_parameters()}
@@ -329,31 +327,3 @@ class ProjectedLayers:
         for name, other in self._not_in_weights():
             other.trained.copy_(shard_like(state_dict["others"][name], other.trained))
             other.write_back()
-
-
-def _check_options(rank: Any, side: str, scale: Any, basis: str) -> None:
-    for name, value, choices in (("side", side, SIDES), ("basis", basis, BASES)):
-        if value not in choices:
-            raise ValueError(f"{name}={value!r}; choose one of {', '.join(choices)}")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise ValueError(f"rank={rank}; it must be an integer >= 1, or null for full rank")
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale < math.inf:
-        raise ValueError(f"scale={scale!r}; it must be a finite number >= 0")
-
-
-def _check_rank(rank: int, layers: list[dict[str, nn.Parameter]], projected: dict[Tensor, ProjectedWeight]) -> None:
-    """Refuse a rank that projects nothing, and warn of one that projects only some matrices."""
-    matrices = [parameter for layer in layers for parameter in layer.values() if parameter.ndim == 2]
-    others = [parameter for parameter in matrices if parameter not in projected]
-    if not others:
-        return
-    sides = sorted({min(parameter.shape) for parameter in others})
-    if not projected:
-        raise ValueError(
-            f"rank={rank}; no weight's shorter side is above it (shorter sides: {sides}); lower it, or set rank=null"
-        )
-    warnings.warn(
-        f"rank={rank} is not below the shorter side ({', '.join(map(str, sides))}) of {len(others)} of "
-        f"{len(matrices)} weights; these are trained at full rank",
-        stacklevel=3,
-    )

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torchtune.modules import TiedLinear
 
 from owlore_tune.files import read_json
 from owlore_tune.models.hf_attention import CURRENT, register_attention
 from owlore_tune.models.hf_experts import split_experts
+from owlore_tune.models.hf_parts import Logits, Recorder, TiedHead
 from owlore_tune.models.twin import check_decoder, make_config, respect_rope
 from owlore_tune.paths import user_path
 
@@ -73,11 +73,11 @@ class HFDecoder(nn.Module):
         for name, child in base.named_children():
             if name not in names.values():  # rotary embeddings and the like, without parameters
                 self.add_module(name, child)
-        logits = _Logits(causal, names["output"])
+        logits = Logits(causal, names["output"])
         if self.config.tie_word_embeddings:
             if causal.get_output_embeddings().bias is not None:
                 raise ValueError(f"{type(causal).__name__} has a bias in a head that is tied to the embeddings")
-            self.output: Any = _TiedHead(self.tok_embeddings, logits)
+            self.output: Any = TiedHead(self.tok_embeddings, logits)
         else:
             self.output = causal.get_output_embeddings()
             if logits.are_changed():
@@ -117,7 +117,7 @@ class HFDecoder(nn.Module):
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """The input (b, s, d) of the first layer, and the keyword arguments of every layer."""
         (base,) = self._base
-        recorders = nn.ModuleList(_Recorder(layer) for layer in self.layers)
+        recorders = nn.ModuleList(Recorder(layer) for layer in self.layers)
         base._modules[self._layers_name] = recorders
         try:
             hidden = self._decode(tokens, mask, input_pos)
@@ -323,67 +323,6 @@ def _renamed_part(name: str, names: dict[str, str]) -> str:
     """``name`` with another name for the part at its beginning."""
     part = next((part for part in names if name.startswith(f"{part}.")), None)
     return name if part is None else names[part] + name[len(part) :]
-
-
-class _Logits:
-    """The changes that a causal model makes to the output of its head, such as a scale or a cap.
-
-    They are made by the model's own forward, in a copy of it whose base and head return their input.
-    """
-
-    def __init__(self, causal: Any, head_name: str) -> None:
-        self._causal = causal.__class__.__new__(causal.__class__)
-        nn.Module.__init__(self._causal)
-        vars(self._causal).update({k: v for k, v in vars(causal).items() if k not in ("_modules", "_parameters")})
-        self._causal._modules = {causal.base_model_prefix: _PassThrough(), head_name: nn.Identity()}
-        self._causal._parameters = {}
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        rows = logits.reshape(1, -1, logits.shape[-1])
-        return self._causal(inputs_embeds=rows, use_cache=False).logits.view_as(logits)
-
-    def are_changed(self) -> bool:
-        with torch.device("cpu"):
-            sample = torch.linspace(-100, 100, 8).view(1, 8)
-        return not torch.equal(self(sample), sample)
-
-
-class _PassThrough(nn.Module):
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
-
-
-class _TiedHead(TiedLinear):
-    """An output head that shares the weight of the embeddings."""
-
-    def __init__(self, tied_module: nn.Module, logits: _Logits) -> None:
-        super().__init__(tied_module)
-        self._logits = logits if logits.are_changed() else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        product = super().__call__(x)
-        return product if self._logits is None else self._logits(product)
-
-
-class _Recorder(nn.Module):
-    """Stands for a layer: returns its input, and records its other arguments."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = [layer]
-        self.arguments: dict[str, Any] = {}
-
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.arguments = arguments
-        return hidden
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 from torchtune.utils import get_logger
 
 from owlore_tune.errors import ConfigError
+from owlore_tune.models.differences import far_difference, packed_difference, plain_difference, some_tokens
 
 Convert: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 # Largest sizes of a twin, by transformers' names. A twin of a torchtune builder keeps the heads.
@@ -27,7 +28,6 @@ _SIZES = {
     "vocab_size": 64, "num_hidden_layers": 4, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
-_NUM_TOKENS = 24
 _FARTHEST = 4096  # position
 # Differences relative to the largest logit. Equal computations differ by at most 2e-5. Far positions multiply the
 # rounding of an angle.
@@ -73,9 +73,9 @@ def check_builder(
             _spread(reference)
             twin = _narrow_copy(model, narrow)
             _load(twin, reference.state_dict(), converter(narrow.to_dict()))
-            near = max(_plain_difference(twin, reference), _packed_difference(twin, reference))
+            near = max(plain_difference(twin, reference), packed_difference(twin, reference))
             window = getattr(theirs, "sliding_window", None) or _FARTHEST
-            far = _far_difference(twin, reference, min(_FARTHEST, window, twin.max_seq_len))
+            far = far_difference(twin, reference, min(_FARTHEST, window, twin.max_seq_len))
         except ConfigError:
             raise
         except Exception as error:  # a setting that no builder of torchtune has, or a weight that a layout lacks
@@ -116,7 +116,7 @@ def check_decoder(decoder: Any, build: Callable[[Any], Any], config: Any) -> Non
                     f"model_type={kind} cannot be compared with transformers' own computation, so OwLore does not "
                     f"train it: {error!r}"
                 ) from error
-        plain, packed = _plain_difference(twin, reference), _packed_difference(twin, reference)
+        plain, packed = plain_difference(twin, reference), packed_difference(twin, reference)
     for rows, difference in (("rows", plain), ("packed rows", packed)):
         if not difference < _TOLERANCE:
             raise ValueError(
@@ -129,7 +129,7 @@ def check_decoder(decoder: Any, build: Callable[[Any], Any], config: Any) -> Non
 def _pair(config: Any, own: Any, build: Callable[[Any], Any], sizes: dict[str, int]) -> tuple[Any, Any]:
     """A narrow model of transformers with ``config``, and a twin of the decoder with the config ``own``; both run."""
     reference, twin = _reference(_narrow(config, sizes)), _seeded(lambda: build(_narrow(own, sizes))).eval()
-    _packed_difference(twin, reference)
+    packed_difference(twin, reference)
     return reference, twin
 
 
@@ -284,7 +284,7 @@ def _spread(reference: Any) -> None:
     for parameter in reference.parameters():
         if parameter.ndim == 1:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    largest = reference(_tokens(reference)).logits.abs().max()
+    largest = reference(some_tokens(reference)).logits.abs().max()
     reference.model.norm.weight += _LARGE / largest
 
 
@@ -342,40 +342,3 @@ def _load(twin: nn.Module, weights: dict[str, Tensor], convert: Convert) -> None
                     f"{key} has another shape in the model's builder than config.json describes; {_ADVICE}"
                 )
             parameters[key].copy_(value)
-
-
-def _tokens(reference: Any, most: int = _NUM_TOKENS) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, reference.config.vocab_size, (1, min(_NUM_TOKENS, most)), generator=generator)
-
-
-@torch.no_grad()
-def _plain_difference(twin: Any, reference: Any) -> float:
-    tokens = _tokens(reference, twin.max_seq_len)
-    return _distance(twin(tokens), reference(tokens).logits)
-
-
-@torch.no_grad()
-def _packed_difference(twin: Any, reference: Any) -> float:
-    """A packed row, compared with its samples on their own."""
-    tokens = _tokens(reference, twin.max_seq_len)
-    samples = tokens.tensor_split((tokens.shape[1] // 2, tokens.shape[1] * 3 // 4), dim=1)
-    positions = torch.cat([torch.arange(sample.shape[1]) for sample in samples])[None]
-    numbers = torch.cat([torch.full_like(sample[0], number) for number, sample in enumerate(samples)])
-    mask = (numbers[:, None] == numbers).tril()[None]
-    expected = torch.cat([reference(sample).logits for sample in samples], dim=1)
-    return _distance(twin(tokens, mask=mask, input_pos=positions), expected)
-
-
-@torch.no_grad()
-def _far_difference(twin: Any, reference: Any, num_positions: int) -> float:
-    """A row with positions up to ``num_positions``. Scaled frequencies differ little at the first positions."""
-    tokens = _tokens(reference, num_positions)
-    positions = torch.linspace(0, num_positions - 1, tokens.shape[1]).long()[None]
-    mask = torch.ones_like(tokens)  # without one, transformers takes the row for a packed one
-    expected = reference(tokens, position_ids=positions, attention_mask=mask).logits
-    return _distance(twin(tokens, input_pos=positions), expected)
-
-
-def _distance(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.float() - theirs).abs().max() / theirs.abs().max()).item()

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import os
 from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
@@ -10,14 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, ListConfig
-from torch import nn
 from torchtune import training
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
 from torchtune.utils import get_logger
 
 from owlore_tune.checkpoints.hf import HFCheckpointer
-from owlore_tune.config import build, build_ours, build_with, check_attributes, check_type, find_component, plain
+from owlore_tune.checks import check_type
+from owlore_tune.config import build, build_ours, build_with, check_attributes, find_component, plain
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData
 from owlore_tune.data.samples import check_labels, check_samples, collate_packed, longest_row, refuse_longer_than
 from owlore_tune.data.tokenizer import HFChatTokenizer
@@ -37,7 +36,6 @@ LOGGER_PACKAGES = {
     "CometLogger": "comet_ml", "MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandBLogger": "wandb",
 }  # fmt: skip
 MOST_TOKENS = 2**24  # of a row: positions have a cache of this length
-RECOMPILE_LIMIT = 32  # graphs that all compiled layers share
 SCHEDULER_METHODS = ("step", "get_last_lr", "state_dict", "load_state_dict")
 
 log = get_logger("INFO")
@@ -255,34 +253,6 @@ def build_optimizer(settings: TrainingSettings, groups: list[Any]) -> torch.opti
     except ValueError as error:
         raise ConfigError(f"optimizer.{error}") from error
     return optimizer
-
-
-def compile_parts(loss_fn: Any, model: Decoder, layers: ProjectedLayers) -> Any:
-    """Compile ``model``, layer by layer, in place; returns the loss, compiled if possible.
-
-    All layers share their graphs. There is one for each kind of layer and pass: trained or frozen, with or without a
-    gradient to its input, and without any gradients in validation. A draw compiles nothing once each kind exists. A
-    layer whose bases are not made yet runs as it is, because its backward makes them.
-    """
-    # Kinds times row lengths (one, then any) times batch sizes can exceed torch's limit of 8. Beyond the limit, layers
-    # would run uncompiled without an error.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    backend = os.environ.get("TORCH_COMPILE_BACKEND", "inductor")  # as torchtune's parts
-    for index, layer in enumerate(find_layers(model)):
-        inner: nn.Module = getattr(layer, "_checkpoint_wrapped_module", layer)
-        inner.forward = partial(  # type: ignore[method-assign]
-            _compiled_or_not, inner.forward, torch.compile(inner.forward, backend=backend), layers, index
-        )
-    # A loss that takes the model's head computes gradients inside forward.
-    return loss_fn if hasattr(loss_fn, "set_model_output") else training.compile_loss(loss_fn)
-
-
-def _compiled_or_not(
-    plain_forward: Any, compiled: Any, layers: ProjectedLayers, index: int, *args: Any, **kwargs: Any
-) -> Any:
-    forward = plain_forward if layers.lacks_basis(index) else compiled
-    return forward(*args, **kwargs)
 
 
 def build_profiler(settings: TrainingSettings) -> Any:

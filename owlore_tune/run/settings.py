@@ -7,15 +7,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from owlore_tune.config import (
-    LARGEST_COUNT,
-    check_config,
-    check_counts,
-    check_keys,
-    check_positive,
-    check_type,
-    device_and_dtype,
-)
+from owlore_tune.checks import LARGEST_COUNT, check_counts, check_positive, check_type
+from owlore_tune.config import check_config, check_keys, device_and_dtype
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.layers.sampler import DRAWS
