@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import INT8
+from methods import INT8, NF4
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -71,6 +71,8 @@ class Method:
 
 
 DEFAULT = "OwLore, γ=5, r=128"
+ALL_LAYERS = "OwLore, all layers, r=64, int8"
+_EVERY = {"owlore.num_active_layers": None, "owlore.score": "uniform", "owlore.update_gap": 50}
 _GAMMA_2 = {"owlore.num_active_layers": 2}
 METHODS = {
     "torchtune full": Method("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
@@ -83,6 +85,10 @@ METHODS = {
     "OwLore, γ=2, r=128": Method("owlore", _GAMMA_2, (3e-4, 1e-3, 3e-3, 1e-2)),
     "OwLore, γ=5, r=128, int8": Method("owlore", INT8, tuned_as=DEFAULT),
     "OwLore, γ=2, r=128, int8": Method("owlore", _GAMMA_2 | INT8, tuned_as="OwLore, γ=2, r=128"),
+    ALL_LAYERS: Method("owlore", _EVERY | INT8 | {"owlore.rank": 64}, (1e-4, 3e-4, 1e-3)),
+    "OwLore, all layers, r=64": Method("owlore", _EVERY | {"owlore.rank": 64}, tuned_as=ALL_LAYERS),
+    "OwLore, all layers, r=128, int8": Method("owlore", _EVERY | INT8, tuned_as=ALL_LAYERS),
+    "OwLore, all layers, r=128, NF4": Method("owlore", _EVERY | NF4, tuned_as=ALL_LAYERS),
 }
 SCORES = ("outlier", "uniform", "reverse", "decrease", "increase", "weight_norm", "heavy_tail")
 _EMBEDDINGS = {"owlore.train_embeddings": True, "owlore.train_norm": True}

@@ -42,6 +42,7 @@ class MemoryPlan:
     logits: int  # of the output head, with their gradients
     temporary: int  # in backward: recomputed activations, intermediate gradients
     gathered: int  # temporarily gathered sharded weights, with their gradients
+    merging: int  # on a CPU, with quantized weights: of a layer in full precision, what a step has not freed before
     framework: int  # on a CPU: the process before weights load
     allocator: int  # on a CPU: heap fragmentation, `HEAP_LOSS` of everything else
 
@@ -51,7 +52,7 @@ class MemoryPlan:
 
     def on_gpu(self) -> "MemoryPlan":
         """The same step on a GPU, which counts only torch's allocations."""
-        return replace(self, framework=0, allocator=0)
+        return replace(self, merging=0, framework=0, allocator=0)
 
 
 CATEGORIES = tuple(field.name for field in fields(MemoryPlan))
@@ -141,6 +142,10 @@ def plan_memory(
     values += sum(other.parameter.numel() for layer in idle for other in layer.others.values())
     bases = layers.nbytes() + sum(_basis_bytes(weight) for layer in idle for weight in layer.weights.values())
     parts = step.bytes_at_peak(bases=bases)
+    if shape.weights != "full" and device.type == "cpu":
+        freed = sum(parts[label] for label in ("gradients", "activations", "logits", "temporary"))
+        largest = max(sum(p.nbytes for p in layer.values()) for layer in model_parts(model).layers)
+        parts["merging"] = max(0, largest - freed)
     return complete(model, device, framework, sharding, shared, moments=int(method.state_per_value * values), **parts)
 
 
@@ -195,7 +200,7 @@ def _sharded(parts: dict[str, int], model: Decoder, sharding: Sharding, shared: 
         own[key] = max(0, parts[key] - whole) + kept
     gathered_layers = 2 * max(layers) if sharding.reshard_after_forward else sum(layers)
     sent = 2 * -(-shared.gradients // len(layers))
-    return parts | own | {"gathered": shared.weights - sum(layers) + gathered_layers + sent}
+    return {"merging": 0} | parts | own | {"gathered": shared.weights - sum(layers) + gathered_layers + sent}
 
 
 def complete(
@@ -207,7 +212,7 @@ def complete(
     **parts: int,
 ) -> MemoryPlan:
     """The plan from ``parts``, with the effects of sharding and the device's overhead."""
-    parts = {"gathered": 0} | parts if sharding is None else _sharded(parts, model, sharding, shared)
+    parts = {"merging": 0, "gathered": 0} | parts if sharding is None else _sharded(parts, model, sharding, shared)
     framework = framework_bytes(device) if framework is None else framework
     loss = HEAP_LOSS if device.type == "cpu" else 0.0
     return MemoryPlan(**parts, framework=framework, allocator=int(loss * (framework + sum(parts.values()))))

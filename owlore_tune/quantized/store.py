@@ -162,6 +162,7 @@ class LayerStore:
         for index in tqdm(sorted(names.keys() - self.files), desc="Copying layers", unit="layer", leave=False):
             weights = self.read(index)
             self.files[index] = self.write(index, {name: weights[name] for name in names[index]})
+            del weights  # before the next layer is read
         self._base.clear()
 
     def write_checkpoint(
@@ -200,14 +201,14 @@ class LayerStore:
     def _read(self, index: int) -> Iterator[tuple[str, Tensor]]:
         if index in self.files:
             with safe_open(self.files[index], framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    yield name, opened.get_tensor(name)
-            return
-        for tensor in self._base.get(index, ()):
-            if _identity(tensor.file) != self._base_files[tensor.file]:
-                raise OSError(f"{tensor.file} changed during the run; restore it, then resume")
-            with safe_open(tensor.file, framework="pt") as opened:  # anew, or pages of the file count as memory
-                yield tensor.name, opened.get_tensor(tensor.name)
+                places = [(self.files[index], name) for name in opened.keys()]  # noqa: SIM118
+        else:
+            places = [(tensor.file, tensor.name) for tensor in self._base.get(index, ())]
+        for file, name in places:
+            if file in self._base_files and _identity(file) != self._base_files[file]:
+                raise OSError(f"{file} changed during the run; restore it, then resume")
+            with safe_open(file, framework="pt") as opened:  # anew, or pages of the file count as memory
+                yield name, opened.get_tensor(name)
 
     def _save(self, weights: dict[str, Tensor], file: Path) -> None:
         try:

@@ -59,8 +59,10 @@ def load_and_score(
     score: str | None,
     batches: Callable[[], Iterable[Batch]],
     threshold: float,
+    *,
+    freeze_embeddings: bool,
 ) -> list[float] | None:
-    """Load, score and quantize the layers one by one, from the bottom.
+    """Load, score and quantize the layers one by one, from the bottom. Embeddings are quantized before.
 
     The scores equal those of `owlore_tune.layers.scores.layer_scores` on the whole model.
 
@@ -68,6 +70,7 @@ def load_and_score(
         score: a name of `layer_scores`; None only loads and quantizes.
         batches: the calibration batches.
         threshold: of the outlier score.
+        freeze_embeddings: quantize the embeddings, once they have embedded the batches.
 
     Raises:
         ValueError: as `layer_scores`.
@@ -77,6 +80,8 @@ def load_and_score(
     calibration = list(batches()) if score in NEEDS_DATA else []
 
     def visit(index: int, run: Run) -> None:
+        if index == 0:
+            quantized.freeze_outside(embeddings=freeze_embeddings, output=False)
         layer = layers[index]
         quantized.load(index, device)
         if score in NEEDS_DATA:

@@ -96,13 +96,16 @@ def _load_quantized(
         init_rope(model)
     batches = partial(calibration_batches, settings, inputs.data)
     score = None if known else owlore.score
+    quantized.freeze_outside(embeddings=False, output=not owlore.train_output)  # scores do not need the head
+    embeddings = not owlore.train_embeddings
     try:
-        made = load_and_score(model, quantized, settings.device, score, batches, owlore.outlier_threshold)
+        made = load_and_score(
+            model, quantized, settings.device, score, batches, owlore.outlier_threshold, freeze_embeddings=embeddings
+        )
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
         raise RunError(f"the layers cannot be scored: {error}") from error
-    quantized.freeze_outside(embeddings=not owlore.train_embeddings, output=not owlore.train_output)
     return quantized, known or scores_of(settings, made or [], fingerprint)
 
 
