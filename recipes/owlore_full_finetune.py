@@ -319,7 +319,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         seconds = time.perf_counter() - started
         metrics = {
             "loss": loss_value,
-            "lr": get_lr(self._optimizer),
+            "lr": float(get_lr(self._optimizer)),  # torchao has tensors
             "grad_norm": grad_norm,
             "skipped_steps": self._progress.skipped_steps,
             "step_seconds": seconds,
