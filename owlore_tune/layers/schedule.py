@@ -103,9 +103,10 @@ class Schedule:
         self.last_moved: list[int] = []
         self.refreshes: list[Refresh] = []
         self.is_changing = False
+        self._has_returned = False  # whether a layer came back with its bases, whose corrections no longer hold
         self._moved: set[int] = set()  # active layers known to have changed since the draw
         self._hashes: dict[int, Tensor] = {}  # of what trains as it is in active layers, at the draw
-        optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        optimizer.register_step_pre_hook(lambda *_: self._settle())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
 
     @property
@@ -173,11 +174,9 @@ class Schedule:
         for parameter in layer.trained().values():
             move_state(self.optimizer, parameter, parameter.device)
         is_new = not any(weight.basis is not None for weight in layer.weights.values())
+        self._has_returned |= not is_new
         if is_new and self.layers.masters is not None and self._sampler.num_active == len(self.layers.layers):
             layer.age = index * self._update_gap // len(self.layers.layers)
-
-    def _before_step(self) -> None:
-        self._settle()
 
     def _settle(self) -> None:
         """Carry moments over to new bases, correct quantized weights, and undo bases that a gradient did not give.
@@ -190,7 +189,8 @@ class Schedule:
             energies = torch.stack([weight.energy for weight in new if weight.energy is not None]).tolist()
             for weight, energy in zip(new, energies, strict=True):
                 self._settle_basis(weight, energy)
-        if self.layers.masters is not None:
+        if self.layers.masters is not None and (new or self._has_returned):
+            self._has_returned = False
             for index in self.active:
                 weights = self.layers.layers[index].weights
                 bare = {name: w for name, w in weights.items() if w.basis is not None and w.correction is None}
