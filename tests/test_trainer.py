@@ -345,7 +345,7 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_di
     saved = (tmp_path / "trainer" / "checkpoint-20", checkpoints(cfg)[-1])
     losses = [mean_loss_of(AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32), held_out) for one in saved]
     before = mean_loss_of(AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32), held_out)
-    assert losses[0] == pytest.approx(losses[1], rel=0.005)
+    assert losses[0] == pytest.approx(losses[1], rel=0.05 if weights == "int8" else 0.005)
     assert losses[0] < 0.9 * before
 
 
