@@ -56,7 +56,7 @@ def test_30_draws_with_rows_of_any_length_compile_each_kind_of_layer_once(
     recipe.train()
     recipe.cleanup()
     assert len({tuple(draw["active"]) for draw in recipe._report.records.draws}) == 6  # all pairs of 4 layers
-    assert len(totals) == 30 and totals[-6] == totals[-1] == KINDS.total()
+    assert len(totals) == 30 and totals[12] == totals[-1] >= KINDS.total() - 1  # one for the last full loss
     # Trained, with decay and without, or frozen; in validation, above a layer that trains, and above none. The first
     # ones are compiled anew when a second length makes torch compile for any.
     assert KINDS.total() <= 20 < RECOMPILE_LIMIT
