@@ -51,6 +51,7 @@ bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and other
 	python benchmarks/gpu_counts.py --output benchmarks/gpu_counts.md
 	python benchmarks/llama2_7b.py --output benchmarks/llama2_7b.md
 	python benchmarks/memory_7b.py --output benchmarks/memory_7b.md --picture docs/pictures/memory_7b.png
+	python benchmarks/layer_step.py --output benchmarks/layer_step.md
 	python benchmarks/refresh.py --output benchmarks/refresh.md
 	python benchmarks/scoring.py --output benchmarks/scoring.md
 	python benchmarks/saving.py --output benchmarks/saving.md

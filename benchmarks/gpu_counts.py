@@ -8,11 +8,13 @@ count: a basis has one in `torch.linalg.eigh`.
 Graphs are those of a small model on a CPU, in 24 draws with validation after each.
 """
 
+import os
 from typing import Any
 
 import torch
 from report import command, parser, publish
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.backends.registry import register_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune import training
 from torchtune.models.llama2 import llama2, llama2_7b
@@ -24,6 +26,13 @@ from owlore_tune.run.compiled import RECOMPILE_LIMIT, compile_parts
 META = torch.device("meta")
 ROWS = {"OwLore, γ=5, rank 128": (5, 128), "OwLore, all layers, rank 128": (32, 128), "LISA, γ=2": (2, None)}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"}
+GRAPHS: list[torch.fx.GraphModule] = []
+
+
+@register_backend(name="counting")
+def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    GRAPHS.append(graph)
+    return aot_eager(graph, inputs)
 
 
 class Counts(TorchDispatchMode):
@@ -54,7 +63,7 @@ class Counts(TorchDispatchMode):
 
 
 def count(num_active: int, rank: int | None) -> list[Counts]:
-    """Of a micro-batch without bases yet, and of one that has them."""
+    """Return counts of a micro-batch without bases yet, and of one that has them."""
     with META, training.set_default_dtype(torch.bfloat16):
         model = llama2_7b()
         layers = ProjectedLayers(model, rank=rank)
@@ -74,17 +83,12 @@ def count(num_active: int, rank: int | None) -> list[Counts]:
 def count_graphs(lengths: tuple[int, ...]) -> int:
     """Graphs that torch compiles for the layers of a small model."""
     torch._dynamo.reset()
-    graphs = []
-
-    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
-
+    GRAPHS.clear()
     model = llama2(64, 4, 4, 2, 32, max_seq_len=64, intermediate_dim=48)
     layers = ProjectedLayers(model, rank=8)
     optimizer = torch.optim.AdamW(layers.parameter_groups(), fused=True)
     schedule = Schedule(layers, optimizer, LayerSampler([1.0] * 4, num_active=2), resample_every=2)
-    compile_parts(LinearCrossEntropyLoss(), model, layers, backend=counting)
+    compile_parts(LinearCrossEntropyLoss(), model, layers)
     for step in range(48):
         schedule.begin_step()
         tokens = torch.randint(64, (2, lengths[step % len(lengths)]))
@@ -93,11 +97,12 @@ def count_graphs(lengths: tuple[int, ...]) -> int:
         optimizer.zero_grad()
         with torch.no_grad():
             model(tokens)
-    return len(graphs)
+    return len(GRAPHS)
 
 
 def main() -> None:
     args = parser(__doc__).parse_args()
+    os.environ["TORCH_COMPILE_BACKEND"] = "counting"
     lines = [
         "# Kernel launches, waits and compiled graphs on a GPU, counted without one",
         "",

@@ -112,7 +112,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self.load_checkpoint()
         self._sampler = build.build_sampler(settings, self._scores.scores)
         self._layers.masters = self._quantized
-        self._schedule = build.build_schedule(settings, self._layers, self._optimizer, self._sampler, world)
+        self._schedule = build.build_schedule(settings, self._layers, self._optimizer, self._sampler)
         if cfg.compile:  # after scoring, whose hooks would be compiled too
             self._loss_fn = compile_parts(self._loss_fn, self._model, self._layers)
         self._lr_scheduler = build.build_lr_scheduler(settings, self._optimizer, self._data.num_steps)

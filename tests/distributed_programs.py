@@ -41,7 +41,7 @@ def finetune(cfg: DictConfig, recipe_class=OwLoreFullFinetuneRecipe) -> None:
 
 
 def sent_bytes(parameter: torch.Tensor) -> int:
-    """What a parameter's gradient sends, apart from FSDP2."""
+    """Return the bytes in which a step sends a parameter's gradient, apart from FSDP2."""
     return 0 if isinstance(parameter, DTensor) else parameter.nbytes
 
 

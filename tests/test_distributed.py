@@ -26,6 +26,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
+from owlore_tune.checkpoints.state import load_state
 from owlore_tune.distributed.launch import let_gloo_finish
 from owlore_tune.distributed.world import current_world, shard_like
 from owlore_tune.errors import ConfigError
@@ -91,7 +92,7 @@ CASES = {
     "checkpointing": {"enable_activation_checkpointing": True},
     "everything trained": ALL_TRAINED,
     "GaLore's side": {"owlore__side": "shape", "owlore__basis": "svd"},
-    "bf16 norms": {"dtype": "bf16", "owlore__resample_every": 12, "owlore__train_norm": True},
+    "replicated": {"fsdp": False, "gradient_accumulation_steps": 3, "batch_size": 2} | ALL_TRAINED,
     "full rank": {"owlore__rank": None},
     "all layers": {"owlore__num_active_layers": None, "owlore__score": "uniform"},
     "chunked loss": {"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}},
@@ -116,7 +117,7 @@ OTHERS = [name for name in CASES if name != "plain"]
     ],
 )
 def test_ranks_together_train_as_one_process(num_ranks, names, config):
-    """Weights agree within 5e-6. On three ranks, no dimension divides evenly."""
+    """Weights agree within 1e-6. On three ranks, no dimension divides evenly."""
     pairs = []
     for name in names:
         case = CASES[name]
@@ -126,16 +127,33 @@ def test_ranks_together_train_as_one_process(num_ranks, names, config):
     train_together(num_ranks, *(several for _, several in pairs))
     for one, several in pairs:
         recipe = finetune(one)
-        assert furthest(one, several) < 5e-6, several["output_dir"]
+        assert furthest(one, several) < 1e-6, several["output_dir"]
         manifest = json.loads((Path(several["output_dir"]) / "manifest.json").read_text())
         assert [d["active"] for d in manifest["draws"]] == [d["active"] for d in recipe._report.records.draws]
         assert len(manifest["draws"]) == 4
         for when, loss in recipe._report.records.losses.items():
-            assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-4)
+            assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-5)
         ours = [json.loads(line) for line in (Path(several["output_dir"]) / "steps.jsonl").read_text().splitlines()]
         for step, other in zip(ours, recipe._report.records.steps, strict=True):
             assert step["loss"] == pytest.approx(other["loss"], abs=1e-5)
             assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_norms_of_a_bf16_model_train_on_ranks_as_in_one_process(config):
+    """Compares the changes of their float32 copies. bf16 rounds activations of 3 rows unlike those of 6."""
+    config = variant(config, "one", dtype="bf16", owlore__resample_every=12, owlore__train_norm=True)
+    two = on_ranks(2, config, "two")
+    train_together(2, two)
+    finetune(config)
+    norms, other_norms = (
+        load_state(Path(run["output_dir"]) / "step_12")["schedule"]["layers"]["others"] for run in (config, two)
+    )
+    assert norms.keys() == other_norms.keys() and len(norms) == 2 * 2 + 1
+    for name, norm in norms.items():
+        change, other_change = norm - 1, other_norms[name] - 1
+        assert norm.dtype == torch.float32 and change.abs().max() > 1e-4, name
+        assert (change - other_change).norm() < 0.05 * change.norm(), name
 
 
 @pytest.mark.slow
@@ -250,13 +268,11 @@ def test_quantized_weights_train_on_two_ranks_as_in_one_process(names, config, t
     train_together(2, *twos, *again)
     for one, two, resumed in zip(ones, twos, again, strict=True):
         recipe = finetune(one)
-        assert furthest(one, two) < (
-            1e-3 if "int8" in one["output_dir"] else 5e-5 if "all" in one["output_dir"] else 1e-5
-        )
+        assert furthest(one, two) < (1e-3 if "int8" in one["output_dir"] else 1e-5)
         assert furthest(two, resumed) == 0
         manifest = json.loads((Path(two["output_dir"]) / "manifest.json").read_text())
         for when, loss in recipe._report.records.losses.items():
-            assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-4)
+            assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -301,7 +317,7 @@ def test_a_step_sends_the_gradients_of_what_trains_and_a_basis_its_products(conf
 
 @pytest.mark.slow
 def test_frozen_layers_send_no_gradients(config, tmp_path):
-    """Of weights that FSDP2 shards, only those that train as they are are reduced."""
+    """FSDP2 reduces gradients only of weights that train as they are."""
     config["owlore"] |= {"resample_every": 100, "num_active_layers": 2, "rank": None}
     some = count(2, on_ranks(2, config, "some"), tmp_path)[0]
     every_layer = count(2, on_ranks(2, config, "all", **CASES["all layers"]), tmp_path)[0]

@@ -16,7 +16,7 @@ def generator() -> torch.Generator:
 
 
 def range_finder(grad: torch.Tensor, rank: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a whole gradient, as that of a Linear with one token for each output."""
+    """The range finder of a whole gradient, as that of a Linear with one token for each output."""
     return range_finder_of_product(torch.eye(len(grad), dtype=grad.dtype), grad, rank, **options)
 
 
@@ -40,6 +40,16 @@ def test_basis_is_orthonormal_and_nearly_optimal(shape, warm):
     assert energy / best > 0.995
     captured = (grad @ basis).square().sum() / grad.square().sum()
     assert energy.item() == pytest.approx(captured.item(), abs=0.02)  # estimated from a few columns
+
+
+def test_directions_of_small_singular_values_are_found_in_float32():
+    """Those of 1e-4 of the largest: their squares are below the precision of a product."""
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(size, 200, dtype=torch.float64)).Q for size in (256, 384))
+    grad = u * torch.cat([torch.logspace(0, -4, 64), torch.full((136,), 1e-5)]) @ v.T
+    basis, _ = range_finder(grad.float(), 64, generator=generator())
+    missed = v[:, :64] - basis.double() @ (basis.double().T @ v[:, :64])
+    assert torch.linalg.matrix_norm(missed, 2) < 0.05
 
 
 def test_the_largest_entry_of_each_column_is_positive():

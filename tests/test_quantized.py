@@ -196,7 +196,7 @@ def wide(config: dict, tmp_path: Path) -> dict:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_weights_are_those_before_and_the_updates(kind, tiny_config, tmp_path):
-    """What trains is quantized. What is saved is W₀ + A Pᵀ, of W₀ in full precision, rounded once."""
+    """Layers that train are quantized. Saved weights are W₀ + A Pᵀ with W₀ in full precision, rounded once."""
     config = wide(quantized_config(tiny_config, kind, dataset_val=None, owlore__resample_every=50), tmp_path)
     recipe = finetune(config)
     before, saved = read_weights(Path(config["checkpointer"]["checkpoint_dir"])), weights(config)

@@ -402,7 +402,7 @@ def test_samples_are_of_the_most_likely_tokens():
         prompts = Prompts([[0]], 1, [], temperature=1.0, seeds=[seed], top_k=3, top_p=0.9)
         token = _Chooser(prompts, torch.tensor([[0]]), torch.tensor([[True]]))(logits).item()
         counts[token] = counts.get(token, 0) + 1
-    # Of the three most likely tokens, the first two have a probability of 0.91.
+    # The first two of the three most likely tokens have a probability of 0.91.
     assert counts.keys() == {0, 1} and 120 < counts[0] < 170  # 146 expected, standard deviation 6
 
 

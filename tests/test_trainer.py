@@ -286,7 +286,8 @@ class InOrder:
 def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_dir, tmp_path):
     """The same rows, draws and settings: 20 steps with accumulation, clipping and 10 draws, killed and resumed.
 
-    Random sketches differ, because torchtune has other names of weights.
+    Random sketches differ, because torchtune has other names of weights. Products are in full precision: with int8
+    products, differences of 1e-6 between the two decoders move inputs to the next of 255 values, and losses by 1 %.
     """
     import trl
 
@@ -302,7 +303,6 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_di
     }  # fmt: skip
     cfg["checkpointer"]["checkpoint_dir"] = str(smollm2_dir)
     cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "score": "uniform", "rank": 32, "weights": weights}
-    cfg["owlore"]["products"] = "int8" if weights == "int8" else "full"
     cfg["optimizer"]["lr"] = 1e-4
     recipe = finetune(cfg)
 
@@ -316,7 +316,7 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_di
         layers = ProjectedLayers(model, rank=32, seed=3)
         optimizer = torch.optim.AdamW(layers.parameter_groups(), **options)
         if weights != "full":
-            layers.masters = quantize_layers(model, weights, tmp_path / name, products="int8")
+            layers.masters = quantize_layers(model, weights, tmp_path / name)
         schedule = Schedule(layers, optimizer, LayerSampler([1.0] * 30, 2, seed=3), resample_every=2)
         watch = Watch(schedule)
         tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
@@ -345,7 +345,7 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_di
     saved = (tmp_path / "trainer" / "checkpoint-20", checkpoints(cfg)[-1])
     losses = [mean_loss_of(AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32), held_out) for one in saved]
     before = mean_loss_of(AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32), held_out)
-    assert losses[0] == pytest.approx(losses[1], rel=0.05 if weights == "int8" else 0.005)
+    assert losses[0] == pytest.approx(losses[1], rel=0.005)
     assert losses[0] < 0.9 * before
 
 

@@ -31,7 +31,7 @@ def outlier_scores(
             ``mask``, ``input_pos``) on its device. The optional key ``valid`` (b, s), bool, is False for padding, which
             does not count. It is not passed to the model.
         threshold: τ, in multiples of the layer's mean; 13 as for the paper's released scores.
-        world: processes that shard the weights, each with its own batches; all get the scores over all batches.
+        world: processes with batches of their own; all get the scores over all batches.
 
     Returns:
         D_l of each layer, bottom first, between 0 and 1.
@@ -49,7 +49,7 @@ def outlier_scores(
     for i, layer in enumerate(tqdm(layers, desc="Outliers", unit="layer", leave=False, disable=world.rank > 0)):
         try:
             linears = [(linear.weight, norms[i][name]) for name, linear in find_linears(layer)]
-            scores.append(outlier_share(linears, threshold, world))
+            scores.append(outlier_share(linears, threshold))
         except ValueError as error:
             raise ValueError(f"layer {i}: {error}") from error
     return scores
@@ -150,7 +150,6 @@ def _experts_by_linear(layer: nn.Module) -> dict[str, Experts]:
 def outlier_share(
     linears: list[tuple[Tensor, Tensor]],  # weight (out, in), input norms (in,)
     threshold: float,
-    world: World = ALONE,
 ) -> float:
     """Share of entries of A = |W| · norm above ``threshold`` times the mean of A over all ``linears``.
 
@@ -159,6 +158,7 @@ def outlier_share(
     Raises:
         ValueError: if a weight or a norm is not finite, because every comparison with the mean would then be false.
     """
+    world = World.of(linears[0][0])  # processes that have rows of their own, and not copies
     num_entries = sum(weight.numel() for weight, _ in linears)
     own = [(local(weight), norm.to(weight.device)) for weight, norm in linears]
     sums = [torch.dot(weight.abs().sum(0, dtype=torch.float64), norm.double()) for weight, norm in own]

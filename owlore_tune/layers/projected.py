@@ -51,7 +51,7 @@ class ProjectedLayer:
         self.age = 0
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What the optimizer trains, by the names of the parameters."""
+        """The parameters that the optimizer trains, by the names of the model's."""
         projected = {name: weight.trained for name, weight in self.weights.items()}
         return projected | {name: other.trained for name, other in self.others.items()}
 
@@ -86,7 +86,7 @@ class ProjectedLayers:
         side, scale, basis: see `ProjectedWeight`.
         seed: of the bases' random sketches, and of stochastic rounding in merges.
         train_embeddings, train_output, train_norm: also train these parts, as they are, in every step.
-        world: processes that train together.
+        world: processes that train together; all get rank 0's draws.
 
     Attributes:
         layers: bottom first.
@@ -119,7 +119,7 @@ class ProjectedLayers:
         self._rank = rank
         self.settings = {"rank": rank, "side": side, "scale": scale, "basis": basis, "seed": seed}
         self._options: dict[str, Any] = {"side": side, "scale": scale, "basis": basis, "world": world}
-        self._world = world
+        self.world = world
         self.active: list[int] = []
         self.masters: Masters | None = None
         self.num_steps = 0
@@ -166,7 +166,7 @@ class ProjectedLayers:
         return [parameter for group in self.parameter_groups() for parameter in group["params"]]
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What trains now, by names as ``layers.0.mlp.w1.weight``, whatever the model calls its layers."""
+        """The parameters that train now, by names as ``layers.0.mlp.w1.weight``, whatever the model calls its layers."""
         found = {name: p for index in self.active for name, p in self.layers[index].trained().items()}
         return found | {name: other.trained for name, other in self.outside.items()}
 
@@ -235,7 +235,9 @@ class ProjectedLayers:
         for index in self.active if indices is None else sorted(indices):
             layer = self.layers[index]
             if self.masters is not None:
-                self.masters.replace(index, self.merged_layer(index, stochastic=True))
+                merged = self.world.attempt(partial(self.merged_layer, index, stochastic=True))  # all have read it
+                assert merged is not None
+                self.masters.replace(index, merged)
             for name, weight in layer.weights.items():
                 parameter = weight.linear.weight
                 if self.masters is None:
@@ -300,11 +302,13 @@ class ProjectedLayers:
         value = full(parameter.detach())
         if not isinstance(parameter, DTensor):
             return value
-        return value.cpu() if self._world.rank == 0 else value.new_empty(0)
+        return value.cpu() if self.world.rank == 0 else value.new_empty(0)
 
     def _not_in_weights(self) -> Iterator[tuple[str, WholeParameter]]:
-        """What trains as it is, and is not in the weights that are loaded before the state: copies in float32, and with
-        quantized weights everything in active layers, of which the masters are older."""
+        """Parameters that train as they are and are not in the weights, which are loaded before the state.
+
+        These are copies in float32 and, with quantized weights, all of active layers, whose masters are older.
+        """
         for part in (*(self.layers[index].others for index in self.active), self.outside):
             for name, other in part.items():
                 if other.trained is not other.parameter or (self.masters is not None and part is not self.outside):

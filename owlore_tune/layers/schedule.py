@@ -11,13 +11,14 @@ for batch in batches:
 layers.merge()
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from owlore_tune.distributed.world import ALONE, World, local
+from owlore_tune.distributed.world import local
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.optim.moments import MOMENTS, carry_moments, check_decay, move_state
@@ -53,7 +54,6 @@ class Schedule:
         inactive_state: optimizer state of inactive layers. ``drop``: a layer that returns starts with new bases and
             moments. ``keep``: it continues with its old ones; only its own steps count toward a refresh, as in the
             authors' code. ``offload``: like ``keep``, in host memory.
-        world: processes that train together; all use rank 0's draw.
 
     Attributes:
         layers, optimizer: as given.
@@ -76,7 +76,6 @@ class Schedule:
         update_gap: int = 100,
         moments: str = "keep",
         inactive_state: str = "drop",
-        world: World = ALONE,
     ) -> None:
         for name, count in (("resample_every", resample_every), ("update_gap", update_gap)):
             if not count >= 1:
@@ -94,7 +93,6 @@ class Schedule:
         self._update_gap = update_gap
         self._moments = moments
         self._inactive_state = inactive_state
-        self._world = world
         self._settings = {
             **layers.settings, "resample_every": resample_every, "update_gap": update_gap, "moments": moments,
             "inactive_state": inactive_state, "probabilities": sampler.probabilities.tolist(),
@@ -136,7 +134,7 @@ class Schedule:
 
     def _draw(self) -> None:
         before = self._sampler.state_dict()
-        drawn = self._world.share(self._sampler.draw())
+        drawn = self.layers.world.share(self._sampler.draw())
         leaving, entering = (sorted(set(a) - set(b)) for a, b in ((self.active, drawn), (drawn, self.active)))
         last_moved = self.moved()
         try:
@@ -198,7 +196,7 @@ class Schedule:
 
     def _settle_basis(self, weight: ProjectedWeight, energy: float) -> None:
         seconds = weight.seconds()
-        if energy != energy:
+        if math.isnan(energy):
             weight.give_up_basis()
             return
         self.refreshes.append(Refresh(seconds, energy))
@@ -231,7 +229,7 @@ class Schedule:
             now = self._hash_others()
             changed = torch.stack([(now[index] != then).any() for index, then in self._hashes.items()]).tolist()
             here |= {index for index, has_changed in zip(self._hashes, changed, strict=True) if has_changed}
-        self._moved.update(*self._world.gather(here))
+        self._moved.update(*self.layers.world.gather(here))
         return sorted(self._moved)
 
     def _note_moved(self, indices: list[int]) -> None:

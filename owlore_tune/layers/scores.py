@@ -41,7 +41,7 @@ def layer_scores(
             Linears of the layer. ``heavy_tail``: the Hill estimate of the tail of the weights' spectra.
         batches: returns the calibration batches; only called for ``outlier`` and ``reverse``.
         threshold: τ of the outlier score.
-        world: processes that shard the weights, each with its own batches.
+        world: processes with batches of their own.
 
     Raises:
         TypeError: if ``model`` is not a decoder of torchtune or transformers.

@@ -60,7 +60,7 @@ CATEGORIES = tuple(field.name for field in fields(MemoryPlan))
 
 @dataclass(frozen=True)
 class Method:
-    """What trains, and how.
+    """The parameters that train, and their optimizer.
 
     Args:
         options: keyword arguments of `ProjectedLayers`.
@@ -116,7 +116,6 @@ def plan_memory(
     )
     with step.running():
         layers = ProjectedLayers(step.model, **method.options)
-        layers.generator = lambda *_: None  # type: ignore[method-assign]
         step.tracker.label = "projected"
         layers.activate(active)
         trained = list(layers.trained().values())
@@ -126,7 +125,7 @@ def plan_memory(
         for _, weight in layers.active_weights():
             weight.energy = weight.turn = None
             if shape.weights == "nf4" and isinstance(weight_of(weight.linear), NF4Weight):
-                weight.correction = torch.empty(weight.size, dtype=torch.bfloat16, device=device)
+                weight.correction = torch.empty(weight.size, dtype=weight.linear.weight.dtype, device=device)
         step.run()
     whole = [other for layer in layers.layers for other in layer.others.values() if other.trained.requires_grad]
     outside = list(layers.outside.values())

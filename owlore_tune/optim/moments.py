@@ -1,4 +1,4 @@
-"""What an optimizer knows about a trained parameter: its moments at a new basis, in host memory, and their size."""
+"""The optimizer's state of a trained parameter: its moments at a new basis, in host memory, and its size."""
 
 from typing import Any
 

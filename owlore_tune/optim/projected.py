@@ -54,7 +54,7 @@ class ProjectedWeight:
         energy: () share of the first gradient's energy in the basis; NaN if the gradient gave none.
         start: the basis before this one, from which the next one starts.
         turn: (r, r) old basisᵀ · new basis; None without an old one.
-        correction: (W₀ − Q(W₀)) P of a quantized weight Q(W₀), in A's shape, in bfloat16.
+        correction: (W₀ − Q(W₀)) P of a quantized weight Q(W₀), in A's shape, in the weight's dtype.
         is_new: whether no optimizer step has used the basis yet.
         decay: c.
     """
@@ -246,7 +246,7 @@ class ProjectedWeight:
         return sum(tensor.nbytes for tensor in (self.basis, self.start, self.correction) if tensor is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs beside W₀."""
+        """All that an exact resume needs, except W₀."""
         tensors = {key: getattr(self, key) for key in _TENSORS}
         return {"trained": self.trained.detach(), "decay": self.decay, "is_new": self.is_new, **tensors}
 

@@ -31,7 +31,7 @@ def side_factor(shape: torch.Size) -> float:
 def times(grad: Tensor, columns: Tensor) -> Tensor:  # (m, n) · (n, k) → (m, k)
     """A product in the dtype of ``columns``, with sums in that dtype.
 
-    Of a 16-bit ``grad``, a few rows at a time are copied to that dtype. On CUDA, ``columns`` are rounded instead, as
+    A few rows of a 16-bit ``grad`` at a time are copied to that dtype. On CUDA, ``columns`` are rounded instead, as
     the gradient is.
     """
     if grad.dtype == columns.dtype:
@@ -61,11 +61,14 @@ def range_finder(
 ) -> tuple[Tensor, Tensor]:  # (n, r) orthonormal, () share of the energy
     """An orthonormal basis of (nearly) the best rank-``rank`` row space of G = leftᵀ right (m, n), and ‖G P‖² / ‖G‖².
 
-    The steps are a Gaussian sketch with ``OVERSAMPLING`` extra columns, one power iteration, a QR, and a truncation by
-    the eigenvectors of the small Gram matrix (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). G is
+    The steps are a Gaussian sketch with ``OVERSAMPLING`` extra columns, one power iteration, and a truncation by the
+    eigenvectors of the small Gram matrix (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). G is
     never formed: a product with it is two thin ones. ``start``, such as the weight's previous basis, replaces the
     sketch and saves one product. The largest entry of each column is made positive, so moments keep their meaning
     across a refresh. The share is estimated from ``SKETCH_ROWS`` random columns outside the basis.
+
+    A QR after each product and a Gram matrix in float64 keep the directions of singular values below 1e-3 of the
+    largest. They would else be lost to rounding, and the basis would depend on the order of sums.
 
     Processes of ``world`` have different tokens of one step, and get the same basis. They call this together, and
     all-reduce products with G, (m or n) · (r + 8) numbers each.
@@ -91,15 +94,15 @@ def range_finder(
     else:
         kept = min(start.shape[1], width)
         columns = torch.cat([start[:, :kept].to(dtype), random(n, width - kept) / n**0.5], dim=1)
-    rows = _unit_scale(forward(torch.linalg.qr(columns).Q))
+    rows = torch.linalg.qr(_unit_scale(forward(torch.linalg.qr(columns).Q))).Q
     orthonormal = torch.linalg.qr(_unit_scale(backward(rows))).Q
     low = forward(orthonormal)  # (m, width)
     scale = _scale(low)
     low = low / scale
-    gram = low.T @ low
+    gram = low.double().T @ low.double()
     is_finite = gram.isfinite().all()
     eigenvalues, eigenvectors = _eigh(torch.where(is_finite, gram, 0.0))  # ascending
-    basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1))
+    basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
     outside = random(n, SKETCH_ROWS)
     outside -= orthonormal @ (orthonormal.T @ outside)
     rest = (forward(outside) / scale).double().square().sum() / SKETCH_ROWS

@@ -99,7 +99,6 @@ class QuantizedLayers:
         """
         if bad := [name for name, weight in weights.items() if not is_finite(weight)]:
             raise DivergedError(f"weights are not finite: {bad[0]}; lower optimizer.lr")
-        self._world.attempt(lambda: None)  # all processes have read the layer
         written = self._world.share(self._world.attempt(lambda: self.store.write(index, weights), first_alone=True))
         assert written is not None
         self.store.use(index, written)
@@ -122,12 +121,11 @@ class QuantizedLayers:
             if name in wanted:
                 weight = weights[name]
                 error = rounding_error(modules[name], value, weight.basis, weight.right)
-                weight.correction = error.to(torch.bfloat16)
+                weight.correction = error.to(weight.basis.dtype)
 
-    def run_whole(self, index: int, run: Callable[..., None], weights: dict[str, Tensor] | None = None) -> None:
-        """Call ``run`` while a layer has full-precision weights: those of the store, or ``weights`` by name."""
-        values = self.read(index) if weights is None else weights
-        modules = {module: values[name].to(self._device(index)) for name, module in self._modules(index).items()}
+    def run_whole(self, index: int, run: Callable[..., None], weights: dict[str, Tensor]) -> None:
+        """Call ``run`` while a layer has the full-precision ``weights``, by name."""
+        modules = {module: weights[name].to(self._device(index)) for name, module in self._modules(index).items()}
         with in_full_precision({module: value for module, value in modules.items() if is_quantized(module)}):
             run()
 

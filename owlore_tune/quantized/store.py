@@ -94,7 +94,7 @@ class LayerStore:
     def adopt(self) -> None:
         """Link to the files of a checkpoint with a file for each layer, so that the checkpoint may be removed.
 
-        Of layers that train, these are the weights before their last updates, which the run's state has.
+        For layers that train, these are the weights before their last updates, which the run's state has.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
         for index, tensors in self._base.items():

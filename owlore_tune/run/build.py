@@ -291,7 +291,6 @@ def build_schedule(
     layers: ProjectedLayers,
     optimizer: torch.optim.Optimizer,
     sampler: LayerSampler,
-    world: World = ALONE,
 ) -> Schedule:
     """The schedule of active layers. All layers are frozen until the first draw."""
     owlore = settings.owlore
@@ -303,7 +302,6 @@ def build_schedule(
         update_gap=owlore.update_gap,
         moments=owlore.moments,
         inactive_state=owlore.inactive_state,
-        world=world,
     )
 
 

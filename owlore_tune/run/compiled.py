@@ -14,7 +14,7 @@ from owlore_tune.models.decoder import Decoder, find_layers
 RECOMPILE_LIMIT = 32  # graphs that all compiled layers share
 
 
-def compile_parts(loss_fn: Any, model: Decoder, layers: ProjectedLayers, backend: Any = None) -> Any:
+def compile_parts(loss_fn: Any, model: Decoder, layers: ProjectedLayers) -> Any:
     """Compile ``model``, layer by layer, in place; returns the loss, compiled if possible.
 
     All layers share their graphs. There is one for each kind of layer and pass: trained or frozen, with or without a
@@ -25,7 +25,7 @@ def compile_parts(loss_fn: Any, model: Decoder, layers: ProjectedLayers, backend
     # would run uncompiled without an error.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    backend = backend or os.environ.get("TORCH_COMPILE_BACKEND", "inductor")  # as torchtune's parts
+    backend = os.environ.get("TORCH_COMPILE_BACKEND", "inductor")  # as torchtune's parts
     for index, layer in enumerate(find_layers(model)):
         inner: nn.Module = getattr(layer, "_checkpoint_wrapped_module", layer)
         inner.forward = partial(  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.layers.outliers import InputSquares, outlier_share
 from owlore_tune.layers.scores import NEEDS_DATA, score_of_layer
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, layer_inputs
@@ -61,6 +62,7 @@ def load_and_score(
     threshold: float,
     *,
     freeze_embeddings: bool,
+    world: World = ALONE,
 ) -> list[float] | None:
     """Load, score and quantize the layers one by one, from the bottom. Embeddings are quantized before.
 
@@ -71,6 +73,7 @@ def load_and_score(
         batches: the calibration batches.
         threshold: of the outlier score.
         freeze_embeddings: quantize the embeddings, once they have embedded the batches.
+        world: processes with batches of their own; all get the scores over all batches.
 
     Raises:
         ValueError: as `layer_scores`.
@@ -92,7 +95,7 @@ def load_and_score(
 
             run(before)
             inputs.remove()
-            norms = inputs.norms()
+            norms = inputs.norms(world)
             linears = [(linear.weight, norms[name]) for name, linear in find_linears(layer)]
             try:
                 scores.append(outlier_share(linears, threshold))

@@ -100,13 +100,14 @@ def _load_quantized(
     embeddings = not owlore.train_embeddings
     try:
         made = load_and_score(
-            model, quantized, settings.device, score, batches, owlore.outlier_threshold, freeze_embeddings=embeddings
-        )
+            model, quantized, settings.device, score, batches, owlore.outlier_threshold,
+            freeze_embeddings=embeddings, world=world,
+        )  # fmt: skip
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
         raise RunError(f"the layers cannot be scored: {error}") from error
-    return quantized, known or scores_of(settings, made or [], fingerprint)
+    return quantized, known or scores_of(settings, made or [], fingerprint, world)
 
 
 def weight_writer(
