@@ -20,7 +20,7 @@ from torchtune.models.llama2 import llama2
 from owlore_tune.heap import reuse_freed_memory
 from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule
 from owlore_tune.models.decoder import find_layers, find_linears
-from owlore_tune.quantized.linear import freeze
+from owlore_tune.quantized.linear import quantize
 
 NUM_LAYERS, TOKENS, RANK, ROUNDS = 4, 512, 128, 5
 FORMATS = {"full": "full", "int8": "int8", "nf4": "full"}  # with their products
@@ -40,7 +40,7 @@ def step_of(weights: str, products: str, trains: bool, embedded: Tensor) -> Call
     if weights != "full":
         for layer in find_layers(model):
             for _, linear in find_linears(layer):
-                freeze(linear, weights, products)
+                quantize(linear, weights, products)
     layers = ProjectedLayers(model, rank=RANK)
     optimizer = torch.optim.AdamW(layers.parameter_groups(), lr=1e-6, weight_decay=0.0, fused=True)
     schedule = Schedule(layers, optimizer, LayerSampler([1.0] * NUM_LAYERS, NUM_LAYERS))
@@ -85,8 +85,9 @@ def main() -> None:
     lines = [
         "# Time of layers that train against frozen layers",
         "",
-        f"{NUM_LAYERS} layers of LLaMA-2-7B's shapes, {TOKENS} tokens, rank {RANK}, bfloat16, activation checkpointing, "
-        f"{torch.get_num_threads()} threads, median of {ROUNDS} interleaved rounds; {machine()}. Command: {command()}.",
+        f"{NUM_LAYERS} layers of LLaMA-2-7B's shapes, {TOKENS} tokens, rank {RANK}, bfloat16, activation "
+        f"checkpointing, {torch.get_num_threads()} threads, median of {ROUNDS} interleaved rounds; {machine()}. "
+        f"Command: {command()}.",
         "",
         "| weights | products | frozen, s | all train, s | frozen, ratio | all train, ratio |",
         "|---|---|---|---|---|---|",

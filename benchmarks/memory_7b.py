@@ -13,8 +13,8 @@ from report import command, parser, publish
 
 from owlore_tune.config import load_config
 from owlore_tune.memory.plan import MemoryPlan
-from owlore_tune.run.cards import FREE_SHARE, INT8, NF4, SEQ_LEN
-from owlore_tune.run.limit import plan_run, plans_of_config
+from owlore_tune.run.gpus import FREE_SHARE, INT8, NF4, SEQ_LEN
+from owlore_tune.run.planning import plan_run, plans_of_config
 from owlore_tune.run.plots import plot_memory
 from owlore_tune.run.settings import TrainingSettings
 

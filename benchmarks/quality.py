@@ -40,7 +40,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from owlore_evals.jsonl import append_line, read_lines
-from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.config import load_config
 from owlore_tune.data.builders import instruction_dataset, read_file
 from owlore_tune.data.tokenizer import HFChatTokenizer

@@ -20,7 +20,7 @@ from torchtune.models import convert_weights
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from owlore_tune.checkpoints.hf import shards
+from owlore_tune.checkpoints.checkpointer import shards
 from owlore_tune.config import load_config
 from owlore_tune.data.builders import mmlu_dev_rows
 from owlore_tune.models.decoder import find_layers

@@ -12,10 +12,10 @@ import torch
 from report import command, machine, parser, publish
 from torchtune.data import padded_collate_packed
 
-from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.data.builders import mmlu_dev_dataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.layers.outliers import outlier_scores
+from owlore_tune.layers.scores import layer_scores
 from owlore_tune.models.smollm2 import fetch, smollm2_135m
 
 ROUNDS, NUM_BATCHES = 5, 8
@@ -43,7 +43,10 @@ def main() -> None:
     ratios, times = [], {"plain forward passes": [], "scores": []}
     forward()
     for _ in range(ROUNDS):
-        for name, call in (("plain forward passes", forward), ("scores", lambda: outlier_scores(model, batches))):
+        for name, call in (
+            ("plain forward passes", forward),
+            ("scores", lambda: layer_scores(model, "outlier", batches)),
+        ):
             started = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - started)

@@ -1,5 +1,6 @@
 """The tasks selected by the suite fields of a config, and their evaluation on any harness model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,51 @@ from owlore_evals.harness import check_fewshot, evaluate, leaf_tasks, load_tasks
 from owlore_evals.judge import JudgeConfig, check_url
 from owlore_evals.mt_bench import MT_BENCH, MTBench
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
-from owlore_tune.checks import check_counts, check_type
+from owlore_tune.checks import check_type
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError
+from owlore_tune.fields import COUNT, LARGEST_COUNT, Range, check_fields, setting
 from owlore_tune.models.decoder import Decoder
 
-SUITE: dict[str, Any] = {
-    "tasks": [],  # harness tasks, ours in eval/tasks, and mt_bench
-    "data_files": None,  # maps additional task names to JSON files
-    "scoring": "loglikelihood",  # for data_files
-    "data_root": None,  # directory with copies of hub datasets
-    "num_fewshot": None,  # None: each task's default
-    "limit": None,  # documents per task
-    "apply_chat_template": None,  # None: if the model has a template and tokenizer.chat_template is not plain
-    "fewshot_as_multiturn": True,
-    "data_dir": None,  # MT-Bench: FastChat's files
-    "max_new_tokens": 1024,  # MT-Bench
-    "min_coverage": 0.95,  # MT-Bench
-    "judge": None,  # MT-Bench
-    "add_bos": None,  # None: as the model's tokenizer does
-    "max_length": None,  # None: the model's limit
-    "batch_tokens": None,  # None: depends on the device
-    "batch_size": None,  # None: depends on the device
-    "seed": 0,
-}
 SHORTEST = 16  # tokens
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """All fields of an evaluation's config. Those of type Any are blocks, or have checks of their own."""
+
+    model: Any
+    tokenizer: Any
+    checkpointer: Any
+    output_dir: str
+    tasks: Any = setting([])  # harness tasks, ours in eval/tasks, and mt_bench
+    data_files: Any = None  # maps additional task names to JSON files
+    scoring: str = "loglikelihood"  # for data_files
+    data_root: str | None = None  # directory with copies of hub datasets
+    num_fewshot: int | None = setting(None, Range(0, LARGEST_COUNT))  # null: each task's default
+    limit: int | None = setting(None, COUNT)  # documents per task
+    apply_chat_template: bool | None = None  # null: if the model has one and tokenizer.chat_template is not plain
+    fewshot_as_multiturn: bool = True
+    data_dir: str | None = None  # MT-Bench: FastChat's files
+    max_new_tokens: int = setting(1024, COUNT)  # MT-Bench
+    min_coverage: float = setting(0.95, Range(0, 1))  # MT-Bench
+    judge: Any = None  # MT-Bench
+    add_bos: bool | None = None  # null: as the model's tokenizer does
+    max_length: int | None = setting(None, COUNT)  # null: the model's limit
+    batch_tokens: int | None = setting(None, COUNT)  # null: depends on the device
+    batch_size: int | None = setting(None, COUNT)  # null: depends on the device
+    seed: int = 0
+    use_cache: bool = False
+    log_samples: bool = True
+    device: str | None = None  # null: the best available
+    dtype: str = "bf16"
 
 
 class Suite:
     """The tasks of a config with their documents, and the settings to run a model on them.
 
     Args:
-        cfg: a config with all fields of SUITE.
+        cfg: a config with all fields of `EvalConfig`, checked by `check_suite`.
         tokenizer: the model's tokenizer.
         max_seq_len: the model's limit, in tokens.
 
@@ -51,7 +65,6 @@ class Suite:
     """
 
     def __init__(self, cfg: DictConfig, tokenizer: HFChatTokenizer, max_seq_len: int) -> None:
-        check_suite(cfg)
         self.cfg = cfg
         self.apply_chat_template = tokenizer.is_chat if cfg.apply_chat_template is None else cfg.apply_chat_template
         names = list(cfg.tasks) if isinstance(cfg.tasks, ListConfig) else str(cfg.tasks).split(",")
@@ -143,25 +156,13 @@ def build_lm(cfg: DictConfig, model: Decoder, tokenizer: HFChatTokenizer) -> Tor
 
 def check_suite(cfg: DictConfig) -> None:
     """Raise ConfigError if a value has the wrong type or is out of range."""
-    check_counts(cfg, ("max_new_tokens",), ("limit", "max_length", "batch_tokens", "batch_size"))
+    check_fields(EvalConfig, cfg)
     if cfg.max_length is not None and cfg.max_length < SHORTEST:
         raise ConfigError(f"max_length={cfg.max_length}; it must be at least {SHORTEST}, or no question would be read")
-    check_type("num_fewshot", cfg.num_fewshot, int | None)
-    if cfg.num_fewshot is not None and cfg.num_fewshot < 0:
-        raise ConfigError(f"num_fewshot={cfg.num_fewshot}; it must be at least 0, or null")
-    check_type("fewshot_as_multiturn", cfg.fewshot_as_multiturn, bool)
-    for key in ("apply_chat_template", "add_bos"):
-        check_type(key, cfg[key], bool | None)
-    check_type("seed", cfg.seed, int)
     if cfg.judge is not None:
         if not isinstance(cfg.judge, DictConfig):
             raise ConfigError(f"judge={cfg.judge}; it must be a block of fields, or null")
         check_url(cfg.judge.get("base_url"))  # before the config is logged
-    check_type("min_coverage", cfg.min_coverage, float)
-    if not 0 <= cfg.min_coverage <= 1:
-        raise ConfigError(f"min_coverage={cfg.min_coverage}; it must be from 0 to 1")
-    for key in ("data_dir", "data_root"):
-        check_type(key, cfg[key], str | None)
     if isinstance(cfg.data_files, DictConfig):
         for name in cfg.data_files:
             check_type(f"data_files.{name!s}", cfg.data_files[name], str)

@@ -29,7 +29,7 @@ from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, sco
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.models.decoder import Decoder
-from owlore_tune.models.hf import HFDecoder
+from owlore_tune.models.hf_model import HFDecoder
 
 # The sampling of transformers' generate, unless generation_config.json or the task has other values.
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}

@@ -27,11 +27,17 @@ def ls(args: argparse.Namespace) -> None:
 
 def cp(args: argparse.Namespace) -> None:
     """copy a packaged config or recipe for editing"""
+    from owlore_tune.config import with_bases
+    from owlore_tune.expand import expanded
+
     target = _new_file(args.destination, args.force)
     source = find_packaged(args.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        if source.suffix == ".yaml":
+            target.write_text(expanded([file for file, _ in with_bases(str(source))]))
+        else:
+            shutil.copyfile(source, target)
     except OSError as error:
         raise ConfigError(f"{args.destination}: {error.strerror}") from error
     print(target)
@@ -96,7 +102,7 @@ def memory(args: argparse.Namespace) -> None:
     """plan the memory of a run by category, and compare it with other methods"""
     from owlore_tune.config import load_config
     from owlore_tune.memory.plan import CATEGORIES
-    from owlore_tune.run.limit import plans_of_config
+    from owlore_tune.run.planning import plans_of_config
     from owlore_tune.run.plots import plot_memory
     from owlore_tune.run.settings import TrainingSettings
 

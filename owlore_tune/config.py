@@ -5,6 +5,8 @@ import difflib
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,10 +43,50 @@ class UnknownKeyError(ConfigError):
 def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
     """Load a packaged config by name, or a file, and apply ``field=value`` overrides.
 
+    The field ``base`` names a config with the fields that the file does not have; see `merge`. It is a packaged name,
+    or a file relative to this one.
+
     Raises:
-        ConfigError: if the file is not a YAML mapping, or an override is malformed or cannot be applied.
+        ConfigError: if a file is not a YAML mapping, a base does not exist or leads back to its file, or an override is
+            malformed or cannot be applied.
+    """
+    merged = reduce(merge, (plain(fields) for _, fields in reversed(with_bases(name))))
+    merged.pop("base", None)
+    return override(OmegaConf.create(merged), overrides)
+
+
+def with_bases(name: str) -> list[tuple[Path, DictConfig]]:
+    """The file of a config with its fields, that of its base, and so on.
+
+    Raises:
+        ConfigError: if a file is not a YAML mapping, or a base does not exist or leads back to its file.
     """
     file = find_config(name)
+    found = [(file, _read(file))]
+    while (base := found[-1][1].get("base")) is not None:
+        here = found[-1][0]
+        check_type(f"{here}: base", base, str)
+        beside = here.parent / user_path(base)
+        try:
+            file = beside if beside.is_file() else find_config(base)
+        except SystemExit as error:
+            raise ConfigError(f"{here}: base={base}; {str(error).removeprefix('error: ')}") from None
+        if any(file.samefile(known) for known, _ in found):
+            raise ConfigError(f"{here}: base={base} leads back to {file}; remove one of these bases")
+        found.append((file, _read(file)))
+    return found
+
+
+def merge(base: Any, changes: Any) -> Any:
+    """``base`` with ``changes``. Blocks are merged, but one with another ``_component_`` replaces that of ``base``."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    if changes.get("_component_", base.get("_component_")) != base.get("_component_"):
+        return changes
+    return base | {key: merge(base[key], value) if key in base else value for key, value in changes.items()}
+
+
+def _read(file: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(file)
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -53,7 +95,7 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
         raise ConfigError(f"{file} is {'not a mapping of fields' if loaded else 'empty'}")
     if bad := [key for key in loaded if not isinstance(key, str)]:
         raise ConfigError(f"{file}: the key {bad[0]!r} is not text")
-    return override(loaded, overrides)
+    return loaded
 
 
 def override(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:

@@ -9,6 +9,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TiedLinear
 
 from owlore_tune.models.decoder import Decoder
+from owlore_tune.models.output import takes_hidden_states
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -135,7 +136,7 @@ def loss_of_outputs(loss_fn: Any, outputs: Any, labels: Tensor) -> Tensor:
         chosen = (labels.flatten() != loss_fn.ignore_index).nonzero().flatten()
         return loss_fn(outputs, to_device(labels, device), to_device(chosen, device))
     labels = to_device(labels, device)
-    if torch.is_tensor(outputs) and not hasattr(loss_fn, "set_model_output"):
+    if torch.is_tensor(outputs) and not takes_hidden_states(loss_fn):
         outputs, labels = outputs.flatten(0, 1), labels.flatten()
     return loss_fn(outputs, labels)
 

@@ -16,13 +16,13 @@ from torchtune import training, utils
 from torchtune.recipe_interfaces import EvalRecipeInterface
 
 from owlore_evals.results import check_output_dir, print_results, save_results
-from owlore_evals.suite import SUITE, Suite, build_lm, check_suite
-from owlore_tune.checkpoints.hf import HFCheckpointer
-from owlore_tune.checks import check_type
+from owlore_evals.suite import EvalConfig, Suite, build_lm, check_suite
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.config import build, build_ours, check_config, device_and_dtype, plain
 from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
 from owlore_tune.distributed.launch import join_process_group, let_gloo_finish
 from owlore_tune.errors import ConfigError
+from owlore_tune.fields import defaults, required
 from owlore_tune.memory.measure import peak_memory_bytes
 from owlore_tune.models.decoder import find_layers
 from owlore_tune.program import parse
@@ -32,14 +32,8 @@ from owlore_tune.run.signals import stop_request
 
 log = utils.get_logger("INFO")
 
-REQUIRED = ("model", "tokenizer", "checkpointer", "output_dir")
 OUTPUT_FILES = (MANIFEST, "answers.jsonl", "judgments.jsonl", "mt_bench.png")
-DEFAULTS = SUITE | {
-    "use_cache": False,
-    "log_samples": True,
-    "device": None,  # None: the best available
-    "dtype": "bf16",
-}
+REQUIRED, DEFAULTS = required(EvalConfig), defaults(EvalConfig)
 
 
 class OwLoreEvalRecipe(EvalRecipeInterface):
@@ -49,7 +43,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
     Invalid settings and missing documents are reported before weights are loaded.
 
     Args:
-        cfg: the parsed config, with the fields of REQUIRED and DEFAULTS.
+        cfg: the parsed config, with the fields of `EvalConfig`.
 
     Raises:
         ConfigError: if a key is unknown or a value is invalid.
@@ -58,8 +52,6 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
     def __init__(self, cfg: DictConfig) -> None:
         self._cfg = cfg = check_config(cfg, REQUIRED, DEFAULTS)
         check_suite(cfg)
-        for key in ("use_cache", "log_samples"):
-            check_type(key, cfg[key], bool)
         self._device, self._dtype = device_and_dtype(cfg)
         self._output_dir = Path(cfg.output_dir).absolute()
         self._run_dir = RunDirectory(self._output_dir, "evaluation")

@@ -34,7 +34,7 @@ from owlore_tune.errors import CheckpointError, DivergedError, RunError
 from owlore_tune.heap import reuse_freed_memory
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.schedule import Refresh
-from owlore_tune.layers.scores import SCORES_FILE, LayerScores
+from owlore_tune.layers.scores_file import SCORES_FILE, LayerScores
 from owlore_tune.loss import mean_loss, shift_labels
 from owlore_tune.memory.measure import PeakMemory
 from owlore_tune.models.attention import attend_by_sample
@@ -44,7 +44,7 @@ from owlore_tune.program import parse
 from owlore_tune.run import build, resume
 from owlore_tune.run.compiled import compile_parts
 from owlore_tune.run.directory import RunDirectory, shared_directory
-from owlore_tune.run.limit import check_limit, plan_run
+from owlore_tune.run.planning import check_limit, plan_run
 from owlore_tune.run.progress import Progress
 from owlore_tune.run.report import Report, measured_bytes
 from owlore_tune.run.rng import RngState
@@ -52,7 +52,7 @@ from owlore_tune.run.scoring import read_scores
 from owlore_tune.run.settings import TrainingSettings
 from owlore_tune.run.signals import Stop, stop_request
 from owlore_tune.run.validation import bad_gradients, check_finite_weights, full_precision_loss, held_out_loss
-from owlore_tune.run.weights import Source, load_weights, weight_writer
+from owlore_tune.run.weights import Loading, load_and_score, weight_writer
 
 log = utils.get_logger("INFO")
 
@@ -108,8 +108,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         saved = load_state(self._resume_dir) if self._resume_dir else None
         self._setup_inputs(saved)
         self._setup_model()
-        self._known_scores = LayerScores(**saved["scores"]) if saved else self._read_scores()
-        self.load_checkpoint()
+        known = LayerScores(**saved["scores"]) if saved else self._read_scores()
+        self.load_checkpoint(known)
         self._sampler = build.build_sampler(settings, self._scores.scores)
         self._layers.masters = self._quantized
         self._schedule = build.build_schedule(settings, self._layers, self._optimizer, self._sampler)
@@ -159,18 +159,13 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         fingerprint = self._identity["digests"][resume.BASE_WEIGHTS]
         return read_scores(self._settings, fingerprint, len(find_layers(self._model)))
 
-    def load_checkpoint(self) -> None:
+    def load_checkpoint(self, known: LayerScores | None) -> None:
         """Load the weights, from the checkpoint to resume from if there is one, and score the layers."""
-        self._quantized, self._scores = load_weights(
-            self._settings,
-            self._inputs,
-            self._model,
-            self._report,
-            Source(self._run, self._resume_dir, self._weights_device),
-            self._known_scores,
-            self._identity["digests"][resume.BASE_WEIGHTS],
-            self._world,
+        loading = Loading(
+            self._settings, self._inputs, self._model, self._run, self._resume_dir, self._weights_device, self._world
         )
+        fingerprint = self._identity["digests"][resume.BASE_WEIGHTS]
+        self._quantized, self._scores = load_and_score(loading, self._report, known, fingerprint)
 
     def _stateful(self) -> dict[str, Any]:
         """The objects with state in a checkpoint. The optimizer's state depends on the schedule before it."""

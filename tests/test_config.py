@@ -14,10 +14,11 @@ from torchtune import config as tune_config
 
 from owlore_tune import cli
 from owlore_tune.catalog import find_config, packaged_configs
-from owlore_tune.checkpoints.hf import HFCheckpointer
-from owlore_tune.config import changed_fields, check_config, load_config
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.config import changed_fields, check_config, load_config, with_bases
 from owlore_tune.errors import ConfigError
-from owlore_tune.run.limit import plan_run
+from owlore_tune.expand import expanded
+from owlore_tune.run.planning import plan_run
 from owlore_tune.run.settings import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig, TrainingSettings
 from runs import recipe_of
 
@@ -70,7 +71,7 @@ def test_a_reference_config_lists_every_field_with_its_default(name):
         else:
             assert told is not None and OmegaConf.create(f"x: {told[1]}").x == default, line
 
-    owlore = {field.name: field.default for field in dataclasses.fields(OwLoreConfig)}
+    owlore = dataclasses.asdict(OwLoreConfig())
     assert cfg.owlore.keys() == owlore.keys()
     parameters = inspect.signature(torch.optim.AdamW).parameters
     optimizer = {key: parameters[key].default for key in cfg.optimizer if key != "_component_"}
@@ -191,7 +192,7 @@ BAD = {
     "missing key": ({"dataset": None}, "missing in the config: dataset"),
     "no loss": ({"loss": None}, "loss=null; the run needs one"),
     "more layers than there are": ({"owlore.num_active_layers": 40}, "num_active_layers=40; the model has 4 layers"),
-    "no layers": ({"owlore.num_active_layers": 0}, "owlore.num_active_layers=0; it must be above 0"),
+    "no layers": ({"owlore.num_active_layers": 0}, "num_active_layers=0; it must be 1 to 1,000,000,000, or null"),
     "negative layers": ({"owlore.num_active_layers": -1}, "owlore.num_active_layers=-1"),
     "negative interval": ({"owlore.resample_every": -5}, "owlore.resample_every=-5"),
     "wrong type": ({"owlore.num_active_layers": "two"}, "owlore.num_active_layers='two'; it must be int | null"),
@@ -199,7 +200,7 @@ BAD = {
     "unknown score": ({"owlore.score": "outliers"}, "owlore.score=outliers; choose one of outlier, uniform"),
     "unknown draw": ({"owlore.draw": "random"}, "owlore.draw=random; choose one of systematic"),
     "rank too large": ({"owlore.rank": 4096}, "owlore.rank=4096; no weight's shorter side is above it"),
-    "rank zero": ({"owlore.rank": 0}, "owlore.rank=0; it must be above 0"),
+    "rank zero": ({"owlore.rank": 0}, "owlore.rank=0; it must be 1 to 1,000,000,000, or null"),
     "missing checkpoint": ({"checkpointer.checkpoint_dir": "/no/such/model"}, "/no/such/model"),
     "not a decoder": ({"model": {"_component_": "torch.nn.Linear", "in_features": 2, "out_features": 2}}, "got Linear"),
     "unknown component": ({"model": {"_component_": "torchtune.models.llama2.lama2_7b"}}, "lama2_7b"),
@@ -213,8 +214,8 @@ BAD = {
     "text for a number": ({"batch_size": "two"}, "batch_size='two'; it must be int"),
     "half a sample": ({"batch_size_val": 2.5}, "batch_size_val=2.5; it must be int | null"),
     "no logging interval": ({"log_every_n_steps": 0}, "log_every_n_steps=0; it must be 1 to"),
-    "negative clipping": ({"clip_grad_norm": -1}, "clip_grad_norm=-1; it must be a number above 0, or null"),
-    "text for clipping": ({"clip_grad_norm": "big"}, "clip_grad_norm=big; it must be a number above 0"),
+    "negative clipping": ({"clip_grad_norm": -1}, "clip_grad_norm=-1; it must be above 0, or null"),
+    "text for clipping": ({"clip_grad_norm": "big"}, "clip_grad_norm='big'; it must be a number | null"),
     "other ignored label": (
         {"loss": {"_component_": "torch.nn.CrossEntropyLoss", "ignore_index": 0}}, "loss.ignore_index=0; torchtune's"
     ),
@@ -277,6 +278,59 @@ def test_scores_of_another_model_are_refused(tiny_config, tmp_path, no_weights, 
     tiny_config["owlore"]["scores_file"] = other_scores(tmp_path / "scores.json", **changes)
     with pytest.raises(ConfigError, match=message):
         run(tiny_config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_copy_of_a_config_has_the_fields_of_its_bases(name, tmp_path):
+    text = expanded([file for file, _ in with_bases(name)])
+    copied = tmp_path / "copy.yaml"
+    copied.write_text(text)
+    assert load_config(str(copied)) == load_config(name)
+    if "\nbase: " not in find_config(name).read_text():
+        assert text == find_config(name).read_text()
+    else:
+        assert "base" not in OmegaConf.load(copied)
+        assert text.count("  # ") > 14  # comments of the bases
+
+
+def write_config(file: Path, **fields) -> str:
+    file.parent.mkdir(exist_ok=True)
+    OmegaConf.save(OmegaConf.create(fields), file)
+    return str(file)
+
+
+def test_a_file_changes_fields_of_its_base(tmp_path):
+    """A block with another component replaces the block of the base. Bases are packaged, or files beside this one."""
+    write_config(
+        tmp_path / "mine" / "first.yaml",
+        base="smollm2/135M_owlore",
+        output_dir="elsewhere",
+        owlore={"rank": 16},
+        optimizer={"_component_": "torch.optim.SGD", "lr": 0.1},
+        dataset_val=None,
+    )
+    second = write_config(tmp_path / "mine" / "second.yaml", base="first.yaml", owlore={"score": "uniform"})
+    packaged, mine = load_config("smollm2/135M_owlore"), load_config(second, ["owlore.update_gap=7"])
+    assert mine.keys() == packaged.keys() and mine.output_dir == "elsewhere" and mine.dataset_val is None
+    assert mine.owlore == packaged.owlore | {"rank": 16, "score": "uniform", "update_gap": 7}
+    assert mine.optimizer == {"_component_": "torch.optim.SGD", "lr": 0.1}
+    assert mine.tokenizer == packaged.tokenizer
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base": "nowhere/7B"}, r"one.yaml: base=nowhere/7B; no file and no packaged config named nowhere/7B"),
+        ({"base": 5}, "one.yaml: base=5; it must be str"),
+        ({"base": "one.yaml"}, r"one.yaml: base=one.yaml leads back to .*one.yaml; remove one of these bases"),
+        ({"base": "two.yaml"}, r"two.yaml: base=one.yaml leads back to .*one.yaml; remove one of these bases"),
+    ],
+)
+def test_a_wrong_base_is_refused(fields, message, tmp_path):
+    write_config(tmp_path / "two.yaml", base="one.yaml")
+    one = write_config(tmp_path / "one.yaml", **fields)
+    with pytest.raises(ConfigError, match=message):
+        load_config(one)
 
 
 def test_null_on_the_command_line_removes_a_component(tiny_config):

@@ -27,10 +27,10 @@ from transformers import (
     T5Config,
 )  # fmt: skip
 
-from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.config import load_config
 from owlore_tune.errors import ConfigError
-from owlore_tune.layers import outlier_scores
+from owlore_tune.layers import layer_scores
 from owlore_tune.models import hf_decoder, smollm2_135m
 from owlore_tune.models.attention import attend_by_sample
 from owlore_tune.models.decoder import hidden_states, layer_inputs
@@ -70,7 +70,7 @@ def test_smollm2_has_the_outputs_and_scores_of_torchtunes_decoder(rows, smollm2_
         assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
         attend_by_sample(ours)
         assert (ours(**batch) - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert_same_shares(outlier_scores(ours, [batch]), outlier_scores(theirs, [batch]), theirs)
+    assert_same_shares(*(layer_scores(model, "outlier", [batch]) for model in (ours, theirs)), theirs)
 
 
 @pytest.mark.slow

@@ -7,14 +7,14 @@ from test_memory_plan import CPU, LiveBytes
 from test_schedule import setup
 from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
 
-from owlore_tune.layers import outlier_scores
+from owlore_tune.layers import Outlier, layer_scores
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.memory.plan import Method, plan_memory
 from owlore_tune.memory.step import StepShape
 from owlore_tune.models.decoder import find_linears
-from owlore_tune.models.hf import HFDecoder, hf_decoder
 from owlore_tune.models.hf_experts import split_experts
-from owlore_tune.quantized.linear import freeze
+from owlore_tune.models.hf_model import HFDecoder, hf_decoder
+from owlore_tune.quantized.linear import quantize
 
 
 def model_with_experts(config) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -57,9 +57,9 @@ def test_padding_does_not_count_in_scores():
     tokens = torch.arange(2, 26).view(2, 12)
     valid = torch.ones(2, 12, dtype=torch.bool)
     valid[:, 8:] = False
-    plain = outlier_scores(model, [{"tokens": tokens[:, :8]}], threshold=2.0)
-    assert outlier_scores(model, [{"tokens": tokens, "valid": valid}], threshold=2.0) == plain
-    assert outlier_scores(model, [{"tokens": tokens}], threshold=2.0) != plain
+    plain = layer_scores(model, Outlier(2.0), [{"tokens": tokens[:, :8]}])
+    assert layer_scores(model, Outlier(2.0), [{"tokens": tokens, "valid": valid}]) == plain
+    assert layer_scores(model, Outlier(2.0), [{"tokens": tokens}]) != plain
 
 
 def test_a_router_that_does_more_than_a_product_is_no_linear():
@@ -71,7 +71,7 @@ def test_a_router_that_does_more_than_a_product_is_no_linear():
         for layer in model.layers:
             for name, linear in find_linears(layer):
                 assert "router" not in name
-                freeze(linear, "int8")
+                quantize(linear, "int8")
         assert 0 < (model(tokens) - before).abs().max() < 0.1 * before.abs().max()
 
 
@@ -87,7 +87,7 @@ def test_an_expert_without_tokens_has_no_outliers_and_no_basis():
     for chosen in ([0, 1], [2, 3]):
         route = torch.full((8, 2), 0.5), torch.tensor(chosen).expand(8, 2)
         block.gate.forward = lambda hidden, route=route: (None, *route)
-        outlier_scores(model, [{"tokens": tokens}])
+        layer_scores(model, "outlier", [{"tokens": tokens}])
         schedule.begin_step()
         model(tokens).square().mean().backward()
         assert last.is_new  # zero or not, its gradient is there for other processes

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import json, sys, torch
-from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.models.smollm2 import smollm2_135m
 
 def status(key):

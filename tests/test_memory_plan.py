@@ -21,7 +21,7 @@ from owlore_tune.memory import plan as memory_plan
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
 from owlore_tune.memory.step import StepShape
-from owlore_tune.run.limit import plans_of_config, savings
+from owlore_tune.run.planning import plans_of_config, savings
 from owlore_tune.run.settings import TrainingSettings
 from runs import recipe_of
 

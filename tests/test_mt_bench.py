@@ -23,7 +23,7 @@ from owlore_evals.jsonl import append_line, read_lines
 from owlore_evals.judge import Judge, JudgeConfig, _wait
 from owlore_evals.mt_bench import TEMPERATURES, MTBench, _digest, judge_chat, parse_rating, read_files
 from owlore_evals.torchtune_lm import TorchtuneLM
-from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.config import load_config
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError

@@ -4,7 +4,7 @@ import torch
 from conftest import tiny_llama
 from near import assert_same_shares
 
-from owlore_tune.layers.outliers import outlier_scores
+from owlore_tune.layers.scores import Outlier, layer_scores
 from owlore_tune.models.decoder import find_linears
 
 
@@ -40,7 +40,7 @@ def oracle(model, batches, threshold):
 def test_scores_equal_the_definition(threshold, dtype, tokens):
     model = tiny_llama(dtype=dtype)
     batches = [{"tokens": tokens}, {"tokens": tokens.flip(0)[:, :7]}]
-    scores = outlier_scores(model, batches, threshold)
+    scores = layer_scores(model, Outlier(threshold), batches)
     assert_same_shares(scores, oracle(model, batches, threshold), model)
     assert len(set(scores)) > 1
 
@@ -48,7 +48,7 @@ def test_scores_equal_the_definition(threshold, dtype, tokens):
 def test_scoring_leaves_the_model_as_it_was(tokens):
     model = tiny_llama()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    outlier_scores(model, [{"tokens": tokens}])
+    layer_scores(model, "outlier", [{"tokens": tokens}])
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -56,11 +56,11 @@ def test_scoring_leaves_the_model_as_it_was(tokens):
 
 def test_bad_calls_are_refused(tokens):
     with pytest.raises(ValueError, match="no calibration batches"):
-        outlier_scores(tiny_llama(), [])
+        layer_scores(tiny_llama(), "outlier")
     with pytest.raises(ValueError, match="outlier_threshold=0"):
-        outlier_scores(tiny_llama(), [{"tokens": tokens}], 0)
+        Outlier(0)
     with pytest.raises(TypeError, match="decoder of torchtune or transformers; got Linear"):
-        outlier_scores(torch.nn.Linear(2, 2), [{"tokens": tokens}])
+        layer_scores(torch.nn.Linear(2, 2), "outlier", [{"tokens": tokens}])
 
 
 def padded(rows, batch_size):
@@ -76,11 +76,11 @@ def test_scores_do_not_depend_on_the_batch_size():
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(64, (length,), generator=generator).tolist() for length in (3, 40, 7, 21, 12, 30, 5, 9)]
     model = tiny_llama(dtype=torch.float64)
-    one, *others = (outlier_scores(model, padded(rows, size), 3.0) for size in (1, 2, 4, 8))
+    one, *others = (layer_scores(model, Outlier(3.0), padded(rows, size)) for size in (1, 2, 4, 8))
     for scores in others:
         assert_same_shares(scores, one, model)
     counted = ({"tokens": batch["tokens"]} for batch in padded(rows, 8))  # without the mask, padding counts
-    assert np.abs(np.subtract(outlier_scores(model, counted, 3.0), one)).max() > 1e-3
+    assert np.abs(np.subtract(layer_scores(model, Outlier(3.0), counted), one)).max() > 1e-3
 
 
 def test_what_is_not_finite_is_an_error_that_names_the_layer(tokens):
@@ -88,9 +88,9 @@ def test_what_is_not_finite_is_an_error_that_names_the_layer(tokens):
     with torch.no_grad():
         model.layers[2].mlp.w1.weight[3, 4] = float("nan")
     with pytest.raises(ValueError, match="layer 2: its weights or input activations are not finite"):
-        outlier_scores(model, [{"tokens": tokens}])
+        layer_scores(model, "outlier", [{"tokens": tokens}])
     model = tiny_llama()
     with torch.no_grad():
         model.layers[1].sa_norm.scale[0] = float("inf")  # finite weights, but non-finite activations from here on
     with pytest.raises(ValueError, match="layer 1: "):
-        outlier_scores(model, [{"tokens": tokens}])
+        layer_scores(model, "outlier", [{"tokens": tokens}])

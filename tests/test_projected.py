@@ -10,10 +10,10 @@ from torch import nn
 from torchtune import training
 
 from owlore_tune.models.decoder import find_layers, find_linears
-from owlore_tune.models.hf import hf_decoder
+from owlore_tune.models.hf_model import hf_decoder
 from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.optim.rounding import noise_for, round_to
-from owlore_tune.quantized.linear import freeze, rounding_error
+from owlore_tune.quantized.linear import quantize, rounding_error
 
 
 def seeded(device: torch.device | str = "cpu") -> torch.Generator:
@@ -149,7 +149,7 @@ def test_a_quantized_weight_stays_in_few_bits_while_it_trains(kind):
     torch.manual_seed(0)
     linear = nn.Linear(64, 48)
     whole = linear.weight.detach().clone()
-    freeze(linear, *kind)
+    quantize(linear, *kind)
     weight = projected_of(linear, 8)
     x = torch.randn(20, 64, requires_grad=True)
     linear(x).square().sum().backward()
@@ -231,7 +231,7 @@ def test_a_linear_is_itself_again():
     merge(weight)
     weight.release()
     assert torch.equal(linear(x), expected)
-    freeze(linear, "int8")
+    quantize(linear, "int8")
     quantized = linear(x)
     weight.engage()
     assert torch.equal(linear(x), quantized)

@@ -100,7 +100,7 @@ def test_the_shape_rule_projects_the_shorter_side():
 
 def test_energy_on_real_gradients_of_smollm2(smollm2_dir):
     """Every Linear of three layers: at least 0.99 of the energy that the exact rank-128 basis captures."""
-    from owlore_tune.checkpoints.hf import HFCheckpointer
+    from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 
     with torch.device("meta"):
         model = smollm2_135m()

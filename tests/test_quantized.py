@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.quantized.formats import Int8Weight, NF4Weight, quantize
-from owlore_tune.quantized.linear import freeze, int8_linear, quantizable_outside, quantized_linear, thaw, weight_of
+from owlore_tune.quantized.formats import FORMATS, Int8Weight, NF4Weight, QuantizedWeight, format_of
+from owlore_tune.quantized.linear import quantizable_outside, quantize, restore, weight_of
 from runs import (
     after_step,
     changed,
@@ -38,7 +38,7 @@ def quantized_config(config: dict, kind: str, name: str = "quantized", **changes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_format_is_near_the_weight_and_small(kind, most, dtype):
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
-    stored = quantize(weight, kind)
+    stored = FORMATS[kind].quantize(weight)
     back = stored.dequantize(dtype)
     assert back.dtype == dtype and back.shape == stored.shape == weight.shape
     assert torch.linalg.vector_norm((back - weight).float()) < most * torch.linalg.vector_norm(weight.float())
@@ -49,7 +49,7 @@ def test_a_format_is_near_the_weight_and_small(kind, most, dtype):
 def test_zeros_and_widths_that_blocks_do_not_divide():
     assert not Int8Weight.quantize(torch.zeros(4, 8)).dequantize(torch.float32).any()
     assert not NF4Weight.quantize(torch.zeros(4, 64)).dequantize(torch.float32).any()
-    assert isinstance(quantize(torch.randn(4, 48), "nf4"), Int8Weight)
+    assert format_of(torch.Size([4, 48]), "nf4") is Int8Weight
 
 
 @pytest.mark.parametrize("sizes", [(5, 1, 8), (5, 8, 1), (1, 8, 8), (0, 8, 8), (5, 1, 1)], ids=str)
@@ -60,7 +60,7 @@ def test_a_quantized_linear_takes_every_size(sizes, kind):
     torch.manual_seed(0)
     linear = nn.Linear(n, m)
     x = torch.randn(rows, n, requires_grad=True)
-    freeze(linear, *KINDS[kind])
+    quantize(linear, *KINDS[kind])
     product = linear(x)
     (got,) = torch.autograd.grad(product.sum(), x)
     stored = weight_of(linear).dequantize(torch.float32)
@@ -74,9 +74,9 @@ def test_products_are_in_full_precision_where_8_bit_ones_overflow(monkeypatch):
     weight = Int8Weight.quantize(torch.ones(8, 64))
     x = torch.full((4, 64), 2.0)
     expected = x @ weight.dequantize(torch.float32).T
-    torch.testing.assert_close(int8_linear(x, weight), expected, rtol=1e-5, atol=0)
-    monkeypatch.setattr("owlore_tune.quantized.linear.CPU_IS_EXACT", False)
-    assert torch.equal(int8_linear(x, weight), quantized_linear(x, weight))
+    torch.testing.assert_close(weight.linear(x, "int8"), expected, rtol=1e-5, atol=0)
+    monkeypatch.setattr("owlore_tune.quantized.formats.CPU_IS_EXACT", False)
+    assert torch.equal(weight.linear(x, "int8"), weight.linear(x, "full"))
 
 
 def test_the_index_of_a_checkpoint_counts_the_bytes_of_its_tensors(tiny_config):
@@ -89,12 +89,12 @@ def test_the_index_of_a_checkpoint_counts_the_bytes_of_its_tensors(tiny_config):
 @pytest.mark.parametrize("piece", [2**22, 64 * 96], ids=["whole", "pieces"])  # 64 rows or columns at once
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantized_linear_is_the_linear_of_its_dequantized_weight(kind, piece, monkeypatch):
-    monkeypatch.setattr("owlore_tune.quantized.linear._PIECE", {"cpu": piece})
+    monkeypatch.setattr("owlore_tune.quantized.formats._PIECE", {"cpu": piece})
     torch.manual_seed(0)
     linear = nn.Linear(128, 96)
     parameter, weight = linear.weight, linear.weight.detach().clone()
     x = torch.randn(2, 7, 128, requires_grad=True)
-    freeze(linear, *KINDS[kind])
+    quantize(linear, *KINDS[kind])
     assert linear.weight is parameter and parameter.numel() == 0
     product = linear(x)
     gradient = torch.randn_like(product)
@@ -103,7 +103,7 @@ def test_a_quantized_linear_is_the_linear_of_its_dequantized_weight(kind, piece,
     tolerance = 0.02 if kind == "int8 products" else 1e-6
     for ours, expected in ((product, x @ stored.T + linear.bias), (got, gradient @ stored)):
         assert torch.linalg.vector_norm(ours - expected) < tolerance * torch.linalg.vector_norm(expected)
-    thaw(linear, weight)
+    restore(linear, weight)
     assert linear.weight is parameter and torch.equal(linear(x), nn.functional.linear(x, weight, linear.bias))
 
 
@@ -179,10 +179,11 @@ def test_training_equals_that_with_rounded_weights_in_full_precision(kind, tiny_
     real = quantized_config(tiny_config, kind, "real", dataset_val=None)
     finetune(real)
 
-    def product(x, weight):
+    def product(weight, x, products):
         return nn.functional.linear(x, weight.dequantize(x.dtype))
 
-    monkeypatch.setattr("owlore_tune.quantized.linear.quantized_linear", product)
+    monkeypatch.setattr(QuantizedWeight, "linear", product)
+    monkeypatch.setattr(Int8Weight, "linear", product)
     pretended = quantized_config(tiny_config, kind, "fake", dataset_val=None)
     finetune(pretended)
     for name, weight in weights(real).items():

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from owlore_tune.layers.scores import LayerScores
+from owlore_tune.layers.scores_file import LayerScores
 from owlore_tune.run.scoring import score_model
 from owlore_tune.run.settings import TrainingSettings
 from runs import changed_by_draw, finetune, prepare, read_weights, variant, weights

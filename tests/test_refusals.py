@@ -16,7 +16,7 @@ import owlore_eval
 import owlore_full_finetune
 from owlore_tune import cli
 from owlore_tune.catalog import find_config
-from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from runs import recipe_of
 
 
@@ -129,18 +129,18 @@ OVERRIDES = {
     "optimizer.lr=.inf": 'optimizer.lr=inf; it must be a finite number',
     "optimizer.lr=null": 'optimizer.lr=None; it must be a finite number',
     "owlore.rank=true": 'owlore.rank=True; it must be int',
-    "owlore.rank=0": 'owlore.rank=0; it must be above 0',
+    "owlore.rank=0": 'owlore.rank=0; it must be 1 to 1,000,000,000, or null',
     "owlore.rank=1.5": 'owlore.rank=1.5; it must be int',
     "owlore.rank=abc": "owlore.rank='abc'; it must be int",
     "owlore.rank=4096": "rank=4096; no weight's shorter side is above it",
     "owlore.scale=.nan": "owlore.scale=nan",
-    "owlore.scale=abc": "owlore.scale='abc'; it must be float",
+    "owlore.scale=abc": "owlore.scale='abc'; it must be a number",
     "optimizer.eps=abc": "optimizer: '<=' not supported",
     "optimizer.weight_decay=-0.1": 'optimizer: Invalid weight_decay value: -0.1',
     "optimizer.betas=5": 'optimizer',
     "optimizer.betas=[0.9]": 'optimizer',
     "optimizer.betas=[0.9,1.5]": 'optimizer: Invalid beta parameter at index 1: 1.5',
-    "owlore.update_gap=0": 'owlore.update_gap=0; it must be above 0',
+    "owlore.update_gap=0": 'owlore.update_gap=0; it must be 1 to 1,000,000,000',
     "owlore.update_gap=true": 'owlore.update_gap=True; it must be int',
     "owlore.moments=x": 'owlore.moments=x; choose one of keep, project, reset',
     "owlore.side=left": 'owlore.side=left; choose one of right, shape',
@@ -182,7 +182,7 @@ OVERRIDES = {
     "compile='yes please'": "compile='yes please'; it must be bool",
     "enable_activation_checkpointing=1": "enable_activation_checkpointing=1; it must be bool",
     "clip_grad_norm=0": "clip_grad_norm=0",
-    "clip_grad_norm=big": "clip_grad_norm=big",
+    "clip_grad_norm=big": "clip_grad_norm='big'; it must be a number | null",
     "clip_grad_norm=true": "clip_grad_norm=True",
     "clip_grad_norm=.nan": "clip_grad_norm=nan",
     "device=tpu": "device=tpu",
@@ -198,7 +198,7 @@ OVERRIDES = {
     "dtype=fp64x": "dtype=fp64x",
     "dtype=5": "dtype=5; it must be str",
     "device_memory_limit=0": "device_memory_limit=0",
-    "device_memory_limit=abc": "device_memory_limit=abc",
+    "device_memory_limit=abc": "device_memory_limit='abc'; it must be a number | null",
     "device_memory_limit=0.001": "device_memory_limit=0.001 GB, and the plan is",
     "output_dir=5": "output_dir=5; it must be str",
     "output_dir=/proc/run": "output_dir=/proc/run is not writable",
@@ -261,7 +261,9 @@ def unlink_weights() -> None:
 
 def scores(values: list) -> None:
     """Write a scores file, and name it in the config."""
-    Path("s.json").write_text(json.dumps({"scores": values, "score": "outlier", "fingerprint": "x", "threshold": 13}))
+    Path("s.json").write_text(
+        json.dumps({"scores": values, "score": "outlier", "fingerprint": "x", "options": {"threshold": 13.0}})
+    )
     config = OmegaConf.to_container(OmegaConf.load("train.yaml"), resolve=False)
     config["owlore"]["scores_file"] = "s.json"
     OmegaConf.save(OmegaConf.create(config), "train.yaml")

@@ -6,13 +6,9 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from owlore_tune.layers.outliers import outlier_scores
-from owlore_tune.layers.scores import SCORES, LayerScores, layer_scores
+from owlore_tune.layers.scores import SCORES, Outlier, Reverse, Uniform, layer_scores
+from owlore_tune.layers.scores_file import LayerScores
 from owlore_tune.models.decoder import find_linears
-
-
-def batches(tokens):
-    return lambda: [{"tokens": tokens}]
 
 
 def test_scores_by_place(tokens):
@@ -24,9 +20,8 @@ def test_scores_by_place(tokens):
 
 def test_reverse_turns_the_outlier_scores_over(tokens):
     model = tiny_llama()
-    outlier = layer_scores(model, "outlier", batches=batches(tokens), threshold=5)
-    assert outlier == outlier_scores(model, [{"tokens": tokens}], 5)
-    reverse = layer_scores(model, "reverse", batches=batches(tokens), threshold=5)
+    outlier = layer_scores(model, Outlier(5), [{"tokens": tokens}])
+    reverse = layer_scores(model, Reverse(5), [{"tokens": tokens}])
     assert reverse == [max(outlier) - share for share in outlier]
     assert min(reverse) == 0
 
@@ -56,7 +51,7 @@ def test_heavy_tail_tells_a_heavy_spectrum_from_a_flat_one():
 def test_all_scores_are_usable(tokens):
     model = tiny_llama()
     for score in SCORES:
-        values = layer_scores(model, score, batches=batches(tokens), threshold=5)
+        values = layer_scores(model, score, [{"tokens": tokens}])
         assert len(values) == 4
         assert all(math.isfinite(v) and v >= 0 for v in values)
 
@@ -64,12 +59,14 @@ def test_all_scores_are_usable(tokens):
 def test_unknown_score_and_missing_batches_are_refused():
     with pytest.raises(ValueError, match="score='outliers'; choose one of outlier"):
         layer_scores(tiny_llama(), "outliers")
-    with pytest.raises(ValueError, match="needs calibration batches"):
+    with pytest.raises(ValueError, match="no calibration batches; score='outlier' needs at least one"):
         layer_scores(tiny_llama(), "outlier")
 
 
 def saved(path, **changes) -> str:
-    scores = LayerScores(scores=[0.1, 0.2], score="outlier", fingerprint="abc", threshold=13.0, data={"batches": 8})
+    scores = LayerScores(
+        scores=[0.1, 0.2], score="outlier", fingerprint="abc", options={"threshold": 13.0}, data={"batches": 8}
+    )
     scores.save(path)
     if changes:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -78,9 +75,9 @@ def saved(path, **changes) -> str:
 
 def test_a_score_file_comes_back_as_it_was(tmp_path):
     path = saved(tmp_path / "scores.json")
-    loaded = LayerScores.load(path, num_layers=2, fingerprint="abc")
+    loaded = LayerScores.load(path, num_layers=2, fingerprint="abc", score=Outlier())
     assert loaded.scores == [0.1, 0.2]
-    assert loaded.threshold == 13.0
+    assert loaded.options == {"threshold": 13.0}
     assert loaded.data == {"batches": 8}
     assert set(loaded.versions) == {"owlore-tune", "torchtune", "torch"}
 
@@ -98,20 +95,21 @@ def test_a_score_file_comes_back_as_it_was(tmp_path):
 def test_an_unfit_score_file_is_refused(tmp_path, changes, num_layers, fingerprint, message):
     path = saved(tmp_path / "scores.json", **changes)
     with pytest.raises(ValueError, match=message):
-        LayerScores.load(path, num_layers=num_layers, fingerprint=fingerprint)
+        LayerScores.load(path, num_layers=num_layers, fingerprint=fingerprint, score=Outlier())
 
 
-@pytest.mark.parametrize("asked", [{"score": "reverse"}, {"threshold": 10.0}])
+@pytest.mark.parametrize("asked", [Reverse(), Uniform(), Outlier(10.0)], ids=lambda score: score.name)
 def test_a_file_of_another_score_or_threshold_is_refused(tmp_path, asked):
     path = saved(tmp_path / "scores.json")
-    LayerScores.load(path, num_layers=2, fingerprint="abc", score="outlier", threshold=13.0)
-    with pytest.raises(ValueError, match="holds outlier scores with threshold 13.0, the config asks for"):
-        LayerScores.load(path, num_layers=2, fingerprint="abc", **{"score": "outlier", "threshold": 13.0, **asked})
+    with pytest.raises(
+        ValueError, match=f"holds outlier scores with {{'threshold': 13.0}}, the config asks for {asked.name}"
+    ):
+        LayerScores.load(path, num_layers=2, fingerprint="abc", score=asked)
 
 
 def test_a_missing_or_broken_score_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="none.json cannot be read"):
-        LayerScores.load(tmp_path / "none.json", num_layers=2, fingerprint="abc")
+        LayerScores.load(tmp_path / "none.json", num_layers=2, fingerprint="abc", score=Outlier())
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
-        LayerScores.load(tmp_path / "broken.json", num_layers=2, fingerprint="abc")
+        LayerScores.load(tmp_path / "broken.json", num_layers=2, fingerprint="abc", score=Outlier())

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from owlore_tune.config import load_config
-from owlore_tune.hf import OwLoreCallback, quantize_layers
-from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule, outlier_scores
+from owlore_tune.layers import LayerSampler, Outlier, ProjectedLayers, Schedule, layer_scores
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.run.build import build_inputs
 from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.trainer import OwLoreCallback, quantize_layers
 from runs import Killed, checkpoints, finetune
 
 ARGUMENTS = dict(
@@ -75,7 +75,7 @@ def build(directory: Path, store: Path | None = None, kind: str = "int8", **opti
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     batches = [{"input_ids": torch.tensor(rows(300)[:4]["input_ids"])}]
-    scores = outlier_scores(model, batches, 3.0)
+    scores = layer_scores(model, Outlier(3.0), batches)
     of_optimizer = {"lr": 1e-3, "weight_decay": 0.01} | {key: options.pop(key) for key in ("eps",) if key in options}
     layers = ProjectedLayers(model, rank=options.pop("rank", 8))
     optimizer = torch.optim.AdamW(layers.parameter_groups(), **of_optimizer)

@@ -26,7 +26,7 @@ from transformers import (
 )  # fmt: skip
 
 from owlore_eval import OwLoreEvalRecipe
-from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.checkpoints.layouts import converters
 from owlore_tune.config import load_config
 from owlore_tune.errors import ConfigError

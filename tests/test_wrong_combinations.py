@@ -18,7 +18,7 @@ TRAINING: dict[tuple[str, ...], str] = {
     ("optimizer=torch.optim.Adam", "optimizer.weight_decay=0.1"): "optimizer.weight_decay=0.1; Adam adds it to the gradient",
     ("owlore.draw=bernoulli", "device_memory_limit=20"): "device_memory_limit cannot be guaranteed with owlore.draw=bernoulli, which may draw all layers",
     ("owlore.num_active_layers=5", "owlore.draw=sequential"): "owlore.num_active_layers=5",
-    ("owlore.scores_file=train.json", "owlore.score=uniform"): "scores_file=train.json cannot be read (owlore_tune.layers.scores.LayerScores() argument after ** must be a mapping, not list)",
+    ("owlore.scores_file=train.json", "owlore.score=uniform"): "scores_file=train.json cannot be read (owlore_tune.layers.scores_file.LayerScores() argument after ** must be a mapping, not list)",
     ("owlore.scores_file=~nosuchuser/scores.json", "owlore.score=uniform"): "~nosuchuser/scores.json: there is no user nosuchuser",
     ("owlore.score=outlier", "owlore.outlier_threshold=2000000000"): "owlore.outlier_threshold=2000000000",
     ("owlore.num_active_layers=null", "owlore.resample_every=0"): "owlore.resample_every=0",

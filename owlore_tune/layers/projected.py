@@ -26,9 +26,9 @@ class Masters(Protocol):
 
     def replace(self, index: int, weights: dict[str, Tensor]) -> None: ...
 
-    def thaw(self, index: int, names: Iterable[str]) -> None: ...
+    def restore(self, index: int, names: Iterable[str]) -> None: ...
 
-    def freeze(self, index: int) -> None: ...
+    def quantize(self, index: int) -> None: ...
 
     def correct(self, index: int, weights: dict[str, ProjectedWeight]) -> None: ...
 
@@ -166,7 +166,7 @@ class ProjectedLayers:
         return [parameter for group in self.parameter_groups() for parameter in group["params"]]
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that train now, by names as ``layers.0.mlp.w1.weight``, whatever the model calls its layers."""
+        """The parameters that train now, by names as ``layers.0.mlp.w1.weight`` for models of all kinds."""
         found = {name: p for index in self.active for name, p in self.layers[index].trained().items()}
         return found | {name: other.trained for name, other in self.outside.items()}
 
@@ -193,11 +193,11 @@ class ProjectedLayers:
         for index in set(self.active) - set(indices):
             self.layers[index].release(forget=forget)
             if self.masters is not None:
-                self.masters.freeze(index)
+                self.masters.quantize(index)
         for index in sorted(set(indices) - set(self.active)):
             layer = self.layers[index]
             if self.masters is not None:
-                self.masters.thaw(index, layer.others)
+                self.masters.restore(index, layer.others)
             layer.engage()
         self.active = sorted(indices)
 

@@ -1,15 +1,16 @@
-"""Inclusion probabilities from layer scores, and three ways to draw layers.
+"""Inclusion probabilities from layer scores, and ways to draw layers. A new way is one subclass of `Draw`.
 
 OwLore (arXiv 2405.18380, section 3.2): layers with more outlier weights are sampled more often.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-DRAWS = ("systematic", "bernoulli", "sequential")
+DRAWS: dict[str, type["Draw"]] = {}
 
 
 def inclusion_probabilities(scores: Sequence[float], num_active: int) -> list[float]:
@@ -48,44 +49,34 @@ def inclusion_probabilities(scores: Sequence[float], num_active: int) -> list[fl
     return [1.0 if layer in certain else (left * score / total if left else 0.0) for layer, score in enumerate(scores)]
 
 
-class LayerSampler:
-    """Draws sets of layers with a private generator. Other random operations do not change the schedule.
+class Draw:
+    """A way to draw sets of layers. A subclass with a ``name`` can be asked for by it, as ``owlore.draw``.
 
     Args:
-        scores: one per layer, see `inclusion_probabilities`.
+        probabilities: (layers,) float64, of each layer to be in a set.
+        scores: (layers,) float64.
         num_active: γ.
-        draw: ``systematic``: exactly γ layers, each with exactly its inclusion probability.
-            ``bernoulli``: each layer independently, as in the paper's algorithm; the number of layers varies,
-            an empty set is never drawn, and the inclusion probabilities still hold.
-            ``sequential``: γ draws without replacement weighted by score, as in the authors' code; the
-            inclusion probabilities are then not exactly p_l.
-        seed: seed of the private generator.
-
-    Attributes:
-        probabilities: (layers,) float64, the inclusion probabilities.
-
-    Raises:
-        ValueError: if ``draw`` is unknown, or if γ layers cannot be drawn with these scores.
     """
 
-    def __init__(self, scores: Sequence[float], num_active: int, draw: str = "systematic", seed: int = 0) -> None:
-        if draw not in DRAWS:
-            raise ValueError(f"draw={draw!r}; choose one of {', '.join(DRAWS)}")
-        self.num_active = num_active
-        self._draw = getattr(self, f"_{draw}")
-        self._generator = torch.Generator().manual_seed(seed)
-        self._scores = torch.tensor(scores, dtype=torch.float64)
-        self.probabilities = torch.tensor(inclusion_probabilities(scores, num_active), dtype=torch.float64)
-        self._given_nonempty = self._nonempty_share()
+    name: ClassVar[str]
 
-    def draw(self) -> list[int]:
-        """The indices of the next active layers, ascending."""
-        return sorted(self._draw().tolist())
+    def __init_subclass__(cls) -> None:
+        DRAWS[cls.name] = cls
 
-    def _rand(self, size: int) -> torch.Tensor:
-        return torch.rand(size, generator=self._generator, dtype=torch.float64)
+    def __init__(self, probabilities: Tensor, scores: Tensor, num_active: int) -> None:
+        self.probabilities, self.scores, self.num_active = probabilities, scores, num_active
 
-    def _systematic(self) -> torch.Tensor:
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """The indices of the drawn layers, in any order."""
+        raise NotImplementedError
+
+
+class Systematic(Draw):
+    """Exactly γ layers, each with exactly its inclusion probability."""
+
+    name = "systematic"
+
+    def draw(self, generator: torch.Generator) -> Tensor:
         # Layers of probability 1 are handled separately, because rounding could skip one or count it twice.
         certain = (self.probabilities > 1 - 1e-12).nonzero().flatten()
         uncertain = (self.probabilities <= 1 - 1e-12).nonzero().flatten()
@@ -93,18 +84,31 @@ class LayerSampler:
         if num_left == 0:
             return certain
         # Shuffle at each draw. In a fixed order, neighbors would never be active together.
-        order = uncertain[torch.randperm(len(uncertain), generator=self._generator)]
+        order = uncertain[torch.randperm(len(uncertain), generator=generator)]
         marks = self.probabilities[order].cumsum(0)
         marks[-1] = num_left  # without the rounding error of the sum
-        crossed = torch.floor(marks + self._rand(1))
+        crossed = torch.floor(marks + _rand(1, generator))
         picked = torch.diff(crossed, prepend=torch.zeros(1, dtype=torch.float64)) > 0
         return torch.cat([certain, order[picked]])
 
-    def _bernoulli(self) -> torch.Tensor:
+
+class Bernoulli(Draw):
+    """Each layer independently, as in the paper's algorithm.
+
+    The number of layers varies. An empty set is never drawn, and the inclusion probabilities still hold.
+    """
+
+    name = "bernoulli"
+
+    def __init__(self, probabilities: Tensor, scores: Tensor, num_active: int) -> None:
+        super().__init__(probabilities, scores, num_active)
+        self._given_nonempty = self._nonempty_share()
+
+    def draw(self, generator: torch.Generator) -> Tensor:
         if self._given_nonempty == 0:  # γ = 1: in the limit, a non-empty set has a single layer
-            return torch.multinomial(self.probabilities, 1, generator=self._generator)
+            return torch.multinomial(self.probabilities, 1, generator=generator)
         while True:
-            on = self._rand(len(self.probabilities)) < self._given_nonempty * self.probabilities
+            on = _rand(len(self.probabilities), generator) < self._given_nonempty * self.probabilities
             if on.any():
                 return on.nonzero().flatten()
 
@@ -124,8 +128,50 @@ class LayerSampler:
             share = following
         return share
 
-    def _sequential(self) -> torch.Tensor:
-        return torch.multinomial(self._scores, self.num_active, generator=self._generator)
+
+class Sequential(Draw):
+    """γ draws without replacement weighted by score, as in the authors' code.
+
+    The inclusion probabilities are then not exactly p_l.
+    """
+
+    name = "sequential"
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        return torch.multinomial(self.scores, self.num_active, generator=generator)
+
+
+def _rand(size: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(size, generator=generator, dtype=torch.float64)
+
+
+class LayerSampler:
+    """Draws sets of layers with a private generator. Other random operations do not change the schedule.
+
+    Args:
+        scores: one per layer, see `inclusion_probabilities`.
+        num_active: γ.
+        draw: the name of a `Draw`.
+        seed: seed of the private generator.
+
+    Attributes:
+        probabilities: (layers,) float64, the inclusion probabilities.
+
+    Raises:
+        ValueError: if ``draw`` is unknown, or if γ layers cannot be drawn with these scores.
+    """
+
+    def __init__(self, scores: Sequence[float], num_active: int, draw: str = "systematic", seed: int = 0) -> None:
+        if draw not in DRAWS:
+            raise ValueError(f"draw={draw!r}; choose one of {', '.join(DRAWS)}")
+        self.num_active = num_active
+        self.probabilities = torch.tensor(inclusion_probabilities(scores, num_active), dtype=torch.float64)
+        self._draw = DRAWS[draw](self.probabilities, torch.tensor(scores, dtype=torch.float64), num_active)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self) -> list[int]:
+        """The indices of the next active layers, ascending."""
+        return sorted(self._draw.draw(self._generator).tolist())
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self._generator.get_state()}

@@ -1,164 +1,231 @@
-"""The seven layer scores, and a file to store them for reuse."""
+"""Scores of layers: a layer is drawn in proportion to its score.
 
-import importlib.metadata
-import json
+A new score is one subclass of `Score` with a name, which `owlore.score` then takes.
+"""
+
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from owlore_tune.distributed.world import ALONE, World, full
-from owlore_tune.files import is_number, read_json
-from owlore_tune.layers.outliers import outlier_scores
+from owlore_tune.distributed.world import ALONE, World, full, local
+from owlore_tune.layers.inputs import InputNorms, input_norms
 from owlore_tune.models.decoder import find_layers, find_linears
-from owlore_tune.paths import user_path
 
-SCORES = ("outlier", "uniform", "increase", "decrease", "reverse", "weight_norm", "heavy_tail")
-NEEDS_DATA = ("outlier", "reverse")
-SCORES_FILE = "scores.json"
+SCORES: dict[str, type["Score"]] = {}
 
 
-def layer_scores(
-    model: nn.Module,
-    score: str = "outlier",
-    *,
-    batches: Callable[[], Iterable[Mapping[str, Tensor]]] | None = None,
-    threshold: float = 13.0,
-    world: World = ALONE,
-) -> list[float]:
-    """One number ≥ 0 per layer of ``model``, bottom first. Layers are sampled in proportion to it.
+@dataclass(frozen=True)
+class Place:
+    """The position of a layer, from the bottom."""
+
+    index: int
+    num_layers: int
+
+
+class Score:
+    """Gives each layer a number ≥ 0.
+
+    Attributes:
+        name: of the score in a config.
+        needs_inputs: whether it needs the norms of the layers' inputs on calibration data.
+    """
+
+    name: ClassVar[str]
+    needs_inputs: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        SCORES[cls.name] = cls
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Score":
+        """The score with the options of the ``owlore`` block of a training config."""
+        return cls()
+
+    def options(self) -> dict[str, Any]:
+        """What the scores depend on, apart from the model and the data, for a file of scores."""
+        return vars(self)
+
+    def of_layer(self, layer: nn.Module, place: Place, norms: InputNorms | None) -> float:
+        """The score of one layer, in full precision.
+
+        Args:
+            norms: of the inputs of its Linears; None if the score does not need them.
+
+        Raises:
+            ValueError: if weights or inputs are not finite.
+        """
+        raise NotImplementedError
+
+    def of_all(self, values: list[float]) -> list[float]:
+        """The scores from the values of all layers, bottom first."""
+        return values
+
+
+class Outlier(Score):
+    """The share of outlier weights.
+
+    OWL (arXiv 2310.05175), as OwLore (arXiv 2405.18380, section 3.1) uses it: for each Linear with weight W (out, in)
+    and calibration inputs X (tokens, in), A_ij = |W_ij| · ‖X_:,j‖₂; then over all Linears of the layer together,
+    D = share of entries with A_ij > τ · mean(A).
 
     Args:
-        score: ``outlier``: share of outlier weights (see `outlier_scores`). ``reverse``: max D − D_l, fewest
-            outliers first. ``uniform``: equal scores, as in LISA (arXiv 2403.17919). ``increase``, ``decrease``:
-            proportional to the layer's position from the bottom or the top. ``weight_norm``: Frobenius norm over all
-            Linears of the layer. ``heavy_tail``: the Hill estimate of the tail of the weights' spectra.
-        batches: returns the calibration batches; only called for ``outlier`` and ``reverse``.
-        threshold: τ of the outlier score.
-        world: processes with batches of their own.
+        threshold: τ; 13 as for the paper's released scores.
 
     Raises:
-        TypeError: if ``model`` is not a decoder of torchtune or transformers.
-        ValueError: if ``score`` is unknown, if it needs batches and there are none, or if weights or activations of a
-            layer are not finite.
+        ValueError: if ``threshold`` is not positive.
     """
-    layers = find_layers(model)
-    num_layers = len(layers)
-    if score in NEEDS_DATA:
-        if batches is None:
-            raise ValueError(f"score={score!r} needs calibration batches")
-        shares = outlier_scores(model, batches(), threshold, world)
-        return shares if score == "outlier" else [max(shares) - share for share in shares]
-    progress = tqdm(layers, desc=f"Scoring by {score}", unit="layer", leave=False, disable=world.rank > 0)
-    return [score_of_layer(layer, score, index, num_layers) for index, layer in enumerate(progress)]
+
+    name = "outlier"
+    needs_inputs = True
+
+    def __init__(self, threshold: float = 13.0) -> None:
+        if not threshold > 0:
+            raise ValueError(f"outlier_threshold={threshold}; it must be above 0")
+        self.threshold = threshold
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Outlier":
+        return cls(config.outlier_threshold)
+
+    def of_layer(self, layer: nn.Module, place: Place, norms: InputNorms | None) -> float:
+        """Streamed: at most one Linear's A is alive at a time."""
+        assert norms is not None
+        weights = {name: linear.weight for name, linear in find_linears(layer)}
+        world = World.of(next(iter(weights.values())))  # processes that have rows of their own, and not copies
+        num_entries = sum(weight.numel() for weight in weights.values())
+        own = [(local(weight), norms[name].to(weight.device)) for name, weight in weights.items()]
+        sums = [torch.dot(weight.abs().sum(0, dtype=torch.float64), norm.double()) for weight, norm in own]
+        limit = self.threshold * world.sum_(torch.stack(sums).sum()) / num_entries
+        if not limit.isfinite():  # every comparison with it would be false
+            raise ValueError("its weights or input activations are not finite; is the checkpoint damaged?")
+        counts = [(weight.abs() * norm.to(_compute_dtype(weight)) > limit).sum() for weight, norm in own]
+        return int(world.sum_(torch.stack(counts).sum())) / num_entries
 
 
-def score_of_layer(layer: nn.Module, score: str, index: int, num_layers: int) -> float:
-    """One number of `layer_scores`, for a score that needs no data.
+class Uniform(Score):
+    """Equal scores, as in LISA (arXiv 2403.17919)."""
 
-    Raises:
-        ValueError: if ``score`` is unknown, or the weights of the layer are not finite.
-    """
-    by_position = {"uniform": 1.0, "increase": index + 1.0, "decrease": float(num_layers - index)}
-    if score in by_position:
-        return by_position[score]
-    per_layer = {"weight_norm": weight_norm, "heavy_tail": heavy_tail}.get(score)
-    if per_layer is None:
-        raise ValueError(f"score={score!r}; choose one of {', '.join(SCORES)}")
-    value = per_layer(layer)
-    if not math.isfinite(value):
-        raise ValueError(f"layer {index}: its weights are not finite; is the checkpoint damaged?")
-    return value
+    name = "uniform"
+
+    def of_layer(self, layer: nn.Module, place: Place, norms: InputNorms | None) -> float:
+        return 1.0
 
 
-@torch.no_grad()
-def weight_norm(layer: nn.Module) -> float:
-    """Frobenius norm over all Linears of the layer."""
-    norms = [torch.linalg.vector_norm(full(m.weight), dtype=torch.float64) for _, m in find_linears(layer)]
-    return torch.linalg.vector_norm(torch.stack(norms)).item()
+class Increase(Score):
+    """The position from the bottom."""
+
+    name = "increase"
+
+    def of_layer(self, layer: nn.Module, place: Place, norms: InputNorms | None) -> float:
+        return place.index + 1.0
 
 
-@torch.no_grad()
-def heavy_tail(layer: nn.Module) -> float:
+class Decrease(Score):
+    """The position from the top."""
+
+    name = "decrease"
+
+    def of_layer(self, layer: nn.Module, place: Place, norms: InputNorms | None) -> float:
+        return float(place.num_layers - place.index)
+
+
+class Reverse(Outlier):
+    """max D − D_l: layers with the fewest outliers first."""
+
+    name = "reverse"
+
+    def of_all(self, values: list[float]) -> list[float]:
+        return [max(values) - value for value in values]
+
+
+class WeightNorm(Score):
+    """The Frobenius norm over all Linears of the layer."""
+
+    name = "weight_norm"
+
+    def of_layer(self, layer: nn.Module, place: Place, norms: InputNorms | None) -> float:
+        parts = [torch.linalg.vector_norm(full(m.weight), dtype=torch.float64) for _, m in find_linears(layer)]
+        return torch.linalg.vector_norm(torch.stack(parts)).item()
+
+
+class HeavyTail(Score):
     """Mean over the layer's Linears of the Hill estimate of their spectrum's tail; larger means heavier.
 
     The estimate is the mean of ln(λ_i / λ_k+1) over the k largest of the n eigenvalues λ of WᵀW, k = n/2
     (heavy-tailed self-regularization, arXiv 1810.01075; k as in AlphaPruning, arXiv 2410.10912).
     """
-    estimates = []
-    for _, linear in find_linears(layer):
-        weight = full(linear.weight).to(torch.promote_types(linear.weight.dtype, torch.float32))
-        if not weight.isfinite().all():  # the decomposition would not converge
-            return math.nan
-        logs = 2 * torch.linalg.svdvals(weight).double().clamp_min(1e-30).log()  # descending
-        k = len(logs) // 2
-        estimates.append((logs[:k] - logs[k]).mean())
-    return torch.stack(estimates).mean().item()
+
+    name = "heavy_tail"
+
+    def of_layer(self, layer: nn.Module, place: Place, norms: InputNorms | None) -> float:
+        estimates = []
+        for _, linear in find_linears(layer):
+            weight = full(linear.weight).to(_compute_dtype(linear.weight))
+            if not weight.isfinite().all():  # the decomposition would not converge
+                return math.nan
+            logs = 2 * torch.linalg.svdvals(weight).double().clamp_min(1e-30).log()  # descending
+            k = len(logs) // 2
+            estimates.append((logs[:k] - logs[k]).mean())
+        return torch.stack(estimates).mean().item()
 
 
-@dataclass
-class LayerScores:
-    """Scores of a model's layers and their provenance, stored as JSON."""
+def layer_scores(
+    model: nn.Module,
+    score: str | Score = "outlier",
+    batches: Iterable[Mapping[str, Tensor]] = (),
+    world: World = ALONE,
+) -> list[float]:
+    """One number ≥ 0 for each layer of ``model``, bottom first.
 
-    scores: list[float]
-    score: str
-    fingerprint: str  # of the model's weights, see `owlore_tune.checkpoints.HFCheckpointer.fingerprint`
-    threshold: float | None = None
-    data: dict[str, Any] | None = None
-    versions: dict[str, str] = field(
-        default_factory=lambda: {
-            name: importlib.metadata.version(name) for name in ("owlore-tune", "torchtune", "torch")
-        }
-    )
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    Args:
+        model: a decoder of torchtune or transformers.
+        score: a `Score`, or the name of one with default options.
+        batches: calibration inputs, keyword arguments of the model's forward (``tokens`` (b, s), and as needed
+            ``mask``, ``input_pos``) on its device. The optional key ``valid`` (b, s), bool, is False for padding, which
+            does not count. It is not passed to the model. They are only read if the score needs inputs.
+        world: processes with batches of their own; all get the scores over all batches.
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+    Raises:
+        TypeError: if ``model`` is not such a decoder.
+        ValueError: if ``score`` is unknown, if it needs batches and there are none, or if weights or activations of a
+            layer are not finite.
+    """
+    if isinstance(score, str):
+        if score not in SCORES:
+            raise ValueError(f"score={score!r}; choose one of {', '.join(SCORES)}")
+        score = SCORES[score]()
+    layers = find_layers(model)
+    norms = input_norms(model, batches, world) if score.needs_inputs else repeat(None)
+    progress = tqdm(layers, desc=f"Scoring by {score.name}", unit="layer", leave=False, disable=world.rank > 0)
+    return score_each(score, zip(progress, norms, strict=False), len(layers))
 
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        num_layers: int,
-        fingerprint: str,
-        score: str = "outlier",
-        threshold: float | None = None,
-    ) -> "LayerScores":
-        """Read a score file, and check that it matches the model, the score and, if given, the threshold.
 
-        Raises:
-            ValueError: if the file is missing or not a score file, if its scores are not finite numbers ≥ 0, or if
-                its number of layers, weights, score or threshold differ.
-        """
+@torch.no_grad()
+def score_each(score: Score, layers: Iterable[tuple[nn.Module, InputNorms | None]], num_layers: int) -> list[float]:
+    """`layer_scores` of ``layers``, which come one by one with the norms of their inputs.
+
+    Raises:
+        ValueError: as `layer_scores`.
+    """
+    values = []
+    for index, (layer, norms) in enumerate(layers):
+        if score.needs_inputs and norms is None:
+            raise ValueError(f"no calibration batches; score={score.name!r} needs at least one")
         try:
-            loaded = cls(**read_json(user_path(path)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"scores_file={path} cannot be read ({error}); create one with `owlore score`") from error
-        if not isinstance(loaded.scores, list):
-            raise ValueError(f"scores_file={path} has no list of scores; create one with `owlore score`")
-        for layer, value in enumerate(loaded.scores):
-            if not is_number(value) or value < 0:
-                shown = str(value)[:40]
-                raise ValueError(f"scores_file={path}: the score of layer {layer} is {shown}; recreate the file")
-        if len(loaded.scores) != num_layers:
-            raise ValueError(
-                f"scores_file={path} is for a model with {len(loaded.scores)} layers; this one has {num_layers}"
-            )
-        if loaded.fingerprint != fingerprint:
-            raise ValueError(
-                f"scores_file={path} was made for other weights ({loaded.fingerprint}, these are {fingerprint}); "
-                "create one for this checkpoint with `owlore score`, or omit scores_file"
-            )
-        if loaded.score != score or None not in (threshold, loaded.threshold) and loaded.threshold != threshold:
-            raise ValueError(
-                f"scores_file={path} holds {loaded.score} scores with threshold {loaded.threshold}, the config asks "
-                f"for {score} with {threshold}; set owlore.score and owlore.outlier_threshold to match"
-            )
-        return loaded
+            value = score.of_layer(layer, Place(index, num_layers), norms)
+            if not math.isfinite(value):
+                raise ValueError("its weights are not finite; is the checkpoint damaged?")
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from error
+        values.append(value)
+    return score.of_all(values)
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

@@ -14,6 +14,7 @@ from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.memory.plan import MemoryPlan, Method, Shared, complete, plan_memory
 from owlore_tune.memory.step import PlannedStep, StepShape
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, model_parts
+from owlore_tune.models.output import set_output
 
 
 def peer_plans(
@@ -39,9 +40,8 @@ def peer_plans(
             LISA. Full fine-tuning trains all weights.
     """
     theirs = copy.deepcopy(model)
-    vars(theirs).pop("unembed", None)  # undo `set_model_output`
     their_loss = CEWithChunkedOutputLoss()
-    theirs.set_num_output_chunks(their_loss.num_output_chunks)
+    set_output(theirs, their_loss)
     yield "full", _adamw_plan(theirs, their_loss, shape, device, framework, sharding, set(theirs.parameters()))
     adapters = _add_lora(theirs, lora_rank)
     yield f"LoRA, r={lora_rank}", _adamw_plan(theirs, their_loss, shape, device, framework, sharding, adapters)

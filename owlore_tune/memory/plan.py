@@ -21,8 +21,7 @@ from owlore_tune.memory.step import PlannedStep, StepShape
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, model_parts
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.optim.projected import ProjectedWeight
-from owlore_tune.quantized.formats import NF4Weight
-from owlore_tune.quantized.linear import quantizable_outside, weight_of
+from owlore_tune.quantized.linear import is_quantized, quantizable_outside, weight_of
 
 # Empirical overhead of glibc fragmentation, as a share of the memory in use.
 # Measured memory over a plan without it: 1.05 to 1.10 on SmolLM2, 1.04 to 1.05 on 7B weights.
@@ -124,7 +123,7 @@ def plan_memory(
         step.tracker.label = "bases"
         for _, weight in layers.active_weights():
             weight.energy = weight.turn = None
-            if shape.weights == "nf4" and isinstance(weight_of(weight.linear), NF4Weight):
+            if is_quantized(weight.linear) and weight_of(weight.linear).rounding_matters:
                 weight.correction = torch.empty(weight.size, dtype=weight.linear.weight.dtype, device=device)
         step.run()
     whole = [other for layer in layers.layers for other in layer.others.values() if other.trained.requires_grad]

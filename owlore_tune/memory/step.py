@@ -17,7 +17,8 @@ from torchtune import training
 
 from owlore_tune.models.decoder import Decoder, find_layers, init_rope
 from owlore_tune.models.hf_experts import Experts
-from owlore_tune.quantized.formats import empty
+from owlore_tune.models.output import set_output, takes_hidden_states
+from owlore_tune.quantized.formats import format_of
 from owlore_tune.quantized.linear import attach
 
 
@@ -104,8 +105,8 @@ def _forward_backward(
     if shape.packed:
         extra["mask"] = torch.ones(*size, shape.seq_len, dtype=torch.bool, device=device)
         extra["input_pos"] = torch.zeros_like(tokens)
-    if hasattr(loss_fn, "set_model_output"):
-        loss_fn.set_model_output(model)
+    set_output(model, loss_fn)
+    if takes_hidden_states(loss_fn):
         hidden = model(tokens, **extra)
         tracker.label = "logits"
         loss = loss_fn.of_rows(hidden.flatten(0, 1), tokens.flatten())
@@ -137,7 +138,8 @@ def _materialize(
         if is_quantized:
             in_layer = isinstance(source, nn.Linear) and source is not model.output
             kind, products = (shape.weights, shape.products) if in_layer else ("int8", "full")
-            attach(module, empty(source.weight.shape, kind, device), products, source.weight.dtype)
+            weight = format_of(source.weight.shape, kind).empty(source.weight.shape, device)
+            attach(module, weight, products, source.weight.dtype)
 
 
 _LABELS = ("weights", "projected", "gradients", "activations", "logits", "temporary")

@@ -19,6 +19,7 @@ from torchtune.utils import get_logger
 
 from owlore_tune.errors import ConfigError
 from owlore_tune.models.differences import far_difference, packed_difference, plain_difference, some_tokens
+from owlore_tune.models.output import set_output
 
 Convert: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 # Largest sizes of a twin, by transformers' names. A twin of a torchtune builder keeps the heads.
@@ -293,8 +294,7 @@ def _narrow_copy(model: TransformerDecoder, narrow: Any) -> Any:
     width, hidden, vocabulary = narrow.hidden_size, narrow.intermediate_size, narrow.vocab_size
     old_width = model.tok_embeddings.weight.shape[1]
     twin: Any = copy.deepcopy(model)
-    vars(twin).pop("unembed", None)  # that of a loss
-    twin.num_output_chunks = 0
+    set_output(twin)
     twin.max_seq_len = min(model.max_seq_len, narrow.max_position_embeddings)
     twin.layers = twin.layers[: narrow.num_hidden_layers]
     for name, module in twin.named_modules():

@@ -1,20 +1,27 @@
-"""Weights in few bits: int8 with a scale for each row, and NF4 with a scale for each block of 64 values.
+"""Formats of quantized weights: int8 with a scale for each row, and NF4 with a scale for each block of 64 values.
 
-torchao's int8 training weight saves its input for backward even if the weight is frozen, and its NF4 tensor
-is slow to dequantize on a CPU. These formats hold plain tensors that get no gradient.
+A new format is one subclass of `QuantizedWeight` with a name, which `owlore.weights` then takes.
+
+torchao's int8 training weight saves its input for backward even if the weight is frozen, and its NF4 tensor is slow to
+dequantize on a CPU. These formats hold plain tensors that get no gradient.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-FORMATS = ("int8", "nf4")
+FORMATS: dict[str, type["QuantizedWeight"]] = {}
 BLOCK = 64  # values of NF4 that share a scale
 ALL = slice(None)
-_PIECE = 2**20  # values that are quantized at once, so that float32 temporaries stay small
+# Values of a weight that are in full precision at once. On a CPU, `owlore_tune.heap.reuse_freed_memory` does
+# not keep larger blocks.
+_PIECE = {"cpu": 2**22}
+_LARGE_PIECE = 2**25
+_QUANTIZED_AT_ONCE = 2**20  # values, so that float32 temporaries stay small
 # Quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314, appendix E).
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -23,41 +30,118 @@ NF4_LEVELS = (
 )  # fmt: skip
 
 
+class QuantizedWeight:
+    """A weight (m, n) in few bits: a frozen dataclass of tensors.
+
+    Attributes:
+        name: of the format in a config.
+        products: kinds of products that it can compute; the last one is the fastest.
+        rounding_matters: whether a layer that trains needs the correction of its rounding, see
+            `owlore_tune.quantized.layers.QuantizedLayers.correct`.
+    """
+
+    name: ClassVar[str]
+    products: ClassVar[tuple[str, ...]] = ("full",)
+    rounding_matters: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        FORMATS[cls.name] = cls
+
+    @staticmethod
+    def takes(shape: torch.Size) -> bool:
+        """Whether a weight of this shape can have the format. Another one gets int8."""
+        return True
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> "QuantizedWeight":
+        raise NotImplementedError
+
+    @classmethod
+    def empty(cls, shape: torch.Size, device: torch.device) -> "QuantizedWeight":
+        """A weight without values: its memory alone."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> torch.Size:
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = ALL, columns: slice = ALL) -> Tensor:
+        """A part of the weight in ``dtype``. ``columns`` are whole blocks of `BLOCK`."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, products: str) -> Tensor:
+        """``x`` (t, n) · weight (m, n)ᵀ → (t, m), differentiable in ``x``. Backward needs no saved activations."""
+        return _Product.apply(x, self)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
 @dataclass(frozen=True)
-class Int8Weight:
+class Int8Weight(QuantizedWeight):
     """A weight (m, n) in 8 bits."""
 
     codes: Tensor  # (m, n) int8
     scale: Tensor  # (m, 1) float32
 
+    name = "int8"
+    products = ("full", "int8")
+
+    @classmethod
+    def empty(cls, shape: torch.Size, device: torch.device) -> "Int8Weight":
+        return cls(torch.empty(shape, dtype=torch.int8, device=device), torch.empty(shape[0], 1, device=device))
+
     @classmethod
     def quantize(cls, weight: Tensor) -> "Int8Weight":
         scale = weight.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        rows = max(1, _PIECE // weight.shape[1])
+        rows = max(1, _QUANTIZED_AT_ONCE // weight.shape[1])
         for piece, some_codes, some_scale in zip(weight.split(rows), codes.split(rows), scale.split(rows), strict=True):
             some_codes.copy_((piece.float() / some_scale).round_())
         return cls(codes, scale)
 
     def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = ALL, columns: slice = ALL) -> Tensor:
-        """A part of the weight in ``dtype``."""
         return self.codes[rows, columns].to(dtype).mul_(self.scale[rows].to(dtype))
 
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
+    def linear(self, x: Tensor, products: str) -> Tensor:
+        """With 8-bit products, sums are exact, and scales are in float32.
+
+        Where torch's 8-bit products are not exact, or do not take the sizes, the weight is dequantized.
+        """
+        if x.is_cuda:
+            takes = len(x) > 16 and not any(size % 8 for size in self.shape)  # as cuBLAS
+        else:
+            takes = CPU_IS_EXACT and len(x) > 0 and min(self.shape) > 1  # a single column gives wrong sums
+        return _Int8Product.apply(x, self) if products == "int8" and takes else super().linear(x, products)
 
 
 @dataclass(frozen=True)
-class NF4Weight:
+class NF4Weight(QuantizedWeight):
     """A weight (m, n) in 4 bits; n is divisible by `BLOCK`."""
 
     codes: Tensor  # (m, n / 2) uint8, the first of two values in the upper half
     scale: Tensor  # (m, n / 64) bfloat16
+
+    name = "nf4"
+    rounding_matters = True  # off by 9 % of ‖W₀‖
+
+    @staticmethod
+    def takes(shape: torch.Size) -> bool:
+        return shape[1] % BLOCK == 0
+
+    @classmethod
+    def empty(cls, shape: torch.Size, device: torch.device) -> "NF4Weight":
+        m, n = shape
+        codes = torch.empty(m, n // 2, dtype=torch.uint8, device=device)
+        return cls(codes, torch.empty(m, n // BLOCK, dtype=torch.bfloat16, device=device))
 
     @classmethod
     def quantize(cls, weight: Tensor) -> "NF4Weight":
@@ -66,7 +150,7 @@ class NF4Weight:
         middles = (levels[1:] + levels[:-1]) / 2
         codes = torch.empty(m, n // 2, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(m, n // BLOCK, dtype=torch.bfloat16, device=weight.device)
-        rows = max(1, _PIECE // n)
+        rows = max(1, _QUANTIZED_AT_ONCE // n)
         for piece, some_codes, some_scale in zip(weight.split(rows), codes.split(rows), scale.split(rows), strict=True):
             blocks = piece.reshape(-1, BLOCK).float()
             some_scale.copy_(blocks.abs().amax(dim=1).view(some_scale.shape))
@@ -79,11 +163,7 @@ class NF4Weight:
         return cls(codes, scale)
 
     def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = ALL, columns: slice = ALL) -> Tensor:
-        """A part of the weight in ``dtype``: two values at a time, from a table of all 256 pairs.
-
-        Args:
-            columns: whole blocks.
-        """
+        """Two values at a time, from a table of all 256 pairs."""
         codes, scale = self.codes[rows, _divided(columns, 2)], self.scale[rows, _divided(columns, BLOCK)]
         is_planned = isinstance(codes, FakeTensor)  # which has no values, so the table needs none
         pairs = codes.new_empty(256, dtype=_PAIR[dtype]) if is_planned else _pairs(dtype, codes.device)
@@ -93,10 +173,6 @@ class NF4Weight:
     @property
     def shape(self) -> torch.Size:
         return torch.Size((self.codes.shape[0], 2 * self.codes.shape[1]))
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
 
 
 # An integer as large as two values
@@ -117,24 +193,72 @@ def _divided(columns: slice, size: int) -> slice:
     return slice(*(bound if bound is None else bound // size for bound in (columns.start, columns.stop)))
 
 
-QuantizedWeight = Int8Weight | NF4Weight
-
-
-def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
-    """``weight`` (m, n) in ``kind``, one of `FORMATS`. A weight that NF4's blocks don't divide becomes int8.
+def format_of(shape: torch.Size, kind: str) -> type[QuantizedWeight]:
+    """The format of a weight in ``kind``, one of `FORMATS`: int8 if ``kind`` does not take its shape.
 
     Raises:
         ValueError: if ``kind`` is unknown.
     """
     if kind not in FORMATS:
         raise ValueError(f"weights={kind!r}; choose one of {', '.join(FORMATS)}")
-    return NF4Weight.quantize(weight) if kind == "nf4" and weight.shape[1] % BLOCK == 0 else Int8Weight.quantize(weight)
+    return FORMATS[kind] if FORMATS[kind].takes(shape) else Int8Weight
 
 
-def empty(shape: torch.Size, kind: str, device: torch.device) -> QuantizedWeight:
-    """A weight without values: its memory alone."""
-    m, n = shape
-    if kind == "nf4" and n % BLOCK == 0:
-        codes = torch.empty(m, n // 2, dtype=torch.uint8, device=device)
-        return NF4Weight(codes, torch.empty(m, n // BLOCK, dtype=torch.bfloat16, device=device))
-    return Int8Weight(torch.empty(m, n, dtype=torch.int8, device=device), torch.empty(m, 1, device=device))
+def _cpu_is_exact() -> bool:
+    """Whether this CPU sums 8-bit products exactly. Without VNNI instructions, oneDNN adds pairs of them in 16 bits,
+    which overflow."""
+    largest = torch.full((2, 64), 127, dtype=torch.int8, device="cpu")
+    return torch._int_mm(largest, largest.t())[0, 0].item() == 64 * 127 * 127
+
+
+CPU_IS_EXACT = _cpu_is_exact()
+
+
+def pieces(length: int, width: int, device: torch.device) -> list[slice]:
+    """Split ``length`` rows or columns of ``width`` values each, at whole blocks."""
+    each = max(1, _PIECE.get(device.type, _LARGE_PIECE) // width // BLOCK) * BLOCK
+    return [slice(start, min(start + each, length)) for start in range(0, length, each)]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):  # (t, n)
+        ctx.weight = weight
+        m, n = weight.shape
+        product = x.new_empty(len(x), m)
+        for rows in pieces(m, n, x.device):
+            torch.mm(x, weight.dequantize(x.dtype, rows).T, out=product[:, rows])
+        return product
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight = ctx.weight
+        m, n = weight.shape
+        product = grad.new_empty(len(grad), n)
+        for columns in pieces(n, m, grad.device):  # not rows: their products would be summed in 16 bits
+            torch.mm(grad, weight.dequantize(grad.dtype, columns=columns), out=product[:, columns])
+        return product, None
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):  # (t, n)
+        ctx.weight = weight
+        return _int8_product(x, weight.codes.t(), weight.scale.view(1, -1)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight = ctx.weight
+        # The scales of the weight's rows run along the sum, so they go into the gradient before it is quantized.
+        rows = grad * weight.scale.view(1, -1).to(grad.dtype)
+        return _int8_product(rows, weight.codes, None).to(grad.dtype), None
+
+
+def _int8_product(x: Tensor, codes: Tensor, column_scale: Tensor | None) -> Tensor:
+    """``x`` (t, k), quantized by row, times ``codes`` (k, l) int8 → (t, l) float32."""
+    largest = torch.maximum(x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True).neg_())  # without a copy of x
+    scale = largest.float().clamp_min_(torch.finfo(torch.float32).tiny).div_(127)
+    sums = torch._int_mm((x / scale).round_().to(torch.int8), codes)
+    # float32 in the memory of int32: on a CPU, a second buffer of this size costs page faults
+    product = sums.view(torch.float32).copy_(sums).mul_(scale)
+    return product if column_scale is None else product.mul_(column_scale)

@@ -9,21 +9,20 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
-from owlore_tune.checkpoints.hf import TIED_COPY, TIED_TO, check_tied_copy
+from owlore_tune.checkpoints.checkpointer import TIED_COPY, TIED_TO, check_tied_copy
 from owlore_tune.distributed.world import ALONE, World, is_finite
 from owlore_tune.errors import ConfigError, DivergedError
 from owlore_tune.heap import return_freed_memory
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, plain_name
-from owlore_tune.quantized.formats import NF4Weight
 from owlore_tune.quantized.linear import (
-    freeze,
     in_full_precision,
     is_quantized,
     quantizable_outside,
+    quantize,
     requantize,
+    restore,
     rounding_error,
     set_value,
-    thaw,
     weight_of,
 )
 from owlore_tune.quantized.store import OUTSIDE, LayerStore
@@ -36,7 +35,7 @@ class QuantizedLayers:
         model: on the run's device; layers without weights are loaded by `load`.
         store: of full-precision weights.
         kind: of `owlore_tune.quantized.formats.FORMATS`.
-        products: of `owlore_tune.quantized.linear.PRODUCTS`.
+        products: of that format.
         world: processes that train together; the first one writes.
     """
 
@@ -61,30 +60,30 @@ class QuantizedLayers:
         by_weight = {id(module.weight): module for module in modules}
         for parameter, weight in self._matched(index, self._named(index)):
             if id(parameter) in by_weight:
-                thaw(by_weight[id(parameter)], weight.to(device))
+                restore(by_weight[id(parameter)], weight.to(device))
             else:
                 set_value(parameter, weight.to(device))
 
-    def freeze(self, index: int) -> None:
+    def quantize(self, index: int) -> None:
         """Quantize the Linears of a layer that are in full precision."""
         for linear in _linears(self._layers[index]):
             if not is_quantized(linear):
-                freeze(linear, self._kind, self._products)
+                quantize(linear, self._kind, self._products)
         return_freed_memory(next(self._layers[index].parameters()).device)
 
-    def freeze_outside(self, *, embeddings: bool, output: bool) -> None:
+    def quantize_outside(self, *, embeddings: bool, output: bool) -> None:
         """Quantize the embeddings and the output head, if asked for, to int8; not if they share a weight."""
         for module in quantizable_outside(self._model):
             if embeddings if isinstance(module, nn.Embedding) else output:
-                freeze(module, "int8")  # gradients of a head are more exact with full products
+                quantize(module, "int8")  # gradients of a head are more exact with full products
 
-    def thaw(self, index: int, names: Iterable[str]) -> None:
+    def restore(self, index: int, names: Iterable[str]) -> None:
         """Give Linears of a layer, by the names of their weights, full precision, to train as they are."""
         modules = {name: module for name, module in self._modules(index).items() if name in names}
         if any(is_quantized(module) for module in modules.values()):
             weights = self.read(index)
             for name, module in modules.items():
-                thaw(module, weights[name].to(self._device(index)))
+                restore(module, weights[name].to(self._device(index)))
 
     def read(self, index: int) -> dict[str, Tensor]:
         """The full-precision weights of a layer, or of OUTSIDE, in the store, by name."""
@@ -104,7 +103,7 @@ class QuantizedLayers:
         self.store.use(index, written)
         for name, module in self._modules(index).items():
             if is_quantized(module):
-                requantize(module, weights[name].to(self._device(index)), self._kind)
+                requantize(module, weights[name].to(self._device(index)))
         return_freed_memory(self._device(index))
 
     def correct(self, index: int, weights: dict[str, Any]) -> None:
@@ -114,7 +113,7 @@ class QuantizedLayers:
         matter, but NF4 is off by 9 % of ‖W₀‖. With its correction, a weight is exact within its basis.
         """
         modules = self._modules(index)
-        wanted = {name for name in weights if isinstance(weight_of(modules[name]), NF4Weight)}
+        wanted = {name for name in weights if weight_of(modules[name]).rounding_matters}
         if not wanted:
             return
         for name, value in self.store.tensors(index):
@@ -123,11 +122,12 @@ class QuantizedLayers:
                 error = rounding_error(modules[name], value, weight.basis, weight.right)
                 weight.correction = error.to(weight.basis.dtype)
 
-    def run_whole(self, index: int, run: Callable[..., None], weights: dict[str, Tensor]) -> None:
-        """Call ``run`` while a layer has the full-precision ``weights``, by name."""
-        modules = {module: weights[name].to(self._device(index)) for name, module in self._modules(index).items()}
-        with in_full_precision({module: value for module, value in modules.items() if is_quantized(module)}):
-            run()
+    @contextmanager
+    def in_full_precision(self, index: int, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Have the full-precision ``weights``, by name, in a layer during the block."""
+        modules = {name: module for name, module in self._modules(index).items() if is_quantized(module)}
+        with in_full_precision({module: weights[name].to(self._device(index)) for name, module in modules.items()}):
+            yield
 
     @contextmanager
     def whole_outside(self) -> Iterator[None]:
@@ -164,7 +164,7 @@ class QuantizedLayers:
         """Each parameter with its weight in the store.
 
         Raises:
-            ConfigError: if the store lacks one, or has another one, or one has another shape.
+            ConfigError: if names or shapes in the store differ from the model.
         """
         weights = self.store.read(index)
         if isinstance(self._model.output, TiedLinear) and (copy := weights.pop(TIED_COPY, None)) is not None:

@@ -14,7 +14,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
 from torchtune.utils import get_logger
 
-from owlore_tune.checkpoints.hf import HFCheckpointer
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.checks import check_type
 from owlore_tune.config import build, build_ours, build_with, check_attributes, find_component, plain
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData
@@ -26,6 +26,7 @@ from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.layers.schedule import Schedule
 from owlore_tune.models.decoder import Decoder, find_layers, model_parts
+from owlore_tune.models.output import set_output
 from owlore_tune.optim.moments import check_decay
 from owlore_tune.paths import user_path
 from owlore_tune.run.settings import TrainingSettings
@@ -191,10 +192,7 @@ def build_model(settings: TrainingSettings) -> tuple[Any, Decoder]:
         raise ConfigError(f"model.max_seq_len={model.max_seq_len}; it must be 1 to {MOST_TOKENS:,}")
     if (num_active := settings.owlore.num_active_layers) is not None and num_active > num_layers:
         raise ConfigError(f"owlore.num_active_layers={num_active}; the model has {num_layers} layers")
-    if hasattr(loss_fn, "set_model_output"):
-        loss_fn.set_model_output(model)
-    elif hasattr(loss_fn, "num_output_chunks"):
-        model.set_num_output_chunks(loss_fn.num_output_chunks)
+    set_output(model, loss_fn)
     return loss_fn, model
 
 

@@ -10,6 +10,7 @@ from torchtune import training
 
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.models.decoder import Decoder, find_layers
+from owlore_tune.models.output import takes_hidden_states
 
 RECOMPILE_LIMIT = 32  # graphs that all compiled layers share
 
@@ -32,7 +33,7 @@ def compile_parts(loss_fn: Any, model: Decoder, layers: ProjectedLayers) -> Any:
             _compiled_or_not, inner.forward, torch.compile(inner.forward, backend=backend), layers, index
         )
     # A loss that takes the model's head computes gradients inside forward.
-    return loss_fn if hasattr(loss_fn, "set_model_output") else training.compile_loss(loss_fn)
+    return loss_fn if takes_hidden_states(loss_fn) else training.compile_loss(loss_fn)
 
 
 def _compiled_or_not(

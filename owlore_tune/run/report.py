@@ -20,7 +20,7 @@ from owlore_tune.distributed.world import ALONE, World, local
 from owlore_tune.files import write_json
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.schedule import Refresh
-from owlore_tune.layers.scores import SCORES_FILE
+from owlore_tune.layers.scores_file import SCORES_FILE
 from owlore_tune.memory.measure import PeakMemory
 from owlore_tune.memory.plan import MemoryPlan
 from owlore_tune.optim.moments import state_bytes

@@ -22,7 +22,7 @@ from owlore_tune.run.build import Inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.manifest import versions
 from owlore_tune.run.report import OUTPUT_FILES
-from owlore_tune.run.settings import DEFAULTS, FREE, FREE_PATHS, REQUIRED, TrainingSettings
+from owlore_tune.run.settings import FIXED, FREE_PATHS, TrainingSettings
 
 BASE_WEIGHTS = "base weights (checkpointer.checkpoint_dir)"  # name of their digest, for messages too
 HOW_TO_RESUME = "resume with the same command and resume_from_checkpoint=true"
@@ -114,7 +114,7 @@ def check_settings(saved: dict[str, Any], settings: TrainingSettings, checkpoint
 
 def _fixed_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The fields that a resumed run must share, without paths whose content is compared instead."""
-    fixed: dict[str, Any] = copy.deepcopy({key: config.get(key) for key in {*REQUIRED, *DEFAULTS} - FREE})
+    fixed: dict[str, Any] = copy.deepcopy({key: config.get(key) for key in FIXED})
     for block, field in FREE_PATHS:
         for node in fixed[block] if isinstance(fixed[block], list) else [fixed[block]]:
             node.pop(field, None)

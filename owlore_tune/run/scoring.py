@@ -1,7 +1,7 @@
 """The scores of a run's layers, read from a file or computed."""
 
 from collections.abc import Iterator
-from functools import partial
+from contextlib import contextmanager
 
 from torchtune import utils
 
@@ -9,56 +9,58 @@ from owlore_tune.config import plain
 from owlore_tune.data.loader import Batch, TrainingData
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.layers.scores import NEEDS_DATA, LayerScores, layer_scores
+from owlore_tune.layers.scores import SCORES, Score, layer_scores
+from owlore_tune.layers.scores_file import LayerScores
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.run.build import build_inputs, build_model
 from owlore_tune.run.settings import TrainingSettings
+
+
+def score_of(settings: TrainingSettings) -> Score:
+    """The score of the config, with its options."""
+    return SCORES[settings.owlore.score].from_config(settings.owlore)
 
 
 def read_scores(settings: TrainingSettings, fingerprint: str, num_layers: int) -> LayerScores | None:
     """The scores of ``owlore.scores_file``; None if it is not set.
 
     Args:
-        fingerprint: fingerprint of the model's weights.
+        fingerprint: of the model's weights.
 
     Raises:
         ConfigError: if the file cannot be read, or belongs to another model or score.
     """
-    owlore = settings.owlore
-    if owlore.scores_file is None:
+    file = settings.owlore.scores_file
+    if file is None:
         return None
     try:
-        return LayerScores.load(
-            owlore.scores_file,
-            num_layers=num_layers,
-            fingerprint=fingerprint,
-            score=owlore.score,
-            threshold=owlore.outlier_threshold,
-        )
+        return LayerScores.load(file, num_layers=num_layers, fingerprint=fingerprint, score=score_of(settings))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
 def score_layers(
-    settings: TrainingSettings,
-    model: Decoder,
-    data: TrainingData,
-    fingerprint: str,
-    world: World = ALONE,
+    settings: TrainingSettings, model: Decoder, data: TrainingData, fingerprint: str, world: World = ALONE
 ) -> LayerScores:
     """Score the layers of ``model``, using the first batches of the training data if the score needs data.
 
     Raises:
         RunError: if weights or activations are not finite.
     """
-    owlore = settings.owlore
+    with errors_of_scoring():
+        values = layer_scores(model, score_of(settings), calibration_batches(settings, data), world)
+    return with_origin(settings, values, fingerprint, world)
 
-    batches = partial(calibration_batches, settings, data)
+
+@contextmanager
+def errors_of_scoring() -> Iterator[None]:
+    """Raise RunError for weights or activations that are not finite."""
     try:
-        scores = layer_scores(model, owlore.score, batches=batches, threshold=owlore.outlier_threshold, world=world)
+        yield
+    except ConfigError:
+        raise
     except ValueError as error:
         raise RunError(f"the layers cannot be scored: {error}") from error
-    return scores_of(settings, scores, fingerprint, world)
 
 
 def calibration_batches(settings: TrainingSettings, data: TrainingData) -> Iterator[Batch]:
@@ -68,23 +70,16 @@ def calibration_batches(settings: TrainingSettings, data: TrainingData) -> Itera
         yield batch
 
 
-def scores_of(settings: TrainingSettings, scores: list[float], fingerprint: str, world: World = ALONE) -> LayerScores:
-    """``scores`` with their origin."""
-    owlore, cfg = settings.owlore, settings.cfg
+def with_origin(settings: TrainingSettings, values: list[float], fingerprint: str, world: World = ALONE) -> LayerScores:
+    """Scores of the config's model and data, with what they depend on."""
+    owlore, cfg, score = settings.owlore, settings.cfg, score_of(settings)
     origin = {
         "dataset": plain(cfg.dataset),
         "batches": owlore.calibration_batches,
         "batch_size": cfg.batch_size * world.size,
         "seed": cfg.seed,
     }
-    needs_data = owlore.score in NEEDS_DATA
-    return LayerScores(
-        scores=scores,
-        score=owlore.score,
-        fingerprint=fingerprint,
-        threshold=owlore.outlier_threshold if needs_data else None,
-        data=origin if needs_data else None,
-    )
+    return LayerScores(values, score.name, fingerprint, score.options(), origin if score.needs_inputs else None)
 
 
 def score_model(settings: TrainingSettings) -> LayerScores:

@@ -7,84 +7,88 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from owlore_tune.checks import LARGEST_COUNT, check_counts, check_positive, check_type
+from owlore_tune.checks import check_type
 from owlore_tune.config import check_config, check_keys, device_and_dtype
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
+from owlore_tune.fields import COUNT, LARGEST_COUNT, POSITIVE, Range, check_fields, defaults, required, setting
 from owlore_tune.layers.sampler import DRAWS
 from owlore_tune.layers.schedule import INACTIVE_STATES
 from owlore_tune.layers.scores import SCORES
 from owlore_tune.optim.moments import MOMENTS
 from owlore_tune.optim.projection import BASES, SIDES
 from owlore_tune.quantized.formats import FORMATS
-from owlore_tune.quantized.linear import PRODUCTS
 from owlore_tune.run.directory import check_creatable
 
-REQUIRED = (
-    "model", "tokenizer", "checkpointer", "dataset", "owlore", "optimizer", "output_dir"
-)  # fmt: skip
-DEFAULTS: dict[str, Any] = {
-    "dataset_val": None,
-    "collate_fn": "torchtune.data.padded_collate_sft",
-    "batch_size": 1,
-    "batch_size_val": None,  # same as batch_size
-    "gradient_accumulation_steps": 1,
-    "shuffle": True,
-    "seed": 42,
-    "epochs": 1,
-    "max_steps_per_epoch": None,
-    "lr_scheduler": None,  # constant
-    "loss": {"_component_": "owlore_tune.loss.LinearCrossEntropyLoss"},
-    "clip_grad_norm": 1.0,
-    "device": None,  # the best available
-    "device_memory_limit": None,  # GB
-    "dtype": "bf16",
-    "compile": False,
-    "enable_activation_checkpointing": False,
-    "fsdp": None,  # on several devices: true for full weights, else false (every device has all weights)
-    "fsdp_cpu_offload": False,  # weights in host memory; what trains in the projected form stays on the device
-    "fsdp_reshard_after_forward": True,
-    "dist_timeout_s": 600,
-    "metric_logger": {
-        "_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": "${output_dir}/logs"
-    },
-    "log_every_n_steps": 1,
-    "run_val_every_n_steps": None,
-    "profiler": {
-        "_component_": "torchtune.training.setup_torch_profiler", "enabled": False,
-        "output_dir": "${output_dir}/profiling",
-    },
-    "save_every_n_steps": None,  # in addition to the end of each epoch
-    "keep_last_n": None,  # all
-    "resume_from_checkpoint": False,
-    "max_skipped_steps": 10,
-}  # fmt: skip
-COUNTS = ("batch_size", "epochs", "gradient_accumulation_steps", "max_skipped_steps", "log_every_n_steps")
-OPTIONAL_COUNTS = (
-    "batch_size_val", "max_steps_per_epoch", "save_every_n_steps", "run_val_every_n_steps", "keep_last_n"
-)  # fmt: skip
-LARGEST_SEED = 2**31  # torchtune adds the rank, and NumPy seeds have 32 bits
-SWITCHES = ("shuffle", "compile", "enable_activation_checkpointing", "fsdp_cpu_offload", "fsdp_reshard_after_forward")
 # Arguments that the recipe passes to components.
 SUPPLIED = {
     "dataset": ("*",), "dataset_val": ("*",), "optimizer": ("*",),
     "lr_scheduler": ("*", "num_training_steps", "last_epoch"),
 }  # fmt: skip
-# Fields that can change on resume. They affect where and how a run executes, not what it computes. Another device or a
-# compiled model rounds differently, so the result is then no longer bit-identical.
-FREE = frozenset(
-    (
-        "batch_size", "gradient_accumulation_steps",  # only their product must match, see `TrainingData.rows_per_step`
-        "output_dir", "device", "device_memory_limit", "compile", "enable_activation_checkpointing",
-        "fsdp", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "dist_timeout_s", "metric_logger",
-        "log_every_n_steps", "run_val_every_n_steps", "dataset_val", "batch_size_val", "profiler",
-        "save_every_n_steps", "keep_last_n", "resume_from_checkpoint", "max_skipped_steps",
-    )
-)  # fmt: skip
-# Paths inside other fields that can change too. Digests of their content are compared instead.
+# Paths inside other fields that can change on resume. Digests of their content are compared instead.
 FREE_PATHS = (
     ("checkpointer", "checkpoint_dir"), ("model", "path"), ("tokenizer", "path"), ("dataset", "data_files"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All fields of a training config. Those of type Any are blocks, which components are built from.
+
+    Free fields can change on resume. Another device or a compiled model rounds differently, so the result is then no
+    longer bit-identical.
+    """
+
+    model: Any
+    tokenizer: Any
+    checkpointer: Any
+    dataset: Any
+    owlore: Any
+    optimizer: Any
+    output_dir: str = setting(free=True)
+    dataset_val: Any = setting(None, free=True)
+    collate_fn: str = "torchtune.data.padded_collate_sft"
+    # Only the product of these two must match on resume, see `TrainingData.rows_per_step`.
+    batch_size: int = setting(1, COUNT, free=True)
+    gradient_accumulation_steps: int = setting(1, COUNT, free=True)
+    batch_size_val: int | None = setting(None, COUNT, free=True)  # null: same as batch_size
+    shuffle: bool = True
+    seed: int = setting(42, Range(0, 2**31))  # torchtune adds the rank, and NumPy seeds have 32 bits
+    epochs: int = setting(1, COUNT)
+    max_steps_per_epoch: int | None = setting(None, COUNT)
+    lr_scheduler: Any = None  # constant
+    loss: Any = setting({"_component_": "owlore_tune.loss.LinearCrossEntropyLoss"})
+    clip_grad_norm: float | None = setting(1.0, POSITIVE)
+    device: str | None = setting(None, free=True)  # null: the best available
+    device_memory_limit: float | None = setting(None, POSITIVE, free=True)  # GB
+    dtype: str = "bf16"
+    compile: bool = setting(False, free=True)
+    enable_activation_checkpointing: bool = setting(False, free=True)
+    fsdp: bool | None = setting(None, free=True)  # null: true for full weights, else false
+    fsdp_cpu_offload: bool = setting(False, free=True)  # A, bases and moments stay on the device
+    fsdp_reshard_after_forward: bool = setting(True, free=True)
+    dist_timeout_s: float = setting(600, POSITIVE, free=True)
+    metric_logger: Any = setting(
+        {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": "${output_dir}/logs"}, free=True
+    )
+    log_every_n_steps: int = setting(1, COUNT, free=True)
+    run_val_every_n_steps: int | None = setting(None, COUNT, free=True)
+    profiler: Any = setting(
+        {
+            "_component_": "torchtune.training.setup_torch_profiler",
+            "enabled": False,
+            "output_dir": "${output_dir}/profiling",
+        },
+        free=True,
+    )
+    save_every_n_steps: int | None = setting(None, COUNT, free=True)  # in addition to the end of each epoch
+    keep_last_n: int | None = setting(None, COUNT, free=True)  # null: all
+    resume_from_checkpoint: bool | str = setting(False, free=True)
+    max_skipped_steps: int = setting(10, COUNT, free=True)
+
+
+REQUIRED, DEFAULTS = required(TrainingConfig), defaults(TrainingConfig)
+FIXED = [each.name for each in fields(TrainingConfig) if not each.metadata.get("free")]
 
 
 @dataclass(frozen=True)
@@ -95,45 +99,36 @@ class OwLoreConfig:
         ConfigError: if a value has the wrong type or is out of range.
     """
 
-    num_active_layers: int | None = 5  # γ; null for all layers
-    resample_every: int = 50  # K, optimizer steps
-    score: str = "outlier"
-    outlier_threshold: float = 13.0  # τ
-    calibration_batches: int = 8
+    num_active_layers: int | None = setting(5, COUNT)  # γ; null for all layers
+    resample_every: int = setting(50, COUNT)  # K, optimizer steps
+    score: str = setting("outlier", choices=SCORES)
+    outlier_threshold: float = setting(13.0, Range(0, LARGEST_COUNT, without_least=True))  # τ
+    calibration_batches: int = setting(8, COUNT)
     scores_file: str | None = None
-    draw: str = "systematic"
-    inactive_state: str = "drop"
+    draw: str = setting("systematic", choices=DRAWS)
+    inactive_state: str = setting("drop", choices=INACTIVE_STATES)
     train_embeddings: bool = False
     train_output: bool = False
     train_norm: bool = False
-    rank: int | None = 128  # r; null for full rank
-    update_gap: int = 100  # optimizer steps
-    scale: float = 1.0
-    side: str = "right"
-    basis: str = "randomized"
-    moments: str = "keep"
+    rank: int | None = setting(128, COUNT)  # r; null for full rank
+    update_gap: int = setting(100, COUNT)  # optimizer steps
+    scale: float = setting(1.0, Range(0, LARGEST_COUNT))
+    side: str = setting("right", choices=SIDES)
+    basis: str = setting("randomized", choices=BASES)
+    moments: str = setting("keep", choices=MOMENTS)
     weights: str = "full"
     products: str = "full"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            check_type(f"owlore.{field.name}", getattr(self, field.name), field.type)
-        choices_of = {
-            "score": SCORES, "draw": DRAWS, "inactive_state": INACTIVE_STATES,
-            "side": SIDES, "basis": BASES, "moments": MOMENTS, "weights": ("full", *FORMATS), "products": PRODUCTS,
-        }  # fmt: skip
-        for key, choices in choices_of.items():
-            if getattr(self, key) not in choices:
-                raise ConfigError(f"owlore.{key}={getattr(self, key)}; choose one of {', '.join(choices)}")
-        counts = ("num_active_layers", "resample_every", "calibration_batches", "rank", "update_gap")
-        for key in (*counts, "outlier_threshold"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value <= LARGEST_COUNT:
-                raise ConfigError(f"owlore.{key}={value}; it must be above 0, and at most {LARGEST_COUNT:,}")
-        if not 0 <= self.scale < float("inf"):
-            raise ConfigError(f"owlore.scale={self.scale}; it must be a finite number >= 0")
-        if self.products == "int8" and self.weights != "int8":
-            raise ConfigError(f"owlore.products=int8 needs owlore.weights=int8, not {self.weights}")
+        check_fields(OwLoreConfig, vars(self), "owlore.")
+        if self.weights not in ("full", *FORMATS):
+            raise ConfigError(f"owlore.weights={self.weights}; choose one of full, {', '.join(FORMATS)}")
+        able = [kind.name for kind in FORMATS.values() if self.products in kind.products]
+        if self.products != "full" and not able:
+            known = {name: None for kind in FORMATS.values() for name in kind.products}
+            raise ConfigError(f"owlore.products={self.products}; choose one of {', '.join(known)}")
+        if self.products != "full" and self.weights not in able:
+            raise ConfigError(f"owlore.products={self.products} needs owlore.weights={able[0]}, not {self.weights}")
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "OwLoreConfig":
@@ -160,7 +155,7 @@ class TrainingSettings:
     """A checked training config with parsed values.
 
     Attributes:
-        cfg: all fields of REQUIRED and DEFAULTS. Components are built from its blocks.
+        cfg: all fields of `TrainingConfig`. Components are built from its blocks.
         clip_grad_norm: infinity for null.
     """
 
@@ -186,26 +181,16 @@ class TrainingSettings:
         device, dtype = device_and_dtype(cfg)
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
-        check_counts(cfg, COUNTS, OPTIONAL_COUNTS)
-        check_type("seed", cfg.seed, int)  # without a seed, a run cannot be repeated or resumed
-        if not 0 <= cfg.seed <= LARGEST_SEED:
-            raise ConfigError(f"seed={cfg.seed}; it must be 0 to {LARGEST_SEED:,}")
-        check_positive("device_memory_limit", cfg.device_memory_limit)
+        check_fields(TrainingConfig, cfg)
         if cfg.device_memory_limit is not None and owlore.draw == "bernoulli":
             raise ConfigError(
                 "device_memory_limit cannot be guaranteed with owlore.draw=bernoulli, which may draw all layers"
             )
-        for key in SWITCHES:
-            check_type(key, cfg[key], bool)
-        check_type("dist_timeout_s", cfg.dist_timeout_s, float)
-        check_positive("dist_timeout_s", cfg.dist_timeout_s)
-        check_type("fsdp", cfg.fsdp, bool | None)
         if owlore.weights != "full" and cfg.fsdp:
             raise ConfigError(f"fsdp=true; owlore.weights={owlore.weights} cannot be sharded: leave fsdp out")
         if cfg.profiler is not None:
             check_type("profiler.enabled", cfg.profiler.get("enabled", False), bool)
-        check_type("resume_from_checkpoint", cfg.resume_from_checkpoint, bool | str)
-        clip_grad_norm = check_positive("clip_grad_norm", cfg.clip_grad_norm)
+        clip_grad_norm = float("inf") if cfg.clip_grad_norm is None else float(cfg.clip_grad_norm)
         return cls(cfg, owlore, device, dtype, Path(cfg.output_dir).absolute(), clip_grad_norm)
 
     def check_log_directories(self) -> None:

@@ -1,111 +1,97 @@
 """Forward passes with one layer at a time: to score layers while they load, and to measure the loss of all weights."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from owlore_tune.distributed.world import ALONE, World
-from owlore_tune.layers.outliers import InputSquares, outlier_share
-from owlore_tune.layers.scores import NEEDS_DATA, score_of_layer
-from owlore_tune.models.decoder import Decoder, find_layers, find_linears, layer_inputs
+from owlore_tune.layers.inputs import InputNorms, InputSquares
+from owlore_tune.models.decoder import Decoder, find_layers, layer_inputs
 from owlore_tune.quantized.layers import QuantizedLayers
 
 Batch = Mapping[str, Tensor]
-Run = Callable[[Callable[[Batch], None] | None], None]
+BeforeBatch = Callable[[Batch], None]
+Run = Callable[..., None]  # takes a BeforeBatch, or nothing
 
 
-@torch.no_grad()
-def forward_by_layer(
-    model: Decoder, batches: Sequence[Batch], visit: Callable[[int, Run], None], what: str
-) -> list[Tensor]:
-    """Run ``batches`` through the layers, all of them through one layer before any goes through the next.
+class ForwardByLayer:
+    """Runs batches through a decoder, all of them through one layer before any goes through the next.
+
+    Iterate over it for the index of each layer and a function that runs the layer. The layer needs weights only in that
+    function, which calls its argument, if there is one, before each batch.
 
     Args:
         batches: keyword arguments of the model's forward, on its device; other keys are ignored.
-        visit: is called with the index of each layer and a function that runs it. The layer needs weights only then.
-            The function calls its argument, if there is one, before each batch.
         what: label of the progress bar.
 
-    Returns:
-        The hidden states (b, s, d) of each batch before the final norm.
+    Attributes:
+        hidden: of each batch, the hidden states (b, s, d) after the layers so far.
     """
-    was_training = model.training
-    model.eval()
-    hidden, arguments = [], []
-    for batch in batches:
-        extra = {key: batch[key] for key in ("mask", "input_pos") if key in batch}
-        first, of_layers = layer_inputs(model, batch["tokens"], **extra)
-        hidden.append(first)
-        arguments.append(of_layers)
-    for index, layer in enumerate(tqdm(find_layers(model), desc=what, unit="layer", leave=False)):
 
-        def run(before: Callable[[Batch], None] | None = None, layer: Any = layer, index: int = index) -> None:
-            for number, batch in enumerate(batches):
-                if before is not None:
-                    before(batch)
-                hidden[number] = layer(hidden[number], **arguments[number][index])
+    def __init__(self, model: Decoder, batches: Sequence[Batch], what: str) -> None:
+        self._model, self._batches, self._what = model, batches, what
+        self.hidden: list[Tensor] = []
 
-        visit(index, run)
-    model.train(was_training)
-    return hidden
+    def __iter__(self) -> Iterator[tuple[int, Run]]:
+        model = self._model
+        was_training = model.training
+        model.eval()
+        arguments = []
+        for batch in self._batches:
+            extra = {key: batch[key] for key in ("mask", "input_pos") if key in batch}
+            first, of_layers = layer_inputs(model, batch["tokens"], **extra)
+            self.hidden.append(first)
+            arguments.append(of_layers)
+        for index, layer in enumerate(tqdm(find_layers(model), desc=self._what, unit="layer", leave=False)):
+            yield index, partial(self._run, layer, [of_layers[index] for of_layers in arguments])
+        model.train(was_training)
+
+    def _run(self, layer: nn.Module, arguments: list[dict[str, Any]], before: BeforeBatch | None = None) -> None:
+        for number, batch in enumerate(self._batches):
+            if before is not None:
+                before(batch)
+            self.hidden[number] = layer(self.hidden[number], **arguments[number])
 
 
-def load_and_score(
+@torch.no_grad()
+def loaded_layers(
     model: Decoder,
     quantized: QuantizedLayers,
     device: torch.device,
-    score: str | None,
-    batches: Callable[[], Iterable[Batch]],
-    threshold: float,
+    batches: Sequence[Batch] = (),
     *,
-    freeze_embeddings: bool,
+    quantize_embeddings: bool,
     world: World = ALONE,
-) -> list[float] | None:
-    """Load, score and quantize the layers one by one, from the bottom. Embeddings are quantized before.
-
-    The scores equal those of `owlore_tune.layers.scores.layer_scores` on the whole model.
+) -> Iterator[tuple[nn.Module, InputNorms | None]]:
+    """Load the layers one by one, from the bottom, and quantize each one when the next one is asked for.
 
     Args:
-        score: a name of `layer_scores`; None only loads and quantizes.
-        batches: the calibration batches.
-        threshold: of the outlier score.
-        freeze_embeddings: quantize the embeddings, once they have embedded the batches.
-        world: processes with batches of their own; all get the scores over all batches.
+        batches: calibration batches; without any, the norms are None.
+        quantize_embeddings: quantize the embeddings, once they have embedded the batches.
+        world: processes with batches of their own.
 
-    Raises:
-        ValueError: as `layer_scores`.
+    Yields:
+        A layer in full precision, and the norms of its inputs over the batches of all processes.
     """
-    scores: list[float] = []
-    layers = find_layers(model)
-    calibration = list(batches()) if score in NEEDS_DATA else []
-
-    def visit(index: int, run: Run) -> None:
+    for index, run in ForwardByLayer(model, batches, "Loading layers"):
         if index == 0:
-            quantized.freeze_outside(embeddings=freeze_embeddings, output=False)
-        layer = layers[index]
+            quantized.quantize_outside(embeddings=quantize_embeddings, output=False)
+        layer = find_layers(model)[index]
         quantized.load(index, device)
-        if score in NEEDS_DATA:
-            inputs = InputSquares(layer)
+        yield layer, _norms(layer, run, world) if batches else None
+        quantized.quantize(index)
 
-            def before(batch: Batch) -> None:
-                inputs.valid = batch.get("valid")
 
-            run(before)
-            inputs.remove()
-            norms = inputs.norms(world)
-            linears = [(linear.weight, norms[name]) for name, linear in find_linears(layer)]
-            try:
-                scores.append(outlier_share(linears, threshold))
-            except ValueError as error:
-                raise ValueError(f"layer {index}: {error}") from error
-        elif score is not None:
-            scores.append(score_of_layer(layer, score, index, len(layers)))
-        quantized.freeze(index)
+def _norms(layer: nn.Module, run: Run, world: World) -> InputNorms:
+    inputs = InputSquares(layer)
 
-    forward_by_layer(model, calibration, visit, "Loading layers" if score is None else "Loading and scoring layers")
-    if score == "reverse":
-        return [max(scores) - value for value in scores]
-    return scores if score is not None else None
+    def before(batch: Batch) -> None:
+        inputs.valid = batch.get("valid")
+
+    run(before)
+    inputs.remove()
+    return inputs.norms(world)

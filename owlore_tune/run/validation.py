@@ -16,7 +16,7 @@ from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.loss import loss_of_outputs, mean_loss, shift_labels
 from owlore_tune.models.decoder import plain_name
 from owlore_tune.quantized.layers import QuantizedLayers
-from owlore_tune.run.stream import Run, forward_by_layer
+from owlore_tune.run.stream import ForwardByLayer
 
 MOST_TOKENS = 2**15  # of held-out data whose hidden states are in memory at once; 0.3 GB for 7B in bf16
 NO_TOKENS = "dataset_val has no tokens to predict; is tokenizer.max_seq_len too short?"
@@ -65,13 +65,13 @@ def full_precision_loss(
     """`held_out_loss` of the full-precision weights as they are saved, which are read layer by layer."""
     total, num_here = torch.zeros((), dtype=torch.float64, device=device), 0
 
-    def visit(index: int, run: Run) -> None:
-        quantized.run_whole(index, run, layers.merged_layer(index))
-
     with quantized.whole_outside():
         for batches, labels in _groups(data, loss_fn.ignore_index, device):
-            hidden = forward_by_layer(model, batches, visit, "Validating in full precision")
-            for states, batch_labels in zip(hidden, labels, strict=True):
+            forward = ForwardByLayer(model, batches, "Validating in full precision")
+            for index, run in forward:
+                with quantized.in_full_precision(index, layers.merged_layer(index)):
+                    run()
+            for states, batch_labels in zip(forward.hidden, labels, strict=True):
                 if count := int((batch_labels != loss_fn.ignore_index).sum()):
                     loss = loss_of_outputs(loss_fn, model.unembed(states), batch_labels)
                     total += loss.double() * count

@@ -2,52 +2,49 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from owlore_tune.checkpoints.hf import weight_files
+from owlore_tune.checkpoints.checkpointer import weight_files
 from owlore_tune.distributed.world import ALONE, World
-from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.layers.projected import ProjectedLayers
-from owlore_tune.layers.scores import LayerScores
-from owlore_tune.models.decoder import Decoder, init_rope
+from owlore_tune.layers.scores import Score, score_each
+from owlore_tune.layers.scores_file import LayerScores
+from owlore_tune.models.decoder import Decoder, find_layers, init_rope
 from owlore_tune.quantized.layers import QuantizedLayers
 from owlore_tune.quantized.store import OUTSIDE, LayerStore
 from owlore_tune.run.build import Inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.report import Report
-from owlore_tune.run.scoring import calibration_batches, score_layers, scores_of
+from owlore_tune.run.scoring import calibration_batches, errors_of_scoring, score_layers, score_of, with_origin
 from owlore_tune.run.settings import TrainingSettings
-from owlore_tune.run.stream import load_and_score
+from owlore_tune.run.stream import loaded_layers
 
 STORE = "weights"  # directory of the full-precision layers
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a run's weights are, and where they go."""
+class Loading:
+    """What a run loads, from where, and where it goes."""
 
+    settings: TrainingSettings
+    inputs: Inputs
+    model: Decoder  # on the meta device
     run: RunDirectory
     checkpoint: Path | None  # to resume from; None for the model directory
-    weights_device: torch.device  # where they are kept
+    weights_device: torch.device  # where weights are kept in full precision
+    world: World = ALONE
 
 
-def load_weights(
-    settings: TrainingSettings,
-    inputs: Inputs,
-    model: Decoder,
-    report: Report,
-    source: Source,
-    known: LayerScores | None,
-    fingerprint: str,
-    world: World = ALONE,
+def load_and_score(
+    loading: Loading, report: Report, known: LayerScores | None, fingerprint: str
 ) -> tuple[QuantizedLayers | None, LayerScores]:
-    """Fill ``model``, on the meta device, and score its layers.
+    """Fill the model, and score its layers.
 
     Args:
-        known: scores, which are then not made anew.
+        report: gets the times.
+        known: existing scores; layers are not scored again.
         fingerprint: of the weights, for new scores.
 
     Returns:
@@ -57,57 +54,57 @@ def load_weights(
         ConfigError: if the weights do not fit the model.
         RunError: if weights or activations are not finite.
     """
+    settings, inputs, model = loading.settings, loading.inputs, loading.model
     if settings.owlore.weights != "full":
         with report.timed("load"):
-            return _load_quantized(settings, inputs, model, source, known, fingerprint, world)
+            quantized = _open_store(loading)
+            values = _load_and_quantize(loading, quantized, None if known else score_of(settings))
+        return quantized, known or with_origin(settings, values, fingerprint, loading.world)
     with report.timed("load"):
         inputs.checkpointer.load_checkpoint(
             model,
             dtype=settings.dtype,
             device=settings.device,
-            weights_device=source.weights_device,
-            directory=source.checkpoint,
+            weights_device=loading.weights_device,
+            directory=loading.checkpoint,
         )
     with report.timed("score"):
-        return None, known or score_layers(settings, model, inputs.data, fingerprint, world)
+        return None, known or score_layers(settings, model, inputs.data, fingerprint, loading.world)
 
 
-def _load_quantized(
-    settings: TrainingSettings,
-    inputs: Inputs,
-    model: Decoder,
-    source: Source,
-    known: LayerScores | None,
-    fingerprint: str,
-    world: World,
-) -> tuple[QuantizedLayers, LayerScores]:
-    """Load, score and quantize the layers one by one, so that one of them at a time is in full precision."""
-    owlore, checkpointer = settings.owlore, inputs.checkpointer
-    checkpointer.check_model(model)
-    files = checkpointer.files if source.checkpoint is None else weight_files(source.checkpoint)
-    store = LayerStore(checkpointer, files, source.run.path / STORE / source.run.run_id, settings.dtype)
+def _open_store(loading: Loading) -> QuantizedLayers:
+    """The quantized layers of the run, with a store of full-precision weights, and without weights in the model."""
+    settings, checkpointer, world = loading.settings, loading.inputs.checkpointer, loading.world
+    checkpointer.check_model(loading.model)
+    files = checkpointer.files if loading.checkpoint is None else weight_files(loading.checkpoint)
+    store = LayerStore(checkpointer, files, loading.run.path / STORE / loading.run.run_id, settings.dtype)
     world.attempt(store.remove_leftovers, first_alone=True)
-    if source.checkpoint is not None:
+    if loading.checkpoint is not None:
         world.attempt(store.adopt, first_alone=True)
         store.files = world.share(store.files)
-    quantized = QuantizedLayers(model, store, owlore.weights, owlore.products, world)
+    return QuantizedLayers(loading.model, store, settings.owlore.weights, settings.owlore.products, world)
+
+
+def _load_and_quantize(loading: Loading, quantized: QuantizedLayers, score: Score | None) -> list[float]:
+    """Load, score and quantize the layers one by one, so that one of them at a time is in full precision."""
+    settings, model, owlore = loading.settings, loading.model, loading.settings.owlore
     quantized.load(OUTSIDE, settings.device)
     with torch.device(settings.device):
         init_rope(model)
-    batches = partial(calibration_batches, settings, inputs.data)
-    score = None if known else owlore.score
-    quantized.freeze_outside(embeddings=False, output=not owlore.train_output)  # scores do not need the head
-    embeddings = not owlore.train_embeddings
-    try:
-        made = load_and_score(
-            model, quantized, settings.device, score, batches, owlore.outlier_threshold,
-            freeze_embeddings=embeddings, world=world,
-        )  # fmt: skip
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise RunError(f"the layers cannot be scored: {error}") from error
-    return quantized, known or scores_of(settings, made or [], fingerprint, world)
+    quantized.quantize_outside(embeddings=False, output=not owlore.train_output)  # scores do not need the head
+    needs_inputs = score is not None and score.needs_inputs
+    layers = loaded_layers(
+        model,
+        quantized,
+        settings.device,
+        list(calibration_batches(settings, loading.inputs.data)) if needs_inputs else [],
+        quantize_embeddings=not owlore.train_embeddings,
+        world=loading.world,
+    )
+    if score is None:
+        return [0.0 for _ in layers]
+    with errors_of_scoring():
+        return score_each(score, layers, len(find_layers(model)))
 
 
 def weight_writer(

@@ -24,7 +24,7 @@ from owlore_tune.distributed.world import ALONE, World, full, shard_like
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import files_digest, read_json
 from owlore_tune.models.decoder import init_rope, plain_name
-from owlore_tune.models.hf import HFDecoder, check_config
+from owlore_tune.models.hf_model import HFDecoder, check_config
 from owlore_tune.models.twin import check_builder
 from owlore_tune.paths import user_path
 

@@ -3,19 +3,25 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from owlore_tune.catalog import packaged_configs
 from owlore_tune.config import load_config
+from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.run.build import build_model
-from owlore_tune.run.limit import QUANTIZED, plan_run
+from owlore_tune.run.planning import formats, plan_run
 from owlore_tune.run.settings import TrainingSettings
 
 SEQ_LEN = 512
 FREE_SHARE = 0.9  # of a card's memory; the rest is for the CUDA context and fragmentation
-INT8, NF4 = QUANTIZED
-# Overrides, from the most exact to the smallest, with the least bytes per weight.
-SAVINGS = (((), 2.0), (INT8, 1.0), (NF4, 0.5), ((*NF4, "owlore.num_active_layers=2"), 0.5))
+
+
+def savings() -> list[tuple[tuple[str, ...], float]]:
+    """Overrides, from the most exact to the smallest, with the least bytes per weight."""
+    sizes = [kind.empty(torch.Size((1, 2**16)), torch.device("meta")).nbytes / 2**16 for kind in FORMATS.values()]
+    smallest = (*formats()[-1], "owlore.num_active_layers=2")
+    return [((), 2.0), *zip(formats(), sizes, strict=True), (smallest, sizes[-1])]
 
 
 class Fit(NamedTuple):
@@ -27,14 +33,14 @@ class Fit(NamedTuple):
 
 
 def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
-    """For each of `SAVINGS`, the OwLore config of the largest model that one card of ``card_bytes`` can train.
+    """For each of `savings`, the OwLore config of the largest model that one card of ``card_bytes`` can train.
 
     Rows have `SEQ_LEN` tokens. A saving that fits no larger model than the one before it is left out.
     """
     names = [name for name, _ in packaged_configs() if name.endswith("_owlore")]
     sizes = {name: sum(p.numel() for p in build_model(_settings(name))[1].parameters()) for name in names}
     largest = 0
-    for overrides, least in SAVINGS:
+    for overrides, least in savings():
         # The others need no plan. A plan takes seconds, and longer with many experts.
         possible = [name for name in sizes if sizes[name] > largest and least * sizes[name] <= FREE_SHARE * card_bytes]
         for name in tqdm(sorted(possible, key=lambda name: -sizes[name]), desc="Planning", unit="model", leave=False):

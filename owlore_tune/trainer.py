@@ -2,7 +2,7 @@
 
     layers = ProjectedLayers(model, rank=128)
     optimizer = torch.optim.AdamW(layers.parameter_groups(), lr=3e-4)
-    schedule = Schedule(layers, optimizer, LayerSampler(outlier_scores(model, batches), 5), resample_every=50)
+    schedule = Schedule(layers, optimizer, LayerSampler(layer_scores(model, "outlier", batches), 5), resample_every=50)
     trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[OwLoreCallback(model, schedule)], ...)
 
 docs/trainer.md has a complete example.
@@ -160,7 +160,7 @@ def quantize_layers(model: nn.Module, kind: str, directory: str | Path, *, produ
         model: a decoder of transformers with loaded weights, in host memory or on a device.
         kind: ``int8`` or ``nf4``.
         directory: a new one, for the full-precision weights while the model trains.
-        products: see `owlore_tune.quantized.linear.freeze`.
+        products: see `owlore_tune.quantized.linear.quantize`.
 
     Raises:
         FileExistsError: if ``directory`` exists.
@@ -172,7 +172,7 @@ def quantize_layers(model: nn.Module, kind: str, directory: str | Path, *, produ
     for index, layer in enumerate(find_layers(model)):
         weights = {f"layers.{index}.{plain_name(name)}": p.detach() for name, p in layer.named_parameters()}
         store.use(index, store.write(index, weights))
-        quantized.freeze(index)
+        quantized.quantize(index)
     return quantized
 
 

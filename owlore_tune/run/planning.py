@@ -15,17 +15,14 @@ from owlore_tune.errors import ConfigError
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory, state_per_value
 from owlore_tune.memory.step import StepShape
+from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.run.build import Parts, build_inputs, build_optimizer, build_parts, is_packed, row_length
 from owlore_tune.run.settings import TrainingSettings
 
-QUANTIZED = (
-    ("owlore.weights=int8", "owlore.products=int8"),
-    ("owlore.weights=nf4", "owlore.products=full"),
-)
-# Overrides to try if a plan exceeds device_memory_limit: first each one, then all helpful ones together.
+# Overrides to try if a plan exceeds device_memory_limit, apart from `formats`: first each one, then all helpful ones
+# together.
 SAVINGS = (
     ("enable_activation_checkpointing=true",),
-    *QUANTIZED,
     ("owlore.train_embeddings=false", "owlore.train_output=false"),
     ("owlore.inactive_state=drop",),
     ("owlore.num_active_layers=2",),
@@ -162,10 +159,15 @@ def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, shar
     )
 
 
+def formats() -> list[tuple[str, str]]:
+    """The overrides of each format, with its fastest products."""
+    return [(f"owlore.weights={kind.name}", f"owlore.products={kind.products[-1]}") for kind in FORMATS.values()]
+
+
 def savings(settings: TrainingSettings, sharding: Sharding | None) -> list[tuple[str, ...]]:
     """The overrides to try if a plan exceeds its limit."""
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
-    possible = [overrides for overrides in SAVINGS if sharding is None or overrides not in QUANTIZED]
+    possible = [*SAVINGS[:1], *(formats() if sharding is None else []), *SAVINGS[1:]]
     eight_bits = (
         "optimizer=torchao.optim.AdamW8bit",
         *(["~optimizer.fused"] if "fused" in settings.cfg.optimizer else []),
