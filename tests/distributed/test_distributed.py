@@ -1,0 +1,356 @@
+"""The recipe on several ranks against one process: weights, resuming and communication."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from near import assert_same_shares
+from omegaconf import OmegaConf
+from ranks import ENVIRONMENT, PROGRAMS, furthest, on_ranks, torchrun, train_together, write
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
+
+from owlore_tune.checkpoints.state import load_state
+from owlore_tune.distributed.world import current_world, shard_like
+from owlore_tune.errors import ConfigError
+from owlore_tune.optim.projection import OVERSAMPLING, SKETCH_ROWS
+from owlore_tune.run.build import build_inputs
+from owlore_tune.run.directory import RunDirectory
+from owlore_tune.run.settings import TrainingSettings
+from runs import finetune, other_model, recipe_of, variant, weights
+
+ALL_TRAINED = {"owlore__train_embeddings": True, "owlore__train_output": True, "owlore__train_norm": True}
+CASES = {
+    # On a CPU both offload settings are accepted and have no effect.
+    "projected moments": {
+        "owlore__inactive_state": "offload",
+        "owlore__moments": "project",
+        "fsdp_cpu_offload": True,
+    },
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 3, "batch_size": 2},
+    "checkpointing": {"enable_activation_checkpointing": True},
+    "everything trained": ALL_TRAINED,
+    "GaLore's side": {"owlore__side": "shape", "owlore__basis": "svd"},
+    "replicated": {"fsdp": False, "gradient_accumulation_steps": 3, "batch_size": 2} | ALL_TRAINED,
+    "full rank": {"owlore__rank": None},
+    "all layers": {"owlore__num_active_layers": None, "owlore__score": "uniform"},
+    "chunked loss": {"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}},
+    "compiled": {"compile": True},
+    "no reshard": {"fsdp_reshard_after_forward": False, "clip_grad_norm": 0.01},
+}
+
+
+def single(case: dict) -> dict:
+    return {key: value for key, value in case.items() if not key.startswith("fsdp_")}
+
+
+OTHERS = [name for name in CASES if name != "plain"]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "names"),
+    [
+        pytest.param(2, ["plain"], id="2"),
+        pytest.param(2, OTHERS, id="2, other settings", marks=pytest.mark.slow),
+        pytest.param(3, ["plain", "everything trained"], id="3", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_together_train_as_one_process(num_ranks, names, config):
+    """Weights agree within 1e-6. On three ranks, no dimension divides evenly."""
+    pairs = []
+    for name in names:
+        case = CASES[name]
+        batch = case.get("batch_size", 6)
+        one = variant(config, f"one_{name}", **single(case))
+        pairs.append((one, on_ranks(num_ranks, config, name, **case | {"batch_size": batch // num_ranks})))
+    train_together(num_ranks, *(several for _, several in pairs))
+    for one, several in pairs:
+        recipe = finetune(one)
+        assert furthest(one, several) < 1e-6, several["output_dir"]
+        manifest = json.loads((Path(several["output_dir"]) / "manifest.json").read_text())
+        assert [d["active"] for d in manifest["draws"]] == [d["active"] for d in recipe._report.records.draws]
+        assert len(manifest["draws"]) == 4
+        for when, loss in recipe._report.records.losses.items():
+            assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-5)
+        ours = [json.loads(line) for line in (Path(several["output_dir"]) / "steps.jsonl").read_text().splitlines()]
+        for step, other in zip(ours, recipe._report.records.steps, strict=True):
+            assert step["loss"] == pytest.approx(other["loss"], abs=1e-5)
+            assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_norms_of_a_bf16_model_train_on_ranks_as_in_one_process(config):
+    """Compares the changes of their float32 copies. bf16 rounds activations of 3 rows unlike those of 6."""
+    config = variant(config, "one", dtype="bf16", owlore__resample_every=12, owlore__train_norm=True)
+    two = on_ranks(2, config, "two")
+    train_together(2, two)
+    finetune(config)
+    norms, other_norms = (
+        load_state(Path(run["output_dir"]) / "step_12")["schedule"]["layers"]["others"] for run in (config, two)
+    )
+    assert norms.keys() == other_norms.keys() and len(norms) == 2 * 2 + 1
+    for name, norm in norms.items():
+        change, other_change = norm - 1, other_norms[name] - 1
+        assert norm.dtype == torch.float32 and change.abs().max() > 1e-4, name
+        assert (change - other_change).norm() < 0.05 * change.norm(), name
+
+
+@pytest.mark.slow
+def test_uneven_shards_train_as_one_process(config, tmp_path):
+    """47 and 301 are odd, and the third rank gets none of the 4 key rows. Scores depend on padding."""
+    sizes = dict(vocab_size=301, num_heads=3, num_kv_heads=1, embed_dim=12, intermediate_dim=47)
+    changes = {"owlore__rank": 3, "owlore__score": "uniform", **ALL_TRAINED}
+    one = other_model(variant(config, "one", **changes), tmp_path / "uneven", **sizes)
+    two, three = (on_ranks(n, one, f"ranks_{n}") for n in (2, 3))
+    finetune(one)
+    train_together(2, two)
+    train_together(3, three)
+    assert furthest(one, two) < 1e-6 and furthest(one, three) < 1e-6
+
+
+@pytest.mark.slow
+def test_scores_of_shared_data_are_those_of_one_process(config):
+    """Rows are packed because scores include padding, and other batches have other padded lengths."""
+    kinds = ("outlier", "reverse", "weight_norm", "heavy_tail")
+    config["tokenizer"]["max_seq_len"] = 64
+    config["dataset"]["packed"] = True
+    config |= {"dataset_val": None, "max_steps_per_epoch": 1, "batch_size": 4}
+    ones = [variant(config, f"one_{kind}", owlore__score=kind, owlore__calibration_batches=2) for kind in kinds]
+    twos = [variant(one, "ranks", batch_size=2) for one in ones]
+    train_together(2, *twos)
+    for one, two in zip(ones, twos, strict=True):
+        recipe = finetune(one)
+        expected = recipe._scores.scores
+        scores = json.loads((Path(two["output_dir"]) / "scores.json").read_text())["scores"]
+        if one["owlore"]["score"] in ("outlier", "reverse"):
+            assert_same_shares(scores, expected, recipe._model)
+        else:
+            assert scores == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_one_rank_under_torchrun_is_the_single_device_recipe_bit_for_bit(config):
+    config |= {"enable_activation_checkpointing": True, "clip_grad_norm": 0.1}
+    finetune(config)
+    rank = variant(config, "rank")
+    train_together(1, rank)
+    assert furthest(config, rank) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", [False, True])
+def test_on_cuda_one_rank_trains_as_the_recipe_for_one_device(offload, config):
+    """NCCL and bf16: losses agree within bf16 noise, also with parameter offload."""
+    config |= {"device": "cuda", "dtype": "bf16"}
+    steps = finetune(config)._report.records.steps
+    rank = variant(config, "rank", fsdp_cpu_offload=offload)
+    train_together(1, rank)
+    lines = (Path(rank["output_dir"]) / "steps.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses == pytest.approx([step["loss"] for step in steps], rel=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("offload", [False, True])
+def test_two_gpus_train_as_one_save_and_resume(offload, config):
+    config |= {"device": "cuda", "save_every_n_steps": 4}
+    finetune(config)
+    two = on_ranks(2, config, "two", fsdp_cpu_offload=offload)
+    again = on_ranks(2, config, "again", fsdp_cpu_offload=offload, resume_from_checkpoint=f"{two['output_dir']}/step_4")
+    train_together(2, two, again)
+    assert furthest(config, two) < 1e-4
+    assert furthest(two, again) < 1e-4
+
+
+@pytest.mark.slow
+def test_resume_on_any_number_of_ranks(config):
+    """Resume in the middle of an interval and of an epoch. On the same number of ranks, it is bit-identical."""
+    unbroken = on_ranks(2, config, "unbroken", save_every_n_steps=4)
+    one = variant(config, "one", save_every_n_steps=4)
+    train_together(2, unbroken)
+    finetune(one)
+
+    def resumed(source: dict, name: str, num_ranks: int) -> dict:
+        checkpoint = f"{source['output_dir']}/step_4"
+        return on_ranks(num_ranks, config, name, resume_from_checkpoint=checkpoint)
+
+    two_to_two, two_to_three = resumed(unbroken, "two_to_two", 2), resumed(unbroken, "two_to_three", 3)
+    one_to_two, two_to_one = resumed(one, "one_to_two", 2), resumed(unbroken, "two_to_one", 1)
+    train_together(2, two_to_two, one_to_two)
+    train_together(3, two_to_three)
+    finetune(two_to_one)
+    assert furthest(unbroken, two_to_two) == 0
+    for run in (two_to_three, one_to_two, two_to_one):
+        assert furthest(unbroken, run) < 1e-6
+
+
+QUANTIZED = {
+    "int8": {"owlore__weights": "int8", "owlore__products": "int8"},
+    "nf4": {"owlore__weights": "nf4"},
+    "nf4, all layers": {"owlore__weights": "nf4", "owlore__num_active_layers": None, "owlore__score": "uniform"},
+}
+
+
+@pytest.mark.parametrize("names", [["nf4"], pytest.param(["int8", "nf4, all layers"], marks=pytest.mark.slow)], ids=str)
+def test_quantized_weights_train_on_two_ranks_as_in_one_process(names, config, tmp_path):
+    """Every rank has all weights. The first one writes layers that leave. Resumed, they have the same bits.
+
+    With int8 products, a rounding error can move an input to the next of 255 values.
+    """
+    config = other_model(config, tmp_path / "wide", num_kv_heads=4, embed_dim=64, intermediate_dim=128)
+    ones = [variant(config, f"one_{name}", **QUANTIZED[name]) for name in names]
+    twos = [on_ranks(2, one, "two", save_every_n_steps=4) for one in ones]
+    again = [
+        on_ranks(2, one, "again", resume_from_checkpoint=f"{two['output_dir']}/step_4")
+        for one, two in zip(ones, twos, strict=True)
+    ]
+    train_together(2, *twos, *again)
+    for one, two, resumed in zip(ones, twos, again, strict=True):
+        recipe = finetune(one)
+        assert furthest(one, two) < (1e-3 if "int8" in one["output_dir"] else 1e-5)
+        assert furthest(two, resumed) == 0
+        manifest = json.loads((Path(two["output_dir"]) / "manifest.json").read_text())
+        for when, loss in recipe._report.records.losses.items():
+            assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_ranks_is_a_model_directory(config):
+    run = on_ranks(2, config, "run")
+    train_together(2, run)
+    (checkpoint,) = RunDirectory.existing(Path(run["output_dir"])).steps.own()[-1:]
+    assert RunDirectory.existing(Path(run["output_dir"])).steps.newest() == checkpoint
+    exported = dict(AutoModelForCausalLM.from_pretrained(checkpoint).named_parameters())
+    for name, weight in load_file(checkpoint / "model.safetensors").items():
+        assert torch.equal(exported[name], weight)
+
+
+def count(num_ranks: int, config: dict, tmp_path: Path) -> list[list[dict]]:
+    """Return the bytes sent and the optimizer state size for each rank and step."""
+    output = tmp_path / f"{Path(config['output_dir']).name}_counts"
+    result = torchrun(num_ranks, PROGRAMS, "count", output, write(config))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(output.with_suffix(f".{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+@pytest.mark.slow
+def test_a_step_sends_the_gradients_of_what_trains_and_a_basis_its_products(config, tmp_path):
+    """Weights that every rank has: 4 bytes for each value of A and of the norms, and a few counts."""
+    config["owlore"] |= {"resample_every": 100, "num_active_layers": 2, "update_gap": 5}
+    records = count(2, on_ranks(2, config, "replicated", fsdp=False, dataset_val=None), tmp_path)[0]
+    rank, shapes = 8, [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]  # (m, n) in a layer
+    low = 4 * 2 * (sum(m * rank for m, _ in shapes) + 2 * 32)
+    for step, record in enumerate(records):
+        assert record["trained_bytes"] == low
+        extra = sum(record["sent"].values()) - low
+        if step % 5:
+            assert 0 <= extra < 200, record["sent"]
+            continue
+        products = 0
+        for m, n in 2 * shapes:
+            width = min(rank + OVERSAMPLING, m, n)
+            sketch = n * width if step == 0 else 0  # a warm start replaces it
+            products += 4 * (sketch + n * width + 2 * m * width + m * SKETCH_ROWS + n * rank)
+        assert products <= extra < products + 200, record["sent"]
+
+
+@pytest.mark.slow
+def test_frozen_layers_send_no_gradients(config, tmp_path):
+    """FSDP2 reduces gradients only of weights that train as they are."""
+    config["owlore"] |= {"resample_every": 100, "num_active_layers": 2, "rank": None}
+    some = count(2, on_ranks(2, config, "some"), tmp_path)[0]
+    every_layer = count(2, on_ranks(2, config, "all", **CASES["all layers"]), tmp_path)[0]
+    projected = count(2, on_ranks(2, config, "projected", owlore__rank=8), tmp_path)[0]
+    (reduced,) = [name for name in some[0]["sent"] if "reduce_scatter" in name]
+    assert 2 * some[0]["sent"][reduced] == every_layer[0]["sent"][reduced] > 0  # 2 layers against 4
+    assert projected[1]["sent"][reduced] < 0.05 * some[1]["sent"][reduced]  # norms
+
+
+@pytest.mark.slow
+def test_state_is_what_is_planned_and_does_not_grow(config, tmp_path):
+    config["owlore"]["resample_every"] = 1
+    config |= {"epochs": 4}
+    two = on_ranks(2, config, "two")
+    ranks = count(2, two, tmp_path)
+    memory = json.loads((Path(two["output_dir"]) / "manifest.json").read_text())["memory_bytes"]
+    for category in ("weights", "projected", "bases"):
+        assert memory["planned"][category] == memory["measured"][category] > 0
+    assert memory["measured"]["moments"] == pytest.approx(memory["planned"]["moments"], abs=4 * 100)
+    for records in ranks:
+        assert len(records) == 24
+        assert len({record["state_bytes"] for record in records}) == 1
+
+
+@pytest.mark.slow
+def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_named_by_the_first(config):
+    config = on_ranks(2, config, "poisoned")
+    result = torchrun(2, PROGRAMS, "poison", write(config))
+    assert result.returncode == 0, result.stderr[-3000:]
+    manifest = json.loads((Path(config["output_dir"]) / "manifest.json").read_text())
+    assert manifest["skipped_steps"] == 1
+    active = [draw["active"] for draw in manifest["draws"] if draw["step"] <= 4][-1]
+    places = sorted(f"layers.{layer}" for layer in active)
+    assert f"gradients not finite in {places}; no update" in result.stderr
+    assert all(weight.isfinite().all() for weight in weights(config).values())
+
+
+@pytest.fixture
+def fake_ranks():
+    """A fake process group of two ranks; its collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def test_rows_of_other_ranks_never_reach_the_device(fake_ranks):
+    mesh = init_device_mesh("cpu", (2,))
+    like = distribute_tensor(torch.empty(5, 3, device="meta"), mesh, [Shard(0)], src_data_rank=None)
+    value = torch.arange(15.0).view(5, 3)
+    own = shard_like(value, like)
+    assert own.shape == value.shape and torch.equal(own.to_local(), value[:3])
+    assert own.to_local().data_ptr() == value.data_ptr()  # a view: nothing was copied
+
+
+def test_values_that_do_not_go_with_several_ranks_are_refused(config, fake_ranks):
+    with pytest.raises(ConfigError, match="samples, less than one optimizer step of batch_size=21 .* 2 processes"):
+        build_inputs(TrainingSettings.from_config(OmegaConf.create(config | {"batch_size": 21})), current_world())
+
+
+def test_a_value_for_several_ranks_is_refused_on_one_device(config):
+    with pytest.raises(ConfigError, match="fsdp_cpu_offload=true; it needs FSDP2: launch with tune run --nproc_per"):
+        recipe_of(config | {"fsdp_cpu_offload": True})
+
+
+def test_another_number_of_rows_per_step_is_another_run(config):
+    finetune(config)
+    changed = variant(config, "changed", batch_size=3, resume_from_checkpoint=f"{config['output_dir']}/step_12")
+    with pytest.raises(ConfigError, match="rows per step=6 -> 3"):
+        recipe_of(changed).setup()
+
+
+@pytest.mark.slow
+def test_smollm2_on_two_ranks_trains_as_in_one_process(smollm2_dir, tmp_path):
+    """`tune run` by name, 12 steps over 4 draws at rank 16: weights within 5e-6 (see benchmarks/distributed.py)."""
+    overrides = [
+        f"checkpointer.checkpoint_dir={smollm2_dir}", "dataset_val=null", "tokenizer.max_seq_len=128",
+        "max_steps_per_epoch=12", "owlore.resample_every=3", "owlore.num_active_layers=2", "owlore.rank=16",
+        "optimizer.eps=1e-3", "owlore.update_gap=5", "owlore.score=uniform", "device=cpu", "lr_scheduler=null",
+    ]  # fmt: skip
+    one = ["tune", "run", "owlore_full_finetune", "--config", "smollm2/135M_owlore", "batch_size=2"]
+    two = ["tune", "run", "--nproc_per_node", "2", "owlore_full_finetune", "--config"]
+    two += ["smollm2/135M_owlore", "batch_size=1"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for name, command in (("one", one), ("two", two)):
+        command = [*command, *overrides, f"output_dir={tmp_path / name}"]
+        result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | {"PATH": path})
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert furthest({"output_dir": tmp_path / "one"}, {"output_dir": tmp_path / "two"}) < 5e-6

@@ -1,0 +1,268 @@
+"""The projected form base + A Pᵀ with a stock optimizer: equal to GaLore, with exact merges."""
+
+import math
+
+import pytest
+import torch
+from reference import FullGradients, galore_torch_adamw, weights_and_grads
+from tiny import tiny_llama
+from torch import nn
+from torchtune import training
+
+from owlore_tune.models.decoder import find_layers, find_linears
+from owlore_tune.models.hf_model import hf_decoder
+from owlore_tune.optim.projected import ProjectedWeight
+from owlore_tune.optim.rounding import noise_for, round_to
+from owlore_tune.quantized.linear import quantize, rounding_error
+
+
+def seeded(device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def linear_of(weight: torch.Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    linear.weight.data.copy_(weight)
+    return linear
+
+
+def projected_of(linear: nn.Linear, rank: int, **options) -> ProjectedWeight:
+    weight = ProjectedWeight(linear, rank, **{"generator": seeded} | options)
+    weight.engage()
+    return weight
+
+
+def merge(weight: ProjectedWeight) -> None:
+    weight.merge_into(weight.linear.weight)
+    weight.end_basis()
+
+
+def give_gradient(linear: nn.Linear, grad: torch.Tensor) -> None:
+    """Run a backward pass in which the gradient of the Linear's weight is ``grad``."""
+    product = linear(torch.eye(grad.shape[1], dtype=grad.dtype))
+    (product * grad.T).sum().backward()
+
+
+def train(weights: list[torch.Tensor], steps: list, gap: int, weight_decay: float = 0.0, **options) -> list:
+    """Train with torch's AdamW, merging every ``gap`` steps. Returns the weights."""
+    rank, lr, eps = options.pop("rank"), options.pop("lr"), options.pop("eps", 1e-8)
+    projected = [projected_of(linear_of(weight), rank, **options) for weight in weights]
+    optimizer = torch.optim.AdamW([p.trained for p in projected], lr=lr, eps=eps, weight_decay=weight_decay)
+    for number, grads in enumerate(steps):
+        for weight, grad in zip(projected, grads, strict=True):
+            if number and number % gap == 0:
+                merge(weight)
+            give_gradient(weight.linear, grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        for weight in projected:
+            weight.decay_by(1 - lr * weight_decay)
+    for weight in projected:
+        merge(weight)
+    return [weight.linear.weight.detach() for weight in projected]
+
+
+def test_it_equals_galore_torch():
+    """20 steps with two refreshes. The weights are small, so that their own rounding in each step hides nothing."""
+    weights, steps = weights_and_grads(20)
+    weights = [0.01 * weight for weight in weights]
+    options = dict(rank=4, scale=0.25, side="shape", basis="svd", lr=1e-2, eps=1e-12)
+    ours = train(weights, steps, 8, **options)
+    theirs = [nn.Parameter(weight.clone()) for weight in weights]
+    group = {"params": theirs, "rank": 4, "update_proj_gap": 8, "scale": 0.25, "proj_type": "std"}
+    optimizer = galore_torch_adamw()([group], lr=1e-2, eps=1e-12, no_deprecation_warning=True)
+    for grads in steps:
+        for parameter, grad in zip(theirs, grads, strict=True):
+            parameter.grad = grad.clone()
+        optimizer.step()
+    for a, b, start in zip(ours, theirs, weights, strict=True):
+        b = b.detach()
+        largest = (b - start).abs().max().item()
+        assert largest > 1e-3 and (a - b).abs().max() < 1e-4 * largest
+
+
+@pytest.mark.parametrize("side", ["right", "shape"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_equals_projections_of_full_gradients(side, weight_decay, dtype):
+    weights, steps = weights_and_grads(20, dtype)
+    options = dict(rank=4, lr=1e-2, scale=0.5, side=side, weight_decay=weight_decay, eps=1e-8)
+    ours = train(weights, steps, 8, basis="svd", **options)
+    method = FullGradients(gap=8, **options)
+    theirs = [nn.Parameter(weight.clone()) for weight in weights]
+    for grads in steps:
+        for parameter, grad in zip(theirs, grads, strict=True):
+            method.update(parameter, method.low_gradient(parameter, [grad]))
+    for a, b, start in zip(ours, theirs, weights, strict=True):
+        largest = (b.detach() - start).abs().max().item()
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+        assert largest > 1e-2 and (a - b.detach()).abs().max() < tolerance * max(1.0, largest)
+
+
+DECODERS = {
+    "torchtune": lambda: tiny_llama(dtype=torch.float64),
+    "transformers": lambda: _seeded_decoder().double(),
+}
+
+
+def _seeded_decoder():
+    torch.manual_seed(0)
+    return hf_decoder(
+        model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_gradient_of_a_is_the_projected_gradient(kind, checkpointing, tokens):
+    """In float64, with accumulation over two micro-batches: the basis comes from the first one."""
+    model = DECODERS[kind]()
+    if checkpointing:
+        layer_types = {type(layer) for layer in find_layers(model)}
+        training.set_activation_checkpointing(model, auto_wrap_policy=layer_types)
+    batches = (tokens[:2], tokens[2:])
+    full = {}
+    for batch in batches:
+        model(batch).logsumexp(-1).sum().backward()
+    for index, layer in enumerate(find_layers(model)):
+        for name, linear in find_linears(layer):
+            full[index, name] = linear.weight.grad.clone()
+    model.zero_grad()
+    projected = {
+        (index, name): projected_of(linear, 6)
+        for index, layer in enumerate(find_layers(model))
+        for name, linear in find_linears(layer)
+    }
+    for _ in range(2):  # a step that makes the bases, and one that has them
+        for batch in batches:
+            model(batch).logsumexp(-1).sum().backward()
+        for key, weight in projected.items():
+            grad, expected = weight.trained.grad, full[key] @ weight.basis
+            assert (grad - expected).abs().max() < 1e-12 * max(1.0, expected.abs().max().item()), key
+            weight.trained.grad = None
+    assert all(linear.weight.grad is None for layer in find_layers(model) for _, linear in find_linears(layer))
+
+
+@pytest.mark.parametrize("kind", [("int8", "full"), ("int8", "int8"), ("nf4", "full")], ids=str)
+def test_a_quantized_weight_stays_in_few_bits_while_it_trains(kind):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48)
+    whole = linear.weight.detach().clone()
+    quantize(linear, *kind)
+    weight = projected_of(linear, 8)
+    x = torch.randn(20, 64, requires_grad=True)
+    linear(x).square().sum().backward()
+    assert linear.weight.numel() == 0 and weight.basis is not None and weight.trained.grad.shape == (48, 8)
+    weight.correction = rounding_error(linear, whole, weight.basis, True).bfloat16()
+    inside = x @ weight.basis @ weight.basis.T  # here the weight is exact, up to the rounding of the correction
+    exact = nn.functional.linear(inside, whole, linear.bias)
+    tolerance = 0.02 if kind == ("int8", "int8") else 2e-3
+    assert (linear(inside) - exact).norm() < tolerance * exact.norm()
+    with torch.no_grad():
+        weight.trained += torch.randn(48, 8)
+    trained, basis = (64 / 48) ** 0.5 * weight.trained.detach().double(), weight.basis.double()
+    merged = whole.clone()
+    weight.merge_into(merged)
+    weight.end_basis()
+    torch.testing.assert_close(merged.double(), whole.double() + trained @ basis.T, atol=1e-5, rtol=0)
+    assert weight.basis is None and not weight.trained.any() and weight.decay == 1.0
+
+
+def test_a_merge_rounds_once_and_is_exact_on_average():
+    weight = torch.ones(64, 32, dtype=torch.bfloat16)
+    linear = linear_of(weight)
+    projected = projected_of(linear, 4)
+    give_gradient(linear, torch.randn(64, 32, generator=seeded()).bfloat16())
+    with torch.no_grad():
+        projected.trained.normal_(std=1e-3, generator=seeded())
+    expected = weight.double() + projected.trained.double() @ projected.basis.double().T
+    nearest = weight.clone()
+    projected.merge_into(nearest)
+    assert torch.equal(nearest, expected.bfloat16())
+    generator, means = seeded(), []
+    for _ in range(200):
+        some = weight.clone()
+        projected.merge_into(some, generator)
+        means.append(some.double())
+    assert (torch.stack(means).mean(0) - expected).abs().max() < 5 * 2**-8 / 200**0.5
+    projected.end_basis()
+    assert projected.basis is None and not projected.trained.any()
+
+
+def test_backward_keeps_low_inputs_and_not_whole_ones():
+    linear = linear_of(torch.randn(96, 64))
+    projected_of(linear, 4)
+    x = torch.randn(50, 64, requires_grad=True)
+    for step in range(2):
+        kept: dict[int, int] = {}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            product = linear(x)
+        assert (x.untyped_storage().data_ptr() in kept) == (step == 0)  # only the step that makes the basis
+        product.sum().backward()
+
+
+@pytest.mark.parametrize("basis", ["randomized", "svd"])
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_gradient_without_a_basis_leaves_the_weight_and_a_later_one_gives_it(value, basis):
+    linear = linear_of(torch.randn(24, 16, generator=seeded()))
+    weight = projected_of(linear, 4, basis=basis)
+    give_gradient(linear, torch.full((24, 16), value))
+    assert weight.is_new and weight.energy.isnan()
+    assert (not weight.trained.grad.any()) if value == 0 else not weight.trained.grad.isfinite().all()
+    weight.give_up_basis()
+    assert weight.basis is None and weight.trained.grad is None
+    give_gradient(linear, torch.randn(24, 16, generator=seeded()))
+    assert weight.energy > 0 and weight.trained.grad.isfinite().all()
+
+
+def test_a_linear_is_itself_again():
+    linear = nn.Linear(16, 24)
+    x = torch.randn(3, 16)
+    expected = linear(x).detach()
+    weight = projected_of(linear, 4)
+    assert torch.equal(linear(x), expected)
+    linear(x).sum().backward()
+    merge(weight)
+    weight.release()
+    assert torch.equal(linear(x), expected)
+    quantize(linear, "int8")
+    quantized = linear(x)
+    weight.engage()
+    assert torch.equal(linear(x), quantized)
+    weight.release()
+    assert torch.equal(linear(x), quantized)
+
+
+def test_stochastic_rounding_goes_to_a_neighbor_and_is_exact_on_average():
+    lower, upper = torch.tensor([1.0, -1.0]), torch.tensor([1.0078125, -1.0078125])  # neighbors in bfloat16
+    values = (lower + 0.3 * (upper - lower)).repeat(50_001)  # no multiple of 4
+    weight = torch.zeros(len(values), dtype=torch.bfloat16)
+    round_to(weight, values.clone(), noise_for(weight, seeded()))
+    for sign, low, high in zip((0, 1), lower, upper, strict=True):
+        rounded = weight[sign::2].float()
+        assert set(rounded.tolist()) == {low.item(), high.item()}
+        assert (rounded == high).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    exact = torch.tensor([0.0, 1.5, -3.0, torch.inf, -torch.inf] * 100)
+    weight = torch.zeros(len(exact), dtype=torch.bfloat16)
+    round_to(weight, exact.clone(), noise_for(weight, seeded()))
+    assert torch.equal(weight.float(), exact)
+
+
+@pytest.mark.parametrize("side", ["right", "shape"])
+def test_a_bfloat16_weight_follows_its_float32_twin(side, monkeypatch):
+    """Also with decay, and with a weight that is written in several pieces."""
+    monkeypatch.setattr("owlore_tune.optim.projected._MOVED", 100)
+    weights, steps = weights_and_grads(4)
+    halves, half_steps = [w.bfloat16() for w in weights], [[g.bfloat16() for g in grads] for grads in steps]
+    options = {"lr": 0.1, "rank": 4, "side": side, "weight_decay": 0.3}
+    ours = train(halves, half_steps, 10, **options)
+    twins = train([w.float() for w in halves], [[g.float() for g in grads] for grads in half_steps], 10, **options)
+    for start, a, b in zip(halves, twins, ours, strict=True):
+        assert (a - start.float()).abs().mean() > 0.1
+        torch.testing.assert_close(b.float(), a, atol=0.05, rtol=0)

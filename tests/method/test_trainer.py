@@ -1,0 +1,356 @@
+"""OwLore in the Trainer of transformers and in TRL's SFTTrainer, on SmolLM2 and on a tiny model."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from omegaconf import OmegaConf
+from torch.utils.data import SequentialSampler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from owlore_tune.config import load_config
+from owlore_tune.layers import LayerSampler, Outlier, ProjectedLayers, Schedule, layer_scores
+from owlore_tune.optim.moments import state_bytes
+from owlore_tune.run.build import build_inputs
+from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.trainer import OwLoreCallback, quantize_layers
+from runs import Killed, checkpoints, finetune
+
+ARGUMENTS = dict(
+    per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.5, logging_steps=1, report_to=[],
+    use_cpu=True, seed=0, lr_scheduler_type="constant", disable_tqdm=True, save_only_model=False,
+)  # fmt: skip
+
+FOR_SFT = dict(bf16=False, gradient_checkpointing=False)  # not its defaults
+
+
+class Die(TrainerCallback):
+    """Ends the process' training like SIGKILL after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+class Watch(TrainerCallback):
+    """Records active layers, the layers whose weights they change, and the size of the state."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.active: list[list[int]] = []
+        self.changed: list[set[int]] = []
+        self.state_bytes: list[int] = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.active.append(list(self.schedule.active))
+        self.before = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        names = [name for name, weight in model.state_dict().items() if not torch.equal(weight, self.before[name])]
+        assert all(".layers." in name for name in names)
+        self.changed.append({int(name.split(".layers.")[1].split(".")[0]) for name in names})
+        self.state_bytes.append(state_bytes(self.schedule.optimizer) + self.schedule.layers.nbytes())
+
+
+def rows(vocab_size: int, number: int = 80, length: int = 24) -> Dataset:
+    tokens = torch.randint(2, vocab_size, (number, length), generator=torch.Generator().manual_seed(0))
+    return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": tokens.tolist()})
+
+
+def build(directory: Path, store: Path | None = None, kind: str = "int8", **options):
+    """A model and a schedule; its layers are quantized if there is a ``store``."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    batches = [{"input_ids": torch.tensor(rows(300)[:4]["input_ids"])}]
+    scores = layer_scores(model, Outlier(3.0), batches)
+    of_optimizer = {"lr": 1e-3, "weight_decay": 0.01} | {key: options.pop(key) for key in ("eps",) if key in options}
+    layers = ProjectedLayers(model, rank=options.pop("rank", 8))
+    optimizer = torch.optim.AdamW(layers.parameter_groups(), **of_optimizer)
+    if store is not None:
+        layers.masters = quantize_layers(model, kind, store, products="int8" if kind == "int8" else "full")
+    schedule = Schedule(layers, optimizer, LayerSampler(scores, 2), **{"resample_every": 2} | options)
+    return model, schedule
+
+
+def trainer(directory, output, callbacks=(), arguments=None, model_and_schedule=None, **options) -> Trainer:
+    model, schedule = model_and_schedule or build(directory, **options)
+    settings = ARGUMENTS | {"max_steps": 20, "save_steps": 6} | (arguments or {})
+    return Trainer(
+        model, TrainingArguments(str(output), **settings), train_dataset=rows(300),
+        optimizers=(schedule.optimizer, None), callbacks=[OwLoreCallback(model, schedule), *callbacks],
+    )  # fmt: skip
+
+
+def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    theirs = other.state_dict()
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inactive_state": "drop"},
+        {"inactive_state": "keep"},
+        {"inactive_state": "offload", "update_gap": 3},
+        "int8",
+        "nf4",
+    ],
+    ids=str,
+)
+def test_a_killed_run_resumes_to_the_same_bits(options, tiny_dir, tmp_path):
+    def options_of(name: str) -> dict:
+        return {"store": tmp_path / name, "kind": options} if isinstance(options, str) else options
+
+    whole = trainer(tiny_dir, tmp_path / "whole", **options_of("one"))
+    whole.train()
+    broken = trainer(tiny_dir, tmp_path / "broken", [Die(15)], **options_of("two"))
+    with pytest.raises(Killed):
+        broken.train()
+    resumed = trainer(tiny_dir, tmp_path / "broken", **options_of("three"))
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(whole.model, resumed.model)
+    last = [record for record in whole.state.log_history if "grad_norm" in record][-5:]
+    again = [record for record in resumed.state.log_history if "grad_norm" in record][-5:]
+    keys = ("loss", "grad_norm", "active_layers", "learning_rate", "step")
+    assert [[record[key] for key in keys] for record in last] == [[record[key] for key in keys] for record in again]
+
+
+@pytest.mark.parametrize("kind", ["full", "int8", "nf4"])
+def test_a_saved_model_has_full_precision_weights_and_the_updates(kind, tiny_dir, tmp_path):
+    options = {} if kind == "full" else {"store": tmp_path / "store", "kind": kind}
+    run = trainer(tiny_dir, tmp_path / "run", arguments={"max_steps": 6}, **options)
+    run.train()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-6", dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).state_dict()
+    trained = {layer for record in run.state.log_history for layer in record.get("active_layers", ())}
+    changed = [name for name, weight in saved.state_dict().items() if not torch.equal(weight, before[name])]
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in changed} == trained
+    for name, weight in run.model.state_dict().items():  # merged at the end
+        torch.testing.assert_close(weight, saved.state_dict()[name], atol=1e-6, rtol=1e-6)
+    assert run.model.state_dict().keys() == before.keys()
+
+
+def test_only_active_layers_change_and_state_does_not_grow(tiny_dir, tmp_path):
+    model, schedule = build(tiny_dir)
+    watch = Watch(schedule)
+    run = trainer(tiny_dir, tmp_path / "run", [watch], model_and_schedule=(model, schedule))
+    run.train()
+    assert [set(active) for active in watch.active] == watch.changed
+    assert len({tuple(active) for active in watch.active}) > 2
+    assert len(set(watch.state_bytes)) == 1 and watch.state_bytes[0] > 0
+    logged = [record["active_layers"] for record in run.state.log_history if "active_layers" in record]
+    assert logged == watch.active
+    norms = [record["grad_norm"] for record in run.state.log_history if "grad_norm" in record]
+    assert len(norms) == 20 and min(norms) > 0.01
+
+
+def test_accumulation_and_clipping_are_those_of_larger_batches(tiny_dir, tmp_path):
+    """At full rank: low-rank bases are those of the first micro-batch's gradient."""
+    runs, options = [], {"rank": None, "eps": 1e-3}
+    for name, batch_size, accumulation in (("two", 2, 2), ("one", 4, 1)):
+        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        arguments = sizes | {"max_steps": 6, "max_grad_norm": 0.1}
+        runs.append(trainer(tiny_dir, tmp_path / name, arguments=arguments, **options))
+        runs[-1].train()
+    theirs = runs[1].model.state_dict()
+    for name, weight in runs[0].model.state_dict().items():
+        torch.testing.assert_close(weight, theirs[name], atol=1e-6, rtol=0)
+
+
+def test_the_trainer_clips_projected_gradients(tiny_dir, tmp_path):
+    """SGD moves by the gradient, so the updates of a step are as long as the limit."""
+    model, schedule = build(tiny_dir)
+    optimizer = torch.optim.SGD(schedule.layers.parameter_groups(), lr=1.0)
+    schedule = Schedule(schedule.layers, optimizer, LayerSampler([1.0] * 4, 2))
+    arguments = {"max_steps": 1, "max_grad_norm": 1e-3, "save_strategy": "no"}
+    lengths = []
+
+    class Measure(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            parts = [weight.trained.detach().square().sum() for _, weight in schedule.layers.active_weights()]
+            lengths.append(torch.stack(parts).sum().sqrt().item())
+
+    run = trainer(tiny_dir, tmp_path, [Measure()], arguments=arguments, model_and_schedule=(model, schedule))
+    run.train()
+    assert 0.9e-3 < lengths[0] <= 1.001e-3
+    assert run.state.log_history[0]["grad_norm"] > 0.1
+
+
+def test_bf16_trains_in_autocast(tiny_dir, tmp_path):
+    losses = {}
+    for bf16 in (False, True):
+        arguments = {"bf16": bf16, "max_steps": 8}
+        run = trainer(tiny_dir, tmp_path / str(bf16), arguments=arguments)
+        run.train()
+        losses[bf16] = [record["loss"] for record in run.state.log_history if "loss" in record]
+    assert losses[True] == pytest.approx(losses[False], rel=5e-3) and losses[True] != losses[False]
+
+
+def test_the_trainer_can_load_the_best_weights_at_its_end(tiny_dir, tmp_path):
+    """Without the updates of the last steps, which are not theirs."""
+    arguments = {
+        "max_steps": 6,
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+    }
+    model, schedule = build(tiny_dir)
+    run = Trainer(
+        model, TrainingArguments(str(tmp_path), **ARGUMENTS | arguments), train_dataset=rows(300),
+        eval_dataset=rows(300, 4), optimizers=(schedule.optimizer, None), callbacks=[OwLoreCallback(model, schedule)],
+    )  # fmt: skip
+    run.train()
+    best = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint, dtype=torch.float32)
+    assert_same_weights(best, run.model)
+
+
+def test_settings_that_would_train_something_else_are_refused(tiny_dir, tmp_path):
+    model, schedule = build(tiny_dir)
+    plain = TrainingArguments(str(tmp_path), max_steps=1, **ARGUMENTS)
+    with pytest.raises(ValueError, match="the Trainer's optimizer is another AdamW; pass optimizers="):
+        Trainer(model, plain, train_dataset=rows(300), callbacks=[OwLoreCallback(model, schedule)]).train()
+
+
+def test_a_checkpoint_that_cannot_continue_is_refused(tiny_dir, tmp_path):
+    arguments = {"max_steps": 4, "save_steps": 2}
+    trainer(tiny_dir, tmp_path / "models", arguments=arguments | {"save_only_model": True}).train()
+    with pytest.raises(ValueError, match="the Trainer is at step 4 and the schedule at 0; resume from a checkpoint"):
+        trainer(tiny_dir, tmp_path / "models", arguments=arguments).train(resume_from_checkpoint=True)
+    parts = {name: build(tiny_dir, **options) for name, options in OTHERS.items()}
+    for model, schedule in parts.values():
+        OwLoreCallback(model, schedule)
+    state = parts["same"][1].optimizer.state_dict()
+    with pytest.raises(ValueError, match="rank=4, and the checkpoint has 8; pass the same value"):
+        parts["narrow"][1].optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="resample_every=3, and the checkpoint has 2; pass the same value"):
+        parts["other"][1].optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="the checkpoint is of another optimizer"):
+        state.pop("owlore")
+        parts["same"][1].optimizer.load_state_dict(state)
+
+
+OTHERS = {"same": {}, "narrow": {"rank": 4}, "other": {"resample_every": 3}}
+
+
+def test_an_existing_directory_gets_no_weights(tiny_dir, tmp_path):
+    with pytest.raises(FileExistsError):
+        build(tiny_dir, tmp_path)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+EXAMPLES = [part.split("```")[0] for part in PAGE.split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=["Trainer", "TRL"])
+def test_the_docs_examples_run(code, tiny_dir, tmp_path, monkeypatch):
+    """With smaller numbers for a tiny model, and two steps."""
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("num_active=5", "num_active=2").replace("rank=128", "rank=8")
+    code = code.replace('("runs/', '(max_steps=2, use_cpu=True, bf16=False, report_to=[], output_dir="runs/')
+    code = code.replace("(model, calibration_batches)", "(model, calibration_batches, 3.0)")
+    data = rows(300)
+    names = {
+        "directory": tiny_dir,
+        "dataset": data,
+        "calibration_batches": [{"input_ids": torch.tensor(data[:4]["input_ids"])}],
+    }
+    exec(code, names)
+    assert names["trainer"].state.global_step == 2
+    assert (tmp_path / names["trainer"].args.output_dir / "checkpoint-2" / "optimizer.pt").is_file()
+
+
+class InOrder:
+    """A Trainer that does not shuffle."""
+
+    def _get_train_sampler(self, dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "weights"), [("Trainer", "full"), ("Trainer", "int8"), ("SFTTrainer", "full")])
+def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_dir, tmp_path):
+    """The same rows, draws and settings: 20 steps with accumulation, clipping and 10 draws, killed and resumed.
+
+    Random sketches differ, because torchtune has other names of weights. Products are in full precision: with int8
+    products, differences of 1e-6 between the two decoders move inputs to the next of 255 values, and losses by 1 %.
+    """
+    import trl
+
+    file = tmp_path / "train.json"
+    texts = [{"instruction": f"What is {i} plus {i}?", "input": "", "output": f"It is {2 * i}."} for i in range(110)]
+    file.write_text(json.dumps(texts))
+    cfg = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
+    cfg |= {
+        "output_dir": str(tmp_path / "recipe"), "dataset_val": None, "max_steps_per_epoch": 20, "batch_size": 2,
+        "dataset": {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(file)},
+        "gradient_accumulation_steps": 2, "shuffle": False, "lr_scheduler": None, "clip_grad_norm": 0.5, "seed": 3,
+        "device": "cpu", "dtype": "fp32", "enable_activation_checkpointing": False,
+    }  # fmt: skip
+    cfg["checkpointer"]["checkpoint_dir"] = str(smollm2_dir)
+    cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "score": "uniform", "rank": 32, "weights": weights}
+    cfg["optimizer"]["lr"] = 1e-4
+    recipe = finetune(cfg)
+
+    tokenized = build_inputs(TrainingSettings.from_config(OmegaConf.create(cfg))).data.dataset
+    samples = [tokenized[i] for i in range(len(tokenized))]
+    data = Dataset.from_list([{"input_ids": sample["tokens"], "labels": sample["labels"]} for sample in samples])
+    options = {key: value for key, value in cfg["optimizer"].items() if key != "_component_"}
+
+    def build_trainer(name, *callbacks):
+        model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+        layers = ProjectedLayers(model, rank=32, seed=3)
+        optimizer = torch.optim.AdamW(layers.parameter_groups(), **options)
+        if weights != "full":
+            layers.masters = quantize_layers(model, weights, tmp_path / name)
+        schedule = Schedule(layers, optimizer, LayerSampler([1.0] * 30, 2, seed=3), resample_every=2)
+        watch = Watch(schedule)
+        tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+        parts = {"Trainer": (Trainer, TrainingArguments, {}), "SFTTrainer": (trl.SFTTrainer, trl.SFTConfig, FOR_SFT)}
+        trainer_class, config_class, more = parts[kind]
+        arguments = config_class(str(tmp_path / "trainer"), max_steps=20, save_steps=8, **ARGUMENTS, **more)
+        return watch, type("InOrder", (InOrder, trainer_class), {})(
+            model, arguments, train_dataset=data.select(range(80)), optimizers=(optimizer, None),
+            data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer,
+            callbacks=[OwLoreCallback(model, schedule), watch, *callbacks],
+        )  # fmt: skip
+
+    watch, whole = build_trainer("whole")
+    whole.train()
+    assert [set(active) for active in watch.active] == watch.changed
+    assert watch.active[::2] == [draw["active"] for draw in recipe._report.records.draws]
+    assert len(set(watch.state_bytes)) == 1
+    _, broken = build_trainer("broken", Die(13))
+    with pytest.raises(Killed):
+        broken.train()
+    _, resumed = build_trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
+    assert_same_weights(whole.model, resumed.model)
+
+    held_out = [data[i] for i in range(80, 110)]
+    saved = (tmp_path / "trainer" / "checkpoint-20", checkpoints(cfg)[-1])
+    losses = [mean_loss_of(AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32), held_out) for one in saved]
+    before = mean_loss_of(AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32), held_out)
+    assert losses[0] == pytest.approx(losses[1], rel=0.005)
+    assert losses[0] < 0.9 * before
+
+
+@torch.no_grad()
+def mean_loss_of(model, rows: list[dict]) -> float:
+    model.eval()
+    batches = [{key: torch.tensor([row[key]]) for key in ("input_ids", "labels")} for row in rows]
+    return statistics.fmean(model(**batch).loss.item() for batch in batches)

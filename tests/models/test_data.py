@@ -1,0 +1,184 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from owlore_tune.data import gsm8k_dataset, instruction_dataset, mmlu_dev_dataset, mmlu_train_dataset
+from owlore_tune.data.samples import MOST_ROWS, longest_row
+from owlore_tune.data.tokenizer import HFChatTokenizer
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "commonsense"
+
+
+@pytest.fixture
+def tokenizer(tiny_dir):
+    return HFChatTokenizer(str(tiny_dir), max_seq_len=2048)
+
+
+def texts(dataset, tokenizer) -> list[str]:
+    return [tokenizer.decode(sample["tokens"]) for sample in dataset]
+
+
+def test_mmlu_dev_is_divided_by_seed(tokenizer):
+    train, held_out = mmlu_dev_dataset(tokenizer), mmlu_dev_dataset(tokenizer, split="held_out")
+    assert (len(train), len(held_out)) == (237, 45)
+    assert not set(texts(train, tokenizer)) & set(texts(held_out, tokenizer))
+    assert texts(train, tokenizer) == texts(mmlu_dev_dataset(tokenizer), tokenizer)
+    other = mmlu_dev_dataset(tokenizer, split="held_out", seed=1)
+    assert set(texts(other, tokenizer)) != set(texts(held_out, tokenizer))
+
+
+def test_answers_are_what_is_trained_on(tokenizer):
+    sample = mmlu_dev_dataset(tokenizer)[0]
+    trained = [t for t, label in zip(sample["tokens"], sample["labels"], strict=True) if label != -100]
+    answer = tokenizer.decode(trained, skip_special_tokens=False)
+    assert answer.startswith("Let's think step by step.")
+    assert answer.endswith("<|end|>")
+
+
+def test_packed_rows_have_the_tokenizers_length(tokenizer):
+    packed = mmlu_dev_dataset(tokenizer, packed=True)
+    assert len(packed) < 237
+    assert {len(row["tokens"]) for row in packed} == {2048}
+
+
+def test_instruction_files(tokenizer, tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3", "answer": "x"},
+        {"instruction": "Hi", "output": "ho"},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    dataset = instruction_dataset(tokenizer, data_files=[str(tmp_path / "list.json"), str(tmp_path / "lines.jsonl")])
+    assert len(dataset) == 4
+    assert texts(dataset, tokenizer)[0] == texts(dataset, tokenizer)[2] == "Add.\n1 and 2\n3\n"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs Commonsense170K files in ../shared/data/commonsense")
+@pytest.mark.parametrize("task", ["ARC-Easy", "ARC-Challenge", "boolq", "openbookqa"])
+def test_real_commonsense_files(tokenizer, task):
+    dataset = instruction_dataset(tokenizer, data_files=str(REAL / task / "train.json"))
+    assert len(dataset) > 1000
+    assert "the correct answer is" in texts([dataset[0]], tokenizer)[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("", "is empty"),
+        ("[]", "is empty"),
+        ("[1", "is not JSON"),
+        ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 1 has no text in field 'output'"),
+        ('[{"instruction": 3, "output": "b"}]', "row 0 has no text in field 'instruction'"),
+        ('[{"instruction": " ", "output": "b"}]', "is empty"),
+        ("[3]", "row 0 has no text in field 'instruction'"),
+    ],
+)
+def test_bad_files_are_refused(tokenizer, tmp_path, content, message):
+    file = tmp_path / "data.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=f"data_files=.*data.json.*{message}"):
+        instruction_dataset(tokenizer, data_files=str(file))
+
+
+def test_blank_rows_are_left_out_and_counted(tokenizer, tmp_path, caplog):
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert len(instruction_dataset(tokenizer, data_files=str(tmp_path / "data.json"))) == 1
+    assert "skipped 1 of 2 rows with blank instruction or output" in caplog.text
+
+
+INSTRUCTION = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+CHOICE = {"question": " Which? ", "subject": "logic", "choices": ["this", "that", "both", "none"], "answer": 2}
+PROBLEM = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
+# The paper's training sets: builder, a row, its file on the hub, prompt text, and answer text.
+TRAININGS = {
+    "Commonsense170K and Alpaca-GPT4": (instruction_dataset, INSTRUCTION, "data/train", "Add.\n1 and 2", "3"),
+    "MMLU": (
+        mmlu_train_dataset, CHOICE, "all/auxiliary_train", "Which?\nA. this\nB. that\nC. both\nD. none\nAnswer:", "C"
+    ),
+    "GSM8K": (gsm8k_dataset, PROBLEM, "main/train", "Question: How many?\nAnswer:", PROBLEM["answer"]),
+}  # fmt: skip
+
+
+def hub_layout(directory: Path, place: str, rows: list[dict]) -> Path:
+    """Write a dataset in hub layout: Parquet files, with their configurations in the dataset card."""
+    folder, split = place.split("/")
+    file = directory / folder / f"{split}-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(file)
+    name = "default" if folder == "data" else folder
+    (directory / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {folder}/{split}-*\n---\n"
+    )
+    return file
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_papers_trainings(training, packed, tokenizer, tmp_path):
+    """A hub copy, a Parquet file and JSON give the same samples. Only the answer is trained on."""
+    builder, row, place, prompt, answer = TRAININGS[training]
+    parquet = hub_layout(tmp_path / "copy", place, [row] * 3)
+    (tmp_path / "rows.json").write_text(json.dumps([row] * 3))
+    datasets = [
+        builder(tokenizer, source=str(tmp_path / "copy"), packed=packed),
+        builder(tokenizer, data_files=str(parquet), packed=packed),
+        builder(tokenizer, data_files=[str(tmp_path / "rows.json")], packed=packed),
+    ]
+    for dataset in datasets:
+        assert len(dataset) == (1 if packed else 3)
+        tokens, labels = (torch.as_tensor(dataset[0][key]).tolist() for key in ("tokens", "labels"))
+        trained = [label for label in labels if label != -100]
+        times = 3 if packed else 1
+        assert tokenizer.decode(trained, skip_special_tokens=False) == f"{answer}<|end|>" * times
+        assert tokenizer.decode(tokens).count(prompt) == times
+
+
+@pytest.mark.parametrize(
+    ("builder", "change", "message"),
+    [
+        (mmlu_train_dataset, {"choices": "this or that"}, "row 1 has no list of strings in field 'choices'"),
+        (mmlu_train_dataset, {"answer": 4}, "row 1 has 4 in field 'answer', which is not an index of its 4 choices"),
+        (mmlu_train_dataset, {"question": None}, "row 1 has no text in field 'question'"),
+        (gsm8k_dataset, {"answer": 4}, "row 1 has no text in field 'answer'"),
+        (instruction_dataset, {"output": None}, "row 1 has no text in field 'output'"),
+        (instruction_dataset, {"input": 5}, "row 1 has 5 in field 'input', which is not text"),
+    ],
+)
+def test_rows_of_another_schema_are_refused(builder, change, message, tokenizer, tmp_path):
+    row = {mmlu_train_dataset: CHOICE, gsm8k_dataset: PROBLEM, instruction_dataset: INSTRUCTION}[builder]
+    (tmp_path / "rows.json").write_text(json.dumps([row, row | change]))
+    with pytest.raises(ValueError, match=f"data_files=.*rows.json: {message}"):
+        builder(tokenizer, data_files=str(tmp_path / "rows.json"))
+
+
+def test_without_a_hub_the_way_out_is_named(tokenizer):
+    with pytest.raises(ValueError, match="source=zwhe99/commonsense_170k cannot be loaded .*set dataset.data_files"):
+        instruction_dataset(tokenizer, source="zwhe99/commonsense_170k")
+
+
+def test_a_file_that_is_no_parquet_is_refused(tokenizer, tmp_path):
+    (tmp_path / "rows.parquet").write_text("no")
+    with pytest.raises(ValueError, match=r"rows\.parquet is not Parquet"):
+        gsm8k_dataset(tokenizer, data_files=str(tmp_path / "rows.parquet"))
+
+
+def test_bad_options_are_refused(tiny_dir, tokenizer):
+    with pytest.raises(ValueError, match="split='test'; choose train or held_out"):
+        mmlu_dev_dataset(tokenizer, split="test")
+    with pytest.raises(ValueError, match="num_held_out=282; choose 1 to 281"):
+        mmlu_dev_dataset(tokenizer, num_held_out=282)
+    with pytest.raises(ValueError, match=r"needs tokenizer\.max_seq_len"):
+        mmlu_dev_dataset(HFChatTokenizer(str(tiny_dir)), packed=True)
+
+
+def test_the_longest_row_is_looked_for_where_looking_is_cheap():
+    rows = [{"tokens": [0] * (1 + i % 7)} for i in range(MOST_ROWS)]
+    assert longest_row(rows, max_seq_len=512) == 7
+    assert longest_row([*rows, {"tokens": [0]}], max_seq_len=512) == 512
+    assert longest_row([*rows, {"tokens": [0]}], max_seq_len=None) == 7

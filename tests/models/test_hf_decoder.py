@@ -1,0 +1,244 @@
+"""Decoders of transformers: equal to torchtune's on the same weights, in all settings, and what they refuse."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES, HF, SIZES, family_config, hf_logits, hf_model
+from near import assert_same_shares
+from omegaconf import OmegaConf
+from ranks import furthest, train_together
+from transformers import (
+    CodeGenConfig,
+    CohereConfig,
+    DeepseekV3Config,
+    Gemma2Config,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    GraniteMoeConfig,
+    GraniteSWAConfig,
+    HrmTextConfig,
+    MambaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen3Config,
+    Starcoder2Config,
+    T5Config,
+)  # fmt: skip
+
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.config import load_config
+from owlore_tune.errors import ConfigError
+from owlore_tune.layers import layer_scores
+from owlore_tune.models import hf_decoder, smollm2_135m
+from owlore_tune.models.attention import attend_by_sample
+from owlore_tune.models.decoder import hidden_states, layer_inputs
+from runs import checkpoints, finetune, finetune_until, prepare, read_weights, variant, weights
+
+OF_TRANSFORMERS = [family for family, (_, builder, *_) in FAMILIES.items() if builder == HF]
+
+EXPERTS = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
+
+
+def loaded(build, directory, model_type):
+    with torch.device("meta"):
+        model = build()
+    checkpointer = HFCheckpointer(str(directory), model_type)
+    checkpointer.load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
+    return model.eval()
+
+
+def packed(lengths: list[int], vocab_size: int) -> dict[str, torch.Tensor]:
+    """Return two rows of random tokens with samples of ``lengths``, and their masks and positions."""
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    samples = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    mask = (samples[:, None] == samples).tril()
+    tokens = torch.randint(vocab_size, (2, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    return {"tokens": tokens, "mask": mask.expand(2, -1, -1), "input_pos": positions.expand(2, -1)}
+
+
+@pytest.mark.parametrize("rows", ["plain", "packed"])
+def test_smollm2_has_the_outputs_and_scores_of_torchtunes_decoder(rows, smollm2_dir):
+    theirs = loaded(smollm2_135m, smollm2_dir, "LLAMA3_2")
+    ours = loaded(lambda: hf_decoder(str(smollm2_dir)), smollm2_dir, "HF")
+    batch = packed([40, 1, 23], 49_000)
+    if rows == "plain":
+        batch = {"tokens": batch["tokens"]}
+    with torch.no_grad():
+        expected, got = theirs(**batch), ours(**batch)
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+        attend_by_sample(ours)
+        assert (ours(**batch) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert_same_shares(*(layer_scores(model, "outlier", [batch]) for model in (ours, theirs)), theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "basis", "most"), [(None, "svd", 1e-5), (16, "svd", 1e-5), (16, "randomized", 1e-3)])
+def test_smollm2_trains_as_torchtunes_decoder(rank, basis, most, smollm2_dir, tmp_path):
+    """12 steps over 4 draws. A large eps keeps Adam from amplifying rounding errors.
+
+    Exact bases are the same. torchtune orders the rows of queries and keys differently, and parameters too, so the
+    random sketches of randomized bases are others.
+    """
+    cfg = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
+    cfg |= {
+        "output_dir": str(tmp_path / "torchtune"), "dataset_val": None, "max_steps_per_epoch": 12, "batch_size": 2,
+        "lr_scheduler": None, "device": "cpu", "dtype": "fp32",
+    }  # fmt: skip
+    cfg["checkpointer"]["checkpoint_dir"] = str(smollm2_dir)
+    cfg["tokenizer"]["max_seq_len"] = 128
+    cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 3, "rank": rank, "basis": basis}
+    cfg["optimizer"] |= {"lr": 3e-4, "eps": 1e-3}
+    other = variant(cfg, "transformers", checkpointer__model_type="HF")
+    other["model"] = {"_component_": HF, "path": str(smollm2_dir)}
+    one, two = finetune(cfg), finetune(other)
+    assert [d["active"] for d in one._report.records.draws] == [d["active"] for d in two._report.records.draws]
+    assert len(one._report.records.draws) == 4
+    assert furthest(cfg, other) < most
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_packed_rows_are_samples_on_their_own(window, tmp_path):
+    """Also the layers one by one, and with samples longer than the window."""
+    source = hf_model(MistralConfig(**SIZES, sliding_window=window), tmp_path / "source")
+    model = loaded(lambda: hf_decoder(str(source)), source, "HF")
+    lengths = [30, 1, 20]
+    batch = packed(lengths, 300)
+    expected = torch.cat([hf_logits(source, tokens) for tokens in batch["tokens"].split(lengths, dim=1)], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch), expected, atol=2e-4, rtol=0)
+        attend_by_sample(model)
+        torch.testing.assert_close(model(**batch), expected, atol=2e-4, rtol=0)
+        hidden, arguments = layer_inputs(model, **batch)
+        for layer, of_layer in zip(model.layers, arguments, strict=True):
+            hidden = layer(hidden, **of_layer)
+        torch.testing.assert_close(model.norm(hidden), hidden_states(model, **batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "granite3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"owlore__weights": "int8", "owlore__products": "int8"},
+        {"owlore__weights": "nf4"},
+        {"enable_activation_checkpointing": False, "loss": {"_component_": "torch.nn.CrossEntropyLoss"}},
+        {"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=["int8", "nf4", "all logits", "chunked logits", "compiled"],
+)
+def test_other_settings_train_alike(family, changes, tmp_path, tiny_data):
+    """Frozen layers stay bit for bit, and training equals that with the default settings, or is near it."""
+    source = hf_model(FAMILIES[family][-1], tmp_path / "source")
+    cfg = family_config(family, source, tiny_data)
+    cfg["tokenizer"]["max_seq_len"] = 32
+    other = variant(cfg, "other", **changes)
+    recipes = finetune(cfg), finetune(other)
+    quantized = "owlore__weights" in changes
+    assert_same_shares(recipes[0]._scores.scores, recipes[1]._scores.scores, recipes[0]._model)
+    losses = [[step["loss"] for step in recipe._report.records.steps] for recipe in recipes]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1 if quantized else 1e-4)
+    never = set(range(4)).difference(*(draw["active"] for draw in recipes[1]._report.records.draws))
+    before, after = read_weights(source), weights(other)
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        if any(name.startswith(f"model.layers.{index}.") for index in never) or ".layers." not in name:
+            assert torch.equal(weight, before[name])
+
+
+@pytest.mark.slow
+def test_families_resume_bit_for_bit_and_train_on_two_ranks_as_on_one(tmp_path, tiny_data):
+    singles, pairs = [], []
+    for family in OF_TRANSFORMERS:
+        source = hf_model(FAMILIES[family][-1], tmp_path / family.replace(" ", "_"))
+        cfg = family_config(family, source, tiny_data)
+        cfg["optimizer"] |= {"eps": 1e-3}
+        if family in EXPERTS:  # one with fewer tokens than the rank has a basis with arbitrary columns
+            cfg["owlore"]["rank"] = None
+        broken = variant(cfg, "broken")
+        finetune(cfg)
+        finetune_until(broken, 3)
+        finetune(broken | {"resume_from_checkpoint": True})
+        resumed = weights(broken)
+        assert all(torch.equal(weight, resumed[name]) for name, weight in weights(cfg).items()), family
+        singles.append(cfg)
+        pairs.append(variant(cfg, "pair", batch_size=2))
+    train_together(2, *pairs)
+    for one, two in zip(singles, pairs, strict=True):
+        assert furthest(one, two) < 1e-6, two["output_dir"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (T5Config(), "model_type=t5 has an encoder and a decoder"),
+        (MambaConfig(num_hidden_layers=2), "model_type=mamba has layers that are neither full nor sliding attention"),
+        (Gemma2Config(num_hidden_layers=2), "model_type=gemma2 has caps on attention logits"),
+        (GraniteMoeConfig(num_hidden_layers=2), "model_type=granitemoe has experts .GraniteMoeExperts. in a form that"),
+        (DeepseekV3Config(num_hidden_layers=4), "mlp.gate.e_score_correction_bias of layer 3 is in checkpoints but"),
+        (HrmTextConfig(), "model_type=hrm_text has weights in another form on disk"),
+        (GPT2Config(n_layer=2), "norm cannot be identified; its base model has wpe, ln_f"),
+        (CodeGenConfig(n_layer=2), "model_type=codegen is no causal decoder with exchangeable attention"),
+        (GPTJConfig(n_layer=2), "model_type=gptj is no causal decoder with exchangeable attention"),
+        (GraniteSWAConfig(num_hidden_layers=2), "layer 0 has attention sinks"),
+    ],
+    ids=[
+        "encoder-decoder",
+        "recurrent",
+        "capped attention",
+        "fused experts",
+        "buffer",
+        "disk",
+        "positions",
+        "codegen",
+        "gptj",
+        "sinks",
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused_by_name(config, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        hf_decoder(**config.to_dict())
+
+
+@pytest.mark.parametrize("config", [PhiConfig, CohereConfig, Starcoder2Config, GPTNeoXConfig])
+def test_other_names_and_kinds_of_parts(config, tmp_path):
+    """Another name of the final norm, biases, dropout modules, logits with a scale, and other names on disk."""
+    dropout = {"embedding_dropout": 0.5} if config is Starcoder2Config else {}  # in the base model's own forward
+    source = hf_model(config(**SIZES, **dropout), tmp_path / "source")
+    model = loaded(lambda: hf_decoder(str(source)), source, "HF")
+    tokens = torch.arange(2, 32)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), hf_logits(source, tokens), atol=2e-4, rtol=0)
+    HFCheckpointer(str(source), "HF").save_checkpoint(model, tmp_path / "saved")
+    torch.testing.assert_close(hf_logits(tmp_path / "saved", tokens), hf_logits(source, tokens))
+
+
+def test_a_config_that_is_not_the_models_is_refused(tmp_path, tiny_data):
+    source = hf_model(Qwen3Config(**SIZES, head_dim=8), tmp_path / "source")
+    cfg = family_config("qwen3", source, tiny_data)
+    described = json.loads((source / "config.json").read_text())
+    described = {key: value for key, value in described.items() if value is not None}
+    rope = {"rope_type": "default", "rope_theta": 500_000.0}
+    cfg["model"] = {"_component_": HF, **described, "rope_parameters": rope}
+    with pytest.raises(ConfigError, match=r"model.rope_parameters=.*500000.0.* and config.json has .*10000.0"):
+        prepare(cfg)
+    cfg["model"] = {"_component_": HF, **{k: v for k, v in described.items() if k != "rms_norm_eps"}}
+    with pytest.raises(ConfigError, match="model.rms_norm_eps=1e-06, and config.json has 1e-05"):
+        prepare(cfg)
+    cfg["model"] = {"_component_": HF, **described, "hidden_act": "gelu"}
+    with pytest.raises(ConfigError, match="model.hidden_act=gelu, and config.json has silu"):
+        prepare(cfg)
+    cfg["model"] = {"_component_": HF, **described, "hiden_size": 32}
+    with pytest.raises(ConfigError, match="hiden_size is not a field of config.json for model_type=qwen3"):
+        prepare(cfg)
+    cfg["model"] = {"_component_": HF, "path": str(source), "hidden_size": 32}
+    with pytest.raises(ConfigError, match="hidden_size is given, and path too"):
+        prepare(cfg)
+    cfg["model"] = {"_component_": HF, "path": str(tmp_path)}
+    with pytest.raises(ConfigError, match="config.json cannot be read"):
+        prepare(cfg)
+    cfg["model"] = {"_component_": HF, "model_type": "qwen_9"}
+    with pytest.raises(ConfigError, match="model_type=qwen_9: the installed transformers has no such model"):
+        prepare(cfg)
+    assert not checkpoints(family_config("qwen3", source, tiny_data))

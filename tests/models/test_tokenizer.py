@@ -1,0 +1,204 @@
+import json
+
+import pytest
+from tiny import TEMPLATE, save_tokenizer, tiny_llama
+from torchtune.data import Message
+from transformers import AutoTokenizer
+
+from owlore_tune.data.tokenizer import HFChatTokenizer
+
+CONVERSATIONS = [
+    [("user", "What is the capital of France?"), ("assistant", "Paris.")],
+    [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "Ciao 👋 né")],
+    [("user", "  spaces \n\n and\ttabs "), ("assistant", " leading, and trailing \n")],
+    [("user", "<|im_start|> in the text"), ("assistant", "def f(x):\n    return x")],
+    [("user", "日本語の質問"), ("assistant", "日本語の答え")],
+]
+
+
+def messages(turns) -> list[Message]:
+    return [Message(role=role, content=text, masked=role != "assistant") for role, text in turns]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+@pytest.mark.parametrize("which", ["smollm2", "tiny"])
+def test_tokens_equal_transformers(which, turns, request):
+    directory = request.getfixturevalue(f"{which}_dir")
+    reference = AutoTokenizer.from_pretrained(directory)
+    tokenizer = HFChatTokenizer(str(directory))
+    chat = [{"role": role, "content": text} for role, text in turns]
+    tokens, mask = tokenizer.tokenize_messages(messages(turns))
+    assert tokens == reference.apply_chat_template(chat, tokenize=True)["input_ids"]
+    assert len(mask) == len(tokens)
+    prompt, _ = tokenizer.tokenize_messages(messages(turns[:-1]), add_end_tokens=False)
+    expected = reference.apply_chat_template(chat[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert prompt == expected
+    assert tokens[: len(prompt)] == prompt
+    empty = messages([*turns[:-1], ("assistant", "")])
+    assert tokenizer({"messages": empty}, inference=True)["tokens"] == prompt
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_mask_leaves_the_assistants_turns_and_their_end(turns, smollm2_dir):
+    tokenizer = HFChatTokenizer(str(smollm2_dir))
+    tokens, mask = tokenizer.tokenize_messages(messages(turns))
+    trained = tokenizer.decode(
+        [t for t, masked in zip(tokens, mask, strict=True) if not masked], skip_special_tokens=False
+    )
+    assert trained == "".join(f"{text}<|im_end|>" for role, text in turns if role == "assistant")
+
+
+def test_masked_answers_are_not_trained_on(smollm2_dir):
+    tokenizer = HFChatTokenizer(str(smollm2_dir))
+    turns = messages(CONVERSATIONS[1])
+    turns[2].masked = True
+    tokens, mask = tokenizer.tokenize_messages(turns)
+    trained = [t for t, masked in zip(tokens, mask, strict=True) if not masked]
+    assert tokenizer.decode(trained) == "Ciao 👋 né"
+
+
+def test_longer_conversations_are_cut_without_an_invented_end(smollm2_dir):
+    full, full_mask = HFChatTokenizer(str(smollm2_dir)).tokenize_messages(messages(CONVERSATIONS[1]))
+    tokens, mask = HFChatTokenizer(str(smollm2_dir), max_seq_len=20).tokenize_messages(messages(CONVERSATIONS[1]))
+    assert (tokens, mask) == (full[:20], full_mask[:20])
+
+
+def test_special_tokens_and_plain_text(smollm2_dir):
+    tokenizer = HFChatTokenizer(str(smollm2_dir))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)  # not HF's pad token, which ends turns
+    assert tokenizer.stop_tokens == [2]
+    assert tokenizer.vocab_size == 49152
+    tokens = tokenizer.encode("Hello there")
+    assert (tokens[0], tokens[-1]) == (1, 2)
+    assert tokenizer.decode(tokenizer.encode("Hello there", add_bos=False, add_eos=False)) == "Hello there"
+
+
+def test_a_model_without_bos_gets_none(tiny_dir):
+    tokenizer = HFChatTokenizer(str(tiny_dir))
+    assert tokenizer.bos_id is None
+    assert tokenizer.encode("fox", add_eos=False) == tokenizer.encode("fox", add_bos=False, add_eos=False)
+
+
+def test_sample_call_keeps_other_fields(tiny_dir):
+    sample = HFChatTokenizer(str(tiny_dir))({"messages": messages(CONVERSATIONS[0]), "id": 7})
+    assert sample.keys() == {"id", "tokens", "mask"}
+
+
+def change_config(directory, **changes):
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | changes).items() if v is not None}))
+
+
+def test_templates_in_other_places_and_special_tokens_as_objects(tmp_path):
+    save_tokenizer(tmp_path)
+    named = [{"name": "other", "template": "x"}, {"name": "default", "template": TEMPLATE}]
+    change_config(tmp_path, chat_template=named, eos_token={"content": "<|end|>", "special": True})
+    tokenizer = HFChatTokenizer(str(tmp_path))
+    expected = tokenizer.tokenize_messages(messages(CONVERSATIONS[0]))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    change_config(tmp_path, chat_template=None)
+    assert HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0])) == expected
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer\.path=.* has no tokenizer\.json; download"):
+        HFChatTokenizer(str(tmp_path))
+    save_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="max_seq_len=0"):
+        HFChatTokenizer(str(tmp_path), max_seq_len=0)
+    rewriting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    for template, message in [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "rejects these messages: roles must alternate"),
+        (rewriting, "rewrites earlier turns"),
+    ]:
+        change_config(tmp_path, chat_template=template)
+        with pytest.raises(ValueError, match=message):
+            HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0]))
+    change_config(tmp_path, eos_token="<nope>")
+    with pytest.raises(ValueError, match=r"eos_token '<nope>' of tokenizer_config\.json is not in the vocabulary"):
+        HFChatTokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize(("prompt", "between"), [("Is it so?", "\n"), ("Is it so?\nAnswer:", " ")])
+def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(adds_bos, prompt, between, tmp_path):
+    """The tokens are those of the evaluation adapter for prompt and answer, followed by EOS."""
+    from tokenizers import Tokenizer, processors
+
+    from owlore_evals.torchtune_lm import TorchtuneLM
+
+    save_tokenizer(tmp_path)
+    if adds_bos:
+        tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        bos = tokenizer.token_to_id("<|system|>")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|system|> $A", special_tokens=[("<|system|>", bos)]
+        )
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": "<|system|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = HFChatTokenizer(str(tmp_path), chat_template="plain")
+    assert not tokenizer.is_chat and HFChatTokenizer(str(tmp_path)).is_chat
+    tokens, mask = tokenizer.tokenize_messages(messages([("user", prompt), ("assistant", "the fox")]))
+    lm = TorchtuneLM(tiny_llama(vocab_size=300), tokenizer)
+    assert tokens == [*lm.tok_encode(f"{prompt}{between}the fox"), tokenizer.eos_id]
+    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
+    assert tokenizer.decode(trained, skip_special_tokens=False) == f"{between.strip(chr(10))}the fox<|end|>"
+
+
+def test_a_template_with_thinking_modes_asks_for_no_reasoning(tmp_path):
+    """As in Qwen3's template, where an empty block precedes the last answer: it is part of the prompt."""
+    save_tokenizer(tmp_path)
+    template = (
+        "{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}(no thought){% endif %}"
+        "{{ message.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+        "{% if enable_thinking is defined and enable_thinking is false %}(no thought){% endif %}{% endif %}"
+    )
+    change_config(tmp_path, chat_template=template)
+    tokenizer = HFChatTokenizer(str(tmp_path))
+    tokens, mask = tokenizer.tokenize_messages(messages([("user", "Is it so?"), ("assistant", "the fox")]))
+    prompt = tokenizer.render(messages([("user", "Is it so?")]), add_generation_prompt=True)
+    assert prompt == "<|user|>Is it so?<|end|><|assistant|>(no thought)"
+    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
+    assert tokenizer.decode(trained, skip_special_tokens=False) == "the fox<|end|>"
+
+
+THINKING = (
+    "{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' and not enable_thinking %}"
+    "(no thought){% endif %}{{ message.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+    "{% if not enable_thinking %}(no thought){% endif %}{% endif %}"
+)
+
+
+def test_reasoning_in_answers_needs_the_thinking_mode(tmp_path):
+    save_tokenizer(tmp_path)
+    change_config(tmp_path, chat_template=THINKING)
+    conversation = messages([("user", "Is it so?"), ("assistant", "<think>the fox</think> it is")])
+    without, thinking = (HFChatTokenizer(str(tmp_path), enable_thinking=mode) for mode in (False, True))
+    with pytest.raises(ValueError, match=r"reasoning block \(<think>\).*tokenizer\.enable_thinking=true"):
+        without.tokenize_messages(conversation)
+    tokens, mask = thinking.tokenize_messages(conversation)
+    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
+    assert thinking.decode(trained, skip_special_tokens=False) == "<think>the fox</think> it is<|end|>"
+    assert without.digest() != thinking.digest() and without.digests() != thinking.digests()
+    with pytest.raises(ValueError, match="tokenizer.enable_thinking=yes; it must be true or false"):
+        HFChatTokenizer(str(tmp_path), enable_thinking="yes")
+
+
+def test_marks_around_the_assistants_words_change_nothing(tmp_path):
+    """SmolLM3's template has them."""
+    save_tokenizer(tmp_path)
+    plain = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    marked = plain.replace("{{ m.content }}<|end|>", "{% generation %}{{ m.content }}<|end|>{% endgeneration %}")
+    assert marked != plain
+    rendered = []
+    for template in (plain, marked):
+        change_config(tmp_path, chat_template=template + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+        rendered.append(HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0])))
+    assert rendered[0] == rendered[1]
+
+
+def test_an_unknown_chat_template_is_refused(tiny_dir):
+    with pytest.raises(ValueError, match="tokenizer.chat_template=llama; choose one of model, plain"):
+        HFChatTokenizer(str(tiny_dir), chat_template="llama")

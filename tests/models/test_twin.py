@@ -1,0 +1,469 @@
+"""Small copies: a builder that computes something else than config.json describes is refused, in every setting."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from families import BUILDER, FAMILIES, HF, LLAMA3_ROPE, SIZES, hf_model
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from tiny import TINY_MODEL
+from torchtune import config as tune_config
+from transformers import (
+    BitNetConfig,
+    DeepseekV2Config,
+    DogeConfig,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)  # fmt: skip
+
+from owlore_eval import OwLoreEvalRecipe
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.checkpoints.layouts import converters
+from owlore_tune.config import load_config
+from owlore_tune.errors import ConfigError
+from owlore_tune.models import differences, hf_decoder, twin
+from owlore_tune.models.twin import check_builder
+from runs import finetune, prepare
+
+LLAMA = LlamaConfig(**SIZES).to_dict()
+LLAMA2, GEMMA2, QWEN2 = "torchtune.models.llama2.llama2", "owlore_tune.models.gemma2.gemma2", FAMILIES["qwen2_5"][1]
+
+
+def built(builder: str, **fields):
+    with torch.device("meta"):
+        return tune_config.instantiate(OmegaConf.create({"_component_": builder, **fields}))
+
+
+def check(config: dict, model, model_type: str) -> None:
+    check_builder(model, config, lambda narrow: converters(model_type, narrow)[0])
+
+
+@pytest.mark.parametrize("family", [family for family, (_, builder, *_) in FAMILIES.items() if builder != HF])
+def test_builders_of_the_families_agree(family):
+    shipped, builder, differences, config = FAMILIES[family]
+    check(config.to_dict(), built(builder, **(BUILDER | differences)), load_config(shipped).checkpointer.model_type)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+OTHER_CONFIGS = {  # fields of config.json that the LLaMA-2 builder does not have, and the message
+    "scaled linearly": ({"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}, "computes something else"),
+    "scaled as LLaMA 3": (
+        {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 10_000.0, "original_max_position_embeddings": 64}},
+        "computes something else",
+    ),
+    "scaled as LLaMA 3, far": (
+        {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 10_000.0}, "max_position_embeddings": 8192},
+        "computes something else",
+    ),
+    "YaRN": (
+        {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        "computes something else",
+    ),
+    "rope base": ({"rope_parameters": ROPE | {"rope_theta": 2e4}}, "has rope_theta=10000.0, and config.json has 2"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act': 'gelu'"),
+    "epsilon": ({"rms_norm_eps": 1e-6}, "has rms_norm_eps=1e-05, and config.json has 1e-06"),
+    "heads": (
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}, "num_attention_heads=4, and config.json"
+    ),
+    "heads of keys": ({"num_key_value_heads": 4}, "num_key_value_heads=2, and config.json has 4"),
+    "head size": ({"head_dim": 16}, "head_dim=8, and config.json has 16"),
+    "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings=False, and config.json has True"),
+    "biases": ({"attention_bias": True}, "cannot be compared with config.json: .*bias"),
+    "biases of the MLP": ({"mlp_bias": True}, "cannot be compared with config.json: .*bias"),
+    "layers": ({"num_hidden_layers": 5}, "num_hidden_layers=4, and config.json has 5"),
+    "vocabulary": ({"vocab_size": 301}, "vocab_size=300, and config.json has 301"),
+    "width": ({"hidden_size": 64}, "hidden_size=32, and config.json has 64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHER_CONFIGS)
+def test_a_config_that_the_builder_does_not_have_is_refused(case):
+    changes, message = OTHER_CONFIGS[case]
+    model = built(LLAMA2, **(BUILDER | {"max_seq_len": changes.get("max_position_embeddings", 256)}))
+    with pytest.raises(ValueError, match=message):
+        check(LLAMA | changes, model, "LLAMA2")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_activation": "gelu"}, {"attn_logit_softcapping": 30.0}, {"final_logit_softcapping": 20.0},
+        {"query_pre_attn_scalar": 16}, {"sliding_window": 32}, {"layer_types": ["full_attention"] * 4},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_gemma_2_adds_is_compared_too(changes):
+    model = built(GEMMA2, **(BUILDER | FAMILIES["gemma2"][2]))
+    with pytest.raises(ValueError, match="computes something else than config.json|has attention windows"):
+        check(FAMILIES["gemma2"][-1].to_dict() | changes, model, "GEMMA2")
+
+
+def test_a_builder_with_biases_that_the_model_lacks_is_refused():
+    config = Qwen2Config(**SIZES).to_dict() | {"model_type": "llama", "attention_bias": False}
+    with pytest.raises(ValueError, match="config.json has no layers.0.attn"):
+        check(config, built(QWEN2, **(BUILDER | {"norm_eps": 1e-5, "rope_base": 10_000.0})), "LLAMA2")
+
+
+def test_rows_end_where_a_builder_without_windows_would_see_more():
+    model = built("torchtune.models.mistral.mistral", **BUILDER)
+    check(MistralConfig(**SIZES, sliding_window=100).to_dict(), model, "MISTRAL")
+    assert model.max_seq_len == 100
+    model = built("torchtune.models.mistral.mistral", **BUILDER)
+    check(MistralConfig(**SIZES, sliding_window=None).to_dict(), model, "MISTRAL")
+    assert model.max_seq_len == 256
+
+
+# The fields that matter of config.json on the hub, of the models for which configs are shipped.
+PUBLISHED = {
+    "llama2/7B_owlore": {
+        "model_type": "llama", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    },
+    "llama2/13B_owlore": {
+        "model_type": "llama", "vocab_size": 32_000, "hidden_size": 5120, "intermediate_size": 13_824,
+        "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    },
+    "llama3/8B_owlore": {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    },
+    "llama3_1/8B_owlore": {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0, "rope_scaling": LLAMA3_ROPE, "max_position_embeddings": 131_072,
+        "tie_word_embeddings": False,
+    },
+    "llama3_2/1B_owlore": {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0, "rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "max_position_embeddings": 131_072,
+        "tie_word_embeddings": True,
+    },
+    "llama3_2/3B_owlore": {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 3072, "intermediate_size": 8192, "head_dim": 128,
+        "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0, "rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "max_position_embeddings": 131_072,
+        "tie_word_embeddings": True,
+    },
+    "mistral/7B_owlore": {
+        "model_type": "mistral", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0, "max_position_embeddings": 32_768, "sliding_window": 4096, "tie_word_embeddings": False,
+    },
+    "qwen2_5/0.5B_owlore": {
+        "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0, "max_position_embeddings": 32_768, "sliding_window": 32_768,
+        "use_sliding_window": False, "tie_word_embeddings": True,
+    },
+    "qwen2_5/7B_owlore": {
+        "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0, "max_position_embeddings": 32_768, "sliding_window": 131_072,
+        "use_sliding_window": False, "tie_word_embeddings": False,
+    },
+    "gemma2/2B_owlore": {
+        "model_type": "gemma2", "vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216,
+        "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "max_position_embeddings": 8192, "sliding_window": 4096,
+        "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "phi3/mini_owlore": {
+        "model_type": "phi3", "vocab_size": 32_064, "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0, "max_position_embeddings": 4096, "sliding_window": 2047, "tie_word_embeddings": False,
+        "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shipped_builders_agree_with_the_published_models(name):
+    cfg = load_config(name)
+    with torch.device("meta"):
+        model = tune_config.instantiate(cfg.model)
+    check(PUBLISHED[name], model, cfg.checkpointer.model_type)
+
+
+REAL_MISTAKES = {  # models that a builder fits in shape: (config with the builder, fields of the other model's config)
+    "Qwen2.5-Math-7B": ("qwen2_5/7B_owlore", {"rope_theta": 10_000.0}),
+    "Mistral-7B-v0.2": ("mistral/7B_owlore", {"rope_theta": 1_000_000.0, "sliding_window": None}),
+    "Phi-3-mini-128k": (
+        "phi3/mini_owlore",
+        {
+            "max_position_embeddings": 131_072, "sliding_window": 262_144,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.1] * 48, "long_factor": [4.0] * 48},
+        },
+    ),
+    "LLaMA 3 with the builder of 3.1": ("llama3_1/8B_owlore", {"rope_scaling": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", REAL_MISTAKES)
+def test_models_of_the_same_shape_are_told_apart(model):
+    name, changes = REAL_MISTAKES[model]
+    cfg = load_config(name)
+    with torch.device("meta"):
+        built_model = tune_config.instantiate(cfg.model)
+    with pytest.raises(ValueError, match="has rope_theta|computes something else than|cannot be compared"):
+        check(PUBLISHED[name] | changes, built_model, cfg.checkpointer.model_type)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_training_and_evaluation_compare(quantized, tiny_config, tmp_path):
+    tiny_config["model"] |= {"num_heads": 2, "num_kv_heads": 1}
+    if quantized:
+        tiny_config["owlore"]["weights"] = "int8"
+    with pytest.raises(ConfigError, match="builder has num_attention_heads=2, and config.json has 4"):
+        prepare(tiny_config)
+    evaluation = OmegaConf.to_container(load_config("eval/mmlu_dev"), resolve=False)
+    evaluation |= {"output_dir": str(tmp_path / "eval"), "model": tiny_config["model"], "device": "cpu"}
+    evaluation["checkpointer"] = tiny_config["checkpointer"]
+    with pytest.raises(ConfigError, match="builder has num_attention_heads=2, and config.json has 4"):
+        OwLoreEvalRecipe(OmegaConf.create(evaluation)).setup()
+
+
+# A head of its own, and a builder that ties it
+
+
+@pytest.fixture
+def lying(tiny_dir, tmp_path):
+    """A directory whose config.json says that the head is tied, and whose weights have another one."""
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    config = json.loads((tiny_dir / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "model"
+
+
+TIED = {"_component_": "torchtune.models.llama3_2.llama3_2", "scale_factor": 1, "rope_base": 10_000}
+
+
+@pytest.mark.parametrize("weights", ["full", "int8"])
+def test_a_head_of_its_own_is_not_dropped(weights, tiny_config, lying):
+    tiny_config["model"] = dict(TINY_MODEL) | TIED
+    tiny_config["owlore"]["weights"] = weights
+    tiny_config["checkpointer"]["model_type"] = "LLAMA3_2"
+    with pytest.raises(ConfigError, match="builder has tie_word_embeddings=True, and config.json has False"):
+        prepare(tiny_config)
+    tiny_config["checkpointer"]["checkpoint_dir"] = str(lying)
+    with pytest.raises(ConfigError, match="has an output head that differs from the embeddings"):
+        prepare(tiny_config)
+    stored = load_file(lying / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, lying / "model.safetensors", metadata={"format": "pt"})
+    finetune(tiny_config)
+
+
+# Decoders of transformers
+
+
+def test_decoders_are_compared_with_transformers_own(monkeypatch):
+    found = []
+    distance = differences._distance
+    monkeypatch.setattr(twin, "_accepted", set())
+    monkeypatch.setattr(differences, "_distance", lambda a, b: found.append(distance(a, b)) or found[-1])
+    with torch.device("meta"):
+        hf_decoder(**Qwen3Config(**SIZES, head_dim=8).to_dict())
+    assert len(found) >= 2 and max(found) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DogeConfig(num_hidden_layers=2), Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True)],
+    ids=["a mask of its own", "sees the future"],
+)
+def test_attention_that_is_not_reproduced_is_refused(config):
+    with torch.device("meta"), pytest.raises(ValueError, match="attention or positions that OwLore does not reproduce"):
+        hf_decoder(**config.to_dict())
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+LISTED = re.search(r"pass the comparison:(.*?)\.\n", PAGE, re.DOTALL)[1].replace("(in full precision)", "")
+LISTED = re.findall(r"\w+", LISTED.replace(" and ", " "))
+LATENT = dict(
+    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16
+)  # fmt: skip
+MORE_SIZES = {  # of families whose defaults do not go with small sizes
+    "deepseek_v2": LATENT | dict(head_dim=8, topk_method="greedy", n_group=1, topk_group=1, num_experts_per_tok=2),
+    "minicpm3": LATENT, "youtu": LATENT, "hunyuan_v1_dense": dict(head_dim=16), "ministral": dict(head_dim=16),
+    "hunyuan_v1_moe": dict(head_dim=16, num_experts=4, moe_topk=2),
+    "nemotron": dict(head_dim=16, num_key_value_heads=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LISTED)
+def test_a_family_that_the_docs_name_computes_the_same_as_transformers(family, monkeypatch):
+    found = []
+    distance = differences._distance
+    monkeypatch.setattr(twin, "_accepted", set())
+    monkeypatch.setattr(differences, "_distance", lambda a, b: found.append(distance(a, b)) or found[-1])
+    sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0)
+    with torch.device("meta"):
+        hf_decoder(model_type=family, **(sizes | MORE_SIZES.get(family, {})))
+    assert len(found) >= 2 and max(found[-2:]) < 2e-5
+
+
+def test_the_docs_name_many_families():
+    assert len(LISTED) == len(set(LISTED)) >= 48
+
+
+def test_a_model_that_cannot_be_compared_is_refused():
+    config = DeepseekV2Config(num_hidden_layers=2, q_lora_rank=64, topk_method="none of them")
+    with torch.device("meta"), pytest.raises(ValueError, match="model_type=deepseek_v2 cannot be compared with transf"):
+        hf_decoder(**config.to_dict())
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 16, "long_factor": [4.0] * 16,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def test_rows_end_where_rotary_embeddings_would_depend_on_the_longest():
+    """In a packed row, a sample's would depend on its neighbours."""
+    sizes = SIZES | {"hidden_size": 128}
+    with torch.device("meta"):
+        model = hf_decoder(model_type="llama", **sizes, rope_parameters=LONGROPE)
+        assert model.max_seq_len == 64
+        with pytest.raises(ValueError, match="rope_type=dynamic: rotary embeddings depend on a row's length"):
+            hf_decoder(model_type="llama", **SIZES, rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 4.0})
+    with pytest.raises(ValueError, match="rope_type=dynamic: rotary embeddings depend on a row's length"):
+        dynamic = LLAMA | {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 4.0}}
+        check(dynamic, built(LLAMA2, **(BUILDER | {"max_seq_len": 1024})), "LLAMA2")
+
+
+@pytest.mark.parametrize("config", [DogeConfig, Gemma3TextConfig])
+def test_longrope_hides_nothing(config):
+    """Its factors are cut with the heads of the copy."""
+    more = (
+        {"use_bidirectional_attention": True, "layer_types": ["full_attention"] * 4}
+        if config is Gemma3TextConfig
+        else {}
+    )
+    sizes = SIZES | {"hidden_size": 128, "head_dim": 32}
+    rope = {"full_attention": LONGROPE} if config is Gemma3TextConfig else LONGROPE
+    with torch.device("meta"), pytest.raises(ValueError, match="does not reproduce|cannot be compared"):
+        hf_decoder(**config(**sizes, **more, rope_parameters=rope).to_dict())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+        {"rope_parameters": ROPE | {"rope_theta": 2e4}},
+    ],
+    ids=["heads", "rope"],
+)
+def test_a_decoder_of_another_directory_is_refused(changes, tmp_path):
+    """``model.path`` and ``checkpointer.checkpoint_dir`` differ, and all weights fit."""
+    source = hf_model(LlamaConfig(**SIZES, head_dim=8), tmp_path / "source")
+    described = json.loads((source / "config.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(described | changes))
+    with torch.device("meta"):
+        model = hf_decoder(str(tmp_path / "other"))
+    with pytest.raises(
+        ConfigError, match="model.rope_parameters=|attention or positions that OwLore does not reproduce"
+    ):
+        HFCheckpointer(str(source), "HF").check_model(model)
+
+
+def test_fields_that_were_left_out_are_compared(tmp_path):
+    granite = GraniteConfig(**SIZES, embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=8.0)
+    source = hf_model(granite, tmp_path / "source")
+    with torch.device("meta"):
+        model = hf_decoder(model_type="granite", **{k: v for k, v in SIZES.items() if k != "dtype"})
+    with pytest.raises(ConfigError, match="differ from those of transformers by"):
+        HFCheckpointer(str(source), "HF").check_model(model)
+
+
+def test_a_builder_that_differs_in_one_layer_is_refused():
+    model = built(LLAMA2, **BUILDER)
+    model.layers[3].mlp_norm.eps = model.layers[3].sa_norm.eps = 1e-2
+    with pytest.raises(ValueError, match="builder has rms_norm_eps=0.01, and config.json has 1e-05"):
+        check(LLAMA, model, "LLAMA2")
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h", "gemma3n", "gemma4_assistant"])
+def test_families_that_transformers_itself_does_not_build_end_in_no_traceback(family):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"{family}|gemma3n_text"):
+        hf_decoder(model_type=family)
+
+
+def test_a_bias_of_a_tied_head_is_refused_before_weights_load():
+    config = PhiConfig(num_hidden_layers=2, tie_word_embeddings=True)
+    with torch.device("meta"), pytest.raises(ValueError, match="PhiForCausalLM has a bias in a head that is tied"):
+        hf_decoder(**config.to_dict())
+
+
+# Weights that are not in full precision
+
+
+def test_a_quantized_model_is_refused_by_name(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    config = json.loads((tiny_dir / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitnet"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    for model_type in ("LLAMA2", "HF"):
+        with pytest.raises(ValueError, match=r"quantization_config \(quant_method=bitnet\), and quantized weights"):
+            HFCheckpointer(str(tmp_path / "model"), model_type)
+    hf_model(BitNetConfig(**SIZES), tmp_path / "bitnet")
+    HFCheckpointer(str(tmp_path / "bitnet"), "HF")  # one in full precision is an ordinary model
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn, torch.bool])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_of_another_type_are_refused(dtype, kind, tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    stored = load_file(tiny_dir / "model.safetensors")
+    stored["model.layers.1.mlp.up_proj.weight"] = stored["model.layers.1.mlp.up_proj.weight"].to(dtype)
+    if kind == "bin":
+        (tmp_path / "model" / "model.safetensors").unlink()
+        torch.save(stored, tmp_path / "model" / "pytorch_model.bin")
+    else:
+        save_file(stored, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight in .* has the type .*; it is no weight in full"):
+        HFCheckpointer(str(tmp_path / "model"), "LLAMA2")
+
+
+def test_content_of_a_pytorch_file_that_is_no_tensor_is_refused(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    file = tmp_path / "model" / "pytorch_model.bin"
+    torch.save({"state_dict": {"a": torch.ones(2)}}, file)
+    with pytest.raises(ValueError, match="has a dict at state_dict, not a tensor; convert it first"):
+        HFCheckpointer(str(tmp_path / "model"), "LLAMA2")
+    torch.save({"a": torch.eye(2).to_sparse()}, file)
+    with pytest.raises(ValueError, match="has a tensor without plain values at a; convert it first"):
+        HFCheckpointer(str(tmp_path / "model"), "LLAMA2")
+    torch.save([torch.ones(2)], file)
+    with pytest.raises(ValueError, match="has a list, not a dict of tensors; convert it first"):
+        HFCheckpointer(str(tmp_path / "model"), "LLAMA2")
+
+
+def test_two_complete_sets_of_weights_are_refused(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    stored = load_file(tiny_dir / "model.safetensors")
+    save_file(stored, tmp_path / "model" / "other.safetensors")
+    with pytest.raises(
+        ValueError, match=r"is in model.safetensors and in other.safetensors .* such as \[model.safetensors\]"
+    ):
+        HFCheckpointer(str(tmp_path / "model"), "LLAMA2")
+    HFCheckpointer(str(tmp_path / "model"), "LLAMA2", ["model.safetensors"])
+    index = {"weight_map": dict.fromkeys(stored, "other.safetensors")}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="has model.safetensors, and an index that names other files; choose with"):
+        HFCheckpointer(str(tmp_path / "model"), "LLAMA2")

