@@ -51,19 +51,9 @@ bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and other
 	python benchmarks/gpu_counts.py --output benchmarks/gpu_counts.md
 	python benchmarks/llama2_7b.py --output benchmarks/llama2_7b.md
 	python benchmarks/memory_7b.py --output benchmarks/memory_7b.md --picture docs/pictures/memory_7b.png
-	python benchmarks/layer_step.py --output benchmarks/layer_step.md
-	python benchmarks/refresh.py --output benchmarks/refresh.md
-	python benchmarks/scoring.py --output benchmarks/scoring.md
-	python benchmarks/saving.py --output benchmarks/saving.md
+	python benchmarks/operations.py --output benchmarks/operations.md
 	python benchmarks/faults.py --output benchmarks/faults.md
-	python benchmarks/faults.py --runs 5 --signal TERM --output benchmarks/faults_sigterm.md
-	python benchmarks/faults.py --runs 3 --model smollm2 --output benchmarks/faults_smollm2.md
-	python benchmarks/faults.py --runs 20 --weights int8 --output benchmarks/faults_int8.md
-	python benchmarks/faults.py --runs 20 --weights nf4 --output benchmarks/faults_nf4.md
-	python benchmarks/faults_files.py --output benchmarks/faults_files.md
-	python benchmarks/distributed.py --output benchmarks/distributed.md
-	python benchmarks/distributed_steps.py --rounds 3 --output benchmarks/distributed_steps.md
-	python benchmarks/faults_distributed.py --output benchmarks/faults_distributed.md
+	python benchmarks/distributed.py --rounds 3 --output benchmarks/distributed.md
 ifdef DATA
 	python benchmarks/evaluation.py --data $(DATA) --output benchmarks/evaluation.md
 	python benchmarks/decoders.py --data $(DATA) --output benchmarks/decoders.md

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from evaluation import BATCH, NEW_TOKENS, arc, choices, mmlu, mmlu_of_one_subject, ours, seconds
-from report import command, machine, parser, publish
+from lib.report import command, machine, parser, publish
 
 from owlore_evals.generation import Prompts, generate
 from owlore_tune.models import hf_decoder

@@ -1,25 +1,32 @@
-"""SmolLM2-135M on several ranks against one process: differences of weights and losses, and optimizer state.
+"""Several ranks against one process, and the step time of OwLore on several ranks against torchtune's recipes.
 
-    python benchmarks/distributed.py [--ranks 2] [--output FILE]
+    python benchmarks/distributed.py [--ranks 2] [--rounds 1] [--steps 12] [--output benchmarks/distributed.md]
 
-Every row compares two `tune run`s that train on the same data in each step. Adam's eps is 1e-3: with a small eps, the
-rounding error of a tiny gradient becomes a full step. Data is packed, because outlier scores include padding. Ranks are
-GPUs if there are enough, otherwise CPU processes. The script fails if weights differ more than a row allows, if the
+Every row of the first table compares two `tune run`s that train on the same data in each step. Adam's eps is 1e-3: with
+a small eps, the rounding error of a tiny gradient becomes a full step. Data is packed, because outlier scores include
+padding. Ranks are GPUs if there are enough, otherwise CPU processes. The script fails if weights differ more than a row allows, if the
 size of the optimizer state changes, or if a rank holds more than 0.75 of the state of one process.
+
+Rounds of the second table are interleaved. Seconds and memory are measured on the first rank. Step time is the time
+from one logged step to the next, without the first two steps. Memory is the peak up to the last step. As in methods.py,
+one step in ten has a draw and new bases, and the draws are typical.
 """
 
 import json
 import os
+import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from report import command, machine, parser, publish
+from lib.report import command, machine, parser, publish
+from lib.tune_run import run_process
+from methods import MODELS, RESAMPLE_EVERY, Model, Result, row_config, step_seconds
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tqdm import tqdm
-from tune_run import run_process
 
 from owlore_tune.models.smollm2 import fetch
 
@@ -113,9 +120,60 @@ def compare(name: str, num_ranks: int) -> tuple[str, str | None]:
     return row, missed
 
 
+RECIPES = {
+    "OwLore, γ=2": ["owlore_full_finetune"],
+    "OwLore, γ=5": ["owlore_full_finetune"],
+    "torchtune full": ["torchtune_on_gloo", "full_finetune_distributed"],
+    "torchtune LoRA, r=16": ["torchtune_on_gloo", "lora_finetune_distributed"],
+}
+
+
+def time_row(row: str, model: Model, num_ranks: int, steps: int, result: Result) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        config = row_config(row, model, scratch, steps, RESAMPLE_EVERY)
+        if row == "torchtune full":  # its sharded state fits without 8-bit
+            config |= {
+                "optimizer_in_bwd": False,
+                "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-5, "fused": True},
+            }
+        OmegaConf.save(OmegaConf.create(config), scratch / "config.yaml")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+        command = [*torchrun, "-m", *RECIPES[row], "--config", str(scratch / "config.yaml")]
+        run_process(command, log=scratch / "log.txt")
+        lines = [json.loads(line) for line in (scratch / "steps.jsonl").read_text().splitlines()]
+    result.seconds += step_seconds(lines)
+    result.peak = max(result.peak, lines[-1]["peak_memory"])
+
+
+def steps_section(model: Model, num_ranks: int, rounds: int, steps: int) -> list[str]:
+    """The table of step times."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    results = {row: Result(tokens=num_ranks * model.seq_len) for row in RECIPES}
+    for row, result in tqdm(list(results.items()) * rounds, unit="run"):
+        time_row(row, model, num_ranks, steps, result)
+    mean = {row: statistics.mean(result.seconds) for row, result in results.items()}
+    return [
+        "## A step on several ranks", "",
+        f"MMLU dev packed {model.batch_size} × {model.seq_len} tokens per rank, {model.dtype}, rank 128, LoRA on all "
+        f"Linears; {rounds} interleaved rounds of {steps} steps.", "",
+        "| run | mean step, s | median | tokens/s | peak memory per rank, GB | step / torchtune full "
+        "| step / torchtune LoRA, r=16 |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row} | {mean[row]:.2f} | {statistics.median(result.seconds):.2f} | {result.tokens / mean[row]:.0f} "
+            f"| {result.peak:.2f} | {mean[row] / mean['torchtune full']:.2f} "
+            f"| {mean[row] / mean['torchtune LoRA, r=16']:.2f} |"
+            for row, result in results.items()
+        ),
+    ]  # fmt: skip
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--ranks", type=int, default=2)
+    arguments.add_argument("--rounds", type=int, default=1)
+    arguments.add_argument("--steps", type=int, default=12)
     arguments.add_argument("--rows", nargs="+", choices=CASES, default=list(CASES))
     args = arguments.parse_args()
     if ROWS_PER_FORWARD % args.ranks:
@@ -123,7 +181,7 @@ def main() -> None:
     fetch()
     rows, missed = zip(*(compare(name, args.ranks) for name in tqdm(args.rows)), strict=True)
     lines = [
-        "# Several ranks against one process",
+        "# Several ranks",
         "",
         f"SmolLM2-135M, fp32 unless a row says otherwise, γ=2, gradients at rank 16, {ROWS_PER_FORWARD} × 128 tokens "
         f"per forward over all ranks; {machine()}. Command: {command()}.",
@@ -135,6 +193,8 @@ def main() -> None:
         "| per rank, MB | ratio | changes? |",
         "|---|---|---|---|---|---|---|---|---|",
         *rows,
+        "",
+        *steps_section(replace(MODELS["smollm2"], batch_size=1), args.ranks, args.rounds, args.steps),
     ]
     publish(lines, args.output)
     if any(missed):

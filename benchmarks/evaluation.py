@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lib.report import command, machine, parser, publish
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from report import command, machine, parser, publish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from owlore_evals.generation import Prompts, generate

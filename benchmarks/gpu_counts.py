@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 import torch
-from report import command, parser, publish
+from lib.report import command, parser, publish
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.backends.registry import register_backend
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -4,19 +4,18 @@
 
 Each row is a complete `tune run` of configs/llama2/7B_owlore.yaml or 13B_owlore.yaml: load 13.5 or 26 GB from disk,
 score the layers, train three steps of 1 × 512 tokens over two draws, and save. Random weights in the real layout are
-created below ``--models`` if they are not there (random_checkpoint.py). Memory and time do not depend on the values of
+created below ``--models`` if they are not there (`owlore random`). Memory and time do not depend on the values of
 the weights.
 """
 
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from report import command, machine, parser, publish
-from tune_run import tune_run
+from lib.report import command, machine, parser, publish
+from lib.tune_run import tune_run
 
 from owlore_tune.data.builders import mmlu_dev_rows
 from owlore_tune.run.records import read_records
@@ -61,8 +60,7 @@ def random_model(size: str, models: Path) -> Path:
     """Return the directory of a model of this size. Create it if it does not exist."""
     model = models / f"Llama-2-{size.lower()}-hf"
     if not (model / "config.json").is_file():
-        script = Path(__file__).with_name("random_checkpoint.py")
-        subprocess.run([sys.executable, script, f"--config=llama2/{size}_owlore", "--output", model], check=True)
+        subprocess.run(["owlore", "random", f"--config=llama2/{size}_owlore", "--output", model], check=True)
     return model
 
 

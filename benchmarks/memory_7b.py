@@ -9,7 +9,7 @@ measured by llama2_7b.py, on a CPU.
 from dataclasses import asdict
 from pathlib import Path
 
-from report import command, parser, publish
+from lib.report import command, parser, publish
 
 from owlore_tune.config import load_config
 from owlore_tune.memory.plan import MemoryPlan

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from lib.report import command, machine, parser, publish
+from lib.tune_run import run_process, tune_run
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from report import command, machine, parser, publish
 from torchtune import config, training
-from tune_run import run_process, tune_run
 
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.models.smollm2 import fetch
@@ -89,8 +89,7 @@ class Model:
             return fetch()
         directory = Path("/tmp/Llama-2-7b-hf")
         if not (directory / "config.json").is_file():
-            script = Path(__file__).with_name("random_checkpoint.py")
-            subprocess.run([sys.executable, script, "--config", self.config, "--output", directory], check=True)
+            subprocess.run(["owlore", "random", "--config", self.config, "--output", directory], check=True)
         return directory
 
 
@@ -233,7 +232,7 @@ def run(row: str, model: Model, steps: int, resample_every: int) -> tuple[list[d
         if row in PEERS:
             every = GALORE_GAP if row == "galore-torch" else resample_every
             peak = run_process(
-                [sys.executable, str(Path(__file__).with_name("peers.py")), PEERS[row],
+                [sys.executable, str(Path(__file__).with_name("lib") / "peers.py"), PEERS[row],
                  f"--model={model.directory()}", f"--steps={steps}", f"--resample-every={every}",
                  f"--batch-size={model.batch_size}", f"--seq-len={model.seq_len}", f"--dtype={model.dtype}",
                  f"--output={scratch / 'steps.jsonl'}", "--middle-blocks",

@@ -4,9 +4,10 @@
 
 DIR holds math/ and commonsense/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
 512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1 (OwLore: after projection), no
-weight decay, float32 weights with products in bfloat16 (see bf16_products.py). The seed shuffles the data and seeds the
-draws. OwLore and LISA, which is a setting of the same recipe, draw layers every 10 steps. BAdam changes its layer every
-3 steps, so that every layer trains once, which is its authors' rule. GaLore refreshes its projections every 50 steps.
+weight decay, float32 weights with products in bfloat16 (see lib/bf16_products.py). The seed shuffles the data and
+seeds the draws. OwLore and LISA, which is a setting of the same recipe, draw layers every 10 steps. BAdam changes its
+layer every 3 steps, so that every layer trains once, which is its authors' rule. GaLore refreshes its projections every
+50 steps.
 
 Learning rates are tuned on 100 held-out arithmetic problems in runs of 40 steps with one seed. The grid is extended
 until its best value is not at the edge. Final runs take 100 steps, all methods with one seed, then with the next.
@@ -54,7 +55,7 @@ SEQ_LEN, BATCH_SIZE = 512, 1
 TUNING_STEPS, STEPS = 40, 100
 RESAMPLE_EVERY = 10
 SEEDS = (0, 1, 2)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as in peers.py
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as in lib/peers.py
 MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
 COMMONSENSE = ("ARC-Easy", "openbookqa", "boolq")
 STEP_OF_GRID = 10**0.5
@@ -64,7 +65,7 @@ STEP_OF_GRID = 10**0.5
 class Method:
     """A way to train, with the learning rates to begin its tuning with."""
 
-    runner: str  # torchtune: a recipe of torchtune; peer: peers.py; owlore: our recipe
+    runner: str  # torchtune: a recipe of torchtune; peer: lib/peers.py; owlore: our recipe
     settings: dict[str, Any]  # overrides of the config, or arguments of the runner
     lrs: tuple[float, ...] = ()
     tuned_as: str | None = None  # the method whose tuned learning rate is used instead
@@ -137,10 +138,10 @@ class Study:
         self._answers = answers
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self._environment["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            [str(Path(__file__).with_name("lib")), os.environ.get("PYTHONPATH", "")]
         )
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("medium")  # as in bf16_products.py
+        torch.set_float32_matmul_precision("medium")  # as in lib/bf16_products.py
         self.rows = {row["key"]: row for row in read_lines(ROWS)}
 
     def row(self, run: Run) -> dict[str, Any]:
@@ -184,7 +185,7 @@ class Study:
         settings, output = method.settings, scratch / "run"
         if method.runner == "peer":
             command = [
-                str(Path(__file__).with_name("peers.py")), settings["method"], f"--model={fetch()}",
+                str(Path(__file__).with_name("lib") / "peers.py"), settings["method"], f"--model={fetch()}",
                 f"--data={train}", f"--lr={run.lr}", f"--steps={run.steps}", f"--seed={run.seed}", f"--save={output}",
                 "--warmup=10", "--clip=1.0", f"--batch-size={BATCH_SIZE}", f"--seq-len={SEQ_LEN}",
                 f"--resample-every={settings['every']}", f"--output={scratch / 'steps.jsonl'}",
@@ -215,7 +216,7 @@ class Study:
         return counts
 
     def _call(self, command: list[str], scratch: Path) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("bf16_products.py")), *command]
+        command = [sys.executable, str(Path(__file__).with_name("lib") / "bf16_products.py"), *command]
         with (scratch / "log.txt").open("w") as log:
             done = subprocess.run(command, stdout=log, stderr=log, env=self._environment, check=False)
         if done.returncode:

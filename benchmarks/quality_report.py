@@ -44,6 +44,8 @@ MEASURED_AS = {
     "OwLore, γ=2, r=128": "OwLore, γ=2",
     "OwLore, γ=5, r=128, int8": "OwLore, γ=5, int8",
     "OwLore, γ=2, r=128, int8": "OwLore, γ=2, int8",
+    "OwLore, all layers, r=64": "OwLore, all layers, rank 64",
+    "OwLore, all layers, r=64, int8": "OwLore, all layers, rank 64, int8",
 }
 
 # Answers are "the correct answer is answerN" (of 4) or true or false, and the token that ends the turn.

@@ -50,6 +50,16 @@ def download(args: argparse.Namespace) -> None:
     print(fetch(user_path(args.output_dir) if args.output_dir else None))
 
 
+def random(args: argparse.Namespace) -> None:
+    """write random weights in the size and layout of a config's model, for machines without a hub"""
+    from owlore_tune.config import load_config
+    from owlore_tune.run.random_weights import write_random
+
+    output = user_path(args.output)
+    write_random(load_config(args.config, args.overrides), output)
+    print(output)
+
+
 def validate(args: argparse.Namespace) -> None:
     """check a config and its components, without loading weights or data"""
     from owlore_tune.config import check_components, load_config
@@ -192,6 +202,8 @@ def parser() -> argparse.ArgumentParser:
     downloading = command(download)
     downloading.add_argument("model", choices=["smollm2"])
     downloading.add_argument("--output-dir", help="directory, instead of the user's cache directory")
+    making = config_command(random)
+    making.add_argument("--output", required=True, metavar="DIR", help="directory to create")
     config_command(validate)
     scoring = config_command(score)
     scoring.add_argument(

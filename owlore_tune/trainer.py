@@ -31,8 +31,8 @@ MASTERS = "masters"
 class OwLoreCallback(TrainerCallback):
     """Draws layers in the Trainer, saves and restores the schedule with the optimizer's state, and logs the draw.
 
-    The Trainer's own clipping, accumulation, schedule and gradient scaler work as they are. What it saves are weights
-    with the updates so far. The optimizer's state has what an exact resume needs beside them. Make the callback before
+    The Trainer's own clipping, accumulation, schedule and gradient scaler work as they are. It saves weights with the
+    updates so far. The optimizer's state has what an exact resume needs beside them. Make the callback before
     the Trainer, which moves the model to its device.
 
     Args:
@@ -40,7 +40,7 @@ class OwLoreCallback(TrainerCallback):
         schedule: with the optimizer of the Trainer.
 
     Raises:
-        ValueError: at the start of training, if a setting would train something else without an error; or while a state
+        ValueError: at the start of training, if a setting would silently change the training; or while a state
             is loaded that does not go with the schedule.
     """
 

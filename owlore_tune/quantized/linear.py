@@ -73,7 +73,7 @@ def restore(module: Any, weight: Tensor) -> None:
 
 @contextmanager
 def in_full_precision(modules: dict[Any, Tensor]) -> Iterator[None]:
-    """Have modules compute with full-precision weights, given by module, whatever their forward is outside."""
+    """Have modules compute with full-precision weights, given by module, during the block."""
     kept = {module: vars(module).pop("forward") for module in modules}
     for module, weight in modules.items():
         set_value(module.weight, weight)

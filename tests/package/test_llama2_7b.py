@@ -2,12 +2,10 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "random_checkpoint.py"
+RANDOM = ["owlore", "random", "--config", "llama2/7B_owlore", "--output"]
 SMALL = [
     "model._component_=torchtune.models.llama2.llama2", "model.vocab_size=2000", "model.num_layers=3",
     "model.num_heads=4", "model.num_kv_heads=4", "model.embed_dim=64", "model.intermediate_dim=96",
@@ -19,7 +17,7 @@ def test_random_weights_train_by_the_7b_config_and_load_in_transformers(tmp_path
     from transformers import AutoModelForCausalLM
 
     weights, output = tmp_path / "weights", tmp_path / "run"
-    subprocess.run([sys.executable, SCRIPT, "--output", weights, *SMALL], check=True)
+    subprocess.run([*RANDOM, weights, *SMALL], check=True)
     index = json.loads((weights / "model.safetensors.index.json").read_text())
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= index["weight_map"].keys()
     command = [
@@ -47,5 +45,5 @@ def test_random_weights_train_by_the_7b_config_and_load_in_transformers(tmp_path
 
 
 def test_an_existing_directory_is_not_overwritten(tmp_path):
-    result = subprocess.run([sys.executable, SCRIPT, "--output", tmp_path, *SMALL], capture_output=True, text=True)
+    result = subprocess.run([*RANDOM, tmp_path, *SMALL], capture_output=True, text=True)
     assert result.returncode != 0 and "exists" in result.stderr

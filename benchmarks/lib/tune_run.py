@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def tune_run(recipe: str, config: str | Path, *overrides: str, log: Path) -> float:
-    """`tune run` a recipe. Modules in benchmarks/ can be used as recipes or config components."""
+    """`tune run` a recipe. Modules beside this one can be used as recipes or config components."""
     return run_process(["tune", "run", recipe, "--config", str(config), *overrides], log=log)
 
 

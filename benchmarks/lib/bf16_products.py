@@ -1,6 +1,6 @@
 """Run a program with products of float32 matrices computed from bfloat16 copies, accumulated in float32.
 
-    python benchmarks/bf16_products.py PROGRAM [ARGUMENT ...]
+    python benchmarks/lib/bf16_products.py PROGRAM [ARGUMENT ...]
 
 PROGRAM is a Python file or a Python command such as tune. Weights, gradients and optimizer state stay float32. A CPU
 without bfloat16 instructions ignores the setting.

@@ -1,6 +1,6 @@
 """A plain training loop on the transformers model, with the published optimizers of other methods.
 
-    python benchmarks/peers.py galore|badam|lisa --model DIR --output steps.jsonl [--data FILE --lr LR --save DIR ...]
+    python benchmarks/lib/peers.py galore|badam|lisa --model DIR --output steps.jsonl [--data FILE --lr LR ...]
 
 galore is `galore-torch`'s AdamW and badam is `badam`'s BlockOptimizer, both from PyPI. lisa reimplements LISA's
 published code: one torch AdamW over all weights, with layers frozen and unfrozen in turn. The state of frozen layers is

@@ -1,38 +1,56 @@
-"""Create a checkpoint with random weights in a model's real size and layout, for machines without hub access.
+"""A model directory with random weights in a model's real size and layout, for machines without a hub.
 
-    python benchmarks/random_checkpoint.py --output /tmp/Llama-2-7b-hf [--config llama2/7B_owlore] [field=value ...]
-
-The model is taken from a training config. Weights are created, converted and written one shard at a time, so at most
-one shard is in memory. A few weights are outliers, otherwise all outlier scores would be 0. The small tokenizer is
-trained on the questions that ship with lm-evaluation-harness.
+Weights are created, converted and written one shard at a time, so at most one shard is in memory. A few weights are
+outliers, otherwise all outlier scores would be 0. The small tokenizer is trained on the questions that ship with
+lm-evaluation-harness.
 """
 
-import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torchtune import config
 from torchtune.models import convert_weights
-from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from owlore_tune.checkpoints.checkpointer import shards
-from owlore_tune.config import load_config
 from owlore_tune.data.builders import mmlu_dev_rows
+from owlore_tune.errors import ConfigError
 from owlore_tune.models.decoder import find_layers
 
 ARCHITECTURES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "MISTRAL": "mistral"}
 
 
-def write_weights(model: TransformerDecoder, directory: Path, shard_bytes: int = 10**9) -> None:
+def write_random(cfg: DictConfig, directory: Path) -> None:
+    """Write a model directory for the model of a training config. config.json comes last: it marks a complete one.
+
+    Raises:
+        ConfigError: if ``directory`` exists, because it may hold real weights, or the layout is not known.
+    """
+    model_type = cfg.checkpointer.model_type
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(f"checkpointer.model_type={model_type}; random weights need {', '.join(ARCHITECTURES)}")
+    if directory.exists():
+        raise ConfigError(f"{directory} exists; choose another directory, or remove it first")
+    directory.mkdir(parents=True)
+    with torch.device("meta"):
+        model = config.instantiate(cfg.model)
+    write_weights(model, directory)
+    write_tokenizer(directory)
+    (directory / "config.json").write_text(json.dumps(hf_config(model, model_type), indent=2))
+
+
+def write_weights(model: Any, directory: Path, shard_bytes: int = 10**9) -> None:
     """Write random bfloat16 weights for ``model`` (on the meta device) in shards with an index."""
     generator = torch.Generator().manual_seed(0)
     pieces = list(shards(model, shard_bytes))
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, shard in enumerate(tqdm(pieces, desc="Writing random weights", unit="shard"), start=1):
         name = f"model-{number:05}-of-{len(pieces):05}.safetensors"
         weights = {key: random_weight(parameter, generator) for key, parameter in shard.items()}
@@ -53,18 +71,19 @@ def random_weight(parameter: Tensor, generator: torch.Generator) -> Tensor:
     return weight
 
 
-def head_sizes(model: TransformerDecoder) -> dict[str, int]:
-    attention = find_layers(model)[0].attn
+def head_sizes(model: Any) -> dict[str, int]:
+    layer: Any = find_layers(model)[0]
+    attention = layer.attn
     return {
         "num_heads": attention.num_heads, "num_kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
         "dim": model.tok_embeddings.weight.shape[1],
     }  # fmt: skip
 
 
-def hf_config(model: TransformerDecoder, model_type: str) -> dict:
+def hf_config(model: Any, model_type: str) -> dict:
     """Return the content of transformers' config.json for ``model``."""
-    sizes, layer = head_sizes(model), find_layers(model)[0]
-    kind, rope = ARCHITECTURES[model_type], layer.attn.pos_embeddings
+    layer: Any = find_layers(model)[0]
+    sizes, kind, rope = head_sizes(model), ARCHITECTURES[model_type], layer.attn.pos_embeddings
     scaling = {}
     if getattr(rope, "scale_factor", 1) != 1:
         scaling["rope_scaling"] = {
@@ -108,28 +127,3 @@ def write_tokenizer(directory: Path) -> None:
     )
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}
     (directory / "tokenizer_config.json").write_text(json.dumps(named, indent=2))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="llama2/7B_owlore", help="name or file of a training config")
-    parser.add_argument("--output", type=Path, required=True, help="directory to create")
-    parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
-    args = parser.parse_args()
-    cfg = load_config(args.config, args.overrides)
-    model_type = cfg.checkpointer.model_type
-    if model_type not in ARCHITECTURES:
-        parser.error(f"checkpointer.model_type={model_type}; this script knows {', '.join(ARCHITECTURES)}")
-    if args.output.exists():  # it may hold real weights
-        parser.error(f"--output={args.output} exists; choose another directory or remove it first")
-    args.output.mkdir(parents=True)
-    with torch.device("meta"):
-        model = config.instantiate(cfg.model)
-    write_weights(model, args.output)
-    write_tokenizer(args.output)
-    # Written last: config.json marks the directory as complete.
-    (args.output / "config.json").write_text(json.dumps(hf_config(model, model_type), indent=2))
-
-
-if __name__ == "__main__":
-    main()
