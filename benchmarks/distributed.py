@@ -4,8 +4,8 @@
 
 Every row of the first table compares two `tune run`s that train on the same data in each step. Adam's eps is 1e-3: with
 a small eps, the rounding error of a tiny gradient becomes a full step. Data is packed, because outlier scores include
-padding. Ranks are GPUs if there are enough, otherwise CPU processes. The script fails if weights differ more than a row allows, if the
-size of the optimizer state changes, or if a rank holds more than 0.75 of the state of one process.
+padding. Ranks are GPUs if there are enough, otherwise CPU processes. The script fails if weights differ more than a row
+allows, if the size of the optimizer state changes, or if a rank holds more than 0.75 of the state of one process.
 
 Rounds of the second table are interleaved. Seconds and memory are measured on the first rank. Step time is the time
 from one logged step to the next, without the first two steps. Memory is the peak up to the last step. As in methods.py,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lib.report import command, parser, publish
 
-from owlore_tune.config import load_config
+from owlore_tune.config_files import load_config
 from owlore_tune.memory.plan import MemoryPlan
 from owlore_tune.run.gpus import FREE_SHARE, INT8, NF4, SEQ_LEN
 from owlore_tune.run.planning import plan_run, plans_of_config

@@ -29,7 +29,7 @@ from torchtune.models.llama2 import llama2
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.config import load_config
+from owlore_tune.config_files import load_config
 from owlore_tune.data.builders import mmlu_dev_dataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.heap import reuse_freed_memory

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from owlore_evals.jsonl import append_line, read_lines
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.config import load_config
+from owlore_tune.config_files import load_config
 from owlore_tune.data.builders import instruction_dataset, read_file
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.loss import LinearCrossEntropyLoss

@@ -27,7 +27,7 @@ def ls(args: argparse.Namespace) -> None:
 
 def cp(args: argparse.Namespace) -> None:
     """copy a packaged config or recipe for editing"""
-    from owlore_tune.config import with_bases
+    from owlore_tune.config_files import with_bases
     from owlore_tune.expand import expanded
 
     target = _new_file(args.destination, args.force)
@@ -52,7 +52,7 @@ def download(args: argparse.Namespace) -> None:
 
 def random(args: argparse.Namespace) -> None:
     """write random weights in the size and layout of a config's model, for machines without a hub"""
-    from owlore_tune.config import load_config
+    from owlore_tune.config_files import load_config
     from owlore_tune.run.random_weights import write_random
 
     output = user_path(args.output)
@@ -62,7 +62,8 @@ def random(args: argparse.Namespace) -> None:
 
 def validate(args: argparse.Namespace) -> None:
     """check a config and its components, without loading weights or data"""
-    from owlore_tune.config import check_components, load_config
+    from owlore_tune.config import check_components
+    from owlore_tune.config_files import load_config
 
     cfg = load_config(args.config, args.overrides)
     if "owlore" in cfg:
@@ -87,7 +88,7 @@ def validate(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> None:
     """score a model's layers, and write the scores file and its chart"""
-    from owlore_tune.config import load_config
+    from owlore_tune.config_files import load_config
     from owlore_tune.run.plots import plot_scores
     from owlore_tune.run.scoring import score_model
     from owlore_tune.run.settings import TrainingSettings
@@ -110,7 +111,7 @@ def score(args: argparse.Namespace) -> None:
 
 def memory(args: argparse.Namespace) -> None:
     """plan the memory of a run by category, and compare it with other methods"""
-    from owlore_tune.config import load_config
+    from owlore_tune.config_files import load_config
     from owlore_tune.memory.plan import CATEGORIES
     from owlore_tune.run.planning import plans_of_config
     from owlore_tune.run.plots import plot_memory

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torchtune.utils import get_logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from owlore_tune.config import load_config
+from owlore_tune.config_files import load_config
 from owlore_tune.errors import errors_in_one_line
 from owlore_tune.run.signals import obey_signals
 

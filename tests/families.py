@@ -23,7 +23,7 @@ from transformers import (
     SmolLM3Config,
 )  # fmt: skip
 
-from owlore_tune.config import load_config
+from owlore_tune.config_files import load_config
 
 SIZES = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

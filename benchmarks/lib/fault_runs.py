@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.checkpoints.sealed import verify
-from owlore_tune.config import load_config
+from owlore_tune.config_files import load_config
 from owlore_tune.models.smollm2 import fetch
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.settings import TrainingSettings

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from owlore_tune.catalog import packaged_configs
-from owlore_tune.config import load_config
+from owlore_tune.config_files import load_config
 from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.run.build import build_model
 from owlore_tune.run.planning import formats, plan_run

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torchtune.utils import get_logger
 from tqdm import tqdm
 
-from owlore_tune.config import override
+from owlore_tune.config_files import override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.memory.peers import peer_plans

@@ -21,7 +21,8 @@ from owlore_evals.harness import load_tasks
 from owlore_evals.local_choices import first_option
 from owlore_evals.results import compare, read_scores, show_answers
 from owlore_tune.catalog import packaged_configs
-from owlore_tune.config import check_config, load_config
+from owlore_tune.config import check_config
+from owlore_tune.config_files import load_config
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 

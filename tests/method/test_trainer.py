@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from owlore_tune.config import load_config
+from owlore_tune.config_files import load_config
 from owlore_tune.layers import LayerSampler, Outlier, ProjectedLayers, Schedule, layer_scores
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.run.build import build_inputs

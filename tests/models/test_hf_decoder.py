@@ -28,7 +28,7 @@ from transformers import (
 )  # fmt: skip
 
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.config import load_config
+from owlore_tune.config_files import load_config
 from owlore_tune.errors import ConfigError
 from owlore_tune.layers import layer_scores
 from owlore_tune.models import hf_decoder, smollm2_135m

@@ -28,7 +28,7 @@ from transformers import (
 from owlore_eval import OwLoreEvalRecipe
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.checkpoints.layouts import converters
-from owlore_tune.config import load_config
+from owlore_tune.config_files import load_config
 from owlore_tune.errors import ConfigError
 from owlore_tune.models import differences, hf_decoder, twin
 from owlore_tune.models.twin import check_builder

@@ -15,7 +15,8 @@ from torchtune import config as tune_config
 from owlore_tune import cli
 from owlore_tune.catalog import find_config, packaged_configs
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.config import changed_fields, check_config, load_config, with_bases
+from owlore_tune.config import changed_fields, check_config
+from owlore_tune.config_files import load_config, with_bases
 from owlore_tune.errors import ConfigError
 from owlore_tune.expand import expanded
 from owlore_tune.run.planning import plan_run
