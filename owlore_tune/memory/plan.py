@@ -9,10 +9,11 @@ their matrices is an operation.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.layers.projected import ProjectedLayers
@@ -117,6 +118,7 @@ def plan_memory(
         layers = ProjectedLayers(step.model, **method.options)
         step.tracker.label = "projected"
         layers.activate(active)
+        _skip_bases_of_copies(layers)
         trained = list(layers.trained().values())
         step.keep_gradients_of(trained)
         step.run()  # in which backward makes the bases
@@ -147,8 +149,30 @@ def plan_memory(
     return complete(model, device, framework, sharding, shared, moments=int(method.state_per_value * values), **parts)
 
 
+def _skip_bases_of_copies(layers: ProjectedLayers) -> None:
+    """Make bases without their products, for weights with the shape of an earlier one of their layer.
+
+    The earlier one shows their memory. The products for all experts of a layer would take most of the plan's time.
+    """
+
+    def empty_basis(weight: ProjectedWeight, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = weight.trained.dtype
+        return torch.empty(_basis_rows(weight), weight.rank, dtype=dtype, device=x.device), x.new_empty((), dtype=dtype)
+
+    for index in layers.active:
+        seen: set[torch.Size] = set()
+        for weight in layers.layers[index].weights.values():
+            if weight.shape in seen:
+                weight.make_new = partial(empty_basis, weight)
+            seen.add(weight.shape)
+
+
+def _basis_rows(weight: ProjectedWeight) -> int:
+    return weight.shape[1] if weight.right else weight.shape[0]
+
+
 def _basis_bytes(weight: ProjectedWeight) -> int:
-    return (weight.shape[1] if weight.right else weight.shape[0]) * weight.rank * weight.linear.weight.itemsize
+    return _basis_rows(weight) * weight.rank * weight.linear.weight.itemsize
 
 
 def framework_bytes(device: torch.device) -> int:

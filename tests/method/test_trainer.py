@@ -262,9 +262,10 @@ def test_the_docs_examples_run(code, tiny_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = code.replace("num_active=5", "num_active=2").replace("rank=128", "rank=8")
     code = code.replace('("runs/', '(max_steps=2, use_cpu=True, bf16=False, report_to=[], output_dir="runs/')
-    code = code.replace("(model, calibration_batches)", "(model, calibration_batches, 3.0)")
+    code = code.replace('"outlier"', "Outlier(3.0)")
     data = rows(300)
     names = {
+        "Outlier": Outlier,
         "directory": tiny_dir,
         "dataset": data,
         "calibration_batches": [{"input_ids": torch.tensor(data[:4]["input_ids"])}],

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from owlore_tune.layers.scores import Outlier
 from owlore_tune.layers.scores_file import LayerScores
 from owlore_tune.run.scoring import score_model
 from owlore_tune.run.settings import TrainingSettings
@@ -253,10 +254,10 @@ PYTHON_EXAMPLES = [part.split("```")[0] for part in PAGE.split("```python\n")[1:
 
 def test_the_docs_training_example_runs(tokens):
     """The docs' code with a tiny model, and smaller numbers because a tiny model has few outliers."""
-    from conftest import tiny_llama
+    from tiny import tiny_llama
 
     (code,) = [example for example in PYTHON_EXAMPLES if "optimizer = " in example]
-    for large, small in (("rank=128", "rank=8"), ("num_active=5", "num_active=2"), ("threshold=13", "threshold=3")):
+    for large, small in (("rank=128", "rank=8"), ("num_active=5", "num_active=2"), ('"outlier"', "Outlier(3.0)")):
         code = code.replace(large, small)
     model = tiny_llama()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -264,7 +265,13 @@ def test_the_docs_training_example_runs(tokens):
     def loss(model, batch):
         return model(batch).logsumexp(-1).mean()
 
-    names = {"model": model, "calibration_batches": [{"tokens": tokens}], "batches": [tokens] * 3, "loss": loss}
+    names = {
+        "Outlier": Outlier,
+        "model": model,
+        "calibration_batches": [{"tokens": tokens}],
+        "batches": [tokens] * 3,
+        "loss": loss,
+    }
     exec(code, names)
     changed = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert len(changed) == 2
