@@ -1,5 +1,6 @@
 """Test models: tiny random models in the shape of real families, and SmolLM2."""
 
+import gc
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 import torch
 from tiny import TINY_MODEL, save_tokenizer
 
+from owlore_tune.heap import return_freed_memory
+from owlore_tune.memory.measure import resident_bytes
 from owlore_tune.models import smollm2
 
 
@@ -19,6 +22,15 @@ def no_pictures(request, monkeypatch):
     """Disable plots, which take seconds, except in tests marked ``pictures``."""
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr("owlore_tune.run.plots.plot_run", lambda run: [])
+
+
+@pytest.fixture(autouse=True)
+def return_memory():
+    """Return the memory of a large test to the system. glibc keeps it for reuse, and a worker would grow to 10 GB."""
+    yield
+    if resident_bytes() > 2 * 10**9:
+        gc.collect()
+        return_freed_memory(torch.device("cpu"))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 def weight_of(module: Any) -> QuantizedWeight:
     """The quantized weight of a module."""
-    return module.weight_format(*(getattr(module, field.name) for field in fields(module.weight_format)))
+    return module.weight_format(*[getattr(module, name) for name in module.weight_names])
 
 
 def quantize(module: Any, kind: str, products: str = "full") -> None:
@@ -48,7 +47,7 @@ def quantize(module: Any, kind: str, products: str = "full") -> None:
 
 def attach(module: Any, weight: QuantizedWeight, products: str, dtype: torch.dtype) -> None:
     """Make ``module`` compute with a quantized weight, in ``dtype``."""
-    module.weight_format = type(weight)
+    module.weight_format, module.weight_names = type(weight), list(weight.tensors())
     for name, tensor in weight.tensors().items():  # buffers, so that they move with the model
         module.register_buffer(name, tensor, persistent=False)
     if isinstance(module, nn.Embedding):
@@ -67,7 +66,7 @@ def restore(module: Any, weight: Tensor) -> None:
     """Undo `quantize` with the full-precision ``weight``."""
     set_value(module.weight, weight)
     if is_quantized(module):
-        for name in (*weight_of(module).tensors(), "forward", "weight_format"):
+        for name in (*module.weight_names, "forward", "weight_format", "weight_names"):
             delattr(module, name)
 
 
