@@ -14,13 +14,13 @@ install: $(VENV)/.installed
 
 # An earlier run is never removed: for another one, `make demo RUN=runs/demo_2`.
 RUN ?= runs/demo
-EVALUATE = tune run owlore_eval --config eval/mmlu_dev tasks=[mmlu_dev_held_out,mmlu_dev_worked]
+EVALUATE = tune run owlore_eval --config eval/mmlu_dev tasks=[mmlu_dev_held_out,mmlu_dev_worked] limit=30
 
 demo: install  # evaluate a real model, fine-tune it, evaluate it again
 	owlore download smollm2
 	$(EVALUATE) output_dir=$(RUN)/eval/before
-	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN)
-	$(EVALUATE) output_dir=$(RUN)/eval/after checkpointer.checkpoint_dir=$(RUN)/step_59
+	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN) max_steps_per_epoch=40
+	$(EVALUATE) output_dir=$(RUN)/eval/after checkpointer.checkpoint_dir=$(RUN)/step_40
 	owlore compare --answers 1 $(RUN)/eval/before $(RUN)/eval/after
 
 pictures: RUN = runs/pictures
