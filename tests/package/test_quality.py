@@ -29,24 +29,16 @@ def test_the_committed_report_is_made_from_the_committed_rows(quality_report):
 
 
 def test_the_readme_has_the_rows_of_the_report():
-    section = README.split("## Accuracy\n")[1].split("\n## ")[0]
+    section = README.split("## Speed and accuracy\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(rows) > 2 and set(rows) <= set((BENCHMARKS / "quality.md").read_text().splitlines())
-
-
-def test_the_readme_has_the_figures_of_the_methods(quality_report):
-    measured = quality_report.read_table(BENCHMARKS / "methods.md").values()
-    known = {(row["mean step, s"], row["peak memory, GB"], row["optimizer state, GB"]) for row in measured}
-    lines = README.split("memory / LoRA |\n")[1].split("\n\n")[0].splitlines()[1:]
-    figures = {tuple(cell.strip() for cell in line.split("|")[2:5]) for line in lines}
-    assert len(figures) > 8 and figures <= known
+    assert len(rows) == 8 and set(rows) <= set((BENCHMARKS / "quality.md").read_text().splitlines())
 
 
 def test_losses_in_the_documentation_are_those_of_the_report():
     text = README + (BENCHMARKS.parent / "docs" / "settings.md").read_text()
     losses = set(re.findall(r"0\.5\d{3}(?: ± 0\.\d{4})?", text))
     report = (BENCHMARKS / "quality.md").read_text()
-    assert len(losses) > 10 and [loss for loss in losses if loss not in report] == []
+    assert len(losses) > 6 and [loss for loss in losses if loss not in report] == []
 
 
 def row(method, lr, seed, loss, correct, steps=100, data="math", changes=None):
