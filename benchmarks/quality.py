@@ -110,7 +110,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What identifies a run, together with the settings of its method."""
+    """The values that identify a run, together with the settings of its method."""
 
     method: str
     lr: float

@@ -26,7 +26,7 @@ def no_pictures(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def return_memory():
-    """Return the memory of a large test to the system. glibc keeps it for reuse, and a worker would grow to 10 GB."""
+    """Return the memory of a large test to the system, which glibc keeps for reuse."""
     yield
     if resident_bytes() > 2 * 10**9:
         gc.collect()

@@ -48,7 +48,7 @@ class Score:
         return cls()
 
     def options(self) -> dict[str, Any]:
-        """What the scores depend on, apart from the model and the data, for a file of scores."""
+        """The values that the scores depend on beside the model and the data, for a file of scores."""
         return vars(self)
 
     def of_layer(self, layer: nn.Module, place: Place, norms: InputNorms | None) -> float:

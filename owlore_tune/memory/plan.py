@@ -26,7 +26,7 @@ from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.quantized.linear import is_quantized, quantizable_outside, weight_of
 
 # Empirical overhead of glibc fragmentation, as a share of the memory in use.
-# Measured memory over a plan without it: 1.05 to 1.10 on SmolLM2, 1.04 to 1.05 on 7B weights.
+# Measured memory over a plan without it: 1.02 to 1.13 on SmolLM2 (methods.md, the demo), 1.05 to 1.10 on 7B weights.
 HEAP_LOSS = 0.05
 MOST_ALIKE = 8  # weights of one shape in a layer without experts
 

@@ -67,16 +67,18 @@ class PlannedStep:
                 layer_types = {type(layer) for layer in find_layers(self.model)}
                 training.set_activation_checkpointing(self.model, auto_wrap_policy=layer_types)
             yield
+            for hook in self._hooks:
+                hook.remove()  # Python's garbage collector does not see them: the model would stay in memory
 
     def keep_gradients_of(self, trained: Iterable[Tensor]) -> None:
-        """Count gradients of ``trained`` as kept for the optimizer."""
+        """Count gradients of ``trained`` as kept for the optimizer, until `running` ends."""
+
+        def relabel(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                self.tracker.relabel(parameter.grad, "gradients")
+
         self._trained = list(trained)
-        for parameter in self._trained:
-            parameter.register_post_accumulate_grad_hook(
-                lambda parameter: (
-                    self.tracker.relabel(parameter.grad, "gradients") if parameter.grad is not None else None
-                )
-            )
+        self._hooks = [parameter.register_post_accumulate_grad_hook(relabel) for parameter in self._trained]
 
     def run(self) -> None:
         """Forward and backward. Gradients of the micro-batch before exist if steps have several."""

@@ -1,4 +1,4 @@
-"""Parts that `owlore_tune.models.hf_decoder.HFDecoder` adds to a model of transformers."""
+"""Parts that `owlore_tune.models.hf_model.HFDecoder` adds to a model of transformers."""
 
 from typing import Any
 

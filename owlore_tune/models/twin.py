@@ -258,7 +258,7 @@ def _shorten_factors(ropes: Any, old: int, new: int | None) -> None:
 
 
 def _seeded(build: Callable[[], Any]) -> Any:
-    """What ``build`` makes, with the same random numbers in every call."""
+    """The result of ``build``, with the same random numbers in every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build()

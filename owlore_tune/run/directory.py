@@ -185,7 +185,7 @@ class RunDirectory:
 
 
 def _place(path: Path) -> tuple[int, int] | None:
-    """What the directory is on its disk, whatever its name; None if it is gone."""
+    """An identity of the directory on its disk, which does not depend on its name; None if it is gone."""
     try:
         status = path.stat()
     except OSError:

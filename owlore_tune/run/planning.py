@@ -19,10 +19,8 @@ from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.run.build import Parts, build_inputs, build_optimizer, build_parts, is_packed, row_length
 from owlore_tune.run.settings import TrainingSettings
 
-# Overrides to try if a plan exceeds device_memory_limit, apart from `formats`: first each one, then all helpful ones
-# together.
+# The last overrides to try if a plan exceeds device_memory_limit, see `savings`
 SAVINGS = (
-    ("enable_activation_checkpointing=true",),
     ("owlore.train_embeddings=false", "owlore.train_output=false"),
     ("owlore.inactive_state=drop",),
     ("owlore.num_active_layers=2",),
@@ -165,15 +163,21 @@ def formats() -> list[tuple[str, str]]:
 
 
 def savings(settings: TrainingSettings, sharding: Sharding | None) -> list[tuple[str, ...]]:
-    """The overrides to try if a plan exceeds its limit."""
+    """The overrides to try if a plan exceeds its limit: first each one, then all helpful ones together."""
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
-    possible = [*SAVINGS[:1], *(formats() if sharding is None else []), *SAVINGS[1:]]
     eight_bits = (
         "optimizer=torchao.optim.AdamW8bit",
         *(["~optimizer.fused"] if "fused" in settings.cfg.optimizer else []),
     )
     offload = [(OFFLOAD,)] if sharding is not None and settings.device.type != "cpu" else []
-    return [("batch_size=1", f"gradient_accumulation_steps={rows}"), eight_bits, *possible, *offload]
+    return [
+        ("batch_size=1", f"gradient_accumulation_steps={rows}"),
+        eight_bits,
+        ("enable_activation_checkpointing=true",),
+        *(formats() if sharding is None else []),
+        *SAVINGS,
+        *offload,
+    ]
 
 
 def _step_shape(cfg: DictConfig, seq_len: int) -> StepShape:

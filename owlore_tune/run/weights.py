@@ -26,7 +26,7 @@ STORE = "weights"  # directory of the full-precision layers
 
 @dataclass(frozen=True)
 class Loading:
-    """What a run loads, from where, and where it goes."""
+    """The model to fill, and the places of its weights."""
 
     settings: TrainingSettings
     inputs: Inputs
@@ -86,7 +86,10 @@ def _open_store(loading: Loading) -> QuantizedLayers:
 
 
 def _load_and_quantize(loading: Loading, quantized: QuantizedLayers, score: Score | None) -> list[float]:
-    """Load, score and quantize the layers one by one, so that one of them at a time is in full precision."""
+    """Load, score and quantize the layers one by one, so that one of them at a time is in full precision.
+
+    Returns the scores; none without ``score``.
+    """
     settings, model, owlore = loading.settings, loading.model, loading.settings.owlore
     quantized.load(OUTSIDE, settings.device)
     with torch.device(settings.device):
@@ -102,7 +105,9 @@ def _load_and_quantize(loading: Loading, quantized: QuantizedLayers, score: Scor
         world=loading.world,
     )
     if score is None:
-        return [0.0 for _ in layers]
+        for _ in layers:
+            pass
+        return []
     with errors_of_scoring():
         return score_each(score, layers, len(find_layers(model)))
 

@@ -1,4 +1,4 @@
-"""Layers in few bits: what is saved is in full precision, and of layers that never trained bit for bit."""
+"""Layers in few bits: saved weights are in full precision, and bit-identical in layers that never trained."""
 
 import json
 import shutil

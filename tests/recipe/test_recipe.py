@@ -1,9 +1,11 @@
 """The recipe end to end on a tiny model, and its parts in Python as in the docs."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -246,6 +248,15 @@ def test_scoring_alone(tiny_config):
     assert isinstance(scores, LayerScores)
     assert len(scores.scores) == 4
     assert scores.data["batches"] == 8
+
+
+def test_nothing_keeps_the_weights_of_a_run_in_memory(tiny_config):
+    """Regression: hooks of the memory plan did, so processes with several runs grew by a model for each."""
+    recipe = finetune(tiny_config)
+    weight = weakref.ref(recipe._model.layers[0].attn.q_proj.weight)
+    del recipe
+    gc.collect()
+    assert weight() is None
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text()

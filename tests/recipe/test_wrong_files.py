@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from places import nonempty, refused, rewrite, with_json, with_yaml
+from test_refusals import EVALUATIONS, OVERRIDES
 
 import owlore_full_finetune
 from owlore_tune import cli
@@ -416,3 +417,7 @@ def test_a_wrong_command(case, place, capsys, monkeypatch):
     before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
     assert message in refused(cli.main, arguments, capsys, monkeypatch)
     assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_there_are_enough_cases():
+    assert len(OVERRIDES) + len(FILES) + len(EVALUATIONS) + len(COMMANDS) >= 250
