@@ -160,14 +160,14 @@ def checkpoints_section(scratch: Path) -> list[str]:
     sizes = []
 
     def save() -> None:
-        recipe._progress.step += 1
+        recipe.progress.step += 1
         recipe.save_checkpoint()
         sizes.append(sum(file.stat().st_size for file in recipe._step_dir().iterdir()))
         shutil.rmtree(recipe._step_dir())
 
     def write() -> None:
-        tensors = {name: p.detach() for name, p in recipe._model.named_parameters()}
-        for i, state in recipe._optimizer.state_dict()["state"].items():
+        tensors = {name: p.detach() for name, p in recipe.model.named_parameters()}
+        for i, state in recipe.optimizer.state_dict()["state"].items():
             tensors |= {f"{i}.{key}": value for key, value in state.items() if torch.is_tensor(value)}
         file = scratch / "plain.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)

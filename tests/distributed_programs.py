@@ -94,7 +94,7 @@ def poison(file: str) -> None:
         summed = owlore_full_finetune.sum_grads
 
         def poisoned(trained, world) -> None:
-            if recipe._progress.step == 4 and dist.get_rank() == dist.get_world_size() - 1:
+            if recipe.progress.step == 4 and dist.get_rank() == dist.get_world_size() - 1:
                 for parameter in trained:
                     local(parameter.grad).fill_(float("nan"))
             summed(trained, world)

@@ -52,25 +52,25 @@ def finetune_until(config: dict, step: int) -> None:
 
 def after_step(recipe: OwLoreFullFinetuneRecipe, step: int, action: Callable[[], None]) -> None:
     """Call ``action`` after step ``step`` is reported."""
-    report = recipe._report.step
+    report = recipe.report.step
 
-    def report_and_act(metrics, *args, **kwargs):
-        report(metrics, *args, **kwargs)
-        if metrics["step"] == step:
+    def report_and_act(progress, metrics):
+        report(progress, metrics)
+        if progress.step == step:
             action()
 
-    recipe._report.step = report_and_act
+    recipe.report.step = report_and_act
 
 
 def scale_loss(recipe: OwLoreFullFinetuneRecipe, factor: Callable[[], float]) -> None:
     """Multiply each training and validation loss by ``factor()``."""
-    forward = recipe._loss_fn.forward
-    recipe._loss_fn.forward = lambda *args: forward(*args) * factor()
+    forward = recipe.loss_fn.forward
+    recipe.loss_fn.forward = lambda *args: forward(*args) * factor()
 
 
 def poison(recipe: OwLoreFullFinetuneRecipe, steps: set[int]) -> None:
     """Make the training loss and all gradients NaN at ``steps``, counted from 0."""
-    scale_loss(recipe, lambda: float("nan") if recipe._progress.step in steps and torch.is_grad_enabled() else 1.0)
+    scale_loss(recipe, lambda: float("nan") if recipe.progress.step in steps and torch.is_grad_enabled() else 1.0)
 
 
 def checkpoints(config: dict) -> list[Path]:

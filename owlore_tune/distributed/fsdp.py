@@ -19,13 +19,12 @@ class Sharding:
     reshard_after_forward: bool = True  # keep only shards of a layer between forward and backward
 
 
-def shard_model(model: nn.Module, device: torch.device, sharding: Sharding) -> torch.device:
+def shard_model(model: nn.Module, device: torch.device, sharding: Sharding) -> None:
     """Shard the parameters of ``model``, on the meta device, by rows over all processes of torch.distributed.
 
     Gradients are summed over the processes, not averaged, because each process's loss is its share of the mean.
 
-    Returns:
-        The device that stores the parameters. Computation runs on ``device``.
+    With ``cpu_offload``, parameters are in host memory. Computation runs on ``device``.
     """
     assert dist.group.WORLD is not None
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)  # a new group would have another timeout
@@ -42,7 +41,6 @@ def shard_model(model: nn.Module, device: torch.device, sharding: Sharding) -> t
     for module in modules:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    return torch.device("cpu") if sharding.cpu_offload else device
 
 
 def reshard(model: nn.Module) -> None:

@@ -11,14 +11,11 @@ for batch in batches:
 layers.merge()
 """
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from owlore_tune.distributed.world import local
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.optim.moments import MOMENTS, carry_moments, check_decay, move_state
@@ -26,13 +23,6 @@ from owlore_tune.optim.projected import ProjectedWeight
 
 INACTIVE_STATES = ("drop", "offload", "keep")
 HOST = torch.device("cpu")
-
-
-class Refresh(NamedTuple):
-    """A basis that was made in a step."""
-
-    seconds: float
-    energy: float  # share of the energy of the first micro-batch's gradient in the basis
 
 
 class Schedule:
@@ -59,7 +49,7 @@ class Schedule:
         layers, optimizer: as given.
         drawn_at: optimizer steps before the last draw.
         last_moved: the layers of the draw before whose weights changed while they were active.
-        refreshes: the bases made in the last step.
+        refresh_seconds: time that the bases of the last step took.
         is_changing: whether a draw is not complete. A checkpoint would then not be consistent.
 
     Raises:
@@ -99,11 +89,10 @@ class Schedule:
         }  # fmt: skip
         self.drawn_at: int | None = None
         self.last_moved: list[int] = []
-        self.refreshes: list[Refresh] = []
+        self.refresh_seconds = 0.0
         self.is_changing = False
         self._has_returned = False  # whether a layer came back with its bases, whose corrections no longer hold
         self._moved: set[int] = set()  # active layers known to have changed since the draw
-        self._hashes: dict[int, Tensor] = {}  # of what trains as it is in active layers, at the draw
         optimizer.register_step_pre_hook(lambda *_: self._settle())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
 
@@ -148,7 +137,7 @@ class Schedule:
             self._put_away(index)
         for index in entering:
             self._bring_back(index)
-        self.last_moved, self._moved, self._hashes = last_moved, set(), self._hash_others()
+        self.last_moved, self._moved = last_moved, set()
         self.drawn_at, self.is_changing = self.layers.num_steps, False
 
     @property
@@ -182,11 +171,11 @@ class Schedule:
         Waits for the device if there are new bases.
         """
         new = [weight for _, weight in self.layers.active_weights() if weight.is_new]
-        self.refreshes = []
+        self.refresh_seconds = sum(weight.seconds() for weight in new)
         if new:
-            energies = torch.stack([weight.energy for weight in new if weight.energy is not None]).tolist()
-            for weight, energy in zip(new, energies, strict=True):
-                self._settle_basis(weight, energy)
+            are_given = torch.stack([weight.is_given for weight in new if weight.is_given is not None]).tolist()
+            for weight, is_given in zip(new, are_given, strict=True):
+                self._settle_basis(weight, is_given)
         if self.layers.masters is not None and (new or self._has_returned):
             self._has_returned = False
             for index in self.active:
@@ -194,12 +183,10 @@ class Schedule:
                 bare = {name: w for name, w in weights.items() if w.basis is not None and w.correction is None}
                 self.layers.masters.correct(index, bare)
 
-    def _settle_basis(self, weight: ProjectedWeight, energy: float) -> None:
-        seconds = weight.seconds()
-        if math.isnan(energy):
+    def _settle_basis(self, weight: ProjectedWeight, is_given: bool) -> None:
+        if not is_given:
             weight.give_up_basis()
             return
-        self.refreshes.append(Refresh(seconds, energy))
         if weight.turn is not None:
             carry_moments(self.optimizer, weight.trained, weight.turn, self._moments, weight.right)
         weight.turn = weight.start = None
@@ -222,32 +209,19 @@ class Schedule:
         layers.num_steps += 1
 
     def moved(self) -> list[int]:
-        """The active layers whose weights have changed since the draw. All processes must call this together."""
+        """The active layers whose weights have changed since the draw: those with an update that is not 0.
+
+        A layer without projected weights counts if there was a step.
+        """
         self._note_moved(self.active)
-        here = set(self._moved)
-        if self._hashes:
-            now = self._hash_others()
-            changed = torch.stack([(now[index] != then).any() for index, then in self._hashes.items()]).tolist()
-            here |= {index for index, has_changed in zip(self._hashes, changed, strict=True) if has_changed}
-        self._moved.update(*self.layers.world.gather(here))
         return sorted(self._moved)
 
     def _note_moved(self, indices: list[int]) -> None:
-        """Remember which of these layers have an update that is not 0."""
+        has_stepped = self.drawn_at is not None and self.layers.num_steps > self.drawn_at
         for index in indices:
-            weights = self.layers.layers[index].weights.values()
-            flags = [weight.has_moved() for weight in weights if weight.trained.numel()]
-            if flags and torch.stack(flags).any():
+            flags = [weight.has_moved() for weight in self.layers.layers[index].weights.values()]
+            if torch.stack(flags).any() if flags else has_stepped:
                 self._moved.add(index)
-
-    def _hash_others(self) -> dict[int, Tensor]:
-        """Hashes of this process's part of what trains as it is, by layer."""
-        found = {}
-        for index in self.active:
-            parts = [local(other.trained.detach()) for other in self.layers.layers[index].others.values()]
-            if parts:
-                found[index] = torch.stack([_hash(part) for part in parts])
-        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule and the layers, for an exact resume between two steps; see `ProjectedLayers.state_dict`.
@@ -275,12 +249,5 @@ class Schedule:
                 )
         self._sampler.load_state_dict(state_dict["sampler"])
         self.layers.load_state_dict(state_dict["layers"])
-        self._moved, self._hashes = set(state_dict["moved"]), self._hash_others()
+        self._moved = set(state_dict["moved"])
         self.drawn_at = state_dict["drawn_at"]
-
-
-def _hash(part: Tensor) -> Tensor:
-    """A hash of the values of ``part``, () int64; 0 if it has none, as a shard of a weight with few rows."""
-    if part.numel() == 0:
-        return torch.zeros((), dtype=torch.int64, device=part.device)
-    return torch.hash_tensor(part).view(torch.int64)

@@ -126,7 +126,7 @@ def plan_memory(
         step.run()  # in which backward makes the bases
         step.tracker.label = "bases"
         for _, weight in layers.active_weights():
-            weight.energy = weight.turn = None
+            weight.is_given = weight.turn = None
             if is_quantized(weight.linear) and weight_of(weight.linear).rounding_matters:
                 weight.correction = torch.empty(weight.size, dtype=weight.linear.weight.dtype, device=device)
         step.run()

@@ -22,7 +22,7 @@ from owlore_tune.optim.projection import is_right, range_finder, side_factor, sv
 from owlore_tune.optim.rounding import noise_for, round_to
 
 MakeGenerator = Callable[[torch.device], torch.Generator | None]
-_TENSORS = ("basis", "energy", "turn", "start", "correction")
+_TENSORS = ("basis", "is_given", "turn", "start", "correction")
 _MOVED = 2**22  # values of a 16-bit weight that a merge changes at once
 
 
@@ -51,13 +51,13 @@ class ProjectedWeight:
     Attributes:
         trained: A, (m, r) or (r, n), in float32, or float64 for float64 weights. Empty if the Linear is not engaged.
         basis: P, (n, r) or (m, r), in the weight's dtype; None until the next backward pass.
-        energy: () share of the first gradient's energy in the basis; NaN if the gradient gave none.
+        is_given: () whether the first gradient gave the basis; False for one that is zero or not finite.
         start: the basis before this one, from which the next one starts.
         turn: (r, r) old basisᵀ · new basis; None without an old one.
         correction: (W₀ − Q(W₀)) P of a quantized weight Q(W₀), in A's shape, in the weight's dtype.
         is_new: whether no optimizer step has used the basis yet.
         decay: c.
-        make_new: returns a basis and its energy from a Linear's input and its output's gradient.
+        make_new: returns a basis, and whether it is given, from a Linear's input and its output's gradient.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ProjectedWeight:
 
     def _forget(self) -> None:
         self.basis: Tensor | None = None
-        self.energy: Tensor | None = None
+        self.is_given: Tensor | None = None
         self.start: Tensor | None = None
         self.turn: Tensor | None = None
         self.correction: Tensor | None = None
@@ -153,12 +153,12 @@ class ProjectedWeight:
     def make_basis(self, x: Tensor, grad: Tensor) -> Tensor:  # (t, n), (t, m) → the gradient of A
         """Make the basis from the Linear's input and its output's gradient, unless there is one already.
 
-        The host reads no value. If the gradient is zero or not finite, the basis is arbitrary, and ``energy`` is NaN.
+        The host reads no value. For a gradient that is zero or not finite, the basis is arbitrary.
         """
         assert self._clock is not None
         if self.basis is None:
             with self._clock("basis"):
-                basis, self.energy = self.make_new(x, grad)
+                basis, self.is_given = self.make_new(x, grad)
                 self.turn = None if self.start is None else self.start.to(basis.dtype).T @ basis
                 self.basis, self.is_new = basis.to(self.linear.weight.dtype), True
         basis = self.basis.to(self._dtype)
@@ -180,7 +180,7 @@ class ProjectedWeight:
 
     def give_up_basis(self) -> None:
         """Undo a basis whose gradient gave none. A later gradient makes it."""
-        self.basis, self.energy, self.turn, self.is_new = None, None, None, False
+        self.basis, self.is_given, self.turn, self.is_new = None, None, None, False
         self.trained.grad = None
 
     def decay_by(self, factor: float) -> None:
@@ -222,7 +222,7 @@ class ProjectedWeight:
         self.restart()
         if self.basis is not None:
             self.start = self.basis
-        self.basis = self.energy = self.turn = None
+        self.basis = self.is_given = self.turn = None
         self.is_new = False
 
     @torch.no_grad()

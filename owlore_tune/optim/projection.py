@@ -15,7 +15,6 @@ SIDES = ("right", "shape")
 BASES = ("randomized", "svd")
 OVERSAMPLING = 8
 _PIECE = 2**22  # values of a gradient that are copied to another dtype at once
-SKETCH_ROWS = 16  # enough to estimate the energy outside a basis to a few percent
 
 
 def is_right(shape: torch.Size, side: str) -> bool:
@@ -58,14 +57,14 @@ def range_finder(
     generator: torch.Generator | None,
     start: Tensor | None = None,  # (n, r') columns to start from
     world: World = ALONE,
-) -> tuple[Tensor, Tensor]:  # (n, r) orthonormal, () share of the energy
-    """An orthonormal basis of (nearly) the best rank-``rank`` row space of G = leftᵀ right (m, n), and ‖G P‖² / ‖G‖².
+) -> tuple[Tensor, Tensor]:  # (n, r) orthonormal, () bool
+    """An orthonormal basis of (nearly) the best rank-``rank`` row space of G = leftᵀ right (m, n), if G has one.
 
     The steps are a Gaussian sketch with ``OVERSAMPLING`` extra columns, one power iteration, and a truncation by the
     eigenvectors of the small Gram matrix (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). G is
     never formed: a product with it is two thin ones. ``start``, such as the weight's previous basis, replaces the
     sketch and saves one product. The largest entry of each column is made positive, so moments keep their meaning
-    across a refresh. The share is estimated from ``SKETCH_ROWS`` random columns outside the basis.
+    across a refresh.
 
     A QR after each product and a Gram matrix in float64 keep the directions of singular values below 1e-3 of the
     largest. They would else be lost to rounding, and the basis would depend on the order of sums.
@@ -73,8 +72,8 @@ def range_finder(
     Processes of ``world`` have different tokens of one step, and get the same basis. They call this together, and
     all-reduce products with G, (m or n) · (r + 8) numbers each.
 
-    For a rank-deficient gradient, the missing columns are arbitrary but orthonormal. For a zero or non-finite gradient,
-    all columns are arbitrary and the share is NaN.
+    For a rank-deficient gradient, the missing columns are arbitrary but orthonormal. A zero or non-finite gradient has
+    no basis: all columns are arbitrary.
     """
     m, n = left.shape[1], right.shape[1]
     dtype = torch.promote_types(right.dtype, torch.float32)
@@ -96,18 +95,12 @@ def range_finder(
         columns = torch.cat([start[:, :kept].to(dtype), random(n, width - kept) / n**0.5], dim=1)
     rows = torch.linalg.qr(_unit_scale(forward(torch.linalg.qr(columns).Q))).Q
     orthonormal = torch.linalg.qr(_unit_scale(backward(rows))).Q
-    low = forward(orthonormal)  # (m, width)
-    scale = _scale(low)
-    low = low / scale
-    gram = low.double().T @ low.double()
+    low = _unit_scale(forward(orthonormal)).double()  # (m, width)
+    gram = low.T @ low
     is_finite = gram.isfinite().all()
     eigenvalues, eigenvectors = _eigh(torch.where(is_finite, gram, 0.0))  # ascending
     basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
-    outside = random(n, SKETCH_ROWS)
-    outside -= orthonormal @ (orthonormal.T @ outside)
-    rest = (forward(outside) / scale).double().square().sum() / SKETCH_ROWS
-    share = (eigenvalues[-rank:].sum() / (eigenvalues.sum() + rest)).clamp(0, 1)  # 0 / 0 is NaN
-    return world.from_first_(basis), torch.where(is_finite, share, math.nan)
+    return world.from_first_(basis), is_finite & (eigenvalues[-1] > 0)
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,14 +112,12 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tensor]:
-    """The exact basis from a full SVD (slow). Signs are those of LAPACK, as in GaLore."""
+    """`range_finder` with the exact basis, from a full SVD (slow). Signs are those of LAPACK, as in GaLore."""
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     is_finite = grad.isfinite().all()
     left_vectors, singular, right_vectors = torch.linalg.svd(torch.where(is_finite, grad, 0.0), full_matrices=False)
-    scale = singular[0].clamp_min(torch.finfo(grad.dtype).tiny)
     basis = right_vectors[:rank].T if right else left_vectors[:, :rank]
-    shares = (singular / scale).square()
-    return basis.contiguous(), torch.where(is_finite, shares[:rank].sum() / shares.sum(), math.nan)  # 0 / 0 is NaN
+    return basis.contiguous(), is_finite & (singular[0] > 0)
 
 
 def fix_signs(basis: Tensor) -> Tensor:
@@ -137,8 +128,4 @@ def fix_signs(basis: Tensor) -> Tensor:
 
 def _unit_scale(columns: Tensor) -> Tensor:
     """Scale to a largest entry of 1. Products of huge or tiny gradients then neither overflow nor vanish."""
-    return columns / _scale(columns)
-
-
-def _scale(columns: Tensor) -> Tensor:
-    return peak(columns).clamp_min(torch.finfo(columns.dtype).tiny)
+    return columns / peak(columns).clamp_min(torch.finfo(columns.dtype).tiny)

@@ -19,7 +19,7 @@ from owlore_tune.checks import check_type
 from owlore_tune.config import build, build_ours, build_with, check_attributes, find_component, plain
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData
 from owlore_tune.data.samples import check_labels, check_samples, collate_packed, longest_row, refuse_longer_than
-from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError
 from owlore_tune.layers.projected import ProjectedLayers
@@ -31,7 +31,6 @@ from owlore_tune.optim.moments import check_decay
 from owlore_tune.paths import user_path
 from owlore_tune.run.settings import TrainingSettings
 
-TRIED_STEPS = 10_000  # steps of the trial schedule; longer than any warm-up, to test the steps after it too
 LOGGER_METHODS = ("log_dict", "log_config", "close")
 LOGGER_PACKAGES = {
     "CometLogger": "comet_ml", "MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandBLogger": "wandb",
@@ -142,11 +141,17 @@ def row_length(settings: TrainingSettings, inputs: Inputs) -> int:
         raise ConfigError(str(error)) from error
 
 
-def limit_row_lengths(inputs: Inputs, max_tokens: int) -> None:
-    """Make the datasets raise, naming the row, when a row longer than ``max_tokens`` is read."""
-    refuse_longer_than(inputs.data.dataset, max_tokens)
-    if inputs.held_out is not None:
-        refuse_longer_than(inputs.held_out.dataset, max_tokens)
+def check_model(settings: TrainingSettings, inputs: Inputs, model: Decoder) -> None:
+    """Check that a model, without weights, fits the inputs. Rows that are too long for it raise when they are read.
+
+    Raises:
+        ConfigError: if weights or vocabulary do not fit.
+    """
+    inputs.checkpointer.check_model(model)
+    check_vocabulary(inputs.tokenizer, model)
+    for data in (inputs.data, inputs.held_out):
+        if data is not None:
+            refuse_longer_than(data.dataset, model.max_seq_len)
 
 
 class Parts(NamedTuple):
@@ -263,10 +268,24 @@ def build_profiler(settings: TrainingSettings) -> Any:
 
 
 def build_lr_scheduler(settings: TrainingSettings, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    """The learning rate schedule over ``num_steps`` optimizer steps; None for a constant rate."""
+    """The learning rate schedule over ``num_steps`` optimizer steps; None for a constant rate.
+
+    Raises:
+        ConfigError: if it cannot be built, or gives a rate that is negative or not finite.
+    """
     if (node := settings.cfg.lr_scheduler) is None:
         return None
-    return build_with("lr_scheduler", node, SCHEDULER_METHODS, optimizer, num_training_steps=num_steps, last_epoch=-1)
+    schedule = build_with(
+        "lr_scheduler", node, SCHEDULER_METHODS, optimizer, num_training_steps=num_steps, last_epoch=-1
+    )
+    try:
+        for factor in getattr(schedule, "lr_lambdas", ()):  # of all schedules of torchtune
+            for step in (0, num_steps // 2, num_steps - 1):
+                if not 0 <= factor(step) < math.inf:
+                    raise ValueError(f"the learning rate of step {step} is {factor(step)} × lr")
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"lr_scheduler={plain(node)}: {error}") from error
+    return schedule
 
 
 def build_sampler(settings: TrainingSettings, scores: list[float]) -> LayerSampler:
@@ -303,40 +322,20 @@ def build_schedule(
     )
 
 
-def check_late_components(settings: TrainingSettings) -> None:
-    """Raise ConfigError if the metric logger lacks a method or its package, or the schedule fails.
-
-    Both are built after weights load.
-    """
+def check_metric_logger(settings: TrainingSettings) -> None:
+    """Raise ConfigError if the metric logger, which is built after weights load, lacks a method or its package."""
     logger = settings.cfg.metric_logger
     check_attributes("metric_logger", logger, LOGGER_METHODS)
     package = LOGGER_PACKAGES.get(logger._component_.rpartition(".")[2])
     if package and find_spec(package) is None:
         raise ConfigError(f"metric_logger={logger._component_}: {package} is not installed; `pip install {package}`")
-    _check_lr_scheduler(settings)
-
-
-def _check_lr_scheduler(settings: TrainingSettings) -> None:
-    """Try the schedule on an optimizer with one number. Its rates must be finite and not negative."""
-    scratch = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = build_lr_scheduler(settings, scratch, TRIED_STEPS)
-    if schedule is None:
-        return
-    try:
-        for step in (0, 1, TRIED_STEPS // 2, TRIED_STEPS - 1):
-            schedule.last_epoch = step - 1
-            scratch.step()
-            schedule.step()
-            if not all(math.isfinite(lr) and lr >= 0 for lr in schedule.get_last_lr()):
-                raise ValueError(f"the learning rate of step {step} is {schedule.get_last_lr()[0]} × lr")
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"lr_scheduler={plain(settings.cfg.lr_scheduler)}: {error}") from error
 
 
 def describe(settings: TrainingSettings) -> str:
     """Check everything that needs no files. Returns the size of the model and of its trained part, as text."""
-    check_late_components(settings)
-    _, model, trained, _ = build_parts(settings)
+    check_metric_logger(settings)
+    _, model, trained, optimizer = build_parts(settings)
+    build_lr_scheduler(settings, optimizer, num_steps=1000)  # of a run without data
     sizes = sorted(sum(parameter.numel() for parameter in layer.values()) for layer in model_parts(model).layers)
     num_active = settings.owlore.num_active_layers or len(sizes)
     total = sum(parameter.numel() for parameter in model.parameters())

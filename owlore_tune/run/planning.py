@@ -16,7 +16,7 @@ from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory, state_per_value
 from owlore_tune.memory.step import StepShape
 from owlore_tune.quantized.formats import FORMATS
-from owlore_tune.run.build import Parts, build_inputs, build_optimizer, build_parts, is_packed, row_length
+from owlore_tune.run.build import Inputs, Parts, build_inputs, build_optimizer, build_parts, is_packed, row_length
 from owlore_tune.run.settings import TrainingSettings
 
 # The last overrides to try if a plan exceeds device_memory_limit, see `savings`
@@ -124,6 +124,20 @@ def plans_of_config(
             log.warning(f"{error}. Planning for rows of tokenizer.max_seq_len={seq_len} tokens.")
     sharding = settings.sharding(world_size, gpu=gpu) if world_size > 1 and settings.shards() else None
     return plan_with_peers(settings, seq_len, sharding, gpu=gpu)
+
+
+def checked_plan(
+    settings: TrainingSettings, inputs: Inputs, parts: Parts, sharding: Sharding | None = None
+) -> MemoryPlan:
+    """The plan of a run for its longest row.
+
+    Raises:
+        ConfigError: if it exceeds ``device_memory_limit``, or if the parts are incompatible.
+    """
+    seq_len = row_length(settings, inputs)
+    plan = plan_run(settings, seq_len, sharding, parts=parts)
+    check_limit(settings, plan, seq_len, sharding)
+    return plan
 
 
 def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, sharding: Sharding | None = None) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ class Records:
     Attributes:
         steps: measurements of each optimizer step by name, with ``step`` from 1.
         draws: for each draw, the ``step`` it was made at, the layers ``active``, the number of ``trainable``
-            parameters, and until the next draw: the layers whose weights ``moved``, and the seconds and captured energy
-            of the bases.
+            parameters, and until the next draw: the layers whose weights ``moved``, and the seconds of
+            the bases.
         losses: held-out loss by time of measurement: ``before``, ``step N``, ``after``.
         seconds: seconds of whole phases: ``load``, ``score``, ``train``, ``save``.
     """
@@ -41,18 +40,16 @@ class Records:
         self.draws: list[dict[str, Any]] = []
         self.losses: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
-        self._energies: list[float] = []  # of the bases made since the last draw
 
     def start(self) -> None:
         """Write both files: empty ones, or with the records of a checkpoint."""
-        for name, records in ((STEPS, self.steps), (DRAWS, [d for d in self.draws if "captured_energy" in d])):
+        for name, records in ((STEPS, self.steps), (DRAWS, [d for d in self.draws if "moved" in d])):
             if self._directory is not None:
                 (self._directory / name).write_text("".join(to_json(record) + "\n" for record in records))
 
-    def add_step(self, record: dict[str, float], energies: Sequence[float]) -> None:
+    def add_step(self, record: dict[str, float]) -> None:
         self.steps.append(record)
         self._append(STEPS, record)
-        self._energies += energies
         self.draws[-1]["refresh_seconds"] += record["refresh_seconds"]
         self.add_seconds("train", record["step_seconds"])
 
@@ -61,11 +58,10 @@ class Records:
 
     def close_draw(self, moved: list[int]) -> dict[str, Any] | None:
         """Complete the last draw's record and write it. Returns the record; None if there is none to complete."""
-        if not self.draws or "captured_energy" in self.draws[-1]:
+        if not self.draws or "moved" in self.draws[-1]:
             return None
-        draw, energies, self._energies = self.draws[-1], self._energies, []
+        draw = self.draws[-1]
         draw["moved"] = moved
-        draw["captured_energy"] = statistics.mean(energies) if energies else None
         self._append(DRAWS, draw)
         return draw
 

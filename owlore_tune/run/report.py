@@ -1,7 +1,7 @@
 """The output of a run for the user: metrics, records, a manifest, a progress bar and a summary."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from io import StringIO
@@ -19,7 +19,6 @@ from owlore_tune.config import build_with, plain, printable
 from owlore_tune.distributed.world import ALONE, World, local
 from owlore_tune.files import write_json
 from owlore_tune.layers.projected import ProjectedLayers
-from owlore_tune.layers.schedule import Refresh
 from owlore_tune.layers.scores_file import SCORES_FILE
 from owlore_tune.memory.measure import PeakMemory
 from owlore_tune.memory.plan import MemoryPlan
@@ -71,7 +70,7 @@ class Report:
             probabilities: each layer's probability to be in a draw.
             measure_memory: returns bytes by category, see `measured_bytes`.
         """
-        cfg, self._run_id = settings.cfg, run_id
+        cfg, self._run_id, self._log_every = settings.cfg, run_id, settings.cfg.log_every_n_steps
         with redirect_stdout(StringIO()):  # some print their path; docs/runs.md documents it
             self._logger = build_with("metric_logger", cfg.metric_logger, LOGGER_METHODS)
         # Other loggers resolve the config before they send it elsewhere, but environment variables may be secret.
@@ -116,27 +115,19 @@ class Report:
         if still := sorted(set(draw["active"]) - set(moved)):
             log.warning(
                 f"The weights of layers {', '.join(map(str, still))} did not change in the draw of step "
-                f"{draw['step']}: its steps were skipped, or the updates were 0 or too small for the dtype."
+                f"{draw['step']}: its steps were skipped, or the updates were 0."
             )
         metrics = {
             "num_active_layers": len(draw["active"]),
             "moved_layers": len(moved),
             "trainable_parameters": draw["trainable"],
         }
-        if draw["captured_energy"] is not None:
-            metrics["captured_energy"] = draw["captured_energy"]
         self.log(metrics, len(self.records.steps))
 
-    def step(self, metrics: dict[str, float], refreshes: Sequence[Refresh], *, is_logged: bool) -> None:
-        """Record an optimizer step.
-
-        Args:
-            metrics: metrics of the step, with the key ``step``.
-            refreshes: basis refreshes of the step.
-            is_logged: whether the metric logger gets ``metrics``.
-        """
-        metrics = metrics | {"refresh_seconds": sum(refresh.seconds for refresh in refreshes)}
-        self.records.add_step(metrics, [refresh.energy for refresh in refreshes])
+    def step(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Record an optimizer step, which ``progress`` counts. Every ``log_every_n_steps``, also log it."""
+        metrics = {"step": progress.step, **metrics}
+        self.records.add_step(metrics)
         if self._bar is not None:
             self._bar.update()
             active = ",".join(map(str, self.records.draws[-1]["active"]))
@@ -144,8 +135,8 @@ class Report:
                 f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {metrics['tokens_per_second']:.0f} tokens/s, "
                 f"layers {active}"
             )
-        if is_logged:
-            self.log(metrics, int(metrics["step"]))
+        if progress.is_due(self._log_every):
+            self.log(metrics, progress.step)
 
     def held_out_loss(self, when: str, step: int, loss: float, num_tokens: int) -> None:
         """Record and log a held-out loss.

@@ -3,11 +3,13 @@
 import copy
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from torchtune.utils import get_logger
 
@@ -18,13 +20,15 @@ from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.world import ALONE, RankError, World, is_known_to_all
 from owlore_tune.errors import CheckpointError, ConfigError, DivergedError, RunError
 from owlore_tune.files import files_digest
-from owlore_tune.run.build import Inputs
+from owlore_tune.run.build import Inputs, build_inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.manifest import versions
 from owlore_tune.run.report import OUTPUT_FILES
 from owlore_tune.run.settings import FIXED, FREE_PATHS, TrainingSettings
 
 BASE_WEIGHTS = "base weights (checkpointer.checkpoint_dir)"  # name of their digest, for messages too
+# Errors from data, files or memory.
+EXPECTED_ERRORS = (ValueError, OSError, RunError, CheckpointError, torch.OutOfMemoryError)
 HOW_TO_RESUME = "resume with the same command and resume_from_checkpoint=true"
 
 log = get_logger("INFO")
@@ -85,6 +89,38 @@ def identity(settings: TrainingSettings, inputs: Inputs, world: World = ALONE) -
         "now": getattr(inputs.tokenizer, "now", datetime.now()).isoformat(),
         "versions": versions(),
     }
+
+
+def matching_inputs(
+    settings: TrainingSettings, saved: dict[str, Any] | None, checkpoint: Path | None, world: World = ALONE
+) -> tuple[Inputs, dict[str, Any]]:
+    """The inputs of a run and its `identity`, which must be that of the state ``saved`` in ``checkpoint``, if any.
+
+    Raises:
+        ConfigError: if an input cannot be used, or if a setting or an input differs from the checkpoint's.
+    """
+    now = None
+    if saved is not None:
+        check_settings(saved["identity"], settings, checkpoint)
+        now = datetime.fromisoformat(saved["identity"]["now"])
+    inputs = build_inputs(settings, world, now)
+    found = identity(settings, inputs, world)
+    if saved is not None:
+        check_inputs(saved["identity"], found, checkpoint)
+    return inputs, found
+
+
+def restore(parts: dict[str, Any], saved: dict[str, Any], checkpoint: Path | None) -> None:
+    """Load the state of each part of a run.
+
+    Raises:
+        CheckpointError: if a part has no state in ``saved``, or that of another part.
+    """
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint} holds another state than this run saves: {error!r}") from error
 
 
 def input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
@@ -162,13 +198,23 @@ def _new_run(checkpoint: Path | None) -> str:
     )
 
 
-def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: Callable[[], None] | None) -> str:
-    """After an error, save the state if possible and useful. Returns a message with the newest checkpoint.
+def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: Callable[[], None] | None) -> None:
+    """After an error, save the state if possible and useful, and say where the newest checkpoint is.
 
     Args:
         step: the last complete step.
         save: saves ``step``; None if weights or optimizer are in the middle of the next step.
+
+    Raises:
+        RunError: for an expected error, with its message. Another one is a bug, whose traceback should be shown.
     """
+    note = _rescued(error, run, step, world, save)
+    if isinstance(error, EXPECTED_ERRORS):
+        raise RunError(f"{error}. {note}") from error
+    print(note, file=sys.stderr)
+
+
+def _rescued(error: Exception, run: RunDirectory, step: int, world: World, save: Callable[[], None] | None) -> str:
     if not run.is_in_place():
         return "Its checkpoints are there too; move it back to resume"
     own = run.steps.own()

@@ -11,11 +11,13 @@ from tqdm import tqdm
 from owlore_tune.data.loader import HeldOutData
 from owlore_tune.distributed.fsdp import reshard
 from owlore_tune.distributed.world import ALONE, World, is_finite, local
-from owlore_tune.errors import ConfigError, DivergedError
+from owlore_tune.errors import ConfigError, DivergedError, RunError
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.loss import loss_of_outputs, mean_loss, shift_labels
 from owlore_tune.models.decoder import plain_name
 from owlore_tune.quantized.layers import QuantizedLayers
+from owlore_tune.run.build import Inputs
+from owlore_tune.run.progress import Progress
 from owlore_tune.run.stream import ForwardByLayer
 
 MOST_TOKENS = 2**15  # of held-out data whose hidden states are in memory at once; 0.3 GB for 7B in bf16
@@ -50,6 +52,23 @@ def held_out_loss(
     model.train(was_training)
     reshard(model)
     return _mean(total, num_here, world)
+
+
+def check_trained(progress: Progress, inputs: Inputs) -> None:
+    """
+    Raises:
+        RunError: if a run has trained no token.
+        DivergedError: if its last steps were skipped, and no held-out loss shows that the weights are good.
+    """
+    if not progress.trained_tokens:
+        raise RunError(
+            "no token was trained in any step: every answer is cut off; raise tokenizer.max_seq_len, which is "
+            f"{inputs.tokenizer.max_seq_len}, or shorten the prompts"
+        )
+    if inputs.held_out is None and (skipped := progress.skipped_in_a_row):
+        raise DivergedError(
+            f"the run ended with {skipped} steps whose loss or gradient is not finite; lower optimizer.lr"
+        )
 
 
 @torch.no_grad()

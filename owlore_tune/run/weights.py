@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from owlore_tune.checkpoints.checkpointer import weight_files
+from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.scores import Score, score_each
@@ -17,10 +18,18 @@ from owlore_tune.quantized.store import OUTSIDE, LayerStore
 from owlore_tune.run.build import Inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.report import Report
-from owlore_tune.run.scoring import calibration_batches, errors_of_scoring, score_layers, score_of, with_origin
+from owlore_tune.run.scoring import (
+    calibration_batches,
+    errors_of_scoring,
+    read_scores,
+    score_layers,
+    score_of,
+    with_origin,
+)
 from owlore_tune.run.settings import TrainingSettings
 from owlore_tune.run.stream import loaded_layers
 
+HOST = torch.device("cpu")
 STORE = "weights"  # directory of the full-precision layers
 
 
@@ -33,7 +42,7 @@ class Loading:
     model: Decoder  # on the meta device
     run: RunDirectory
     checkpoint: Path | None  # to resume from; None for the model directory
-    weights_device: torch.device  # where weights are kept in full precision
+    sharding: Sharding | None  # of FSDP2
     world: World = ALONE
 
 
@@ -44,17 +53,18 @@ def load_and_score(
 
     Args:
         report: gets the times.
-        known: existing scores; layers are not scored again.
-        fingerprint: of the weights, for new scores.
+        known: existing scores; layers are not scored again. If there are none, those of ``owlore.scores_file`` are.
+        fingerprint: of the weights that the run starts from.
 
     Returns:
         The quantized layers, None if the weights are in full precision; and the scores.
 
     Raises:
-        ConfigError: if the weights do not fit the model.
+        ConfigError: if the weights do not fit the model, or the file of scores is of another model or score.
         RunError: if weights or activations are not finite.
     """
     settings, inputs, model = loading.settings, loading.inputs, loading.model
+    known = known or read_scores(settings, fingerprint, len(find_layers(model)))
     if settings.owlore.weights != "full":
         with report.timed("load"):
             quantized = _open_store(loading)
@@ -65,7 +75,7 @@ def load_and_score(
             model,
             dtype=settings.dtype,
             device=settings.device,
-            weights_device=loading.weights_device,
+            weights_device=HOST if loading.sharding and loading.sharding.cpu_offload else settings.device,
             directory=loading.checkpoint,
         )
     with report.timed("score"):

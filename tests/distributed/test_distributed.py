@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from owlore_tune.checkpoints.state import load_state
 from owlore_tune.distributed.world import current_world, shard_like
 from owlore_tune.errors import ConfigError
-from owlore_tune.optim.projection import OVERSAMPLING, SKETCH_ROWS
+from owlore_tune.optim.projection import OVERSAMPLING
 from owlore_tune.run.build import build_inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.settings import TrainingSettings
@@ -77,12 +77,12 @@ def test_ranks_together_train_as_one_process(num_ranks, names, config):
         recipe = finetune(one)
         assert furthest(one, several) < 1e-6, several["output_dir"]
         manifest = json.loads((Path(several["output_dir"]) / "manifest.json").read_text())
-        assert [d["active"] for d in manifest["draws"]] == [d["active"] for d in recipe._report.records.draws]
+        assert [d["active"] for d in manifest["draws"]] == [d["active"] for d in recipe.report.records.draws]
         assert len(manifest["draws"]) == 4
-        for when, loss in recipe._report.records.losses.items():
+        for when, loss in recipe.report.records.losses.items():
             assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-5)
         ours = [json.loads(line) for line in (Path(several["output_dir"]) / "steps.jsonl").read_text().splitlines()]
-        for step, other in zip(ours, recipe._report.records.steps, strict=True):
+        for step, other in zip(ours, recipe.report.records.steps, strict=True):
             assert step["loss"] == pytest.approx(other["loss"], abs=1e-5)
             assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
@@ -129,10 +129,10 @@ def test_scores_of_shared_data_are_those_of_one_process(config):
     train_together(2, *twos)
     for one, two in zip(ones, twos, strict=True):
         recipe = finetune(one)
-        expected = recipe._scores.scores
+        expected = recipe.scores.scores
         scores = json.loads((Path(two["output_dir"]) / "scores.json").read_text())["scores"]
         if one["owlore"]["score"] in ("outlier", "reverse"):
-            assert_same_shares(scores, expected, recipe._model)
+            assert_same_shares(scores, expected, recipe.model)
         else:
             assert scores == pytest.approx(expected, rel=1e-5)
 
@@ -151,7 +151,7 @@ def test_one_rank_under_torchrun_is_the_single_device_recipe_bit_for_bit(config)
 def test_on_cuda_one_rank_trains_as_the_recipe_for_one_device(offload, config):
     """NCCL and bf16: losses agree within bf16 noise, also with parameter offload."""
     config |= {"device": "cuda", "dtype": "bf16"}
-    steps = finetune(config)._report.records.steps
+    steps = finetune(config).report.records.steps
     rank = variant(config, "rank", fsdp_cpu_offload=offload)
     train_together(1, rank)
     lines = (Path(rank["output_dir"]) / "steps.jsonl").read_text().splitlines()
@@ -219,7 +219,7 @@ def test_quantized_weights_train_on_two_ranks_as_in_one_process(names, config, t
         assert furthest(one, two) < (1e-3 if "int8" in one["output_dir"] else 1e-5)
         assert furthest(two, resumed) == 0
         manifest = json.loads((Path(two["output_dir"]) / "manifest.json").read_text())
-        for when, loss in recipe._report.records.losses.items():
+        for when, loss in recipe.report.records.losses.items():
             assert manifest["held_out_loss"][when] == pytest.approx(loss, abs=1e-5)
 
 
@@ -259,7 +259,7 @@ def test_a_step_sends_the_gradients_of_what_trains_and_a_basis_its_products(conf
         for m, n in 2 * shapes:
             width = min(rank + OVERSAMPLING, m, n)
             sketch = n * width if step == 0 else 0  # a warm start replaces it
-            products += 4 * (sketch + n * width + 2 * m * width + m * SKETCH_ROWS + n * rank)
+            products += 4 * (sketch + n * width + 2 * m * width + n * rank)
         assert products <= extra < products + 200, record["sent"]
 
 

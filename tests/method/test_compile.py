@@ -51,11 +51,11 @@ def test_30_draws_with_rows_of_any_length_compile_each_kind_of_layer_once(
     )  # fmt: skip
     config = other_model(config, tmp_path / "wide", num_kv_heads=4, embed_dim=64, intermediate_dim=128)
     recipe, totals = prepare(config), []
-    report = recipe._report.step
-    recipe._report.step = lambda *args, **kwargs: (totals.append(KINDS.total()), report(*args, **kwargs))
+    report = recipe.report.step
+    recipe.report.step = lambda *args, **kwargs: (totals.append(KINDS.total()), report(*args, **kwargs))
     recipe.train()
     recipe.cleanup()
-    assert len({tuple(draw["active"]) for draw in recipe._report.records.draws}) == 6  # all pairs of 4 layers
+    assert len({tuple(draw["active"]) for draw in recipe.report.records.draws}) == 6  # all pairs of 4 layers
     assert len(totals) == 30 and totals[12] == totals[-1] >= KINDS.total() - 1  # one for the last full loss
     # Trained, with decay and without, or frozen; in validation, above a layer that trains, and above none. The first
     # ones are compiled anew when a second length makes torch compile for any.

@@ -213,12 +213,12 @@ def test_a_gradient_without_a_basis_leaves_the_weight_and_a_later_one_gives_it(v
     linear = linear_of(torch.randn(24, 16, generator=seeded()))
     weight = projected_of(linear, 4, basis=basis)
     give_gradient(linear, torch.full((24, 16), value))
-    assert weight.is_new and weight.energy.isnan()
+    assert weight.is_new and not weight.is_given
     assert (not weight.trained.grad.any()) if value == 0 else not weight.trained.grad.isfinite().all()
     weight.give_up_basis()
     assert weight.basis is None and weight.trained.grad is None
     give_gradient(linear, torch.randn(24, 16, generator=seeded()))
-    assert weight.energy > 0 and weight.trained.grad.isfinite().all()
+    assert weight.is_given and weight.trained.grad.isfinite().all()
 
 
 def test_a_linear_is_itself_again():

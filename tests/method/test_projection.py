@@ -20,6 +20,11 @@ def range_finder(grad: torch.Tensor, rank: int, **options) -> tuple[torch.Tensor
     return range_finder_of_product(torch.eye(len(grad), dtype=grad.dtype), grad, rank, **options)
 
 
+def captured(grad: torch.Tensor, basis: torch.Tensor) -> float:
+    """Return the share of the energy of ``grad`` in the basis."""
+    return ((grad @ basis).square().sum() / grad.square().sum()).item()
+
+
 def decaying(m: int, n: int, dtype=torch.float64) -> torch.Tensor:
     """Return a matrix with singular values 1/i."""
     torch.manual_seed(0)
@@ -33,13 +38,12 @@ def decaying(m: int, n: int, dtype=torch.float64) -> torch.Tensor:
 def test_basis_is_orthonormal_and_nearly_optimal(shape, warm):
     grad = decaying(*shape)
     start = range_finder(grad + 0.01 * torch.randn(shape), 8, generator=generator())[0] if warm else None
-    basis, energy = range_finder(grad, 8, generator=generator(), start=start)
+    basis, is_given = range_finder(grad, 8, generator=generator(), start=start)
     assert basis.shape == (shape[1], 8)
     torch.testing.assert_close(basis.T @ basis, torch.eye(8, dtype=torch.float64), atol=1e-10, rtol=0)
-    _, best = svd_basis(grad, 8)
-    assert energy / best > 0.995
-    captured = (grad @ basis).square().sum() / grad.square().sum()
-    assert energy.item() == pytest.approx(captured.item(), abs=0.02)  # estimated from a few columns
+    best, best_is_given = svd_basis(grad, 8)
+    assert is_given and best_is_given
+    assert captured(grad, basis) > 0.995 * captured(grad, best)
 
 
 def test_directions_of_small_singular_values_are_found_in_float32():
@@ -61,34 +65,34 @@ def test_the_largest_entry_of_each_column_is_positive():
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
 def test_tiny_and_huge_gradients(factor):
     grad = factor * decaying(30, 20, torch.float32)
-    basis, energy = range_finder(grad, 5, generator=generator())
+    basis, is_given = range_finder(grad, 5, generator=generator())
     torch.testing.assert_close(basis.T @ basis, torch.eye(5), atol=1e-5, rtol=0)
-    assert 0 <= energy <= 1
+    assert is_given and captured(grad / factor, basis) > 0.8
 
 
 def test_a_zero_gradient_has_no_basis():
-    assert range_finder(torch.zeros(30, 20), 5, generator=generator())[1].isnan()
-    assert svd_basis(torch.zeros(30, 20), 5)[1].isnan()
+    assert not range_finder(torch.zeros(30, 20), 5, generator=generator())[1]
+    assert not svd_basis(torch.zeros(30, 20), 5)[1]
 
 
 def test_eigenvalues_that_do_not_converge_count_as_no_basis(monkeypatch):
-    """The optimizer then keeps its old basis (`energy` is NaN). GaLore's SVD ends the run."""
+    """The optimizer then keeps its old basis. GaLore's SVD ends the run."""
 
     def fail(gram):
         raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", fail)
-    basis, share = range_finder(torch.randn(32, 24), 4, generator=torch.Generator().manual_seed(0))
+    basis, is_given = range_finder(torch.randn(32, 24), 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(basis.T @ basis, torch.eye(4), atol=1e-5, rtol=0)
-    assert share.isnan()
+    assert not is_given
 
 
 def test_rank_deficient_gradient_is_captured_whole():
     torch.manual_seed(0)
     grad = torch.randn(30, 2) @ torch.randn(2, 20)
-    basis, energy = range_finder(grad, 5, generator=generator())
+    basis, _ = range_finder(grad, 5, generator=generator())
     torch.testing.assert_close(basis.T @ basis, torch.eye(5), atol=1e-5, rtol=0)
-    assert energy > 0.99999
+    assert captured(grad, basis) > 0.99999
 
 
 def test_the_shape_rule_projects_the_shorter_side():
@@ -115,11 +119,9 @@ def test_energy_on_real_gradients_of_smollm2(smollm2_dir):
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(grads) == 21
     for grad in grads:
-        basis, energy = range_finder(grad, 128, generator=generator())
-        _, best = svd_basis(grad, 128)
-        captured = (grad @ basis).square().sum() / grad.square().sum()
-        assert captured / best >= 0.99
-        assert energy.item() == pytest.approx(captured.item(), abs=0.02)
+        basis, _ = range_finder(grad, 128, generator=generator())
+        best, _ = svd_basis(grad, 128)
+        assert captured(grad, basis) >= 0.99 * captured(grad, best)
 
 
 class Sizes(TorchDispatchMode):
@@ -146,7 +148,7 @@ def test_a_16_bit_gradient_on_cuda_is_not_copied_to_float32():
 
 
 def test_16_bit_factors_are_used_a_few_rows_at_a_time(monkeypatch):
-    """Basis and energy are those of a float32 copy, which never exists as a whole."""
+    """The basis is that of a float32 copy, which never exists as a whole."""
     left, right = (torch.randn(70, size, generator=generator()).bfloat16() for size in (64, 48))
     options = {"rank": 8}
     expected = range_finder_of_product(left.float(), right.float(), generator=generator(), **options)
@@ -163,6 +165,6 @@ def test_bases_of_few_tokens_and_thin_weights(t, m, n):
     left, right = (torch.randn(t, size, generator=generator()) for size in (m, n))
     rank = min(m, n) - 2
     assert rank + OVERSAMPLING > min(m, n)
-    basis, share = range_finder_of_product(left, right, rank, generator=generator())
+    basis, is_given = range_finder_of_product(left, right, rank, generator=generator())
     torch.testing.assert_close(basis.T @ basis, torch.eye(rank), atol=1e-5, rtol=0)
-    assert share.isnan() if t == 0 else 0 < share <= 1
+    assert is_given == (t > 0)

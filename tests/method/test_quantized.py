@@ -112,7 +112,7 @@ def test_layers_that_never_trained_are_saved_bit_for_bit(kind, tiny_config, tiny
     config = quantized_config(tiny_config, kind, dataset_val=None)
     recipe = finetune(config)
     layers, outside = changed(tiny_dir, checkpoints(config)[-1])
-    assert layers == sorted({layer for draw in recipe._report.records.draws for layer in draw["active"]})
+    assert layers == sorted({layer for draw in recipe.report.records.draws for layer in draw["active"]})
     assert outside == []
 
 
@@ -120,7 +120,7 @@ def test_layers_that_never_trained_are_saved_bit_for_bit(kind, tiny_config, tiny
 def test_scores_equal_those_of_the_whole_model(score, tiny_config):
     plain = prepare(variant(tiny_config, "plain", owlore__score=score))
     quantized = prepare(quantized_config(tiny_config, "nf4", owlore__score=score))
-    assert quantized._scores.scores == plain._scores.scores
+    assert quantized.scores.scores == plain.scores.scores
 
 
 @pytest.mark.parametrize(("kind", "state"), [(kind, "drop") for kind in KINDS] + [("nf4", "keep"), ("int8", "offload")])
@@ -144,22 +144,22 @@ LOSSES = ("owlore_tune.loss.LinearCrossEntropyLoss", "torchtune.modules.loss.CEW
 def test_the_final_loss_is_that_of_the_saved_weights(kind, loss, tiny_config):
     """In full precision, whatever is quantized on the device; and so is the loss before training."""
     config = quantized_config(tiny_config, kind, loss={"_component_": loss})
-    losses = finetune(config)._report.records.losses
+    losses = finetune(config).report.records.losses
     final = losses["after"]
-    whole = finetune(variant(tiny_config, "whole", max_steps_per_epoch=1))._report.records.losses
+    whole = finetune(variant(tiny_config, "whole", max_steps_per_epoch=1)).report.records.losses
     assert losses["before"] == pytest.approx(whole["before"], abs=1e-6)
     saved = variant(tiny_config, "saved", max_steps_per_epoch=1)
     saved["checkpointer"]["checkpoint_dir"] = str(checkpoints(config)[-1])
-    assert finetune(saved)._report.records.losses["before"] == pytest.approx(final, abs=1e-6)
+    assert finetune(saved).report.records.losses["before"] == pytest.approx(final, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plan_counts_the_quantized_weights(kind, tiny_config):
     recipe = finetune(quantized_config(tiny_config, kind))
-    measured, plan = recipe._report._measure_memory(), recipe._plan
+    measured, plan = recipe.report._measure_memory(), recipe.plan
     for category in ("weights", "projected", "bases"):
         assert measured[category] == getattr(plan, category) > 0
-    whole = finetune(variant(tiny_config, "whole"))._plan
+    whole = finetune(variant(tiny_config, "whole")).plan
     assert plan.weights < 0.5 * whole.weights  # in float32
 
 
@@ -202,7 +202,7 @@ def test_saved_weights_are_those_before_and_the_updates(kind, tiny_config, tmp_p
     recipe = finetune(config)
     before, saved = read_weights(Path(config["checkpointer"]["checkpoint_dir"])), weights(config)
     number = 0
-    for name, weight in recipe._layers.active_weights():
+    for name, weight in recipe.layers.active_weights():
         assert weight.linear.weight.numel() == 0
         _, index, part = name.split(".", 2)
         key = f"model.layers.{index}.mlp.down_proj.weight"
@@ -220,8 +220,8 @@ def test_a_weight_in_nf4_is_exact_within_its_basis(changes, tiny_config, tmp_pat
     changes = {f"owlore__{key}": value for key, value in changes.items()}
     config = wide(quantized_config(tiny_config, "nf4", dataset_val=None, **changes), tmp_path)
     recipe = finetune(config)
-    store = recipe._quantized.store
-    for name, weight in recipe._layers.active_weights():
+    store = recipe.quantized.store
+    for name, weight in recipe.layers.active_weights():
         whole, stored = store.read(int(name.split(".")[1]))[name], weight_of(weight.linear).dequantize(torch.float32)
         error = (whole - stored) @ weight.basis
         assert torch.linalg.vector_norm(error) > 0.05 * torch.linalg.vector_norm(whole @ weight.basis)
@@ -235,7 +235,7 @@ def test_accumulation_checkpointing_and_all_kinds_of_state(tiny_config):
         owlore__train_norm=True, dtype="bf16",
     )  # fmt: skip
     recipe = finetune(config)
-    assert recipe._report.records.losses["after"] < recipe._report.records.losses["before"]
+    assert recipe.report.records.losses["after"] < recipe.report.records.losses["before"]
 
 
 def test_only_the_named_files_are_read(tiny_config, tiny_dir, tmp_path):
@@ -264,7 +264,7 @@ def test_weights_that_are_not_finite_are_not_kept(tiny_config):
 
     @torch.no_grad()
     def spoil():
-        for name, weight in recipe._layers.active_weights():
+        for name, weight in recipe.layers.active_weights():
             if "mlp.w1" in name:
                 weight.trained[0, 0] = float("inf")
 
@@ -279,14 +279,14 @@ def test_a_disk_that_fills_up_at_a_draw_loses_no_step(tiny_config, monkeypatch):
     """The layers that leave are written before anything changes, so the state after the last step can be saved."""
     config = quantized_config(tiny_config, "int8", "full", dataset_val=None)
     recipe = prepare(config)
-    write = recipe._quantized.store.write
+    write = recipe.quantized.store.write
 
     def full_disk(index, layer_weights):
-        if recipe._progress.step == 6:
+        if recipe.progress.step == 6:
             raise OSError("No space left on device")
         return write(index, layer_weights)
 
-    monkeypatch.setattr(recipe._quantized.store, "write", full_disk)
+    monkeypatch.setattr(recipe.quantized.store, "write", full_disk)
     with pytest.raises(RunError, match="No space left on device. The state after step 6 is saved in"):
         recipe.train()
     recipe.cleanup()

@@ -333,7 +333,7 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_di
     watch, whole = build_trainer("whole")
     whole.train()
     assert [set(active) for active in watch.active] == watch.changed
-    assert watch.active[::2] == [draw["active"] for draw in recipe._report.records.draws]
+    assert watch.active[::2] == [draw["active"] for draw in recipe.report.records.draws]
     assert len(set(watch.state_bytes)) == 1
     _, broken = build_trainer("broken", Die(13))
     with pytest.raises(Killed):

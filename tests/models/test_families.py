@@ -17,13 +17,13 @@ def test_a_family_is_scored_trained_exported_and_loaded_by_transformers(family, 
     cfg = family_config(family, source, tiny_data)
     recipe = finetune(cfg)
 
-    assert len(recipe._scores.scores) == 4 and min(recipe._scores.scores) > 0
-    draws = recipe._report.records.draws
+    assert len(recipe.scores.scores) == 4 and min(recipe.scores.scores) > 0
+    draws = recipe.report.records.draws
     assert len(draws) == 2 and changed_by_draw(cfg) == [(draw["active"], []) for draw in draws]
     tokens = torch.arange(2, 42)[None]
     with torch.no_grad():
-        hidden = recipe._model(tokens)  # the loss applies the head
-        ours = recipe._model.output(hidden)
+        hidden = recipe.model(tokens)  # the loss applies the head
+        ours = recipe.model.output(hidden)
     theirs = hf_logits(checkpoints(cfg)[-1], tokens)
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
     assert (theirs - hf_logits(source, tokens)).abs().max() > 1e-3

@@ -93,8 +93,8 @@ def test_smollm2_trains_as_torchtunes_decoder(rank, basis, most, smollm2_dir, tm
     other = variant(cfg, "transformers", checkpointer__model_type="HF")
     other["model"] = {"_component_": HF, "path": str(smollm2_dir)}
     one, two = finetune(cfg), finetune(other)
-    assert [d["active"] for d in one._report.records.draws] == [d["active"] for d in two._report.records.draws]
-    assert len(one._report.records.draws) == 4
+    assert [d["active"] for d in one.report.records.draws] == [d["active"] for d in two.report.records.draws]
+    assert len(one.report.records.draws) == 4
     assert furthest(cfg, other) < most
 
 
@@ -137,7 +137,7 @@ def test_other_settings_train_alike(family, changes, tmp_path, tiny_data):
     recipes = finetune(cfg), finetune(other)
     quantized = "owlore__weights" in changes
     assert_same_shares(recipes[0]._scores.scores, recipes[1]._scores.scores, recipes[0]._model)
-    losses = [[step["loss"] for step in recipe._report.records.steps] for recipe in recipes]
+    losses = [[step["loss"] for step in recipe.report.records.steps] for recipe in recipes]
     assert losses[0] == pytest.approx(losses[1], rel=0.1 if quantized else 1e-4)
     never = set(range(4)).difference(*(draw["active"] for draw in recipes[1]._report.records.draws))
     before, after = read_weights(source), weights(other)

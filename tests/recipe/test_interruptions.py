@@ -33,7 +33,7 @@ def broken_at(config: dict, step: int, place: str, error: BaseException) -> OwLo
     original = getattr(owner, method)
 
     def raising(*args, **kwargs):
-        if recipe._progress.step == step:
+        if recipe.progress.step == step:
             raise error
         return original(*args, **kwargs)
 
@@ -42,10 +42,10 @@ def broken_at(config: dict, step: int, place: str, error: BaseException) -> OwLo
 
 
 PLACES = {
-    "reading data": lambda recipe: (recipe._data, "micro_batches"),
-    "forward": lambda recipe: (recipe._loss_fn, "forward"),
-    "reporting": lambda recipe: (recipe._report, "step"),
-    "a draw": lambda recipe: (recipe._report, "draw"),
+    "reading data": lambda recipe: (recipe.inputs.data, "micro_batches"),
+    "forward": lambda recipe: (recipe.loss_fn, "forward"),
+    "reporting": lambda recipe: (recipe.report, "step"),
+    "a draw": lambda recipe: (recipe.report, "draw"),
 }
 
 
@@ -74,7 +74,7 @@ def test_an_error_between_a_refresh_and_its_update_loses_no_step(tiny_config, mo
     changes |= {"owlore__moments": moments, "owlore__update_gap": 2, "owlore__resample_every": 20}
     config = variant(tiny_config, "broken", **changes)
     recipe = prepare(config)
-    calls, original = [], recipe._loss_fn.forward
+    calls, original = [], recipe.loss_fn.forward
 
     def forward(*args):
         calls.append(1)
@@ -82,7 +82,7 @@ def test_an_error_between_a_refresh_and_its_update_loses_no_step(tiny_config, mo
             raise torch.OutOfMemoryError("no more")
         return original(*args)
 
-    recipe._loss_fn.forward = forward
+    recipe.loss_fn.forward = forward
     with pytest.raises(RunError, match="The state after step 4 is saved"):
         recipe.train()
     recipe.cleanup()
@@ -95,14 +95,14 @@ def test_an_error_between_a_refresh_and_its_update_loses_no_step(tiny_config, mo
 def test_an_error_in_the_update_itself_saves_no_half_step(tiny_config):
     config = variant(tiny_config, "broken", dataset_val=None, save_every_n_steps=4)
     recipe = prepare(config)
-    step = recipe._optimizer.step
+    step = recipe.optimizer.step
 
     def half_a_step():
-        if recipe._progress.step == 6:
+        if recipe.progress.step == 6:
             raise OSError("in the middle of the update")
         step()
 
-    recipe._optimizer.step = half_a_step
+    recipe.optimizer.step = half_a_step
     with pytest.raises(RunError, match="in the middle of the update. The newest checkpoint is .*step_4: resume with"):
         recipe.train()
     recipe.cleanup()
@@ -134,7 +134,7 @@ def test_a_row_that_is_too_long_is_named(tiny_config, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=message):
         recipe.train()
     recipe.cleanup()
-    assert [d.name for d in checkpoints(config)] == [f"step_{recipe._progress.step}"]
+    assert [d.name for d in checkpoints(config)] == [f"step_{recipe.progress.step}"]
 
 
 def test_a_run_that_diverges_fails(tiny_config, tmp_path):
@@ -156,7 +156,7 @@ def test_the_last_good_checkpoint_outlives_divergence(tiny_config):
     """keep_last_n=1: an old checkpoint is removed only after a finite loss confirms the newest weights."""
     config = variant(tiny_config, "kept", save_every_n_steps=1, run_val_every_n_steps=1, keep_last_n=1)
     recipe = prepare(config)
-    scale_loss(recipe, lambda: math.nan if recipe._progress.step >= 5 else 1.0)
+    scale_loss(recipe, lambda: math.nan if recipe.progress.step >= 5 else 1.0)
     with pytest.raises(RunError, match="step 5, is nan: the run has diverged; .* Checkpoints in .*: step_4; a new"):
         recipe.train()
     recipe.cleanup()
@@ -184,7 +184,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_config):
 
     @torch.no_grad()
     def spoil():
-        recipe._model.layers[1].mlp.w1.weight[0, 0] = math.inf
+        recipe.model.layers[1].mlp.w1.weight[0, 0] = math.inf
 
     after_step(recipe, 5, spoil)
     message = (
@@ -212,7 +212,7 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(tiny_config):
 PHASES = {  # phase: (interrupted object, method, newest checkpoint afterwards)
     "loading": (OwLoreFullFinetuneRecipe, "load_checkpoint", None),
     "scoring": (TrainingData, "calibration_batches", None),
-    "validating": (OwLoreFullFinetuneRecipe, "_validate", None),
+    "validating": (OwLoreFullFinetuneRecipe, "validate", None),
     "a step": (LinearCrossEntropyLoss, "forward", 1),
     "saving": (OwLoreFullFinetuneRecipe, "save_checkpoint", 5),
     "finishing": (OwLoreFullFinetuneRecipe, "_finish", 10),
@@ -257,7 +257,7 @@ def test_a_signal_is_obeyed_in_every_phase(phase, number, tiny_config, monkeypat
 
 def test_a_validation_is_left_out_after_a_signal(tiny_config, monkeypatch):
     validated = []
-    monkeypatch.setattr(OwLoreFullFinetuneRecipe, "_validate", lambda _, name: validated.append(name))
+    monkeypatch.setattr(OwLoreFullFinetuneRecipe, "validate", lambda _, name, **_kwargs: validated.append(name))
     original = LinearCrossEntropyLoss.forward
 
     def interrupted(self, *args):
@@ -391,9 +391,9 @@ def test_the_first_step_after_a_resume_has_the_schedules_lr(tiny_config):
     }  # fmt: skip
     config = variant(tiny_config, "lr", dataset_val=None, lr_scheduler=schedule, save_every_n_steps=4)
     recipe = finetune(config)
-    rates = [step["lr"] for step in recipe._report.records.steps]
+    rates = [step["lr"] for step in recipe.report.records.steps]
     again = finetune(config | {"resume_from_checkpoint": f"{config['output_dir']}/step_4"})
-    assert [step["lr"] for step in again._report.records.steps] == rates and len(set(rates)) > 5
+    assert [step["lr"] for step in again.report.records.steps] == rates and len(set(rates)) > 5
 
 
 def test_a_foreign_checkpoint_runs_no_code(tiny_config, tmp_path):

@@ -150,7 +150,7 @@ def test_a_plan_within_the_limit_runs(tiny_config):
     recipe = recipe_of(tiny_config | {"device_memory_limit": 1000})
     recipe.setup()
     recipe.train()
-    manifest = json.loads((recipe._settings.output_dir / "manifest.json").read_text())
+    manifest = json.loads((recipe.settings.output_dir / "manifest.json").read_text())
     planned, measured = manifest["memory_bytes"].values()
     assert planned.pop("total") == sum(planned.values())
     for category in ("weights", "projected", "bases"):

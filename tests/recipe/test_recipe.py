@@ -41,7 +41,6 @@ def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
     for draw in manifest["draws"]:
         assert len(draw["active"]) == 2
         assert draw["moved"] == draw["active"]
-        assert 0 < draw["captured_energy"] <= 1
         assert draw["refresh_seconds"] > 0
     assert [json.loads(line) for line in (run / "draws.jsonl").read_text().splitlines()] == manifest["draws"]
     assert "held-out loss   before" in result.stdout
@@ -86,7 +85,7 @@ def test_how_it_is_computed_changes_nothing(tiny_config, changes):
 def test_accumulated_micro_batches_train_like_one_batch(tiny_config):
     full = variant(tiny_config, "full", owlore__rank=None, batch_size=8)
     split = variant(full, "split", batch_size=2, gradient_accumulation_steps=4)
-    assert finetune(full)._progress.step == finetune(split)._progress.step == 5
+    assert finetune(full).progress.step == finetune(split).progress.step == 5
     for name, weight in weights(full).items():
         torch.testing.assert_close(weight, weights(split)[name], atol=2e-5, rtol=0, msg=name)
 
@@ -113,8 +112,8 @@ def test_the_same_seed_gives_the_same_bits(tiny_config):
 def test_other_methods_are_settings(tiny_config, changes, num_changed):
     config = variant(tiny_config, "method", save_every_n_steps=3, **changes)
     recipe = finetune(config)
-    assert changed_by_draw(config) == [(draw["active"], []) for draw in recipe._report.records.draws]
-    assert all(len(draw["active"]) == num_changed for draw in recipe._report.records.draws)
+    assert changed_by_draw(config) == [(draw["active"], []) for draw in recipe.report.records.draws]
+    assert all(len(draw["active"]) == num_changed for draw in recipe.report.records.draws)
 
 
 def test_bf16_packed_with_everything_trained(tiny_config):
@@ -143,7 +142,7 @@ def test_compiled_layers_train_alike(tiny_config):
 
 def test_several_datasets_are_chained(tiny_config):
     config = variant(tiny_config, "two", dataset=[tiny_config["dataset"]] * 2)
-    assert finetune(config)._progress.step == 20
+    assert finetune(config).progress.step == 20
 
 
 def test_validation_schedule_profiler_and_tensorboard(tiny_config):
@@ -163,7 +162,7 @@ def test_validation_schedule_profiler_and_tensorboard(tiny_config):
         },
     )  # fmt: skip
     recipe = finetune(config)
-    assert list(recipe._report.records.losses) == ["before", "step 4", "step 8", "after"]
+    assert list(recipe.report.records.losses) == ["before", "step 4", "step 8", "after"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -172,7 +171,7 @@ def test_validation_schedule_profiler_and_tensorboard(tiny_config):
     shown.Reload()
     for name in ("loss", "lr", "grad_norm", "backward_seconds", "tokens_per_second", "peak_memory_gb"):
         values = [make_ndarray(event.tensor_proto).item() for event in shown.Tensors(name)]
-        assert values == pytest.approx([step[name] for step in recipe._report.records.steps], rel=1e-6)
+        assert values == pytest.approx([step[name] for step in recipe.report.records.steps], rel=1e-6)
     assert [event.step for event in shown.Tensors("val_loss")] == [0, 4, 8, 10]
     assert list(Path(f"{output}/traces").rglob("*.json*"))
 
@@ -185,12 +184,12 @@ def test_a_score_file_of_this_model_is_used(tiny_config):
     file.write_text(json.dumps(scores))
     other = variant(tiny_config, "reused", owlore__scores_file=str(file))
     recipe = finetune(other)
-    assert all(draw["active"] == [1, 3] for draw in recipe._report.records.draws)
+    assert all(draw["active"] == [1, 3] for draw in recipe.report.records.draws)
 
 
 def test_a_draw_that_changes_nothing_is_reported(tiny_config, caplog):
     recipe = finetune(variant(tiny_config, "still", optimizer__lr=0.0))
-    assert all(draw["moved"] == [] for draw in recipe._report.records.draws)
+    assert all(draw["moved"] == [] for draw in recipe.report.records.draws)
     assert "did not change in the draw of step 0: its steps were skipped, or the updates were 0" in caplog.text
 
 
@@ -205,7 +204,7 @@ def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):
     config["dataset"]["data_files"] = str(data)
     config["tokenizer"]["max_seq_len"] = 64
     recipe = finetune(config)
-    assert recipe._progress.skipped_steps == 0
+    assert recipe.progress.skipped_steps == 0
     assert all(weight.isfinite().all() for weight in weights(config).values())
 
 
@@ -224,7 +223,7 @@ def test_the_schedule_ends_with_the_run(tiny_config):
         "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
     }  # fmt: skip
     config = variant(tiny_config, "cosine", lr_scheduler=schedule, dataset_val=None)
-    rates = [step["lr"] for step in finetune(config)._report.records.steps]
+    rates = [step["lr"] for step in finetune(config).report.records.steps]
     peak = config["optimizer"]["lr"]
     assert len(rates) == 10 and max(rates) == pytest.approx(peak) and rates[-1] < 0.05 * peak
 
@@ -232,13 +231,17 @@ def test_the_schedule_ends_with_the_run(tiny_config):
 def test_activation_checkpointing_wraps_the_layers(tiny_config):
     for wanted in (True, False):
         recipe = prepare(variant(tiny_config, f"checkpointing_{wanted}", enable_activation_checkpointing=wanted))
-        assert all(hasattr(layer, "_checkpoint_wrapped_module") == wanted for layer in recipe._model.layers)
+        assert all(hasattr(layer, "_checkpoint_wrapped_module") == wanted for layer in recipe.model.layers)
 
 
 def test_every_epoch_has_another_order(tiny_config):
     recipe = prepare(variant(tiny_config, "epochs", epochs=2))
-    epochs = [[row for _ in range(10) for batch in recipe._data.micro_batches() for row in batch["tokens"].tolist()]]
-    epochs += [[row for _ in range(10) for batch in recipe._data.micro_batches() for row in batch["tokens"].tolist()]]
+    epochs = [
+        [row for _ in range(10) for batch in recipe.inputs.data.micro_batches() for row in batch["tokens"].tolist()]
+    ]
+    epochs += [
+        [row for _ in range(10) for batch in recipe.inputs.data.micro_batches() for row in batch["tokens"].tolist()]
+    ]
     first, second = ([[token for token in row if token] for row in rows] for rows in epochs)  # without padding
     assert first != second and sorted(first) == sorted(second)
 
@@ -253,7 +256,7 @@ def test_scoring_alone(tiny_config):
 def test_nothing_keeps_the_weights_of_a_run_in_memory(tiny_config):
     """Regression: hooks of the memory plan did, so processes with several runs grew by a model for each."""
     recipe = finetune(tiny_config)
-    weight = weakref.ref(recipe._model.layers[0].attn.q_proj.weight)
+    weight = weakref.ref(recipe.model.layers[0].attn.q_proj.weight)
     del recipe
     gc.collect()
     assert weight() is None

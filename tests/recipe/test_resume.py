@@ -68,11 +68,11 @@ def test_resumed_run_equals_the_unbroken_one(case, tiny_config, monkeypatch):
     assert [d.name for d in checkpoints(broken)] == [f"step_{n}" for n in (3, 6, 9, 10, 12, 15)]
     recipe = finetune(resumed)
     assert_same_bits(config, broken)
-    assert state_bytes(recipe._optimizer) == state_bytes(unbroken._optimizer)
-    drop_times = [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in unbroken._report.records.draws]
-    assert [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in recipe._report.records.draws] == drop_times
+    assert state_bytes(recipe.optimizer) == state_bytes(unbroken.optimizer)
+    drop_times = [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in unbroken.report.records.draws]
+    assert [{k: v for k, v in d.items() if k != "refresh_seconds"} for d in recipe.report.records.draws] == drop_times
     lines = (Path(broken["output_dir"]) / "draws.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [draw["step"] for draw in unbroken._report.records.draws]
+    assert [json.loads(line)["step"] for line in lines] == [draw["step"] for draw in unbroken.report.records.draws]
 
 
 @pytest.mark.parametrize("changes", [{}, CASES["stochastic bf16"]], ids=["fp32", "stochastic bf16"])
@@ -83,7 +83,7 @@ def test_a_run_resumed_at_the_end_of_an_epoch_equals_the_unbroken_one(changes, t
     finetune(config)
     finetune_until(broken, 12)
     recipe = prepare(broken | {"resume_from_checkpoint": True})
-    assert recipe._progress.step == 10
+    assert recipe.progress.step == 10
     recipe.train()
     assert_same_bits(config, broken)
 
@@ -109,7 +109,7 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_config):
     finetune(tiny_config)
     before = weights(tiny_config)
     recipe = finetune(tiny_config | {"resume_from_checkpoint": True})
-    assert recipe._progress.step == 10
+    assert recipe.progress.step == 10
     assert all(torch.equal(weight, before[name]) for name, weight in weights(tiny_config).items())
 
 
@@ -125,7 +125,7 @@ def test_a_named_checkpoint_is_taken(tiny_config):
     end = weights(config)
     named = f"{config['output_dir']}/step_3"
     recipe = prepare(config | {"resume_from_checkpoint": named})
-    assert recipe._progress.step == 3
+    assert recipe.progress.step == 3
     recipe.train()
     assert all(torch.equal(weight, end[name]) for name, weight in weights(config).items())
 
@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tiny_conf
     *_, before, newest = checkpoints(config)
     DAMAGES[damage](newest)
     recipe = prepare(config | {"resume_from_checkpoint": True})
-    assert recipe._progress.step == 9
+    assert recipe.progress.step == 9
     assert any(newest.name in warning for warning in warnings)
     recipe.train()
     verify(newest)
@@ -270,8 +270,8 @@ def test_the_layer_with_a_bad_gradient_is_named(tiny_config, monkeypatch):
     monkeypatch.setattr(owlore_full_finetune.log, "warning", warnings.append)
     config = variant(tiny_config, "named", clip_grad_norm=1.0, owlore__num_active_layers=None)
     recipe = prepare(config)
-    weight = recipe._layers.layers[1].weights["layers.1.mlp.w2.weight"].trained.requires_grad_(True)
-    weight.register_hook(lambda grad: grad * float("nan") if recipe._progress.step == 4 else grad)
+    weight = recipe.layers.layers[1].weights["layers.1.mlp.w2.weight"].trained.requires_grad_(True)
+    weight.register_hook(lambda grad: grad * float("nan") if recipe.progress.step == 4 else grad)
     recipe.train()
     (warning,) = [w for w in warnings if w.startswith("Step 4:")]
     assert "['layers.1']" in warning
@@ -284,7 +284,7 @@ def test_a_step_that_is_not_finite_is_skipped(tiny_config, bad, rank):
     recipe = prepare(config)
     poison(recipe, bad)
     recipe.train()
-    assert recipe._progress.skipped_steps == len(bad)
+    assert recipe.progress.skipped_steps == len(bad)
     assert all(weight.isfinite().all() for weight in weights(config).values())
     manifest = json.loads((Path(config["output_dir"]) / "manifest.json").read_text())
     assert manifest["skipped_steps"] == len(bad)
@@ -320,7 +320,7 @@ def test_a_full_disk(seen_coming, tiny_config, small_disk, monkeypatch):
     with pytest.raises(RunError, match=message):
         recipe.train()
     recipe.cleanup()  # otherwise the disk cannot be unmounted
-    assert recipe._progress.step < 10
+    assert recipe.progress.step < 10
     good = checkpoints(config)[-1]
     verify(good)
     load_file(good / "model.safetensors")

@@ -94,7 +94,7 @@ def test_a_checkpoint_that_only_lacks_its_name_is_resumed_from(tiny_config):
     run_id = json.loads((newest / "checkpoint.json").read_text())["run_id"]
     newest.rename(newest.with_name(f"step_8.{run_id}.12345678.partial"))
     recipe = prepare(config | {"resume_from_checkpoint": True})
-    assert recipe._progress.step == 8
+    assert recipe.progress.step == 8
     recipe.train()
     recipe.cleanup()
     assert [d.name for d in checkpoints(config)] == ["step_4", "step_8", "step_10"]

@@ -74,7 +74,7 @@ def test_a_run_that_was_killed_before_it_pruned_prunes_when_it_resumes(tiny_conf
     keep_last = StepCheckpoints.keep_last
 
     def killed(self, count):
-        if recipe._progress.step == 10:
+        if recipe.progress.step == 10:
             raise Killed
         keep_last(self, count)
 
