@@ -29,14 +29,9 @@ from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world
 from owlore_tune.errors import DivergedError
 from owlore_tune.heap import reuse_freed_memory
-from owlore_tune.layers.projected import ProjectedLayers
-from owlore_tune.layers.schedule import Schedule
 from owlore_tune.layers.scores_file import SCORES_FILE, LayerScores
 from owlore_tune.loss import mean_loss, shift_labels
 from owlore_tune.memory.measure import PeakMemory
-from owlore_tune.memory.plan import MemoryPlan
-from owlore_tune.models.attention import attend_by_sample
-from owlore_tune.models.decoder import Decoder, find_layers
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.program import parse
 from owlore_tune.quantized.layers import QuantizedLayers
@@ -62,24 +57,18 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     LISA and GaLore are settings of the ``owlore`` block; see configs/smollm2.
 
     An interrupted run continues with ``resume_from_checkpoint=true``. Resumed on the same number of CPU ranks, it is
-    bit-identical to an uninterrupted one. A step whose loss or gradient is not finite is skipped;
-    ``max_skipped_steps`` of them in a row stop the run.
+    bit-identical to an uninterrupted one.
 
     Args:
         settings: of the run; see `owlore_tune.run.settings` for the fields of its config.
 
+    Attributes:
+        run, report, progress: the run's directory, its records, and its counters.
+        inputs, plan, loss_fn, model, layers, optimizer, quantized, scores, schedule: its parts, after `setup`.
+
     Raises:
         ConfigError: if a setting does not go with the number of processes.
     """
-
-    inputs: build.Inputs
-    loss_fn: Any
-    model: Decoder
-    layers: ProjectedLayers
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    quantized: QuantizedLayers | None
-    plan: MemoryPlan
 
     def __init__(self, settings: TrainingSettings) -> None:
         self.settings, self._cfg, self._device = settings, settings.cfg, settings.device
@@ -105,45 +94,41 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         checkpoint = resume.find_checkpoint(self.run, cfg.resume_from_checkpoint, world)
         saved = load_state(checkpoint) if checkpoint else None
         self.inputs, self._identity = resume.matching_inputs(settings, saved, checkpoint, world)
-        self._data = self.inputs.data
-        self._setup_model()
-        self.load_checkpoint(checkpoint, saved)
-        self._sampler = build.build_sampler(settings, self.scores.scores)
-        self.schedule = build.build_schedule(settings, self.layers, self.optimizer, self._sampler)
+        self.loss_fn, self.model, self.layers, self.optimizer = self._setup_model()
+        self._lr_scheduler = build.build_lr_scheduler(settings, self.optimizer, self.inputs.data.num_steps)
+        self._profiler = build.build_profiler(settings)
+        self.quantized, self.scores = self.load_checkpoint(checkpoint, saved)
+        self.layers.masters = self.quantized
+        self.schedule = build.build_schedule(settings, self.layers, self.optimizer, self.scores.scores)
         if cfg.compile:  # after scoring, whose hooks would be compiled too
             self.loss_fn = compile_parts(self.loss_fn, self.model, self.layers)
         if saved is not None:
             resume.restore(self._parts(), saved, checkpoint)
-            self._data.seek(self.progress.step)
+            self.inputs.data.seek(self.progress.step)
             self._has_unproven_checkpoint = True  # the one that it resumes from
             self._world.attempt(lambda: self.run.steps.set_aside_after(self.progress.step), first_alone=True)
             log.info(f"Resumed from {checkpoint}, step {self.progress.step}.")
         self._start_run()
 
-    def _setup_model(self) -> None:
+    def _setup_model(self) -> build.Parts:
         """Build everything that needs no weights, and check its memory plan against the limit."""
-        settings, sharding = self.settings, self._sharding
-        self.loss_fn, self.model, self.layers, self.optimizer = parts = build.build_parts(settings, self._world)
-        build.check_model(settings, self.inputs, self.model)
-        self.plan = checked_plan(settings, self.inputs, parts, sharding)
-        if self._device.type == "cpu" and not self._cfg.compile:
-            attend_by_sample(self.model)
-        if self._cfg.enable_activation_checkpointing:
-            layer_types = {type(layer) for layer in find_layers(self.model)}
-            training.set_activation_checkpointing(self.model, auto_wrap_policy=layer_types)
-        if sharding is not None:  # which replaces the parameters
-            shard_model(self.model, self._device, sharding)
-            self.layers, self.optimizer = build.build_trained(settings, self.model, self._world)
-        self._lr_scheduler = build.build_lr_scheduler(settings, self.optimizer, self._data.num_steps)
-        self._profiler = build.build_profiler(settings)
+        settings, world = self.settings, self._world
+        parts = build.build_parts(settings, world)
+        build.check_model(settings, self.inputs, parts.model)
+        self.plan = checked_plan(settings, self.inputs, parts, self._sharding)
+        build.prepare_layers(settings, parts.model)
+        if self._sharding is None:
+            return parts
+        shard_model(parts.model, self._device, self._sharding)  # which replaces the parameters
+        return build.Parts(parts.loss_fn, parts.model, *build.build_trained(settings, parts.model, world))
 
-    def load_checkpoint(self, checkpoint: Path | None, saved: dict[str, Any] | None) -> None:
+    def load_checkpoint(
+        self, checkpoint: Path | None, saved: dict[str, Any] | None
+    ) -> tuple[QuantizedLayers | None, LayerScores]:
         """Load the weights, from the checkpoint to resume from if there is one, and score the layers."""
         loading = Loading(self.settings, self.inputs, self.model, self.run, checkpoint, self._sharding, self._world)
         fingerprint = self._identity["digests"][resume.BASE_WEIGHTS]
-        known = LayerScores(**saved["scores"]) if saved else None
-        self.quantized, self.scores = load_and_score(loading, self.report, known, fingerprint)
-        self.layers.masters = self.quantized
+        return load_and_score(loading, self.report, LayerScores(**saved["scores"]) if saved else None, fingerprint)
 
     def _parts(self) -> dict[str, Any]:
         """The parts with state in a checkpoint. The optimizer's state depends on the schedule before it."""
@@ -165,24 +150,22 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         attempt(self.run.start)
         if self.quantized is not None:
             self.quantized.fill_store()
-        attempt(lambda: self.scores.save(self.settings.output_dir / SCORES_FILE))
-        probabilities = self._sampler.probabilities.tolist()
+        attempt(lambda: self.scores.save(self.run.path / SCORES_FILE))
         measure = partial(measured_bytes, self.model, self.layers, self.optimizer, self._memory, self._device)
+        probabilities = self.schedule.sampler.probabilities.tolist()
         attempt(lambda: self.report.start(self.settings, self.run.run_id, self.plan, probabilities, measure))
-        attempt(self._write_manifest)
+        attempt(lambda: self.report.write_manifest(self.progress, self._step_dir()))
 
     def train(self) -> None:
         try:
             if self.progress.step == 0:
                 self.validate("before", exact=True)
             self._memory.start()
-            # A signal takes effect after the end of a step and its checkpoint.
-            with stop_request().deferred(), self._profiler:
+            with stop_request().deferred(), self._profiler:  # a signal takes effect after a step and its checkpoint
                 self._train_loop()
             self._finish()
         except Exception as error:
-            can_save = self._is_complete and not self.schedule.is_changing
-            save = self._save_whole_step if can_save else None
+            save = self._save_whole_step if self._is_complete and not self.schedule.is_changing else None
             resume.rescue(error, self.run, self.progress.step, self._world, save)
             raise
 
@@ -193,7 +176,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             Stop: after the step in which a signal arrived, once that step is saved.
             DivergedError: after ``max_skipped_steps`` skipped steps in a row.
         """
-        progress, cfg, num_steps = self.progress, self._cfg, self._data.num_steps
+        progress, cfg, num_steps = self.progress, self._cfg, self.inputs.data.num_steps
         with self.report.progress_bar(progress, num_steps):
             while progress.step < num_steps:
                 started = time.perf_counter()
@@ -201,7 +184,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                     if (active := self.schedule.begin_step()) is not None:
                         self.report.draw(progress.step, active, self.layers.num_trainable(), self.schedule.last_moved)
                 with self._clock("data"):
-                    micro_batches = self._data.micro_batches()
+                    micro_batches = self.inputs.data.micro_batches()
                 metrics = self._train_step(micro_batches, started)
                 progress.step += 1
                 self._is_complete = True
@@ -218,8 +201,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         progress, cfg = self.progress, self._cfg
         signalled = self._signalled()
         given_up = progress.skipped_in_a_row >= cfg.max_skipped_steps
-        is_last = given_up or signalled is not None or progress.step == self._data.num_steps
-        if is_last or progress.is_due(cfg.save_every_n_steps) or progress.is_due(self._data.steps_per_epoch):
+        is_last = given_up or signalled is not None or progress.step == self.inputs.data.num_steps
+        if is_last or progress.is_due(cfg.save_every_n_steps) or progress.is_due(self.inputs.data.steps_per_epoch):
             self.save_checkpoint()
             signalled = signalled or self._signalled()  # arrived during the save
         if given_up:
@@ -256,8 +239,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 batch_labels[0, 0] = 0  # other processes wait for this one: a gradient times 0
             # The mean over all tokens of the step, independent of their split into micro-batches and processes.
             with self._clock("forward"):
-                share = count / sum(num_trained)
-                micro_loss = mean_loss(self.model, self.loss_fn, batch, batch_labels, self._device) * share
+                micro_loss = mean_loss(self.model, self.loss_fn, batch, batch_labels, self._device)
+                micro_loss = micro_loss * (count / sum(num_trained))
             with self._clock("backward"):
                 micro_loss.backward()
             loss += micro_loss.detach()
@@ -315,7 +298,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 loss, num_tokens = validation.held_out_loss(self.model, *rest)
         self.report.held_out_loss(when, self.progress.step, loss, num_tokens)
         if not math.isfinite(loss):
-            self._write_manifest()
+            self.report.write_manifest(self.progress, self._step_dir())
             raise DivergedError(f"the held-out loss, {when}, is {loss}: the run has diverged; lower optimizer.lr")
 
     def save_checkpoint(self) -> None:
@@ -333,7 +316,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             writer = weight_writer(self.inputs, self.model, self.layers, self.quantized, self._world)
             save_checkpoint(self._step_dir(), self.run.run_id, *writer, state, self._world)
         self._has_unproven_checkpoint = True
-        self._write_manifest()
+        self.report.write_manifest(self.progress, self._step_dir())
 
     def _prune_checkpoints(self) -> None:
         """Remove old checkpoints, once a finite loss shows that the newest one is good."""
@@ -347,14 +330,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         validation.check_trained(self.progress, self.inputs)
         self.validate("after", exact=True)
         self._prune_checkpoints()
-        self._write_manifest(finished=True)
+        self.report.write_manifest(self.progress, self._step_dir(), finished=True)
         self.report.print_summary(self._step_dir())
 
     def _step_dir(self) -> Path:
         return self.run.steps.path(self.progress.step)
-
-    def _write_manifest(self, *, finished: bool = False) -> None:
-        self.report.write_manifest(self.progress, self._step_dir(), finished=finished)
 
     def cleanup(self) -> None:
         try:

@@ -46,7 +46,7 @@ class Schedule:
             authors' code. ``offload``: like ``keep``, in host memory.
 
     Attributes:
-        layers, optimizer: as given.
+        layers, optimizer, sampler: as given.
         drawn_at: optimizer steps before the last draw.
         last_moved: the layers of the draw before whose weights changed while they were active.
         refresh_seconds: time that the bases of the last step took.
@@ -78,7 +78,7 @@ class Schedule:
         check_decay(optimizer)
         self.layers = layers
         self.optimizer = optimizer
-        self._sampler = sampler
+        self.sampler = sampler
         self._resample_every = resample_every
         self._update_gap = update_gap
         self._moments = moments
@@ -122,14 +122,14 @@ class Schedule:
         return self.active if is_due else None
 
     def _draw(self) -> None:
-        before = self._sampler.state_dict()
-        drawn = self.layers.world.share(self._sampler.draw())
+        before = self.sampler.state_dict()
+        drawn = self.layers.world.share(self.sampler.draw())
         leaving, entering = (sorted(set(a) - set(b)) for a, b in ((self.active, drawn), (drawn, self.active)))
         last_moved = self.moved()
         try:
             self.layers.merge(leaving, keep_bases=self._keeps_state)
         except BaseException:
-            self._sampler.load_state_dict(before)  # layers that are merged train on: a checkpoint may be saved
+            self.sampler.load_state_dict(before)  # layers that are merged train on: a checkpoint may be saved
             raise
         self.is_changing = True  # stays so after an error, since some layers may have changed
         self.layers.activate(drawn, forget=not self._keeps_state)
@@ -162,7 +162,7 @@ class Schedule:
             move_state(self.optimizer, parameter, parameter.device)
         is_new = not any(weight.basis is not None for weight in layer.weights.values())
         self._has_returned |= not is_new
-        if is_new and self.layers.masters is not None and self._sampler.num_active == len(self.layers.layers):
+        if is_new and self.layers.masters is not None and self.sampler.num_active == len(self.layers.layers):
             layer.age = index * self._update_gap // len(self.layers.layers)
 
     def _settle(self) -> None:
@@ -231,7 +231,7 @@ class Schedule:
         return {
             "drawn_at": self.drawn_at,
             "moved": self.moved(),
-            "sampler": self._sampler.state_dict(),
+            "sampler": self.sampler.state_dict(),
             "layers": self.layers.state_dict(),
             "settings": self._settings,
         }
@@ -247,7 +247,7 @@ class Schedule:
                 raise ValueError(
                     f"{name}={self._settings[name]}, and the checkpoint has {saved}; pass the same value to continue"
                 )
-        self._sampler.load_state_dict(state_dict["sampler"])
+        self.sampler.load_state_dict(state_dict["sampler"])
         self.layers.load_state_dict(state_dict["layers"])
         self._moved = set(state_dict["moved"])
         self.drawn_at = state_dict["drawn_at"]

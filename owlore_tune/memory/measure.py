@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from owlore_tune.heap import return_freed_memory
+
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated on a CUDA device, else resident in this process."""
@@ -35,8 +37,9 @@ class PeakMemory:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the block."""
+        """Exclude the block. On a CPU, where that is not possible, the block gets memory that training has freed."""
         earlier = self.read()
+        return_freed_memory(self._device)
         yield
         self.start()
         self._earlier = earlier

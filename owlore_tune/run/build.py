@@ -25,6 +25,7 @@ from owlore_tune.errors import ConfigError
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.layers.schedule import Schedule
+from owlore_tune.models.attention import attend_by_sample
 from owlore_tune.models.decoder import Decoder, find_layers, model_parts
 from owlore_tune.models.output import set_output
 from owlore_tune.optim.moments import check_decay
@@ -258,6 +259,15 @@ def build_optimizer(settings: TrainingSettings, groups: list[Any]) -> torch.opti
     return optimizer
 
 
+def prepare_layers(settings: TrainingSettings, model: Decoder) -> None:
+    """Let the layers of ``model`` compute as the config and the device want, in place."""
+    if settings.device.type == "cpu" and not settings.cfg.compile:
+        attend_by_sample(model)
+    if settings.cfg.enable_activation_checkpointing:
+        layer_types = {type(layer) for layer in find_layers(model)}
+        training.set_activation_checkpointing(model, auto_wrap_policy=layer_types)
+
+
 def build_profiler(settings: TrainingSettings) -> Any:
     """The config's profiler; a dummy if it is not enabled."""
     node = settings.cfg.profiler
@@ -288,8 +298,11 @@ def build_lr_scheduler(settings: TrainingSettings, optimizer: torch.optim.Optimi
     return schedule
 
 
-def build_sampler(settings: TrainingSettings, scores: list[float]) -> LayerSampler:
-    """
+def build_schedule(
+    settings: TrainingSettings, layers: ProjectedLayers, optimizer: torch.optim.Optimizer, scores: list[float]
+) -> Schedule:
+    """The schedule of active layers. All layers are frozen until the first draw.
+
     Raises:
         ConfigError: if the scores allow no draw of γ layers.
     """
@@ -300,17 +313,6 @@ def build_sampler(settings: TrainingSettings, scores: list[float]) -> LayerSampl
         raise ConfigError(f"owlore: {error}; try another score, or a lower outlier_threshold") from error
     if never := [layer for layer, score in enumerate(scores) if score == 0]:
         log.warning(f"Layers {never} have score 0 and will never be trained.")
-    return sampler
-
-
-def build_schedule(
-    settings: TrainingSettings,
-    layers: ProjectedLayers,
-    optimizer: torch.optim.Optimizer,
-    sampler: LayerSampler,
-) -> Schedule:
-    """The schedule of active layers. All layers are frozen until the first draw."""
-    owlore = settings.owlore
     return Schedule(
         layers,
         optimizer,

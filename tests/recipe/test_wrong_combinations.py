@@ -64,7 +64,7 @@ TRAINING: dict[tuple[str, ...], str] = {
     ("optimizer.lr=.inf", "optimizer.weight_decay=0.1"): "optimizer.lr=inf",
     ("optimizer.betas=[0.9,0.999,0.9]", "optimizer.eps=1e-8"): "optimizer",
     ("lr_scheduler.num_warmup_steps=0", "lr_scheduler.num_cycles=.inf"): "'num_cycles': inf}: math domain error",
-    ("lr_scheduler.num_warmup_steps=0", "lr_scheduler.num_cycles=abc"): "'num_cycles': 'abc'}: can't multiply sequence",
+    ("lr_scheduler.num_warmup_steps=0", "lr_scheduler.num_cycles=abc"): "lr_scheduler: can't multiply sequence by non-int of type 'float' (with num_warmup_steps=0, num_cycles='abc')",
     ("lr_scheduler=torch.optim.lr_scheduler.StepLR", "~lr_scheduler.num_warmup_steps"): "lr_scheduler: missing a required argument: 'step_size' of torch.optim.lr_scheduler.StepLR",
     ("optimizer=torch.optim.SGD", "~optimizer.betas"): "unknown key optimizer.eps",
     ("loss=torchtune.modules.loss.CEWithChunkedOutputLoss", "loss.num_output_chunks=0"): "loss.num_output_chunks=0",
