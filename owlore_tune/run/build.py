@@ -261,11 +261,16 @@ def build_optimizer(settings: TrainingSettings, groups: list[Any]) -> torch.opti
 
 def prepare_layers(settings: TrainingSettings, model: Decoder) -> None:
     """Let the layers of ``model`` compute as the config and the device want, in place."""
-    if settings.device.type == "cpu" and not settings.cfg.compile:
+    if attends_by_sample(settings):
         attend_by_sample(model)
     if settings.cfg.enable_activation_checkpointing:
         layer_types = {type(layer) for layer in find_layers(model)}
         training.set_activation_checkpointing(model, auto_wrap_policy=layer_types)
+
+
+def attends_by_sample(settings: TrainingSettings) -> bool:
+    """Whether attention over packed rows needs no mask, see `attend_by_sample`."""
+    return settings.device.type == "cpu" and not settings.cfg.compile
 
 
 def build_profiler(settings: TrainingSettings) -> Any:

@@ -16,7 +16,16 @@ from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory, state_per_value
 from owlore_tune.memory.step import StepShape
 from owlore_tune.quantized.formats import FORMATS
-from owlore_tune.run.build import Inputs, Parts, build_inputs, build_optimizer, build_parts, is_packed, row_length
+from owlore_tune.run.build import (
+    Inputs,
+    Parts,
+    attends_by_sample,
+    build_inputs,
+    build_optimizer,
+    build_parts,
+    is_packed,
+    row_length,
+)
 from owlore_tune.run.settings import TrainingSettings
 
 # The last overrides to try if a plan exceeds device_memory_limit, see `savings`
@@ -72,11 +81,13 @@ def plan_run(
         per_value,
         holds_all_state=owlore.inactive_state != "drop" and not offloads_state,
     )
+    shape = _step_shape(settings.cfg, seq_len)
+    has_masks = shape.packed and (gpu or not attends_by_sample(settings))
     plan = plan_memory(
         parts.model,
         parts.loss_fn,
         method,
-        replace(_step_shape(settings.cfg, seq_len), weights=owlore.weights, products=owlore.products),
+        replace(shape, packed=has_masks, weights=owlore.weights, products=owlore.products),
         device=settings.device,
         framework=framework,
         sharding=sharding,
