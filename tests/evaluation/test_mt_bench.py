@@ -21,7 +21,8 @@ from torchtune.models.llama2 import llama2
 from owlore_eval import OwLoreEvalRecipe
 from owlore_evals.jsonl import append_line, read_lines
 from owlore_evals.judge import Judge, JudgeConfig, _wait
-from owlore_evals.mt_bench import TEMPERATURES, MTBench, _digest, judge_chat, parse_rating, read_files
+from owlore_evals.mt_bench import TEMPERATURES, MTBench, _digest
+from owlore_evals.mt_bench_files import judge_chat, parse_rating, read_files
 from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.config_files import load_config
