@@ -13,12 +13,14 @@ from lib.report import command, parser, publish
 
 from owlore_tune.config_files import load_config
 from owlore_tune.memory.plan import MemoryPlan
-from owlore_tune.run.gpus import FREE_SHARE, INT8, NF4, SEQ_LEN
+from owlore_tune.run.gpus import FREE_SHARE, SEQ_LEN
 from owlore_tune.run.planning import plan_run, plans_of_config
 from owlore_tune.run.plots import plot_memory
 from owlore_tune.run.settings import TrainingSettings
 
 CONFIG = "llama2/7B_owlore"
+INT8 = ("owlore.weights=int8", "owlore.products=int8")
+NF4 = ("owlore.weights=nf4",)
 RUN = ["device=cpu", "batch_size=1", "gradient_accumulation_steps=1", "dataset.packed=true", "owlore.rank=128"]
 OWN = {
     "OwLore, γ=5, bf16": (),

@@ -1,6 +1,7 @@
 """Imports between files and between folders have no cycles, and evaluation imports no training code."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,3 +79,16 @@ def test_an_import_loads_nothing_that_it_does_not_need(module, absent):
     code = f"import sys, {module}; print(sorted(name for name in {absent} if name in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_benchmarks_import_names_that_exist():
+    """Most benchmarks take too long for a test."""
+    imported = {
+        (node.module, alias.name)
+        for file in (ROOT / "benchmarks").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("owlore")
+        for alias in node.names
+    }
+    assert len(imported) > 50
+    assert [pair for pair in imported if not hasattr(importlib.import_module(pair[0]), pair[1])] == []
