@@ -1,8 +1,8 @@
 """Held-out loss and accuracy of OwLore and other methods on SmolLM2, with tuned learning rates and several seeds.
 
-    python benchmarks/quality.py --data DIR [--only methods scores choices commonsense] [--workers N] [--losses-only]
+    python benchmarks/quality.py --data DIR [--only methods scores choices] [--workers N] [--losses-only]
 
-DIR holds math/ and commonsense/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
+DIR holds math/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
 512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1 (OwLore: after projection), no
 weight decay, float32 weights with products in bfloat16 (see lib/bf16_products.py). The seed shuffles the data and
 seeds the draws. OwLore and LISA, which is a setting of the same recipe, draw layers every 10 steps. BAdam changes its
@@ -24,7 +24,6 @@ import json
 import math
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -57,7 +56,6 @@ RESAMPLE_EVERY = 10
 SEEDS = (0, 1, 2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as in lib/peers.py
 MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
-COMMONSENSE = ("ARC-Easy", "openbookqa", "boolq")
 STEP_OF_GRID = 10**0.5
 
 
@@ -115,7 +113,6 @@ class Run:
     method: str
     lr: float
     seed: int
-    data: str = "math"
     steps: int = STEPS
     changes: dict[str, Any] = field(default_factory=dict)  # overrides of an OwLore config
 
@@ -128,7 +125,7 @@ class Study:
     """Executes runs that are not in the results file yet.
 
     Args:
-        data: directory with math/ and commonsense/.
+        data: directory with math/.
         threads: threads per run.
         answers: whether final runs answer the test problems.
     """
@@ -155,29 +152,24 @@ class Study:
 
     def _run(self, run: Run, scratch: Path) -> dict[str, Any]:
         started = time.perf_counter()
-        train, held_out = self._split(run, scratch)
+        train, held_out = self._split(run.seed, run.steps, scratch)
         config, weights = self._train(run, train, scratch)
         seconds = time.perf_counter() - started
         row = {"key": run.key, **asdict(run), "config": config, "train_seconds": seconds, "versions": versions()}
-        row["held_out_loss"] = {name: held_out_loss(weights, rows) for name, rows in held_out.items()}
-        if run.data == "math" and run.steps != TUNING_STEPS and self._answers:
+        row["held_out_loss"] = held_out_loss(weights, held_out)
+        if run.steps != TUNING_STEPS and self._answers:
             row["correct"] = self._accuracy(weights, scratch)
         return row
 
-    def _split(self, run: Run, scratch: Path) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-        """Return a file of training rows, shuffled by the seed, and the held-out rows by name."""
-        train: list[dict[str, Any]] = []
-        held_out = {}
-        folders = {"math": [("math", "math")], "commonsense": [(n, f"commonsense/{n}") for n in COMMONSENSE]}
-        for name, folder in folders[run.data]:
-            rows = read_file(self._data / folder / "train.json", "--data")
-            random.Random(0).shuffle(rows)
-            held_out[name] = rows[: HELD_OUT_OF_TUNING if run.steps == TUNING_STEPS else HELD_OUT]
-            train += rows[HELD_OUT:]
-        random.Random(run.seed).shuffle(train)
+    def _split(self, seed: int, steps: int, scratch: Path) -> tuple[Path, list[dict[str, Any]]]:
+        """Return a file of training rows, shuffled by the seed, and the held-out rows."""
+        rows = read_file(self._data / "math" / "train.json", "--data")
+        random.Random(0).shuffle(rows)
+        train = rows[HELD_OUT:]
+        random.Random(seed).shuffle(train)
         file = scratch / "train.json"
         file.write_text(json.dumps(train))
-        return file, held_out
+        return file, rows[: HELD_OUT_OF_TUNING if steps == TUNING_STEPS else HELD_OUT]
 
     def _train(self, run: Run, train: Path, scratch: Path) -> tuple[Any, Path]:
         """Train, and return the config and the directory of the weights."""
@@ -227,11 +219,10 @@ class Study:
         key = "before"
         if key in self.rows:
             return
-        row: dict[str, Any] = {"key": key, "method": "before", "versions": versions(), "held_out_loss": {}}
+        row: dict[str, Any] = {"key": key, "method": "before", "versions": versions()}
         with tempfile.TemporaryDirectory() as scratch:
-            for data in ("math", "commonsense"):
-                _, held_out = self._split(Run("before", 0, 0, data), Path(scratch))
-                row["held_out_loss"] |= {name: held_out_loss(fetch(), rows) for name, rows in held_out.items()}
+            _, held_out = self._split(0, STEPS, Path(scratch))
+            row["held_out_loss"] = held_out_loss(fetch(), held_out)
             row["correct"] = self._accuracy(fetch(), Path(scratch))
         self.rows[key] = row
         append_line(ROWS, row)
@@ -241,7 +232,7 @@ class Study:
         grid = list(METHODS[method].lrs)
         while True:
             runs = [self.row(Run(method, lr, 0, steps=TUNING_STEPS)) for lr in grid]
-            losses = [mean_loss(row) for row in runs]
+            losses = [row["held_out_loss"] for row in runs]
             best = min(range(len(grid)), key=lambda i: losses[i])
             if best == 0:
                 grid.insert(0, rounded(grid[0] / STEP_OF_GRID))
@@ -253,9 +244,8 @@ class Study:
 
 def runs_of(part: str, lrs: dict[str, float]) -> Iterator[Run]:
     """Yield the final runs of a part of the study. ``lrs`` has the tuned learning rates by method."""
-    if part in ("methods", "commonsense"):
-        data = "math" if part == "methods" else part
-        yield from (Run(method, lrs[method], seed, data) for seed in SEEDS for method in METHODS)
+    if part == "methods":
+        yield from (Run(method, lrs[method], seed) for seed in SEEDS for method in METHODS)
     else:
         settings = {score: {"owlore.score": score} for score in SCORES} if part == "scores" else CHOICES
         for seed in SEEDS if part == "scores" else SEEDS[:2]:
@@ -341,15 +331,10 @@ def rounded(lr: float) -> float:
     return float(f"{3 if half_decades % 2 else 1}e{half_decades // 2}")
 
 
-def mean_loss(row: dict[str, Any]) -> float:
-    """Return the unweighted mean over the held-out sets."""
-    return statistics.fmean(row["held_out_loss"].values())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="directory with math/ and commonsense/")
-    parts = ("methods", "scores", "choices", "commonsense")
+    parser.add_argument("--data", type=Path, required=True, help="directory with math/")
+    parts = ("methods", "scores", "choices")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--losses-only", action="store_true", help="do not answer the test problems")

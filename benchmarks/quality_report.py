@@ -9,14 +9,13 @@ import itertools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from quality import (
     CHOICES,
-    COMMONSENSE,
     DEFAULT,
     METHODS,
     RESAMPLE_EVERY,
@@ -26,7 +25,6 @@ from quality import (
     SEQ_LEN,
     STEPS,
     TUNING_STEPS,
-    mean_loss,
 )
 
 from owlore_evals.jsonl import read_lines
@@ -48,13 +46,6 @@ MEASURED_AS = {
     "OwLore, all layers, r=64, int8": "OwLore, all layers, rank 64, int8",
 }
 
-# Answers are "the correct answer is answerN" (of 4) or true or false, and the token that ends the turn.
-_GUESSING = (
-    "A model that knows the form of an answer and guesses has a loss of ln 4 / 7 tokens = 0.198 on ARC-Easy and "
-    "OpenBookQA, and ln 2 / 6 tokens = 0.116 on BoolQ (0.110 if it knows that 63 % are true). All methods learn the "
-    "form in 100 steps, and hardly more. So these losses show no differences between the methods in what they learn "
-    "about the questions."
-)
 UNCHANGED = f"K={RESAMPLE_EVERY}, tuned lr"  # name of the runs of DEFAULT
 
 
@@ -75,16 +66,15 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
         "deviation over seeds. For differences, it is the standard error over seeds. For correct answers, it is the "
         "standard error of the share; all runs answer the same 242 problems. Step time and peak memory are from "
         "[methods.md](methods.md), with 2 × 512 tokens per step, float32 products and K=10. OwLore has "
-        f"K={RESAMPLE_EVERY} unless a row names another K. Command: "
+        f"K={RESAMPLE_EVERY} unless a row names another K. Rows of OwLore and LISA with K={RESAMPLE_EVERY} and without "
+        "all layers ran with an earlier form of the recipe, which computes the same updates. Command: "
         "`make quality DATA=DIR`. The docstring of [quality.py](quality.py) describes the method, and "
         f"[quality.jsonl](quality.jsonl) has a row for each run, {len(rows)} in all.",
     ]
     untrained = [row for row in rows if row["key"] == "before"]
-    lines += _section("Arithmetic", _methods_table(untrained + _on(methods, "math"), measured))
-    commonsense = _commonsense_table(untrained, _on(methods, "commonsense"))
-    lines += _section("Commonsense: held-out loss", [_GUESSING, "", *commonsense] if commonsense else [])
+    lines += _section("Methods", _methods_table(untrained + methods, measured))
     by_change = defaultdict(list)
-    for row in _on(changed, "math"):
+    for row in changed:
         by_change[_name_of(row["changes"])].append(row)
     for title, names in (("Scores", SCORES), ("Other settings", [UNCHANGED, *CHOICES])):
         found = {name: by_change[UNCHANGED if name == "outlier" else name] for name in names}
@@ -103,10 +93,6 @@ def _methods(finals: list[Row]) -> list[Row]:
     ]
 
 
-def _on(rows: Iterable[Row], data: str) -> list[Row]:
-    return [row for row in rows if row["data"] == data]
-
-
 def _section(title: str, table: list[str]) -> list[str]:
     return ["", f"## {title}", "", *table] if table else []
 
@@ -118,7 +104,7 @@ def _name_of(changes: dict[str, Any]) -> str:
 
 
 def loss_of(rows: list[Row]) -> str:
-    losses = [mean_loss(row) for row in rows]
+    losses = [row["held_out_loss"] for row in rows]
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
     return f"{statistics.fmean(losses):.4f}{spread}"
 
@@ -142,10 +128,10 @@ _SUMMARY: dict[str, Callable[[list[Row]], str]] = {
 
 def difference_to(unchanged: list[Row]) -> Callable[[list[Row]], str]:
     """A column: mean difference in loss to the runs of ``unchanged`` with the same seeds, and its standard error."""
-    losses = {row["seed"]: mean_loss(row) for row in unchanged}
+    losses = {row["seed"]: row["held_out_loss"] for row in unchanged}
 
     def difference(rows: list[Row]) -> str:
-        found = [mean_loss(row) - losses[row["seed"]] for row in rows if row["seed"] in losses]
+        found = [row["held_out_loss"] - losses[row["seed"]] for row in rows if row["seed"] in losses]
         if rows == unchanged or not found:
             return ""
         error = f" ± {statistics.stdev(found) / math.sqrt(len(found)):.4f}" if len(found) > 1 else ""
@@ -174,28 +160,14 @@ def _methods_table(rows: list[Row], measured: dict[str, dict[str, str]]) -> list
     columns: dict[str, Callable[[list[Row]], str]] = {
         "lr": lambda rows: f"{rows[0]['lr']:g}" if "lr" in rows[0] else "",
         **_SUMMARY,
-        "held-out loss": lambda rows: loss_of([_math_only(row) for row in rows]),
         "step, s": figure("mean step, s"),
         "peak memory, GB": figure("peak memory, GB"),
     }
     return _table(_by_method(rows), columns)
 
 
-def _math_only(row: Row) -> Row:
-    """``row`` without losses on other data. The untrained model has one row for all data."""
-    return row | {"held_out_loss": {"math": row["held_out_loss"]["math"]}}
-
-
 def measured_name(method: str) -> str:
     return MEASURED_AS.get(method, method)
-
-
-def _commonsense_table(untrained: list[Row], rows: list[Row]) -> list[str]:
-    def loss_on(task: str) -> Callable[[list[Row]], str]:
-        return lambda rows: loss_of([{"held_out_loss": {task: row["held_out_loss"][task]}} for row in rows])
-
-    columns = {"seeds": _SUMMARY["seeds"]} | {task: loss_on(task) for task in COMMONSENSE}
-    return _table(_by_method(untrained + rows), columns) if rows else []
 
 
 def _tuning_table(rows: list[Row]) -> list[str]:
@@ -205,7 +177,7 @@ def _tuning_table(rows: list[Row]) -> list[str]:
     lrs = sorted({row["lr"] for row in tuning})
     lines = [" | ".join(["|", *(f"{lr:g}" for lr in lrs), ""]).strip(), "|---" * (len(lrs) + 1) + "|"]
     for method, found in _by_method(tuning).items():
-        losses = {row["lr"]: mean_loss(row) for row in found}
+        losses = {row["lr"]: row["held_out_loss"] for row in found}
         best = min(losses, key=lambda lr: losses[lr], default=None)
         cells = (f"{losses[lr]:.4f}" if lr in losses else "" for lr in lrs)
         is_inside = bool(losses) and best not in (min(losses), max(losses))
@@ -234,8 +206,12 @@ def pareto(points: dict[str, tuple[float, float]]) -> list[str]:
 
 def draw(rows: list[Row], measured: dict[str, dict[str, str]]) -> Figure | None:
     """Held-out loss against step time and against peak memory. None while there are no final runs."""
-    finals = _on(_methods([row for row in rows if row.get("steps") == STEPS]), "math")
-    losses = {name: statistics.fmean(map(mean_loss, found)) for name, found in _by_method(finals).items() if found}
+    finals = _methods([row for row in rows if row.get("steps") == STEPS])
+    losses = {
+        name: statistics.fmean(row["held_out_loss"] for row in found)
+        for name, found in _by_method(finals).items()
+        if found
+    }
     known = [name for name in losses if measured_name(name) in measured]
     if not known:
         return None

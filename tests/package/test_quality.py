@@ -41,10 +41,10 @@ def test_losses_in_the_documentation_are_those_of_the_report():
     assert len(losses) > 10 and [loss for loss in losses if loss not in report] == []
 
 
-def row(method, lr, seed, loss, correct, steps=100, data="math", changes=None):
+def row(method, lr, seed, loss, correct, steps=100, changes=None):
     return {
-        "key": f"{method}{lr}{seed}{steps}{data}{changes}", "method": method, "lr": lr, "seed": seed, "data": data,
-        "steps": steps, "changes": changes or {}, "held_out_loss": {data: loss},
+        "key": f"{method}{lr}{seed}{steps}{changes}", "method": method, "lr": lr, "seed": seed,
+        "steps": steps, "changes": changes or {}, "held_out_loss": loss,
         "correct": {"one": [correct, 60], "two": [0, 40]},
     }  # fmt: skip
 
