@@ -53,6 +53,7 @@ class Report:
         self._logger: Any = None
         self._facts: dict[str, Any] = {}
         self._bar: tqdm | None = None
+        self._log_every: int | None = None
 
     def start(
         self,

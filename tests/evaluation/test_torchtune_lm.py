@@ -212,8 +212,12 @@ def test_rolling_log_likelihoods_equal_the_harness(which, request):
 
 
 @pytest.mark.parametrize(
-    ("which", "chat"), [("real", False), ("real", True), ("transformers", True), ("windows", False)]
-)
+    ("which", "chat"),
+    [
+        pytest.param("real", False, marks=pytest.mark.slow), ("real", True),
+        pytest.param("transformers", True, marks=pytest.mark.slow), ("windows", False),
+    ],
+)  # fmt: skip
 def test_greedy_text_equals_the_harness(which, chat, request):
     ours, theirs = request.getfixturevalue(which)
     options = {"until": ["\n\n", "Question:"], "max_gen_toks": 24, "do_sample": False}
@@ -227,7 +231,7 @@ def test_greedy_text_equals_the_harness(which, chat, request):
     assert not ours._model.caches_are_setup()
 
 
-@pytest.mark.parametrize("which", ["real", "transformers"])
+@pytest.mark.parametrize("which", ["real", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_rows_that_are_done_leave_the_batch(which, request):
     ours, theirs = request.getfixturevalue(which)
     options = {"until": ["\n", "."], "max_gen_toks": 24, "do_sample": False}

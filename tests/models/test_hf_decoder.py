@@ -136,10 +136,10 @@ def test_other_settings_train_alike(family, changes, tmp_path, tiny_data):
     other = variant(cfg, "other", **changes)
     recipes = finetune(cfg), finetune(other)
     quantized = "owlore__weights" in changes
-    assert_same_shares(recipes[0]._scores.scores, recipes[1]._scores.scores, recipes[0]._model)
+    assert_same_shares(recipes[0].scores.scores, recipes[1].scores.scores, recipes[0].model)
     losses = [[step["loss"] for step in recipe.report.records.steps] for recipe in recipes]
     assert losses[0] == pytest.approx(losses[1], rel=0.1 if quantized else 1e-4)
-    never = set(range(4)).difference(*(draw["active"] for draw in recipes[1]._report.records.draws))
+    never = set(range(4)).difference(*(draw["active"] for draw in recipes[1].report.records.draws))
     before, after = read_weights(source), weights(other)
     assert before.keys() == after.keys()
     for name, weight in after.items():
