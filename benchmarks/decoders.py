@@ -50,9 +50,9 @@ def main() -> None:
     prompts = [request.args[0] for request in tasks["ARC-Easy form, 0-shot"][:: 4 * 4]][:BATCH]
     calls = []
     for lm in models:
-        lm._tokenizer.stop_tokens = []  # all generate the same number
+        lm.tokenizer.stop_tokens = []  # all generate the same number
         tokens = Prompts([lm.tok_encode(text) for text in prompts], NEW_TOKENS, [], 0.0, [0] * BATCH)
-        calls.append(lambda lm=lm, tokens=tokens: generate(tokens, lm._model, lm._tokenizer))
+        calls.append(lambda lm=lm, tokens=tokens: generate(tokens, lm.model, lm.tokenizer))
     same = sum(a == b for a, b in zip(*(call() for call in calls), strict=True))
     rates = [BATCH * NEW_TOKENS / spent for spent in interleaved(calls, args.rounds)]
     lines = [

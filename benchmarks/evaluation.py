@@ -127,14 +127,14 @@ def choices(requests: list[Instance], results: list[tuple[float, bool]]) -> list
 
 def generation(prompts: list[str], our_lm: TorchtuneLM, hf: HFLM, rounds: int) -> str:
     """Return a row: new tokens per second of both. End tokens are ignored, so both generate the same number."""
-    our_lm._tokenizer.stop_tokens = []
+    our_lm.tokenizer.stop_tokens = []
     tokens = Prompts([our_lm.tok_encode(text) for text in prompts], NEW_TOKENS, [], 0.0, [0] * BATCH)
     hf.tokenizer.padding_side = "left"
     inputs = hf.tokenizer(prompts, return_tensors="pt", padding=True)
     hf.model.generation_config.eos_token_id = None
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": hf.tokenizer.pad_token_id}
     calls = {
-        "ours": lambda: generate(tokens, our_lm._model, our_lm._tokenizer),
+        "ours": lambda: generate(tokens, our_lm.model, our_lm.tokenizer),
         "hf": lambda: hf.model.generate(**inputs, **options),
     }
     made = {who: call() for who, call in calls.items()}  # warm-up

@@ -51,6 +51,9 @@ class TorchtuneLM(TemplateLM):
             transformers.
         max_gen_toks: new tokens if a task does not set a number.
         seed: sampling seed.
+
+    Attributes:
+        model, tokenizer: as given.
     """
 
     def __init__(
@@ -66,9 +69,9 @@ class TorchtuneLM(TemplateLM):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._model = model.eval()
+        self.model = model.eval()
         self._ranks = Ranks()
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         parameter = next(model.parameters())
         self._dtype = parameter.dtype
         self.max_length = min(max_length or model.max_seq_len, model.max_seq_len)
@@ -83,7 +86,7 @@ class TorchtuneLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Return the settings that can affect a score, even if only by rounding. The harness saves them."""
         return {
-            "model_library": "transformers" if isinstance(self._model, HFDecoder) else "torchtune",
+            "model_library": "transformers" if isinstance(self.model, HFDecoder) else "torchtune",
             "scoring": "shared_prefix",
             "model_dtype": str(self._dtype),
             "add_bos": self.add_bos,
@@ -91,9 +94,9 @@ class TorchtuneLM(TemplateLM):
             "batch_tokens": self.batch_tokens,
             "generation_batch_size": self.batch_size or self._fitting_batch_size,
             "generation_seed": self._seed,
-            "generation_config": self._tokenizer.generation_config,
+            "generation_config": self.tokenizer.generation_config,
             "world_size": self._ranks.world_size,
-            "tokenizer_sha": self._tokenizer.digest(),
+            "tokenizer_sha": self.tokenizer.digest(),
         }
 
     def serve(self) -> None:
@@ -115,20 +118,20 @@ class TorchtuneLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        assert self._tokenizer.eos_id is not None
-        return self._tokenizer.eos_id
+        assert self.tokenizer.eos_id is not None
+        return self.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eot_token_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
+        return self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
         return "owlore_tune.data.HFChatTokenizer"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        tokens = self._tokenizer.encode(string, add_bos=False, add_eos=False)
-        bos_id = self._tokenizer.bos_id
+        tokens = self.tokenizer.encode(string, add_bos=False, add_eos=False)
+        bos_id = self.tokenizer.bos_id
         wanted = self.add_bos if add_special_tokens is None else add_special_tokens
         has_it = add_special_tokens is None and tokens[:1] == [bos_id]
         return [bos_id, *tokens] if wanted and not has_it and bos_id is not None else tokens
@@ -155,10 +158,10 @@ class TorchtuneLM(TemplateLM):
 
     def _render(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
         messages = [Message(role=turn["role"], content=turn["content"]) for turn in chat]
-        return self._tokenizer.render(messages, add_generation_prompt=add_generation_prompt)
+        return self.tokenizer.render(messages, add_generation_prompt=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self._tokenizer.chat_template if chat_template else None
+        return self.tokenizer.chat_template if chat_template else None
 
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
@@ -189,7 +192,7 @@ class TorchtuneLM(TemplateLM):
         while waiting:
             batch = waiting.pop()
             can_split = len(batch) > 1 or len(batch[0].branches) > 1
-            scored = self._if_it_fits(partial(score_rows, batch, self._model, self._tokenizer.pad_id), can_split)
+            scored = self._if_it_fits(partial(score_rows, batch, self.model, self.tokenizer.pad_id), can_split)
             if scored is not None:
                 results += scored
                 continue
@@ -216,7 +219,7 @@ class TorchtuneLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        self._fitting_batch_size = sequences_at_once(self._model, self._longest(requests), self._free)
+        self._fitting_batch_size = sequences_at_once(self.model, self._longest(requests), self._free)
         batch_size = self.batch_size or self._fitting_batch_size
         collator = Collator(
             [request.args for request in requests],
@@ -236,7 +239,7 @@ class TorchtuneLM(TemplateLM):
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as progress:
             for chunk, batch, generated in zip(chunks, batches, self._on_all_ranks("_generate", batches), strict=True):
                 for (context, options), tokens in zip(chunk, generated, strict=True):
-                    results.append(postprocess_generated_text(self._tokenizer.decode(tokens), batch.until, None))
+                    results.append(postprocess_generated_text(self.tokenizer.decode(tokens), batch.until, None))
                     self.cache_hook.add_partial("generate_until", (context, options), results[-1])
                     progress.update()
         return collator.get_original(results)
@@ -250,7 +253,7 @@ class TorchtuneLM(TemplateLM):
         return min(max(lengths, default=1), self.max_length)
 
     def _options(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
-        return generation_options(gen_kwargs, self.max_length, self.max_gen_toks, self._tokenizer.generation_config)
+        return generation_options(gen_kwargs, self.max_length, self.max_gen_toks, self.tokenizer.generation_config)
 
     def _prompts(self, chunk: list[tuple[str, dict[str, Any]]], asked: Counter[str]) -> Prompts:
         """Tokenize a batch of (context, gen_kwargs). Long contexts are truncated on the left.
@@ -260,7 +263,7 @@ class TorchtuneLM(TemplateLM):
                 and this number, not on the other requests.
         """
         options = self._options(chunk[0][1])
-        eos = self._tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         seeds = []
         for context, _ in chunk:
             text = f"{self._seed} {asked[context]} {context}"
@@ -282,7 +285,7 @@ class TorchtuneLM(TemplateLM):
             piece = dataclasses.replace(batch, tokens=batch.tokens[part], seeds=batch.seeds[part])
             # Ranks decode in step, so a single rank cannot switch to smaller batches.
             can_split = len(piece.tokens) > 1 and self._ranks.world_size == 1
-            made = self._if_it_fits(partial(generate, piece, self._model, self._tokenizer, self._ranks.any), can_split)
+            made = self._if_it_fits(partial(generate, piece, self.model, self.tokenizer, self._ranks.any), can_split)
             if made is not None:
                 generated += made
             else:
@@ -303,8 +306,8 @@ class TorchtuneLM(TemplateLM):
         except torch.OutOfMemoryError:
             if not can_split:
                 raise
-        if self._model.caches_are_setup():  # torchtune leaves them if there is no memory for all layers
-            delete_kv_caches(self._model)
+        if self.model.caches_are_setup():  # torchtune leaves them if there is no memory for all layers
+            delete_kv_caches(self.model)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None

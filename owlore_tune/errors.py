@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -28,10 +29,16 @@ _OURS = (ConfigError, CheckpointError, RunError, OSError)
 _OTHERS = {"InstantiationError", "OmegaConfBaseException", "OutOfMemoryError", "RankError"}
 
 
+# Warnings of other packages that a user can do nothing about: torchdata's loader, and torchtune's norms in 16 bits.
+_IGNORED = ("'set_vital' is deprecated", "Mismatch dtype between input and weight")
+
+
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Exit with ``error: ...`` if the block raises an error that a user can solve. Any other error is a bug: it shows
-    its traceback, and a line that says so."""
+    its traceback, and a line that says so. Warnings that a user can do nothing about are not shown."""
+    for message in _IGNORED:
+        warnings.filterwarnings("ignore", message=message)
     try:
         yield
     except Exception as error:

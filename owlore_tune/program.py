@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,6 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         args, rest = parser.parse_known_args()  # overrides can be on either side of --config
         if flags := [argument for argument in rest if argument.startswith("-")]:
             parser.error(f"unrecognized arguments: {' '.join(flags)}; override a field with field=value")
-        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # of torchdata's loader
         # Print log lines above progress bars, not in the middle of them.
         with obey_signals(), errors_in_one_line(), logging_redirect_tqdm([get_logger()]):
             recipe_main(load_config(args.config, [*args.overrides, *rest]))

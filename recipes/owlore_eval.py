@@ -45,6 +45,9 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
     Args:
         cfg: the parsed config, with the fields of `EvalConfig`.
 
+    Attributes:
+        lm, suite: the harness's model and the tasks, after `setup`. Only rank 0 has tasks.
+
     Raises:
         ConfigError: if a key is unknown or a value is invalid.
     """
@@ -76,11 +79,11 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         checkpointer.check_model(model)
         check_vocabulary(tokenizer, model)
         if self._is_rank_zero:
-            self._suite = Suite(cfg, tokenizer, model.max_seq_len)
+            self.suite = Suite(cfg, tokenizer, model.max_seq_len)
         self._load_weights(model, checkpointer)
         if self._is_rank_zero:
             self._run_dir.start()
-        self._lm = build_lm(cfg, model, tokenizer)
+        self.lm = build_lm(cfg, model, tokenizer)
 
     def _setup_model(self) -> torch.nn.Module:
         with training.set_default_dtype(self._dtype), torch.device("meta"):
@@ -96,15 +99,15 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
 
     def evaluate(self) -> None:
         if not self._is_rank_zero:
-            self._lm.serve()
+            self.lm.serve()
             return
         started = time.perf_counter()
-        cfg, model = self._cfg, (self._lm, self._model_id(), self._output_dir)
-        results = self._suite.run_tasks(*model, use_cache=cfg.use_cache, log_samples=cfg.log_samples)
+        cfg, model = self._cfg, (self.lm, self._model_id(), self._output_dir)
+        results = self.suite.run_tasks(*model, use_cache=cfg.use_cache, log_samples=cfg.log_samples)
         try:
-            for key, values in self._suite.run_mt_bench(*model).items():
+            for key, values in self.suite.run_mt_bench(*model).items():
                 results[key] = {**results.get(key, {}), **values}
-            self._lm.dismiss()
+            self.lm.dismiss()
         finally:
             if results.get("results"):  # without a judge's ratings, the other results are still saved
                 self._save(results, time.perf_counter() - started)
@@ -119,7 +122,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
                 manifest,
                 run_id=self._run_dir.run_id,
                 model=str(self._cfg.checkpointer.checkpoint_dir),
-                chat_template=self._lm.chat_template(self._suite.apply_chat_template),
+                chat_template=self.lm.chat_template(self.suite.apply_chat_template),
                 fewshot_as_multiturn=self._cfg.fewshot_as_multiturn,
             )
         print(f"results         {file}")
@@ -129,7 +132,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
 
     def _model_id(self) -> str:
         """Return the fingerprint of the weights and of all settings that affect an answer."""
-        info = self._lm.get_model_info()
+        info = self.lm.get_model_info()
         names = ("model_dtype", "add_bos", "max_length", "generation_seed", "generation_config", "tokenizer_sha")
         settings = [info[name] for name in names]
         settings += [OmegaConf.to_container(self._cfg.model, resolve=True), self._cfg.checkpointer.model_type]
@@ -142,8 +145,8 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             "config": plain(self._cfg),
             "checkpoint": str(self._cfg.checkpointer.checkpoint_dir),
             "fingerprint": self._fingerprint,
-            "model": self._lm.get_model_info(),
-            "apply_chat_template": self._suite.apply_chat_template,
+            "model": self.lm.get_model_info(),
+            "apply_chat_template": self.suite.apply_chat_template,
             "seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }

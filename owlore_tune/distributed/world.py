@@ -133,15 +133,6 @@ def compute_device(parameter: Tensor) -> torch.device:
     return parameter.device
 
 
-def moved_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` with its local part on ``device``. Returns ``tensor`` itself if it is there."""
-    if not isinstance(tensor, DTensor) or tensor.device == device:
-        return tensor.to(device)
-    part = tensor.to_local().to(device)
-    mesh, places = tensor.device_mesh, tensor.placements
-    return DTensor.from_local(part, mesh, places, run_check=False, shape=tensor.shape, stride=tensor.stride())
-
-
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, without a copy. Returns a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

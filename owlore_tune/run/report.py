@@ -77,7 +77,7 @@ class Report:
         # Other loggers resolve the config before they send it elsewhere, but environment variables may be secret.
         keeps_interpolations = isinstance(self._logger, DiskLogger | StdoutLogger | TensorBoardLogger)
         self._logger.log_config(cfg if keeps_interpolations else printable(cfg))
-        self._plan, self._measure_memory = plan, measure_memory
+        self._plan, self.measure_memory = plan, measure_memory
         self._facts = {
             "versions": versions(),
             "machine": machine(settings.device),
@@ -172,7 +172,7 @@ class Report:
             "tokens_per_second": records.tokens_per_second(),
             "memory_bytes": {
                 "planned": asdict(self._plan) | {"total": self._plan.total},
-                "measured": self._measure_memory(),
+                "measured": self.measure_memory(),
             },
             "draws": records.draws,
         }
@@ -188,7 +188,7 @@ class Report:
         from owlore_tune.run import plots
 
         pictures = plots.plot_run(self._directory)
-        records, peak = self.records, self._measure_memory()["total"]
+        records, peak = self.records, self.measure_memory()["total"]
         losses = [f"{when} {loss:.4f}" for when, loss in records.losses.items() if when in ("before", "after")]
         print(
             f"held-out loss   {', '.join(losses) or 'not measured'}\n"

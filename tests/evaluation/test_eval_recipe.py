@@ -221,13 +221,13 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
         if arguments[0].numel() > 600:
             raise torch.OutOfMemoryError("no more")
 
-    recipe._lm._model.tok_embeddings.register_forward_pre_hook(refuse)
-    got = recipe._suite.run_tasks(recipe._lm, "m", Path(config["output_dir"]))
-    assert recipe._lm.batch_tokens <= 600
+    recipe.lm.model.tok_embeddings.register_forward_pre_hook(refuse)
+    got = recipe.suite.run_tasks(recipe.lm, "m", Path(config["output_dir"]))
+    assert recipe.lm.batch_tokens <= 600
     assert got["results"]["mmlu_dev"]["acc,none"] == expected["results"]["mmlu_dev"]["acc,none"]
-    recipe._lm._model.tok_embeddings.register_forward_pre_hook(lambda *_: refuse(None, [torch.empty(601)]))
+    recipe.lm.model.tok_embeddings.register_forward_pre_hook(lambda *_: refuse(None, [torch.empty(601)]))
     with pytest.raises(torch.OutOfMemoryError):
-        recipe._suite.run_tasks(recipe._lm, "m", Path(config["output_dir"]))
+        recipe.suite.run_tasks(recipe.lm, "m", Path(config["output_dir"]))
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_a_model_whose_outputs_are_nan_has_no_accuracy(tasks, make_config):
     recipe = OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", limit=4, tasks=tasks)))
     recipe.setup()
     with torch.no_grad():
-        recipe._lm._model.layers[1].mlp.w1.weight[0, 0] = math.nan
+        recipe.lm.model.layers[1].mlp.w1.weight[0, 0] = math.nan
     with pytest.raises(RunError, match="the model's outputs are not finite; are its weights damaged"):
         recipe.evaluate()
 
@@ -422,7 +422,7 @@ def test_nan_after_the_first_token_is_found_too(make_config):
         hidden.append(1)
         return output if len(hidden) == 1 else output * math.nan
 
-    recipe._lm._model.norm.register_forward_hook(spoil)
+    recipe.lm.model.norm.register_forward_hook(spoil)
     with pytest.raises(RunError, match="the model's outputs are not finite"):
         recipe.evaluate()
 
@@ -524,8 +524,8 @@ def fail(*_):
     raise RuntimeError("broken on purpose")
 
 if dist.get_rank() == int(sys.argv[2]):
-    lm._model.register_forward_pre_hook(fail)
-    lm._model.norm.register_forward_pre_hook(fail)
+    lm.model.register_forward_pre_hook(fail)
+    lm.model.norm.register_forward_pre_hook(fail)
 if dist.get_rank() == 0:
     lm.loglikelihood([Instance("loglikelihood", {}, (f"question {i}", " answer"), i) for i in range(9)])
     lm.dismiss()

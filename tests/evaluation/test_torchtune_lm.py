@@ -122,7 +122,7 @@ def windows(tmp_path_factory):
 
 def test_a_window_is_right_in_the_larger_caches_of_torchtunes_generate(windows):
     """There, a mask is as wide as the cache, which is longer than the text and than the window."""
-    model = windows[0]._model
+    model = windows[0].model
     prompt = torch.arange(40, 70)[None]
     with local_kv_cache(model, batch_size=1, device=prompt.device, dtype=torch.float32, decoder_max_seq_len=128):
         tokens, logits = torchtune_generate(model, prompt, max_generated_tokens=8, top_k=1)
@@ -153,7 +153,7 @@ def test_results_do_not_depend_on_how_rows_are_batched(tiny, tiny_dir):
     ours, _ = tiny
     expected = ours.loglikelihood(scored(), disable_tqdm=True)
     for batch_tokens in (1, 100, 300, 10_000):
-        alone = TorchtuneLM(ours._model, ours._tokenizer, batch_tokens=batch_tokens)
+        alone = TorchtuneLM(ours.model, ours.tokenizer, batch_tokens=batch_tokens)
         for (a, _), (b, _) in zip(alone.loglikelihood(scored(), disable_tqdm=True), expected, strict=True):
             assert a == pytest.approx(b, abs=1e-4)
 
@@ -188,7 +188,7 @@ def test_contexts_that_begin_alike_are_read_once(tiny):
 
 def test_contexts_too_long_lose_their_beginning_as_in_the_harness(tiny, tiny_dir):
     ours, _ = tiny
-    short = TorchtuneLM(ours._model, ours._tokenizer, max_length=24)
+    short = TorchtuneLM(ours.model, ours.tokenizer, max_length=24)
     theirs = hf(tiny_dir, max_length=24)
     pairs = instances("loglikelihood", [("lazy dog " * 20, " fox"), ("lazy dog " * 20, " quick brown"), ("a", " b")])
     for (a, _), (b, _) in zip(
@@ -228,7 +228,7 @@ def test_greedy_text_equals_the_harness(which, chat, request):
     requests = instances("generate_until", [(context, options) for context in contexts])
     got = ours.generate_until(requests, disable_tqdm=True)
     assert_same_texts(got, theirs.generate_until(requests, disable_tqdm=True), contexts, theirs)
-    assert not ours._model.caches_are_setup()
+    assert not ours.model.caches_are_setup()
 
 
 @pytest.mark.parametrize("which", ["real", pytest.param("transformers", marks=pytest.mark.slow)])
@@ -238,7 +238,7 @@ def test_rows_that_are_done_leave_the_batch(which, request):
     requests = instances("generate_until", [(prompt, options) for prompt in PROMPTS[:8]])
     alone = [ours.generate_until([one], disable_tqdm=True)[0] for one in requests]
     rows = []
-    hook = ours._model.tok_embeddings.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    hook = ours.model.tok_embeddings.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     together = ours.generate_until(requests, disable_tqdm=True)
     hook.remove()
     assert_same_texts(together, alone, PROMPTS[:8], theirs)
@@ -315,7 +315,7 @@ def test_key_value_caches_that_do_not_fit_halve_the_batch(tiny, monkeypatch):
     monkeypatch.setattr("torchtune.modules.attention.KVCache", SmallCache)
     assert ours.generate_until(requests, disable_tqdm=True) == expected
     assert attempts[:4] == [6, 6, 6, 3] and ours.batch_size == 1
-    assert not ours._model.caches_are_setup()
+    assert not ours.model.caches_are_setup()
 
 
 @pytest.mark.parametrize("family", [llama3_2, gemma2])
@@ -351,8 +351,8 @@ def test_generation_batches_are_sized_for_the_longest_request_not_for_the_longes
     sizes = []
     generate = ours._generate
     monkeypatch.setattr(ours, "_generate", lambda batch: sizes.append(len(batch.tokens)) or generate(batch))
-    attention = ours._model.layers[0].attn
-    a_cache = len(ours._model.layers) * 2 * attention.num_kv_heads * attention.head_dim * longest * 4
+    attention = ours.model.layers[0].attn
+    a_cache = len(ours.model.layers) * 2 * attention.num_kv_heads * attention.head_dim * longest * 4
     monkeypatch.setattr(ours, "_free", 2 * 3 * a_cache)
     assert ours.generate_until(requests, disable_tqdm=True) == expected
     assert sizes == [3, 3, 1]
@@ -391,7 +391,7 @@ def test_a_model_brings_its_own_repetition_penalty_as_in_the_harness(smollm2_dir
     config = GenerationConfig.from_pretrained(directory)
     config.repetition_penalty = 1.3
     config.save_pretrained(directory)
-    ours, theirs = TorchtuneLM(real[0]._model, HFChatTokenizer(str(directory))), hf(directory)
+    ours, theirs = TorchtuneLM(real[0].model, HFChatTokenizer(str(directory))), hf(directory)
     options = {"until": ["\n"], "max_gen_toks": 24, "do_sample": False}
     requests = instances("generate_until", [(prompt, options) for prompt in PROMPTS[:6]])
     alone = [theirs.generate_until([request], disable_tqdm=True)[0] for request in requests]  # no penalty on padding
@@ -425,7 +425,7 @@ def test_sampling_is_repeatable_by_seed(real):
     options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
     requests = instances("generate_until", [(prompt, options) for prompt in PROMPTS[:2]])
     texts = [
-        TorchtuneLM(ours._model, ours._tokenizer, seed=seed).generate_until(requests, disable_tqdm=True)
+        TorchtuneLM(ours.model, ours.tokenizer, seed=seed).generate_until(requests, disable_tqdm=True)
         for seed in (0, 0, 1)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -433,7 +433,7 @@ def test_sampling_is_repeatable_by_seed(real):
 
 def test_bos_is_added_once_if_asked_for(real):
     ours, theirs = real
-    with_bos = TorchtuneLM(ours._model, ours._tokenizer, add_bos=True)
+    with_bos = TorchtuneLM(ours.model, ours.tokenizer, add_bos=True)
     assert ours.tok_encode("Hi") == theirs.tok_encode("Hi")
     assert with_bos.tok_encode("Hi") == [1, *ours.tok_encode("Hi")]
     assert with_bos.tok_encode("<|im_start|>Hi") == [1, *ours.tok_encode("Hi")]
@@ -442,10 +442,9 @@ def test_bos_is_added_once_if_asked_for(real):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["real", "transformers"])
-def test_300_log_likelihoods_of_real_questions_equal_the_harness(which, request):
+def test_300_log_likelihoods_of_real_questions_equal_the_harness(real):
     """MMLU dev questions in ARC format, and in MMLU format with 5 examples: all choices agree."""
-    ours, theirs = request.getfixturevalue(which)
+    ours, theirs = real
     (task,) = load_tasks(["mmlu_dev"])
     docs = list(task.test_docs())[:75]
     pairs = [(f"Question: {d['question']}\nAnswer:", f" {choice}") for d in docs for choice in d["choices"]]

@@ -91,7 +91,7 @@ def test_a_module_adds_a_score_a_draw_and_a_format(weights, extras, tiny_config)
     highest = sorted(sorted(range(4), key=lambda layer: -scores.scores[layer])[:2])
     assert scores.score == "input_size" and scores.data is not None and len(set(scores.scores)) == 4
     assert [draw["active"] for draw in recipe.report.records.draws] == [highest] * len(recipe.report.records.draws)
-    measured = recipe.report._measure_memory()
+    measured = recipe.report.measure_memory()
     assert measured["weights"] == recipe.plan.weights
     assert ("owlore.weights=fp8", "owlore.products=full") in savings(recipe.settings, None)
     losses = recipe.report.records.losses

@@ -156,7 +156,7 @@ def test_the_final_loss_is_that_of_the_saved_weights(kind, loss, tiny_config):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plan_counts_the_quantized_weights(kind, tiny_config):
     recipe = finetune(quantized_config(tiny_config, kind))
-    measured, plan = recipe.report._measure_memory(), recipe.plan
+    measured, plan = recipe.report.measure_memory(), recipe.plan
     for category in ("weights", "projected", "bases"):
         assert measured[category] == getattr(plan, category) > 0
     whole = finetune(variant(tiny_config, "whole")).plan

@@ -28,6 +28,8 @@ NOT_RUN = {
     "tune download": "needs the hub; its options are looked at",
     "make": "would install anew; its target is looked at",
     "tensorboard": "runs until it is stopped",
+    "owlore memory --config llama3_1/70B_owlore": "takes minutes; test_config.py makes this plan",
+    "owlore memory --config qwen14b.yaml": "takes a minute; a plan of a 7B model is made",
 }
 # Overrides by command prefix. docs/settings.md documents them as a way to shorten a run.
 SHORT_RUN = ["max_steps_per_epoch=1", "owlore.calibration_batches=1", "dataset_val=null"]

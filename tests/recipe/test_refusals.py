@@ -286,7 +286,7 @@ def test_home_is_meant_by_its_sign(place, monkeypatch):
     monkeypatch.setenv("HOME", str(place / "home"))
     rewrite("train.yaml", lambda text: text.replace("output_dir: run", "output_dir: ~/x"))
     recipe = recipe_of(OmegaConf.load("train.yaml"))
-    assert recipe._cfg.metric_logger.log_dir == str(place / "home" / "x" / "logs")
+    assert recipe.settings.cfg.metric_logger.log_dir == str(place / "home" / "x" / "logs")
     assert recipe.settings.output_dir == place / "home" / "x"
 
 
