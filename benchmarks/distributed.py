@@ -85,8 +85,9 @@ def train(case: Case, num_ranks: int | None, scratch: Path, device: str, threads
     scratch.mkdir()
     run_process(["tune", "run", *recipe, *overrides], log=scratch / "log.txt")
     run = scratch / "run"
+    files = (run / f"step_{case.steps}").glob("*.safetensors")
     return Run(
-        load_file(run / f"step_{case.steps}" / "model.safetensors"),
+        {name: weight for file in files for name, weight in load_file(file).items()},
         [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()],
         len((run / "draws.jsonl").read_text().splitlines()),
     )
