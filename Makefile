@@ -14,7 +14,7 @@ install: $(VENV)/.installed
 
 # An earlier run is never removed: for another one, `make demo RUN=runs/demo_2`.
 RUN ?= runs/demo
-EVALUATE = tune run owlore_eval --config eval/mmlu_dev tasks=[mmlu_dev_held_out,mmlu_dev_worked] limit=30
+EVALUATE = tune run owlore_eval --config eval/mmlu_dev tasks=[mmlu_dev_held_out,mmlu_dev_worked] limit=20
 
 demo: install  # evaluate a real model, fine-tune it, evaluate it again
 	owlore download smollm2

@@ -68,8 +68,8 @@ def count(output: str, file: str) -> None:
         def _train_step(self, micro_batches, started):
             with SentBytes() as sent:
                 outcome = super()._train_step(micro_batches, started)
-            trained = self._layers.trained().values()
-            state = state_bytes(self._optimizer) + self._layers.nbytes()
+            trained = self.layers.trained().values()
+            state = state_bytes(self.optimizer) + self.layers.nbytes()
             records.append(
                 {
                     "sent": sent.counts,
