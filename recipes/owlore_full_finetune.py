@@ -103,7 +103,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         if cfg.compile:  # after scoring, whose hooks would be compiled too
             self.loss_fn = compile_parts(self.loss_fn, self.model, self.layers)
         if saved is not None:
-            resume.restore(self._parts(), saved, checkpoint)
+            resume.load_parts(self._parts(), saved, checkpoint)
             self.inputs.data.seek(self.progress.step)
             self._has_unproven_checkpoint = True  # the one that it resumes from
             self._world.attempt(lambda: self.run.steps.set_aside_after(self.progress.step), first_alone=True)
@@ -114,7 +114,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Build everything that needs no weights, and check its memory plan against the limit."""
         settings, world = self.settings, self._world
         parts = build.build_parts(settings, world)
-        build.check_model(settings, self.inputs, parts.model)
+        build.check_model(self.inputs, parts.model)
         self.plan = checked_plan(settings, self.inputs, parts, self._sharding)
         build.prepare_layers(settings, parts.model)
         if self._sharding is None:

@@ -26,9 +26,8 @@ from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.quantized.linear import is_quantized, quantizable_outside, weight_of
 
 # Overhead of holes in glibc's heap, as a share of the memory in use. Between the activations that forward keeps, freed
-# ones leave holes that others do not fill. Blocks that come from the system one by one (M_MMAP_THRESHOLD of 2 MB) leave
-# none, but a step then takes 25 % longer. Measured memory over a plan without holes: 1.05 to 1.13 on SmolLM2
-# (methods.md, the demo), 1.05 to 1.10 on 7B weights.
+# ones leave holes that others do not fill. Blocks that come from the system one by one would leave none, but then each
+# activation causes page faults, see `owlore_tune.heap`. The share is fitted to the demo, methods.md and llama2_7b.md.
 HEAP_LOSS = 0.085
 MOST_ALIKE = 8  # weights of one shape in a layer without experts
 

@@ -142,7 +142,7 @@ def row_length(settings: TrainingSettings, inputs: Inputs) -> int:
         raise ConfigError(str(error)) from error
 
 
-def check_model(settings: TrainingSettings, inputs: Inputs, model: Decoder) -> None:
+def check_model(inputs: Inputs, model: Decoder) -> None:
     """Check that a model, without weights, fits the inputs. Rows that are too long for it raise when they are read.
 
     Raises:

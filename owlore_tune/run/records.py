@@ -28,8 +28,7 @@ class Records:
     Attributes:
         steps: measurements of each optimizer step by name, with ``step`` from 1.
         draws: for each draw, the ``step`` it was made at, the layers ``active``, the number of ``trainable``
-            parameters, and until the next draw: the layers whose weights ``moved``, and the seconds of
-            the bases.
+            parameters, and until the next draw: the layers whose weights ``moved``, and the seconds of the bases.
         losses: held-out loss by time of measurement: ``before``, ``step N``, ``after``.
         seconds: seconds of whole phases: ``load``, ``score``, ``train``, ``save``.
     """

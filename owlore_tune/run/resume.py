@@ -110,7 +110,7 @@ def matching_inputs(
     return inputs, found
 
 
-def restore(parts: dict[str, Any], saved: dict[str, Any], checkpoint: Path | None) -> None:
+def load_parts(parts: dict[str, Any], saved: dict[str, Any], checkpoint: Path | None) -> None:
     """Load the state of each part of a run.
 
     Raises:

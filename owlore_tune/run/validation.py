@@ -54,23 +54,6 @@ def held_out_loss(
     return _mean(total, num_here, world)
 
 
-def check_trained(progress: Progress, inputs: Inputs) -> None:
-    """
-    Raises:
-        RunError: if a run has trained no token.
-        DivergedError: if its last steps were skipped, and no held-out loss shows that the weights are good.
-    """
-    if not progress.trained_tokens:
-        raise RunError(
-            "no token was trained in any step: every answer is cut off; raise tokenizer.max_seq_len, which is "
-            f"{inputs.tokenizer.max_seq_len}, or shorten the prompts"
-        )
-    if inputs.held_out is None and (skipped := progress.skipped_in_a_row):
-        raise DivergedError(
-            f"the run ended with {skipped} steps whose loss or gradient is not finite; lower optimizer.lr"
-        )
-
-
 @torch.no_grad()
 def full_precision_loss(
     model: Any,
@@ -122,6 +105,23 @@ def _groups(
             batches, labels = [], []
     if batches:
         yield batches, labels
+
+
+def check_trained(progress: Progress, inputs: Inputs) -> None:
+    """
+    Raises:
+        RunError: if a run has trained no token.
+        DivergedError: if its last steps were skipped, and no held-out loss shows that the weights are good.
+    """
+    if not progress.trained_tokens:
+        raise RunError(
+            "no token was trained in any step: every answer is cut off; raise tokenizer.max_seq_len, which is "
+            f"{inputs.tokenizer.max_seq_len}, or shorten the prompts"
+        )
+    if inputs.held_out is None and (skipped := progress.skipped_in_a_row):
+        raise DivergedError(
+            f"the run ended with {skipped} steps whose loss or gradient is not finite; lower optimizer.lr"
+        )
 
 
 def check_finite_weights(model: nn.Module, layers: ProjectedLayers, step: int, world: World = ALONE) -> None:

@@ -442,9 +442,10 @@ def test_bos_is_added_once_if_asked_for(real):
 
 
 @pytest.mark.slow
-def test_300_log_likelihoods_of_real_questions_equal_the_harness(real):
+@pytest.mark.parametrize("which", ["real", "transformers"])
+def test_300_log_likelihoods_of_real_questions_equal_the_harness(which, request):
     """MMLU dev questions in ARC format, and in MMLU format with 5 examples: all choices agree."""
-    ours, theirs = real
+    ours, theirs = request.getfixturevalue(which)
     (task,) = load_tasks(["mmlu_dev"])
     docs = list(task.test_docs())[:75]
     pairs = [(f"Question: {d['question']}\nAnswer:", f" {choice}") for d in docs for choice in d["choices"]]

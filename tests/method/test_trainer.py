@@ -283,7 +283,7 @@ class InOrder:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "weights"), [("Trainer", "int8"), ("SFTTrainer", "full")])
+@pytest.mark.parametrize(("kind", "weights"), [("Trainer", "full"), ("Trainer", "int8"), ("SFTTrainer", "full")])
 def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_dir, tmp_path):
     """The same rows, draws and settings: 12 steps with accumulation, clipping and 6 draws, killed and resumed.
 
