@@ -196,7 +196,7 @@ def build(path: str, node: Any, *args: Any, **kwargs: Any) -> Any:
         return config.instantiate(node, *args, **kwargs)
     except Exception as error:  # a component can raise anything
         message = str(error) if not isinstance(error, KeyError) else f"missing key {error}"
-        if isinstance(error, TypeError | AttributeError):  # Python's message names no field
+        if not isinstance(error, ValueError | OSError):  # others come from Python or torch, and name no field
             fields_given = (f"{key}={value!r}" for key, value in plain(node).items() if key != "_component_")
             message += f" (with {', '.join(fields_given) or 'no fields'})"
         raise ConfigError(message if message.startswith(path) else f"{path}: {message}") from error

@@ -76,14 +76,14 @@ def test_smollm2_has_the_outputs_and_scores_of_torchtunes_decoder(rows, smollm2_
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "basis", "most"), [(None, "svd", 1e-5), (16, "svd", 1e-5), (16, "randomized", 1e-3)])
 def test_smollm2_trains_as_torchtunes_decoder(rank, basis, most, smollm2_dir, tmp_path):
-    """6 steps over 3 draws. A large eps keeps Adam from amplifying rounding errors.
+    """4 steps over 2 draws. A large eps keeps Adam from amplifying rounding errors.
 
     Exact bases are the same. torchtune orders the rows of queries and keys differently, and parameters too, so the
     random sketches of randomized bases are others.
     """
     cfg = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
     cfg |= {
-        "output_dir": str(tmp_path / "torchtune"), "dataset_val": None, "max_steps_per_epoch": 6, "batch_size": 2,
+        "output_dir": str(tmp_path / "torchtune"), "dataset_val": None, "max_steps_per_epoch": 4, "batch_size": 2,
         "lr_scheduler": None, "device": "cpu", "dtype": "fp32",
     }  # fmt: skip
     cfg["checkpointer"]["checkpoint_dir"] = str(smollm2_dir)
@@ -94,7 +94,7 @@ def test_smollm2_trains_as_torchtunes_decoder(rank, basis, most, smollm2_dir, tm
     other["model"] = {"_component_": HF, "path": str(smollm2_dir)}
     one, two = finetune(cfg), finetune(other)
     assert [d["active"] for d in one.report.records.draws] == [d["active"] for d in two.report.records.draws]
-    assert len(one.report.records.draws) == 3
+    assert len(one.report.records.draws) == 2
     assert furthest(cfg, other) < most
 
 

@@ -78,7 +78,7 @@ OVERRIDES = {
     "loss.chunk_size=1.5": "loss.chunk_size=1.5; it must be at least 1 position",
     "lr_scheduler.num_warmup_steps=.nan": "lr_scheduler.num_warmup_steps=nan",
     "profiler.enabled=maybe": "profiler.enabled='maybe'; it must be bool",
-    "model.num_heads=0": "model: integer division or modulo by zero",
+    "model.num_heads=0": "model: integer division or modulo by zero (with vocab_size=300, num_layers=4, num_heads=0",
     "device=meta": "device=meta, dtype=fp32: it has no memory",
     # Optimizer
     "optimizer.lr=true": 'optimizer.lr=True; it must be a finite number',
@@ -97,7 +97,7 @@ OVERRIDES = {
     "optimizer.eps=abc": "optimizer: '<=' not supported",
     "optimizer.weight_decay=-0.1": 'optimizer: Invalid weight_decay value: -0.1',
     "optimizer.betas=5": "optimizer: 'int' object is not subscriptable (with fused=True, lr=0.001, betas=5, weight_decay=0.0",
-    "optimizer.betas=[0.9]": "optimizer: list index out of range",
+    "optimizer.betas=[0.9]": "optimizer: list index out of range (with fused=True, lr=0.001, betas=[0.9]",
     "optimizer.betas=[0.9,1.5]": 'optimizer: Invalid beta parameter at index 1: 1.5',
     "owlore.update_gap=0": 'owlore.update_gap=0; it must be 1 to 1,000,000,000',
     "owlore.update_gap=true": 'owlore.update_gap=True; it must be int',
