@@ -38,7 +38,10 @@ test: install
 
 # All tests: also documented commands, the wheel, kills, and real models on several ranks.
 check: lint
-	$(PYTEST) --dist loadgroup --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
+	$(PYTEST) --dist loadgroup
+
+coverage: install  # takes half as long again as the tests alone
+	$(PYTEST) --dist loadgroup --cov=owlore_tune --cov=owlore_evals --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: install
 	ruff check .
@@ -68,4 +71,4 @@ quality: install
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: install demo pictures test check lint bench quality clean
+.PHONY: install demo pictures test check coverage lint bench quality clean
