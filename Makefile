@@ -36,12 +36,13 @@ PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2
 test: install
 	$(PYTEST) -m 'not slow'
 
-# All tests: also documented commands, the wheel, kills, and real models on several ranks.
+# All tests: also documented commands, the wheel, kills, and real models on several ranks. The tests of a file run on one
+# worker, because documented commands use files that earlier ones wrote.
 check: lint
-	$(PYTEST) --dist loadgroup
+	$(PYTEST) --dist loadfile
 
 coverage: install  # takes half as long again as the tests alone
-	$(PYTEST) --dist loadgroup --cov=owlore_tune --cov=owlore_evals --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(PYTEST) --dist loadfile --cov=owlore_tune --cov=owlore_evals --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: install
 	ruff check .

@@ -61,6 +61,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         names = [name for name, weight in model.state_dict().items() if not torch.equal(weight, self.before[name])]
         assert all(".layers." in name for name in names)
+        del self.before
         self.changed.append({int(name.split(".layers.")[1].split(".")[0]) for name in names})
         self.state_bytes.append(state_bytes(self.schedule.optimizer) + self.schedule.layers.nbytes())
 
@@ -305,7 +306,7 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_di
     cfg["checkpointer"]["checkpoint_dir"] = str(smollm2_dir)
     cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "score": "uniform", "rank": 32, "weights": weights}
     cfg["optimizer"]["lr"] = 2e-4
-    recipe = finetune(cfg)
+    draws = [draw["active"] for draw in finetune(cfg).report.records.draws]
 
     tokenized = build_inputs(TrainingSettings.from_config(OmegaConf.create(cfg))).data.dataset
     samples = [tokenized[i] for i in range(len(tokenized))]
@@ -333,11 +334,12 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_di
     watch, whole = build_trainer("whole")
     whole.train()
     assert [set(active) for active in watch.active] == watch.changed
-    assert watch.active[::2] == [draw["active"] for draw in recipe.report.records.draws]
+    assert watch.active[::2] == draws
     assert len(set(watch.state_bytes)) == 1
     _, broken = build_trainer("broken", Die(5))
     with pytest.raises(Killed):
         broken.train()
+    del broken  # a worker stays small
     _, resumed = build_trainer("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-3"))
     assert_same_weights(whole.model, resumed.model)
