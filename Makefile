@@ -39,10 +39,7 @@ test: install
 # All tests: also documented commands, the wheel, kills, and real models on several ranks. The tests of a file run on one
 # worker, because documented commands use files that earlier ones wrote.
 check: lint
-	$(PYTEST) --dist loadfile
-
-coverage: install  # takes half as long again as the tests alone
-	$(PYTEST) --dist loadfile --cov=owlore_tune --cov=owlore_evals --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(PYTEST) --dist loadfile --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
 
 lint: install
 	ruff check .
@@ -72,4 +69,4 @@ quality: install
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: install demo pictures test check coverage lint bench quality clean
+.PHONY: install demo pictures test check lint bench quality clean

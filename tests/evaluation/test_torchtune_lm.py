@@ -443,16 +443,16 @@ def test_bos_is_added_once_if_asked_for(real):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["real", "transformers"])
-def test_100_log_likelihoods_of_real_questions_equal_the_harness(which, request):
+def test_300_log_likelihoods_of_real_questions_equal_the_harness(which, request):
     """MMLU dev questions in ARC format, and in MMLU format with 5 examples: all choices agree."""
     ours, theirs = request.getfixturevalue(which)
     (task,) = load_tasks(["mmlu_dev"])
-    docs = list(task.test_docs())[:25]
+    docs = list(task.test_docs())[:75]
     pairs = [(f"Question: {d['question']}\nAnswer:", f" {choice}") for d in docs for choice in d["choices"]]
     task.set_config("num_fewshot", 5)
-    task.build_all_requests(limit=4, rank=0, world_size=1)
+    task.build_all_requests(limit=8, rank=0, world_size=1)
     requests = instances("loglikelihood", pairs) + task.instances
-    assert len(pairs) == 100 and len(task.instances) == 16
+    assert len(pairs) == 300 and len(task.instances) == 32
     got, expected = (
         torch.tensor([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]).view(-1, 4)
         for lm in (ours, theirs)

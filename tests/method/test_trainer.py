@@ -339,7 +339,7 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(kind, weights, smollm2_di
     _, broken = build_trainer("broken", Die(5))
     with pytest.raises(Killed):
         broken.train()
-    del broken  # a worker stays small
+    del broken  # its weights and state, before the next model loads
     _, resumed = build_trainer("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-3"))
     assert_same_weights(whole.model, resumed.model)

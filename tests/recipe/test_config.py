@@ -39,16 +39,9 @@ def test_every_config_is_in_the_table_of_planned_memory():
     assert {name for name, *_ in PLANNED} == set(OURS)
 
 
-SLOWEST = "qwen3/30B_A3B_owlore"  # 18,000 experts take minutes; olmoe has some too
-
-
 @pytest.mark.parametrize(
     "row",
-    [
-        pytest.param(row, marks=[] if row[:2] == ("llama2/7B_owlore", "1") else [pytest.mark.slow])
-        for row in PLANNED
-        if row[0] != SLOWEST
-    ],
+    [pytest.param(row, marks=[] if row[:2] == ("llama2/7B_owlore", "1") else [pytest.mark.slow]) for row in PLANNED],
     ids=lambda row: f"{row[0]}-{row[1]}",
 )
 def test_the_table_of_planned_memory(row):
