@@ -1,16 +1,17 @@
 """Held-out loss and accuracy of OwLore and other methods on SmolLM2, with tuned learning rates and several seeds.
 
-    python benchmarks/quality.py --data DIR [--only methods scores choices] [--workers N] [--losses-only]
+    python benchmarks/quality.py --data DIR [--workers N] [--losses-only]
 
 DIR holds math/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
 512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1 (OwLore: after projection), no
 weight decay, float32 weights with products in bfloat16 (see lib/bf16_products.py). The seed shuffles the data and
-seeds the draws. OwLore and LISA, which is a setting of the same recipe, draw layers every 10 steps. BAdam changes its
-layer every 3 steps, so that every layer trains once, which is its authors' rule. GaLore refreshes its projections every
-50 steps.
+seeds the draws. OwLore draws layers every 50 steps; with all layers, it makes new bases every 50 steps. BAdam changes
+its layer every 3 steps, so that every layer trains once, which is its authors' rule. GaLore refreshes its projections
+every 50 steps.
 
 Learning rates are tuned on 100 held-out arithmetic problems in runs of 40 steps with one seed. The grid is extended
-until its best value is not at the edge. Final runs take 100 steps, all methods with one seed, then with the next.
+until its best value is not at the edge. With γ=5, OwLore has the learning rate of its config. Final runs take 100
+steps, all methods with one seed, then with the next.
 Held-out loss is computed from the saved weights with the same function for all methods. After final runs it is over 300
 problems, which include those of the tuning. Accuracy is exact match of the last number in answers to the test problems,
 which are decoded greedily in bfloat16.
@@ -28,9 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ ROWS = Path(__file__).with_name("quality.jsonl")
 HELD_OUT, HELD_OUT_OF_TUNING = 300, 100  # problems; the latter are the first of the former
 SEQ_LEN, BATCH_SIZE = 512, 1
 TUNING_STEPS, STEPS = 40, 100
-RESAMPLE_EVERY = 10
+RESAMPLE_EVERY = 50
 SEEDS = (0, 1, 2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as in lib/peers.py
 MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
@@ -65,44 +65,22 @@ class Method:
 
     runner: str  # torchtune: a recipe of torchtune; peer: lib/peers.py; owlore: our recipe
     settings: dict[str, Any]  # overrides of the config, or arguments of the runner
-    lrs: tuple[float, ...] = ()
+    lrs: tuple[float, ...] = ()  # a single one is not tuned
     tuned_as: str | None = None  # the method whose tuned learning rate is used instead
 
 
-DEFAULT = "OwLore, γ=5, r=128"
 ALL_LAYERS = "OwLore, all layers, r=64, int8"
-_EVERY = {"owlore.num_active_layers": None, "owlore.score": "uniform", "owlore.update_gap": 50}
-_GAMMA_2 = {"owlore.num_active_layers": 2}
+_ALL = {"owlore.num_active_layers": None, "owlore.score": "uniform", "owlore.update_gap": 50}
 METHODS = {
     "torchtune full": Method("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
     "torchtune LoRA, r=16": Method("torchtune", {"recipe": "lora_finetune_single_device"}, (1e-4, 3e-4, 1e-3, 3e-3)),
     "galore-torch, r=128": Method("peer", {"method": "galore", "every": 50}, (1e-5, 3e-5, 1e-4, 3e-4)),
     "BAdam": Method("peer", {"method": "badam", "every": 3}, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "LISA, γ=2": Method("owlore", {"config": "smollm2/135M_lisa"}, (3e-5, 1e-4, 3e-4, 1e-3)),
-    "OwLore, γ=5, full rank": Method("owlore", {"owlore.rank": None}, (3e-5, 1e-4, 3e-4, 1e-3)),
-    DEFAULT: Method("owlore", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "OwLore, γ=2, r=128": Method("owlore", _GAMMA_2, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "OwLore, γ=5, r=128, int8": Method("owlore", INT8, tuned_as=DEFAULT),
-    "OwLore, γ=2, r=128, int8": Method("owlore", _GAMMA_2 | INT8, tuned_as="OwLore, γ=2, r=128"),
-    ALL_LAYERS: Method("owlore", _EVERY | INT8 | {"owlore.rank": 64}, (1e-4, 3e-4, 1e-3)),
-    "OwLore, all layers, r=64": Method("owlore", _EVERY | {"owlore.rank": 64}, tuned_as=ALL_LAYERS),
-    "OwLore, all layers, r=128, int8": Method("owlore", _EVERY | INT8, tuned_as=ALL_LAYERS),
-    "OwLore, all layers, r=128, NF4": Method("owlore", _EVERY | NF4, tuned_as=ALL_LAYERS),
-}
-SCORES = ("outlier", "uniform", "reverse", "decrease", "increase", "weight_norm", "heavy_tail")
-_EMBEDDINGS = {"owlore.train_embeddings": True, "owlore.train_norm": True}
-CHOICES: dict[str, dict[str, Any]] = {
-    "γ=10": {"owlore.num_active_layers": 10},
-    "γ=10, lr 3e-4": {"owlore.num_active_layers": 10, "optimizer.lr": 3e-4},
-    "γ=10, K=50, lr 3e-4": {"owlore.num_active_layers": 10, "owlore.resample_every": 50, "optimizer.lr": 3e-4},
-    "K=5": {"owlore.resample_every": 5},
-    "inactive_state: keep": {"owlore.inactive_state": "keep"},
-    "embeddings trained": _EMBEDDINGS,
-    "embeddings trained, lr 3e-4": _EMBEDDINGS | {"optimizer.lr": 3e-4},
-    "K=50": {"owlore.resample_every": 50},
-    "rank 32": {"owlore.rank": 32},
-    "draw: sequential": {"owlore.draw": "sequential"},
-    "side: shape": {"owlore.side": "shape"},
+    "OwLore, γ=5, r=128": Method("owlore", {}, (1e-3,)),
+    ALL_LAYERS: Method("owlore", _ALL | INT8 | {"owlore.rank": 64}, (1e-4, 3e-4, 1e-3)),
+    "OwLore, all layers, r=64": Method("owlore", _ALL | {"owlore.rank": 64}, tuned_as=ALL_LAYERS),
+    "OwLore, all layers, r=128, int8": Method("owlore", _ALL | INT8, tuned_as=ALL_LAYERS),
+    "OwLore, all layers, r=128, NF4": Method("owlore", _ALL | NF4, tuned_as=ALL_LAYERS),
 }
 
 
@@ -114,7 +92,6 @@ class Run:
     lr: float
     seed: int
     steps: int = STEPS
-    changes: dict[str, Any] = field(default_factory=dict)  # overrides of an OwLore config
 
     @property
     def key(self) -> str:
@@ -230,7 +207,7 @@ class Study:
     def tuned(self, method: str) -> float:
         """Return the learning rate with the lowest held-out loss. Extend the grid until it is not at an edge."""
         grid = list(METHODS[method].lrs)
-        while True:
+        while len(grid) > 1:
             runs = [self.row(Run(method, lr, 0, steps=TUNING_STEPS)) for lr in grid]
             losses = [row["held_out_loss"] for row in runs]
             best = min(range(len(grid)), key=lambda i: losses[i])
@@ -240,18 +217,7 @@ class Study:
                 grid.append(rounded(grid[-1] * STEP_OF_GRID))
             else:
                 return grid[best]
-
-
-def runs_of(part: str, lrs: dict[str, float]) -> Iterator[Run]:
-    """Yield the final runs of a part of the study. ``lrs`` has the tuned learning rates by method."""
-    if part == "methods":
-        yield from (Run(method, lrs[method], seed) for seed in SEEDS for method in METHODS)
-    else:
-        settings = {score: {"owlore.score": score} for score in SCORES} if part == "scores" else CHOICES
-        for seed in SEEDS if part == "scores" else SEEDS[:2]:
-            for changes in settings.values():
-                if changes != {"owlore.score": "outlier"}:  # the default
-                    yield Run(DEFAULT, lrs[DEFAULT], seed, changes=changes)
+        return grid[0]
 
 
 def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
@@ -275,13 +241,10 @@ def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
 
 
 def owlore_config(run: Run, settings: dict[str, Any], train: Path, output: Path) -> dict[str, Any]:
-    config = load_config(settings.get("config", "smollm2/135M_owlore"))
-    config = OmegaConf.merge(config, {"dataset_val": None})
+    config = OmegaConf.merge(load_config("smollm2/135M_owlore"), {"dataset_val": None})
     plain = OmegaConf.to_container(config, resolve=False) | common_config(run, train, output)
     changed = OmegaConf.create(plain)
-    changes = {"optimizer.lr": run.lr, "owlore.resample_every": RESAMPLE_EVERY, **settings, **run.changes}
-    changes.pop("config", None)
-    for key, value in changes.items():
+    for key, value in {"optimizer.lr": run.lr, "owlore.resample_every": RESAMPLE_EVERY, **settings}.items():
         OmegaConf.update(changed, key, value)
     return OmegaConf.to_container(changed, resolve=False)
 
@@ -334,8 +297,6 @@ def rounded(lr: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory with math/")
-    parts = ("methods", "scores", "choices")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--losses-only", action="store_true", help="do not answer the test problems")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
@@ -346,8 +307,7 @@ def main() -> None:
         tuned = [name for name, method in METHODS.items() if not method.tuned_as]
         lrs = dict(zip(tuned, pool.map(study.tuned, tuned), strict=True))
         lrs |= {name: lrs[method.tuned_as] for name, method in METHODS.items() if method.tuned_as}
-        for part in args.only:
-            list(pool.map(study.row, runs_of(part, lrs)))
+        list(pool.map(study.row, [Run(method, lrs[method], seed) for seed in SEEDS for method in METHODS]))
 
 
 if __name__ == "__main__":

@@ -8,45 +8,24 @@ Reads quality.jsonl and, for step time and memory, methods.md. Writes quality.md
 import itertools
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from quality import (
-    CHOICES,
-    DEFAULT,
-    METHODS,
-    RESAMPLE_EVERY,
-    ROWS,
-    SCORES,
-    SEEDS,
-    SEQ_LEN,
-    STEPS,
-    TUNING_STEPS,
-)
+from quality import METHODS, ROWS, SEEDS, SEQ_LEN, STEPS, TUNING_STEPS
 
 from owlore_evals.jsonl import read_lines
 from owlore_tune.run.plots import BLUE, ORANGE
 
 Row = dict[str, Any]
-WITH_DEFAULT_K = f"{DEFAULT}, K=50"  # the package's default K; a method of its own in tables and picture
-NAMES = [*METHODS]
-NAMES.insert(NAMES.index(DEFAULT) + 1, WITH_DEFAULT_K)
 # Rows of methods.md whose step time and memory are those of a method here.
 MEASURED_AS = {
     "galore-torch, r=128": "galore-torch",
-    DEFAULT: "OwLore, γ=5",
-    WITH_DEFAULT_K: "OwLore, γ=5",
-    "OwLore, γ=2, r=128": "OwLore, γ=2",
-    "OwLore, γ=5, r=128, int8": "OwLore, γ=5, int8",
-    "OwLore, γ=2, r=128, int8": "OwLore, γ=2, int8",
+    "OwLore, γ=5, r=128": "OwLore, γ=5",
     "OwLore, all layers, r=64": "OwLore, all layers, rank 64",
     "OwLore, all layers, r=64, int8": "OwLore, all layers, rank 64, int8",
 }
-
-UNCHANGED = f"K={RESAMPLE_EVERY}, tuned lr"  # name of the runs of DEFAULT
 
 
 def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
@@ -55,52 +34,25 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
     Args:
         measured: rows of methods.md by name, see `read_table`.
     """
-    finals = [row for row in rows if row.get("steps") == STEPS]
-    methods = _methods(finals)
-    changed = [row for row in finals if row["changes"]] + [row for row in methods if row["method"] == DEFAULT]
     lines = [
         "# Accuracy of OwLore and other methods",
         "",
         f"SmolLM2-135M-Instruct, {STEPS} steps of {SEQ_LEN} packed tokens, float32 with products in bfloat16. Learning "
         f"rates are tuned with runs of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard "
-        "deviation over seeds. For differences, it is the standard error over seeds. For correct answers, it is the "
-        "standard error of the share; all runs answer the same 242 problems. Step time and peak memory are from "
-        "[methods.md](methods.md), with 2 × 512 tokens per step, float32 products and K=10. OwLore has "
-        f"K={RESAMPLE_EVERY} unless a row names another K. Rows of OwLore and LISA with K={RESAMPLE_EVERY} and without "
-        "all layers ran with an earlier form of the recipe, which computes the same updates. Command: "
+        "deviation over seeds. For correct answers, it is the standard error of the share; all runs answer the same "
+        "242 problems, and those of OwLore have not done so yet. Step time and peak memory are from "
+        "[methods.md](methods.md), with 2 × 512 tokens per step, float32 products and draws every 10 steps. Command: "
         "`make quality DATA=DIR`. The docstring of [quality.py](quality.py) describes the method, and "
         f"[quality.jsonl](quality.jsonl) has a row for each run, {len(rows)} in all.",
     ]
-    untrained = [row for row in rows if row["key"] == "before"]
-    lines += _section("Methods", _methods_table(untrained + methods, measured))
-    by_change = defaultdict(list)
-    for row in changed:
-        by_change[_name_of(row["changes"])].append(row)
-    for title, names in (("Scores", SCORES), ("Other settings", [UNCHANGED, *CHOICES])):
-        found = {name: by_change[UNCHANGED if name == "outlier" else name] for name in names}
-        if sum(map(bool, found.values())) > 1:
-            difference = {f"difference to {names[0]}": difference_to(by_change[UNCHANGED])}
-            lines += _section(f"{title}: {DEFAULT}", _table(found, _SUMMARY | difference))
+    finals = [row for row in rows if row["key"] == "before" or row["steps"] == STEPS]
+    lines += _section("Methods", _methods_table(finals, measured))
     lines += _section("Tuning of learning rates: held-out loss, and the best one in bold", _tuning_table(rows))
     return lines
 
 
-def _methods(finals: list[Row]) -> list[Row]:
-    """Final runs with the settings of their method, and those of DEFAULT with the package's K as another method."""
-    with_default_k = [row for row in finals if row["changes"] == CHOICES["K=50"]]
-    return [row for row in finals if not row["changes"]] + [
-        row | {"method": WITH_DEFAULT_K, "changes": {}} for row in with_default_k
-    ]
-
-
 def _section(title: str, table: list[str]) -> list[str]:
     return ["", f"## {title}", "", *table] if table else []
-
-
-def _name_of(changes: dict[str, Any]) -> str:
-    names = {UNCHANGED: {}} | {score: {"owlore.score": score} for score in SCORES} | CHOICES
-    (name,) = (name for name, settings in names.items() if settings == changes)
-    return name
 
 
 def loss_of(rows: list[Row]) -> str:
@@ -126,20 +78,6 @@ _SUMMARY: dict[str, Callable[[list[Row]], str]] = {
 }
 
 
-def difference_to(unchanged: list[Row]) -> Callable[[list[Row]], str]:
-    """A column: mean difference in loss to the runs of ``unchanged`` with the same seeds, and its standard error."""
-    losses = {row["seed"]: row["held_out_loss"] for row in unchanged}
-
-    def difference(rows: list[Row]) -> str:
-        found = [row["held_out_loss"] - losses[row["seed"]] for row in rows if row["seed"] in losses]
-        if rows == unchanged or not found:
-            return ""
-        error = f" ± {statistics.stdev(found) / math.sqrt(len(found)):.4f}" if len(found) > 1 else ""
-        return f"{statistics.fmean(found):+.4f}{error}"
-
-    return difference
-
-
 def _table(groups: dict[str, list[Row]], columns: dict[str, Callable[[list[Row]], str]]) -> list[str]:
     """One line for each group that has rows."""
     lines = [" | ".join(["|", *columns, ""]).strip(), "|---" * (len(columns) + 1) + "|"]
@@ -150,7 +88,7 @@ def _table(groups: dict[str, list[Row]], columns: dict[str, Callable[[list[Row]]
 
 
 def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    return {name: [row for row in rows if row["method"] == name] for name in ("before", *NAMES)}
+    return {name: [row for row in rows if row["method"] == name] for name in ("before", *METHODS)}
 
 
 def _methods_table(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
@@ -206,7 +144,7 @@ def pareto(points: dict[str, tuple[float, float]]) -> list[str]:
 
 def draw(rows: list[Row], measured: dict[str, dict[str, str]]) -> Figure | None:
     """Held-out loss against step time and against peak memory. None while there are no final runs."""
-    finals = _methods([row for row in rows if row.get("steps") == STEPS])
+    finals = [row for row in rows if row.get("steps") == STEPS]
     losses = {
         name: statistics.fmean(row["held_out_loss"] for row in found)
         for name, found in _by_method(finals).items()
