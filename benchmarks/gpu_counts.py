@@ -1,10 +1,11 @@
-"""Kernel launches and waits of the host of training on a GPU, and compiled graphs, counted without one.
+"""Kernel launches, memory traffic and waits of the host of training on a GPU, and compiled graphs, counted without one.
 
     python benchmarks/gpu_counts.py [--output benchmarks/gpu_counts.md]
 
 A step of LLaMA-2-7B runs on meta tensors, which have shapes and no values. Each operation that is not a view or an
-allocation counts as one kernel. Each value that the host reads counts as a wait. Waits inside torch's functions do not
-count: a basis has one in `torch.linalg.eigh`.
+allocation counts as one kernel; torch's attention and norms are one each, as on a GPU. All kernels but matrix products
+and attention are elementwise; they move their arguments and results once. Each value that the host reads counts as a
+wait. Waits inside torch's functions do not count: a basis has one in `torch.linalg.eigh`.
 Graphs are those of a small model on a CPU, in 24 draws with validation after each.
 """
 
@@ -16,16 +17,31 @@ from lib.report import command, parser, publish
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.backends.registry import register_backend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchtune import training
 from torchtune.models.llama2 import llama2, llama2_7b
 
 from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule
 from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
+from owlore_tune.models import fused
+from owlore_tune.models.decoder import find_layers, find_linears
+from owlore_tune.models.fused import fuse_parts
+from owlore_tune.quantized import formats
+from owlore_tune.quantized.linear import attach
 from owlore_tune.run.compiled import RECOMPILE_LIMIT, compile_parts
 
 META = torch.device("meta")
-ROWS = {"OwLore, γ=5, rank 128": (5, 128), "OwLore, all layers, rank 128": (32, 128), "LISA, γ=2": (2, None)}
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"}
+ROWS = {  # layers that train, rank, format and products
+    "OwLore, γ=5, rank 128": (5, 128, "full", "full"),
+    "OwLore, γ=5, rank 128, int8": (5, 128, "int8", "int8"),
+    "OwLore, γ=5, rank 128, NF4": (5, 128, "nf4", "full"),
+    "OwLore, all layers, rank 128": (32, 128, "full", "full"),
+    "OwLore, all layers, rank 128, int8": (32, 128, "int8", "int8"),
+    "OwLore, all layers, rank 128, NF4": (32, 128, "nf4", "full"),
+    "LISA, γ=2": (2, None, "full", "full"),
+}
+ALLOCATIONS = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"}
+PRODUCTS = {"mm", "addmm", "bmm", "_int_mm", "scaled_int8_mm"}
 GRAPHS: list[torch.fx.GraphModule] = []
 
 
@@ -36,11 +52,11 @@ def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 
 
 class Counts(TorchDispatchMode):
-    """Counts kernels and waits."""
+    """Counts kernels, bytes that elementwise ones move, and waits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels = self.waits = 0
+        self.kernels = self.waits = self.bytes_moved = 0
         self._has_norms = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,14 +75,47 @@ class Counts(TorchDispatchMode):
             self._has_norms = True
         elif not func.is_view and name not in ALLOCATIONS:
             self.kernels += 1
+            results = func(*args, **kwargs)
+            if name not in PRODUCTS and "attention" not in name:
+                self.bytes_moved += sum(x.nbytes for x in tree_leaves((args, kwargs, results)) if torch.is_tensor(x))
+            return results
         return func(*args, **kwargs)
 
 
-def count(num_active: int, rank: int | None) -> list[Counts]:
+def as_one_kernel(name: str, num_inputs: int) -> Any:
+    """A function of tensors that is one kernel in forward, with a result as its first input, and one in backward."""
+    inputs = ", ".join(f"Tensor x{index}" for index in range(num_inputs))
+    torch.library.define(f"count::{name}", f"({inputs}) -> Tensor")
+    torch.library.define(f"count::{name}_backward", f"(Tensor grad, {inputs}) -> ({inputs.replace('x', 'grad')})")
+    forward, backward = (getattr(torch.ops.count, each) for each in (name, f"{name}_backward"))
+    torch.library.register_fake(f"count::{name}", lambda *xs: torch.empty_like(xs[0]))
+    torch.library.register_fake(f"count::{name}_backward", lambda grad, *xs: tuple(map(torch.empty_like, xs)))
+    torch.library.register_autograd(
+        f"count::{name}",
+        lambda ctx, grad: backward(grad, *ctx.saved_tensors),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    return forward
+
+
+def compute_as_on_a_gpu() -> None:
+    """Have meta tensors take the paths of a GPU: our kernels, and torch's fused attention and norms."""
+    attention, norm = as_one_kernel("attention", 3), as_one_kernel("norm", 2)
+    torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: attention(q, k, v)
+    torch.nn.functional.rms_norm = lambda x, shape, weight, eps: norm(x, weight)
+    formats.has_kernels = fused.has_kernels = lambda device: device.type != "cpu"
+
+
+def count(num_active: int, rank: int | None, weights: str, products: str) -> list[Counts]:
     """Return counts of a micro-batch without bases yet, and of one that has them."""
     with META, training.set_default_dtype(torch.bfloat16):
         model = llama2_7b()
+        fuse_parts(model)
         layers = ProjectedLayers(model, rank=rank)
+    for layer in find_layers(model) if weights != "full" else ():
+        for _, linear in find_linears(layer):
+            quantized = formats.format_of(linear.weight.shape, weights).empty(linear.weight.shape, META)
+            attach(linear, quantized, products, torch.bfloat16)
     loss_fn = LinearCrossEntropyLoss()
     loss_fn.set_model_output(model)
     layers.activate([0, *range(32 - num_active + 1, 32)])
@@ -103,20 +152,23 @@ def count_graphs(lengths: tuple[int, ...]) -> int:
 def main() -> None:
     args = parser(__doc__).parse_args()
     os.environ["TORCH_COMPILE_BACKEND"] = "counting"
+    fixed, varying = count_graphs((16,)), count_graphs((16, 24, 9))
+    compute_as_on_a_gpu()
     lines = [
         "# Kernel launches, waits and compiled graphs on a GPU, counted without one",
         "",
-        "LLaMA-2-7B, bfloat16, 1 × 512 tokens, in full precision on the device. A micro-batch is its forward and "
-        f"backward. Command: {command()}.",
+        "LLaMA-2-7B, bfloat16, 1 × 512 tokens. A micro-batch is its forward and backward. The head is in full "
+        f"precision. Command: {command()}.",
         "",
-        "| run | kernels of a micro-batch | of one that makes the bases | waits of a micro-batch |",
-        "|---|---|---|---|",
+        "| run | kernels of a micro-batch | of one that makes the bases | GB that elementwise kernels move in a "
+        "micro-batch | waits of a micro-batch |",
+        "|---|---|---|---|---|",
     ]
-    for name, (num_active, rank) in ROWS.items():
-        first, second = count(num_active, rank)
-        lines.append(f"| {name} | {second.kernels} | {first.kernels} | {first.waits + second.waits} |")
+    for name, setting in ROWS.items():
+        first, second = count(*setting)
+        figures = (second.kernels, first.kernels, f"{second.bytes_moved / 1e9:.1f}", first.waits + second.waits)
+        lines.append(f"| {name} | {' | '.join(map(str, figures))} |")
         print(lines[-1], flush=True)
-    fixed, varying = count_graphs((16,)), count_graphs((16, 24, 9))
     lines += [
         "",
         f"Compiled graphs of the layers: {fixed} for rows of one length, {varying} for rows of varying length; torch "

@@ -18,15 +18,21 @@ def tokens_at_once(model: Decoder, free: int | None) -> int:
     """
     if free is None:
         return _CPU_TOKENS
+    return min(max(int(_SHARE * free) // _bytes_per_position(model), _CPU_TOKENS), _MOST_TOKENS)
+
+
+def _bytes_per_position(model: Decoder) -> int:
+    """Bytes of a forward pass without gradients for each position: activations of one layer."""
     layer = next(iter(find_layers(model)))
     width = model.tok_embeddings.weight.shape[1]
     widest = max(parameter.numel() // width for parameter in layer.parameters() if parameter.ndim == 2)
-    each = (8 * width + 4 * widest) * model.tok_embeddings.weight.element_size()
-    return min(max(int(_SHARE * free) // each, _CPU_TOKENS), _MOST_TOKENS)
+    return (8 * width + 4 * widest) * model.tok_embeddings.weight.element_size()
 
 
 def sequences_at_once(model: Decoder, length: int, free: int | None) -> int:
-    """Sequences that are generated together, so that their key-value caches fit.
+    """Sequences that are generated together, so that their key-value caches and the first forward pass fit.
+
+    The first pass runs all prompts at once. With grouped queries, its activations can take more than the caches.
 
     Args:
         length: tokens of the longest sequence, with the new ones.
@@ -34,8 +40,8 @@ def sequences_at_once(model: Decoder, length: int, free: int | None) -> int:
     """
     if free is None:
         return _CPU_SEQUENCES
-    each = cached_values(model) * length * model.tok_embeddings.weight.element_size()
-    return min(max(int(_SHARE * free) // each, 1), _MOST_SEQUENCES)
+    per_token = cached_values(model) * model.tok_embeddings.weight.element_size() + _bytes_per_position(model)
+    return min(max(int(_SHARE * free) // (per_token * length), 1), _MOST_SEQUENCES)
 
 
 def free_bytes(device: torch.device) -> int | None:

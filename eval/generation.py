@@ -33,21 +33,11 @@ class Prompts:
     top_k: int = 0  # sample from this many most likely tokens; 0 is all
     top_p: float = 1.0  # sample from the most likely tokens with this total probability
     repetition_penalty: float = 1.0  # divides the logits of tokens that occur in the text
-    cache_new: int = 0  # cache slots for new tokens, if another rank needs more than max_new
 
 
 @torch.inference_mode()
-def generate(
-    prompts: Prompts,
-    model: Decoder,
-    tokenizer: HFChatTokenizer,
-    any_rank: Callable[[bool], bool] = bool,
-) -> list[list[int]]:
-    """Return the new tokens of each prompt, including the end token or the token that completes a stop string.
-
-    Args:
-        any_rank: returns whether a flag is true on any rank. All ranks decode until every rank is done.
-    """
+def generate(prompts: Prompts, model: Decoder, tokenizer: HFChatTokenizer) -> list[list[int]]:
+    """Return the new tokens of each prompt, including the end token or the token that completes a stop string."""
     device = next(model.parameters()).device
     tokens, valid = (part.to(device) for part in _left_padded(prompts.tokens, tokenizer.pad_id))
     positions = (valid.cumsum(1) - 1).clamp_min(0)
@@ -58,9 +48,8 @@ def generate(
     chooser = _Chooser(prompts, tokens, valid)
     generated: list[list[int]] = [[] for _ in prompts.tokens]
     rows, finished = list(range(len(generated))), set[int]()  # prompts in the batch, and those that are done
-    steps = max(prompts.max_new, prompts.cache_new)
-    with _caches(model, len(rows), longest + steps) as keep_rows:
-        for _ in range(steps):
+    with _caches(model, len(rows), longest + prompts.max_new) as keep_rows:
+        for _ in range(prompts.max_new):
             hidden = hidden_states(model, tokens, mask=mask, input_pos=positions)
             logits = model.output(hidden[:, -1]).float()
             if not logits.isfinite().all():
@@ -72,16 +61,15 @@ def generate(
                     if _has_ended(generated[row], prompts, tokenizer):
                         finished.add(row)
             running = [place for place, row in enumerate(rows) if row not in finished]
-            if not any_rank(bool(running)):
+            if not running:
                 break
             tokens, positions = following[:, None], positions[:, -1:] + 1
             valid = F.pad(valid, (0, 1), value=True)
-            kept = running or [0]  # a rank that is done decodes one row on, in step with the others
-            if len(kept) <= _SHRINK_AT * len(rows):
-                rows = [rows[place] for place in kept]
-                tokens, positions, valid = tokens[kept], positions[kept], valid[kept]
-                keep_rows(torch.tensor(kept, device=device))
-                chooser.keep_rows(kept)
+            if len(running) <= _SHRINK_AT * len(rows):
+                rows = [rows[place] for place in running]
+                tokens, positions, valid = tokens[running], positions[running], valid[running]
+                keep_rows(torch.tensor(running, device=device))
+                chooser.keep_rows(running)
             mask = valid[:, None]
     return generated
 

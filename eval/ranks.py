@@ -25,15 +25,10 @@ class Ranks:
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
 
     def share(self, method: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """Compute ``[method(item) for item in items]``, split over the ranks. Rank 0 gets the ordered results.
-
-        Sharded weights need the same number of calls on every rank, so a rank with one item less repeats the last item.
-        """
+        """Compute ``[method(item) for item in items]``, split over the ranks. Rank 0 gets the ordered results."""
         mine = [method(item) for item in items[self.rank :: self.world_size]]
         if self._group is None:
             return mine
-        if len(items) % self.world_size and self.rank >= len(items) % self.world_size:
-            method(items[-1])
         gathered: list[Any] = [None] * self.world_size
         dist.gather_object(mine, gathered if self.rank == 0 else None, group=self._group)
         if self.rank != 0:
@@ -55,11 +50,3 @@ class Ranks:
         least = torch.tensor(number)
         dist.all_reduce(least, dist.ReduceOp.MIN, group=self._group)
         return int(least)
-
-    def any(self, flag: bool) -> bool:
-        """Return whether ``flag`` is true on any rank."""
-        if self._group is None:
-            return flag
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
-        return bool(flags)

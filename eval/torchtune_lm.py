@@ -230,11 +230,6 @@ class TorchtuneLM(TemplateLM):
         chunks = list(collator.get_batched(n=batch_size))
         asked: Counter[str] = Counter()
         batches = [self._prompts(chunk, asked) for chunk in chunks]
-        world_size = self._ranks.world_size
-        for start in range(0, len(batches), world_size):  # ranks that decode in step need caches of the same size
-            together = batches[start : start + world_size]
-            most = max(batch.max_new for batch in together)
-            batches[start : start + world_size] = [dataclasses.replace(batch, cache_new=most) for batch in together]
         results = []
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as progress:
             for chunk, batch, generated in zip(chunks, batches, self._on_all_ranks("_generate", batches), strict=True):
@@ -283,9 +278,7 @@ class TorchtuneLM(TemplateLM):
         while len(generated) < len(batch.tokens):
             part = slice(len(generated), len(generated) + (self.batch_size or len(batch.tokens)))
             piece = dataclasses.replace(batch, tokens=batch.tokens[part], seeds=batch.seeds[part])
-            # Ranks decode in step, so a single rank cannot switch to smaller batches.
-            can_split = len(piece.tokens) > 1 and self._ranks.world_size == 1
-            made = self._if_it_fits(partial(generate, piece, self.model, self.tokenizer, self._ranks.any), can_split)
+            made = self._if_it_fits(partial(generate, piece, self.model, self.tokenizer), len(piece.tokens) > 1)
             if made is not None:
                 generated += made
             else:

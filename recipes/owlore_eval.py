@@ -25,6 +25,7 @@ from owlore_tune.errors import ConfigError
 from owlore_tune.fields import defaults, required
 from owlore_tune.memory.measure import peak_memory_bytes
 from owlore_tune.models.decoder import find_layers
+from owlore_tune.models.fused import fuse_parts
 from owlore_tune.program import parse
 from owlore_tune.run.directory import RunDirectory, writable_directory
 from owlore_tune.run.manifest import MANIFEST, machine, versions
@@ -92,6 +93,8 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             find_layers(model)
         except TypeError as error:
             raise ConfigError(str(error)) from error
+        if self._device.type == "cuda":
+            fuse_parts(model)
         return model
 
     def _load_weights(self, model: torch.nn.Module, checkpointer: HFCheckpointer) -> None:

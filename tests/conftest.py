@@ -10,6 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, see tests/method/test_kernels.py
+
 from tiny import TINY_MODEL, save_tokenizer
 
 from owlore_tune.heap import return_freed_memory

@@ -3,6 +3,7 @@
 torchrun --nproc_per_node N tests/distributed_programs.py train CONFIG...
 torchrun --nproc_per_node N tests/distributed_programs.py count OUTPUT CONFIG
 torchrun --nproc_per_node N tests/distributed_programs.py poison CONFIG
+torchrun --nproc_per_node 2 tests/distributed_programs.py fail_alone
 """
 
 import json
@@ -20,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 import owlore_full_finetune
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.distributed.launch import process_group
-from owlore_tune.distributed.world import local
+from owlore_tune.distributed.world import current_world, local
 from owlore_tune.optim.moments import state_bytes
+from owlore_tune.optim.projection import range_finder
 from owlore_tune.run.settings import TrainingSettings
 
 
@@ -104,5 +106,24 @@ def poison(file: str) -> None:
         recipe.cleanup()
 
 
+def fail_alone() -> None:
+    """Make a basis with an eigenvalue algorithm that does not converge on the last rank."""
+    with process_group(torch.device("cpu"), 600):
+        world = current_world()
+        if world.rank == 1:
+
+            def fail(gram: torch.Tensor) -> None:
+                raise torch.linalg.LinAlgError("no convergence")
+
+            torch.linalg.eigh = fail
+        generator = torch.Generator().manual_seed(world.rank)
+        left, right = (torch.randn(20, size, generator=generator) for size in (16, 12))
+        generator = torch.Generator().manual_seed(0)
+        basis, is_given = range_finder(left, right, 4, generator=generator, world=world)
+        ours, first = world.gather((basis, is_given.item()))
+        assert torch.equal(ours[0], first[0]) and ours[1] is first[1] is True, (ours, first)
+
+
 if __name__ == "__main__":
-    {"train": lambda *files: train(list(files)), "count": count, "poison": poison}[sys.argv[1]](*sys.argv[2:])
+    programs = {"train": lambda *files: train(list(files)), "count": count, "poison": poison, "fail_alone": fail_alone}
+    programs[sys.argv[1]](*sys.argv[2:])

@@ -100,7 +100,8 @@ def range_finder(
     is_finite = gram.isfinite().all()
     eigenvalues, eigenvectors = _eigh(torch.where(is_finite, gram, 0.0))  # ascending
     basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
-    return world.from_first_(basis), is_finite & (eigenvalues[-1] > 0)
+    is_given = is_finite & (eigenvalues[-1] > 0)
+    return world.from_first_(basis), world.from_first_(is_given)  # the algorithm may fail on one process alone
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from owlore_tune.kernels import has_kernels
+from owlore_tune.kernels.quantize import dequantize_nf4, quantize_rows, scaled_product
+
 FORMATS: dict[str, type["QuantizedWeight"]] = {}
 BLOCK = 64  # values of NF4 that share a scale
 ALL = slice(None)
@@ -116,11 +119,9 @@ class Int8Weight(QuantizedWeight):
 
         Where torch's 8-bit products are not exact, or do not take the sizes, the weight is dequantized.
         """
-        if x.is_cuda:
-            takes = len(x) > 16 and not any(size % 8 for size in self.shape)  # as cuBLAS
-        else:
-            takes = CPU_IS_EXACT and len(x) > 0 and min(self.shape) > 1  # a single column gives wrong sums
-        return _Int8Product.apply(x, self) if products == "int8" and takes else super().linear(x, products)
+        if products == "int8" and _takes_int8(len(x), self.shape, x.device):
+            return _Int8Product.apply(x, self)
+        return super().linear(x, products)
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,10 @@ class NF4Weight(QuantizedWeight):
     def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = ALL, columns: slice = ALL) -> Tensor:
         """Two values at a time, from a table of all 256 pairs."""
         codes, scale = self.codes[rows, _divided(columns, 2)], self.scale[rows, _divided(columns, BLOCK)]
-        is_planned = isinstance(codes, FakeTensor)  # which has no values, so the table needs none
+        is_planned = isinstance(codes, FakeTensor)  # which has no values, so tables need none
+        if has_kernels(codes.device):
+            levels = codes.new_empty(16, dtype=dtype) if is_planned else _levels(dtype, codes.device)
+            return dequantize_nf4(codes, scale, levels)
         pairs = codes.new_empty(256, dtype=_PAIR[dtype]) if is_planned else _pairs(dtype, codes.device)
         values = pairs.index_select(0, codes.reshape(-1).int()).view(dtype)
         return values.view(-1, BLOCK).mul_(scale.reshape(-1, 1).to(dtype)).view(len(codes), -1)
@@ -180,12 +184,27 @@ _PAIR = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32:
 
 
 @cache  # a copy from the host makes it wait for a GPU
+def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(NF4_LEVELS, dtype=dtype, device=device)
+
+
+@cache
 def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     """(256,) for each byte of codes, its two values in ``dtype``, as one integer."""
     with torch.inference_mode(False):
-        levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=device)
+        levels = _levels(dtype, device)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
         return pairs.view(_PAIR[dtype]).view(-1)
+
+
+def _takes_int8(num_rows: int, shape: torch.Size, device: torch.device) -> bool:
+    """Whether 8-bit products of ``num_rows`` rows with a weight of ``shape`` are exact and supported."""
+    if has_kernels(device):
+        return num_rows > 0
+    if device.type == "cuda":
+        return num_rows > 16 and not any(size % 8 for size in shape)  # as cuBLAS
+    return CPU_IS_EXACT and num_rows > 0 and min(shape) > 1  # a single column gives wrong sums
 
 
 def _divided(columns: slice, size: int) -> slice:
@@ -244,21 +263,34 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):  # (t, n)
         ctx.weight = weight
-        return _int8_product(x, weight.codes.t(), weight.scale.view(1, -1)).to(x.dtype)
+        return _int8_product(x, weight.codes.t(), column_scale=weight.scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        weight = ctx.weight
         # The scales of the weight's rows run along the sum, so they go into the gradient before it is quantized.
-        rows = grad * weight.scale.view(1, -1).to(grad.dtype)
-        return _int8_product(rows, weight.codes, None).to(grad.dtype), None
+        return _int8_product(grad, ctx.weight.codes, factors=ctx.weight.scale).to(grad.dtype), None
 
 
-def _int8_product(x: Tensor, codes: Tensor, column_scale: Tensor | None) -> Tensor:
-    """``x`` (t, k), quantized by row, times ``codes`` (k, l) int8 → (t, l) float32."""
+def _int8_product(
+    x: Tensor, codes: Tensor, *, factors: Tensor | None = None, column_scale: Tensor | None = None
+) -> Tensor:
+    """``x`` (t, k), quantized by row, times ``codes`` (k, l) int8 → (t, l) float32.
+
+    Args:
+        factors: (k, 1), of the columns of ``x``.
+        column_scale: (l, 1), of the result's columns.
+    """
+    if has_kernels(x.device):
+        rows, scale = quantize_rows(x, None if factors is None else factors.view(-1))
+        columns = scale.new_ones(1) if column_scale is None else column_scale
+        return scaled_product(rows, codes, scale, columns)
+    if factors is not None:
+        x = x * factors.view(1, -1).to(x.dtype)
     largest = torch.maximum(x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True).neg_())  # without a copy of x
     scale = largest.float().clamp_min_(torch.finfo(torch.float32).tiny).div_(127)
+    if x.is_cuda and codes.stride(-1) == 1:
+        codes = codes.t().contiguous().t()  # cuBLAS takes only a second operand that is stored by column
     sums = torch._int_mm((x / scale).round_().to(torch.int8), codes)
     # float32 in the memory of int32: on a CPU, a second buffer of this size costs page faults
     product = sums.view(torch.float32).copy_(sums).mul_(scale)
-    return product if column_scale is None else product.mul_(column_scale)
+    return product if column_scale is None else product.mul_(column_scale.view(1, -1))

@@ -27,6 +27,7 @@ from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.layers.schedule import Schedule
 from owlore_tune.models.attention import attend_by_sample
 from owlore_tune.models.decoder import Decoder, find_layers, model_parts
+from owlore_tune.models.fused import fuse_parts
 from owlore_tune.models.output import set_output
 from owlore_tune.optim.moments import check_decay
 from owlore_tune.paths import user_path
@@ -263,6 +264,8 @@ def prepare_layers(settings: TrainingSettings, model: Decoder) -> None:
     """Let the layers of ``model`` compute as the config and the device want, in place."""
     if attends_by_sample(settings):
         attend_by_sample(model)
+    if settings.device.type == "cuda":
+        fuse_parts(model)
     if settings.cfg.enable_activation_checkpointing:
         layer_types = {type(layer) for layer in find_layers(model)}
         training.set_activation_checkpointing(model, auto_wrap_policy=layer_types)

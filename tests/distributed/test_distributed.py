@@ -303,6 +303,11 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_named_by_the_first(con
     assert all(weight.isfinite().all() for weight in weights(config).values())
 
 
+def test_ranks_get_one_basis_if_an_algorithm_fails_on_one_of_them():
+    result = torchrun(2, PROGRAMS, "fail_alone")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 @pytest.fixture
 def fake_ranks():
     """A fake process group of two ranks; its collectives do nothing."""

@@ -510,35 +510,53 @@ def test_two_ranks_give_the_results_of_one(make_config, choices_file, tmp_path):
     assert json.loads((tmp_path / "ranks_2" / "generate" / "manifest.json").read_text())["model"]["world_size"] == 2
 
 
-FAILING = """
-import sys, torch, torch.distributed as dist
+SERVING = """
+import json, sys, torch, torch.distributed as dist
 from torchtune.models.llama2 import llama2
 from lm_eval.api.instance import Instance
 from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_tune.data.tokenizer import HFChatTokenizer
 
+_, tokenizer, rank, kind = sys.argv
 dist.init_process_group("gloo")
-lm = TorchtuneLM(llama2(300, 4, 4, 2, 32, max_seq_len=256, intermediate_dim=48), HFChatTokenizer(sys.argv[1]))
+torch.manual_seed(0)
+model = llama2(300, 4, 4, 2, 32, max_seq_len=256, intermediate_dim=48)
+lm = TorchtuneLM(model, HFChatTokenizer(tokenizer), batch_size=2)
 
-def fail(*_):
-    raise RuntimeError("broken on purpose")
+def fail(module, args):
+    if kind == "broken":
+        raise RuntimeError("broken on purpose")
+    if len(args[0]) > 1:
+        raise torch.OutOfMemoryError("no more")
 
-if dist.get_rank() == int(sys.argv[2]):
-    lm.model.register_forward_pre_hook(fail)
-    lm.model.norm.register_forward_pre_hook(fail)
+if dist.get_rank() == int(rank):
+    lm.model.tok_embeddings.register_forward_pre_hook(fail)
 if dist.get_rank() == 0:
-    lm.loglikelihood([Instance("loglikelihood", {}, (f"question {i}", " answer"), i) for i in range(9)])
+    options = {"max_gen_toks": 5, "until": []}
+    requests = [Instance("generate_until", {}, (f"question {i}", options), i) for i in range(9)]
+    print("answers", json.dumps(lm.generate_until(requests)))
     lm.dismiss()
 else:
     lm.serve()
 """
 
 
+def serve(tmp_path, *arguments) -> subprocess.CompletedProcess:
+    (tmp_path / "serving.py").write_text(SERVING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", str(tmp_path / "serving.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_ends_the_others(tiny_dir, tmp_path, rank):
-    (tmp_path / "failing.py").write_text(FAILING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", str(tmp_path / "failing.py"), str(tiny_dir), str(rank)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = serve(tmp_path, tiny_dir, rank, "broken")
     assert done.returncode != 0 and "broken on purpose" in done.stderr
+
+
+def test_a_rank_without_memory_generates_in_smaller_batches(tiny_dir, tmp_path):
+    runs = [serve(tmp_path, tiny_dir, rank, "small") for rank in (1, 7)]  # there is no rank 7
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:]
+    answers = [next(line for line in run.stdout.splitlines() if line.startswith("answers")) for run in runs]
+    assert answers[0] == answers[1] and len(json.loads(answers[0].removeprefix("answers"))) == 9
