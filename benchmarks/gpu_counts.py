@@ -40,7 +40,7 @@ ROWS = {  # layers that train, rank, format and products
     "OwLore, all layers, rank 128, NF4": (32, 128, "nf4", "full"),
     "LISA, γ=2": (2, None, "full", "full"),
 }
-ALLOCATIONS = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"}
+ALLOCATIONS = {"promote_types", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"}
 PRODUCTS = {"mm", "addmm", "bmm", "_int_mm", "scaled_int8_mm"}
 GRAPHS: list[torch.fx.GraphModule] = []
 
@@ -57,7 +57,6 @@ class Counts(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.kernels = self.waits = self.bytes_moved = 0
-        self._has_norms = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,10 +69,7 @@ class Counts(TorchDispatchMode):
             dtype = kwargs.get("dtype", args[0].dtype)
             # Numbers are 1, and tests such as `isnan` are false.
             return torch.full(args[0].shape, dtype != torch.bool, dtype=dtype)
-        if name == "linalg_vector_norm":  # on a GPU, torch computes those of all gradients together
-            self.kernels += not self._has_norms
-            self._has_norms = True
-        elif not func.is_view and name not in ALLOCATIONS:
+        if not func.is_view and name not in ALLOCATIONS:
             self.kernels += 1
             results = func(*args, **kwargs)
             if name not in PRODUCTS and "attention" not in name:

@@ -128,11 +128,18 @@ def _left_padded(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]
 
 
 class _Chooser:
-    """Chooses the next token of each row from its logits, as transformers does: greedily, or with the row's seed."""
+    """Chooses the next token of each row from its logits: greedily, or by the row's seed.
+
+    A row's random numbers are drawn in advance, so that they do not depend on the other rows, and one operation then
+    samples all rows.
+    """
 
     def __init__(self, prompts: Prompts, tokens: Tensor, valid: Tensor) -> None:
         self._prompts = prompts
-        self._generators = [torch.Generator(tokens.device).manual_seed(seed) for seed in prompts.seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in prompts.seeds]
+        draws = [torch.rand(prompts.max_new, generator=generator) for generator in generators]
+        self._draws = torch.stack(draws, dim=1).to(tokens.device)  # (new tokens, b)
+        self._num_chosen = 0
         self._text = (tokens, valid)
         self._seen: Tensor | None = None  # (b, v) bool, tokens that occur in a row, if they have a penalty
         self._warpers: list[Any] = [TopKLogitsWarper(prompts.top_k)] if prompts.top_k else []
@@ -146,9 +153,8 @@ class _Chooser:
             logits = logits / self._prompts.temperature
             for warper in self._warpers:
                 logits = warper(None, logits)
-            rows = F.softmax(logits, -1)
-            drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(rows, self._generators, strict=True)]
-            following = torch.cat(drawn)
+            following = sample(F.softmax(logits, -1), self._draws[self._num_chosen])
+            self._num_chosen += 1
         if self._seen is not None:
             self._seen.scatter_(1, following[:, None], True)
         return following
@@ -165,9 +171,18 @@ class _Chooser:
         return torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
     def keep_rows(self, rows: list[int]) -> None:
-        self._generators = [self._generators[row] for row in rows]
+        self._draws = self._draws[:, rows]
         if self._seen is not None:
             self._seen = self._seen[rows]
+
+
+def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:  # (b, v), (b,) in [0, 1) -> (b,)
+    """The token of each row at which the sum of probabilities exceeds ``uniform``."""
+    sums = probabilities.cumsum(-1)
+    total = sums[:, -1:]
+    # A product that is rounded up to the total would be beyond the last token.
+    wanted = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(sums, wanted, right=True).squeeze(1)
 
 
 def _has_ended(tokens: list[int], prompts: Prompts, tokenizer: HFChatTokenizer) -> bool:

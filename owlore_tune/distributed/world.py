@@ -178,4 +178,6 @@ def is_finite(parameter: Tensor) -> bool:
 
 def peak(tensor: Tensor) -> Tensor:
     """The largest magnitude in ``tensor``, (); 0 if it is empty."""
-    return tensor.abs().amax() if tensor.numel() else torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+    if not tensor.numel():
+        return torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+    return torch.linalg.vector_norm(tensor, ord=torch.inf)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from owlore_tune.clock import Clock
 from owlore_tune.distributed.world import ALONE, World, compute_device, local, rows_of
-from owlore_tune.optim.projection import is_right, range_finder, side_factor, svd_basis, times
+from owlore_tune.optim.projection import is_right, of_gradient, range_finder, side_factor, svd_basis, times
 from owlore_tune.optim.rounding import noise_for, round_to
 
 MakeGenerator = Callable[[torch.device], torch.Generator | None]
@@ -161,10 +161,9 @@ class ProjectedWeight:
                 basis, self.is_given = self.make_new(x, grad)
                 self.turn = None if self.start is None else self.start.to(basis.dtype).T @ basis
                 self.basis, self.is_new = basis.to(self.linear.weight.dtype), True
-        basis = self.basis.to(self._dtype)
         if self.right:
-            return times(grad.T, times(x, basis))
-        return times(times(grad, basis).T, x.to(basis.dtype))
+            return of_gradient(grad.T, x, self.basis, self._dtype)
+        return of_gradient(x.T, grad, self.basis, self._dtype).T
 
     def _new_basis(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         if self._kind == "svd":

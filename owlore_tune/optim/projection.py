@@ -27,16 +27,24 @@ def side_factor(shape: torch.Size) -> float:
     return max(1.0, shape[1] / shape[0]) ** 0.5
 
 
+def of_gradient(outer: Tensor, inner: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """``outer`` (m, t) · (``inner`` (t, n) · ``columns`` (n, k)) → (m, k) in ``dtype``, with sums in ``dtype``.
+
+    16-bit factors are copied to ``dtype``, a few rows at a time. On a GPU, ``columns`` and the first product are
+    rounded instead, as the gradient is.
+    """
+    if inner.dtype == dtype or inner.device.type == "cpu":
+        return times(outer, times(inner, columns.to(dtype)))
+    return torch.mm(outer, inner @ columns.to(inner.dtype), out_dtype=dtype)
+
+
 def times(grad: Tensor, columns: Tensor) -> Tensor:  # (m, n) · (n, k) → (m, k)
     """A product in the dtype of ``columns``, with sums in that dtype.
 
-    A few rows of a 16-bit ``grad`` at a time are copied to that dtype. On CUDA, ``columns`` are rounded instead, as
-    the gradient is.
+    A few rows of a 16-bit ``grad`` at a time are copied to that dtype.
     """
     if grad.dtype == columns.dtype:
         return grad @ columns
-    if grad.is_cuda:
-        return torch.mm(grad, columns.to(grad.dtype), out_dtype=columns.dtype)
     product = columns.new_empty(grad.shape[0], columns.shape[1])
     first = 0
     for rows in _pieces(grad):
@@ -79,10 +87,10 @@ def range_finder(
     dtype = torch.promote_types(right.dtype, torch.float32)
 
     def forward(columns: Tensor) -> Tensor:  # (n, k) → G columns (m, k)
-        return world.sum_(times(left.T, times(right, columns)))
+        return world.sum_(of_gradient(left.T, right, columns, dtype))
 
     def backward(rows: Tensor) -> Tensor:  # (m, k) → Gᵀ rows (n, k)
-        return world.sum_(times(right.T, times(left, rows)))
+        return world.sum_(of_gradient(right.T, left, rows, dtype))
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=right.device, dtype=dtype)
@@ -96,12 +104,11 @@ def range_finder(
     rows = torch.linalg.qr(_unit_scale(forward(torch.linalg.qr(columns).Q))).Q
     orthonormal = torch.linalg.qr(_unit_scale(backward(rows))).Q
     low = _unit_scale(forward(orthonormal)).double()  # (m, width)
-    gram = low.T @ low
-    is_finite = gram.isfinite().all()
-    eigenvalues, eigenvectors = _eigh(torch.where(is_finite, gram, 0.0))  # ascending
+    # If a value of `low` was infinite, the others are 0 now. If it was NaN, all are.
+    eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0))  # ascending
     basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
-    is_given = is_finite & (eigenvalues[-1] > 0)
-    return world.from_first_(basis), world.from_first_(is_given)  # the algorithm may fail on one process alone
+    # The algorithm may fail on one process alone.
+    return world.from_first_(basis), world.from_first_(eigenvalues[-1] > 0)
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:

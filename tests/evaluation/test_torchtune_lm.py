@@ -21,7 +21,7 @@ from torchtune.modules.common_utils import local_kv_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GenerationConfig
 
 from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
-from owlore_evals.generation import Prompts, _Cache, _Chooser, _has_ended
+from owlore_evals.generation import Prompts, _Cache, _Chooser, _has_ended, sample
 from owlore_evals.harness import load_tasks
 from owlore_evals.shared_prefix import make_rows
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
@@ -409,6 +409,15 @@ def test_samples_are_of_the_most_likely_tokens():
         counts[token] = counts.get(token, 0) + 1
     # The first two of the three most likely tokens have a probability of 0.91.
     assert counts.keys() == {0, 1} and 120 < counts[0] < 170  # 146 expected, standard deviation 6
+
+
+def test_tokens_are_sampled_with_their_probabilities():
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    probabilities = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0]).expand(1000, -1)
+    assert sample(probabilities, uniform).bincount(minlength=6).tolist() == [0, 100, 0, 600, 300, 0]
+    edges = torch.tensor([0.0, 1 - 2**-24])
+    for size in (1.0, 0.9999, 1.0001):  # sums of rounded probabilities
+        assert sample(size * probabilities[:2], edges).tolist() == [1, 4]
 
 
 def test_what_is_sampled_depends_on_seed_and_context_alone(real):

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from owlore_tune.data.builders import mmlu_dev_dataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.smollm2 import smollm2_135m
-from owlore_tune.optim.projection import OVERSAMPLING, fix_signs, is_right, svd_basis, times
+from owlore_tune.optim.projection import OVERSAMPLING, fix_signs, is_right, of_gradient, svd_basis
 from owlore_tune.optim.projection import range_finder as range_finder_of_product
 
 
@@ -139,12 +139,13 @@ class Sizes(TorchDispatchMode):
 def test_a_16_bit_gradient_on_cuda_is_not_copied_to_float32():
     """With tensors that have no data, so that no GPU is needed."""
     with FakeTensorMode():
-        grad = torch.empty(64, 48, dtype=torch.bfloat16, device="cuda")
+        grad = torch.empty(70, 64, dtype=torch.bfloat16, device="cuda")
+        x = torch.empty(70, 48, dtype=torch.bfloat16, device="cuda")
         basis = torch.empty(48, 8, device="cuda")
         with Sizes() as sizes:
-            low = times(grad, basis)
+            low = of_gradient(grad.T, x, basis, torch.float32)
     assert low.dtype == torch.float32 and low.shape == (64, 8)
-    assert sizes.largest < grad.numel()
+    assert sizes.largest < x.numel()
 
 
 def test_16_bit_factors_are_used_a_few_rows_at_a_time(monkeypatch):
