@@ -36,10 +36,12 @@ PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2
 test: install
 	$(PYTEST) -m 'not slow'
 
-# All tests: also documented commands, the wheel, kills, and real models on several ranks. The tests of a file run on one
-# worker, because documented commands use files that earlier ones wrote.
+
+# Also the slow tests: documented commands, the wheel, kills, and real models on several ranks. The slow tests of a file
+# run on one worker, because documented commands use files that earlier ones wrote.
 check: lint
-	$(PYTEST) --dist loadfile --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
+	$(PYTEST) -m 'not slow' --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
+	$(PYTEST) -m slow --dist loadfile
 
 lint: install
 	ruff check .

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from owlore_tune.catalog import RECIPES, find_packaged, packaged_configs, title
 from owlore_tune.errors import ConfigError, errors_in_one_line
@@ -125,6 +126,8 @@ def memory(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value}; it must be at least 1")
     settings = TrainingSettings.from_config(cfg)
+    if args.fit is not None:
+        return _fit(settings, args)
     found = plans_of_config(settings, args.seq_len, args.world_size, gpu=args.gpu)
     plans = {name: vars(plan) for name, plan in found.items()}
     if picture is not None:
@@ -139,6 +142,18 @@ def memory(args: argparse.Namespace) -> None:
     )
     if picture is not None:
         print(picture)
+
+
+def _fit(settings: Any, args: argparse.Namespace) -> None:
+    """Print the fastest settings that fit on a card."""
+    from owlore_tune.run.gpus import fastest_that_fits
+    from owlore_tune.run.planning import longest_row
+
+    if not args.fit > 0 or args.world_size > 1 or args.output:
+        raise ConfigError(f"--fit={args.fit:g}; it takes the GB of one card, and neither --world-size nor --output")
+    setting, plan = fastest_that_fits(settings.cfg, longest_row(settings, args.seq_len), 1e9 * args.fit)
+    print(" ".join(setting.overrides()))
+    print(f"planned {plan.total / 1e9:.1f} GB of {args.fit:g}; the fastest of the settings that fit, by an estimate")
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -217,6 +232,12 @@ def parser() -> argparse.ArgumentParser:
     planning.add_argument("--force", action="store_true", help="replace an existing picture")
     planning.add_argument("--world-size", type=int, default=1, help="devices that the model is sharded over")
     planning.add_argument("--gpu", action="store_true", help="plan for a GPU, even on a machine without one")
+    planning.add_argument(
+        "--fit",
+        type=float,
+        metavar="GB",
+        help="print the fastest settings with the same rows per step that fit a card",
+    )
     plotting = command(plot)
     plotting.add_argument("run_dir", metavar="RUN", help="output_dir of a training run")
     comparing = command(compare)

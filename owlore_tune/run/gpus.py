@@ -1,13 +1,18 @@
-"""The largest packaged models that fit on a card."""
+"""The largest packaged models that fit on a card, and the fastest settings of a config that do."""
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from owlore_tune.catalog import packaged_configs
-from owlore_tune.config_files import load_config
+from owlore_tune.config_files import load_config, override
+from owlore_tune.errors import ConfigError
+from owlore_tune.memory.plan import MemoryPlan
+from owlore_tune.models.decoder import find_layers
 from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.run.build import build_model
 from owlore_tune.run.planning import formats, plan_run
@@ -53,3 +58,77 @@ def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
 
 def _settings(name: str, overrides: tuple[str, ...] = ()) -> TrainingSettings:
     return TrainingSettings.from_config(load_config(name, ["device=cpu", "dtype=bf16", *overrides]))
+
+
+# Constants of an estimate of step times, which only has to order settings. None was measured on a GPU.
+_FLOPS = 1.5e14  # per second, of bf16 products
+_LAUNCH = 5e-6  # seconds of a kernel
+_KERNELS = 90  # of a layer in a micro-batch; see benchmarks/gpu_counts.md
+_SPEED = {"full": 1.0, "int8": 1.6, "nf4": 0.8}  # of products with a format, with its fastest products
+
+
+class Setting(NamedTuple):
+    """Settings of a step with the same rows."""
+
+    seconds: float  # estimated, of one optimizer step
+    batch_size: int
+    accumulation: int
+    checkpointing: bool
+    format: str
+
+    def overrides(self) -> list[str]:
+        products = FORMATS[self.format].products[-1] if self.format in FORMATS else "full"
+        return [
+            f"batch_size={self.batch_size}",
+            f"gradient_accumulation_steps={self.accumulation}",
+            f"enable_activation_checkpointing={str(self.checkpointing).lower()}",
+            f"owlore.weights={self.format}",
+            f"owlore.products={products}",
+        ]
+
+
+def settings_of_step(settings: TrainingSettings, seq_len: int) -> list[Setting]:
+    """All settings with the config's rows per optimizer step, the fastest first by estimate."""
+    model = build_model(settings)[1]
+    layers = find_layers(model)
+    weights = sum(parameter.numel() for parameter in layers.parameters())
+    rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
+    found = []
+    for batch_size in (size for size in range(1, rows + 1) if rows % size == 0):
+        for checkpointing, kind in itertools.product((False, True), ("full", *FORMATS)):
+            passes = 3 if checkpointing else 2  # forward, its repetition, and the products of backward
+            products = 2 * passes * weights * rows * seq_len / _FLOPS / _SPEED[kind]
+            launches = rows // batch_size * passes / 2 * len(layers) * _KERNELS * _LAUNCH
+            found.append(Setting(products + launches, batch_size, rows // batch_size, checkpointing, kind))
+    return sorted(found)
+
+
+def fastest_that_fits(cfg: DictConfig, seq_len: int, card_bytes: float) -> tuple[Setting, MemoryPlan]:
+    """The fastest of `settings_of_step` whose plan leaves a tenth of a card free, and its plan.
+
+    Raises:
+        ConfigError: if none fits.
+    """
+    settings = TrainingSettings.from_config(cfg)
+    too_large: list[tuple[Setting, MemoryPlan]] = []
+    for setting in tqdm(settings_of_step(settings, seq_len), desc="Planning", unit="setting", leave=False):
+        if any(_needs_more(setting, other) for other, _ in too_large):
+            continue
+        plan = plan_run(TrainingSettings.from_config(override(cfg, setting.overrides())), seq_len, gpu=True)
+        if plan.total <= FREE_SHARE * card_bytes:
+            return setting, plan
+        too_large.append((setting, plan))
+    smallest, plan = min(too_large, key=lambda each: each[1].total)
+    raise ConfigError(
+        f"nothing fits {card_bytes / 1e9:g} GB with a tenth free; the smallest plan is {plan.total / 1e9:.1f} GB, with "
+        f"{' '.join(smallest.overrides())}. Set a smaller owlore.num_active_layers or tokenizer.max_seq_len"
+    )
+
+
+def _needs_more(setting: Setting, other: Setting) -> bool:
+    """Whether ``setting`` needs at least the memory of ``other``, by its settings."""
+    return (
+        setting.format == other.format
+        and setting.batch_size >= other.batch_size
+        and setting.checkpointing <= other.checkpointing
+    )

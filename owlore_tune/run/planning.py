@@ -115,24 +115,33 @@ def plan_with_peers(
     return {"this config": own} | {name: plan.on_gpu() if gpu else plan for name, plan in named}
 
 
+def longest_row(settings: TrainingSettings, seq_len: int | None) -> int:
+    """Tokens of the longest row: ``seq_len``, or read from the config's data if omitted.
+
+    If data or tokenizer do not exist yet, it is ``tokenizer.max_seq_len``.
+    """
+    if seq_len is not None:
+        return seq_len
+    try:
+        return row_length(settings, build_inputs(settings))
+    except ConfigError as error:
+        if (most := settings.cfg.tokenizer.get("max_seq_len")) is None:
+            raise
+        log.warning(f"{error}. Planning for rows of tokenizer.max_seq_len={most} tokens.")
+        return most
+
+
 def plans_of_config(
     settings: TrainingSettings, seq_len: int | None = None, world_size: int = 1, *, gpu: bool = False
 ) -> dict[str, MemoryPlan]:
     """The plan of the config's run and those of other methods, without weights.
 
     Args:
-        seq_len: tokens of the longest row; read from the config's data if omitted. If data or tokenizer do not exist
-            yet, it is ``tokenizer.max_seq_len``.
+        seq_len: see `longest_row`.
         world_size: devices that the model is sharded over. The plan is for one of them.
         gpu: plan for GPUs, even on a machine without one.
     """
-    if seq_len is None:
-        try:
-            seq_len = row_length(settings, build_inputs(settings))
-        except ConfigError as error:
-            if (seq_len := settings.cfg.tokenizer.get("max_seq_len")) is None:
-                raise
-            log.warning(f"{error}. Planning for rows of tokenizer.max_seq_len={seq_len} tokens.")
+    seq_len = longest_row(settings, seq_len)
     sharding = settings.sharding(world_size, gpu=gpu) if world_size > 1 and settings.shards() else None
     return plan_with_peers(settings, seq_len, sharding, gpu=gpu)
 

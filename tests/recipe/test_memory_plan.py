@@ -14,6 +14,7 @@ from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.config_files import override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.loss import LinearCrossEntropyLoss
@@ -21,7 +22,8 @@ from owlore_tune.memory import plan as memory_plan
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
 from owlore_tune.memory.step import StepShape
-from owlore_tune.run.planning import plans_of_config, savings
+from owlore_tune.run.gpus import FREE_SHARE, fastest_that_fits, settings_of_step
+from owlore_tune.run.planning import plan_run, plans_of_config, savings
 from owlore_tune.run.settings import TrainingSettings
 from runs import recipe_of
 
@@ -244,3 +246,30 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     )
     peak = int(subprocess.check_output([sys.executable, "-c", program], text=True).split()[-1])
     assert 10**8 < peak < len(block)
+
+
+def plain_key(cfg) -> tuple:
+    owlore = cfg.owlore
+    return cfg.batch_size, cfg.gradient_accumulation_steps, cfg.enable_activation_checkpointing, owlore.weights
+
+
+def test_the_fastest_settings_that_fit_a_card(tiny_config, monkeypatch):
+    cfg = OmegaConf.create(tiny_config | {"batch_size": 1, "gradient_accumulation_steps": 2, "dtype": "bf16"})
+    every = settings_of_step(TrainingSettings.from_config(cfg), 64)
+    assert every == sorted(every) and len(every) == 2 * 2 * 3  # batches of 1 and 2 rows
+    assert {each.batch_size * each.accumulation for each in every} == {2}
+    plans = {
+        each: plan_run(TrainingSettings.from_config(override(cfg, each.overrides())), 64, gpu=True).total
+        for each in every
+    }
+    known = {plain_key(override(cfg, each.overrides())): total for each, total in plans.items()}
+    monkeypatch.setattr(
+        "owlore_tune.run.gpus.plan_run",
+        lambda settings, seq_len, gpu: MemoryPlan(known[plain_key(settings.cfg)], *[0] * 11),
+    )
+    for limit in sorted(plans.values()):
+        fastest = next(each for each in every if plans[each] <= limit)
+        found, plan = fastest_that_fits(cfg, 64, limit / FREE_SHARE)
+        assert (found, plan.total) == (fastest, plans[fastest])
+    with pytest.raises(ConfigError, match="nothing fits 0.0001 GB .*the smallest plan is .*batch_size=1"):
+        fastest_that_fits(cfg, 64, 1e5)
