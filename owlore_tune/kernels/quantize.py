@@ -1,5 +1,8 @@
 """Rows quantized to 8 bits, and 4-bit weights dequantized, in one launch each."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,8 @@ except ImportError:
 
 _MOST_AT_ONCE = 4096  # values of a row that a program holds
 _NF4_AT_ONCE = 1024
+# Rows, columns and depth of a block of a product, stages and warps, for large and small cards
+_BLOCKS = ((128, 256, 128, 3, 8), (128, 128, 128, 4, 4), (128, 128, 64, 4, 4), (128, 64, 64, 4, 4), (64, 64, 64, 3, 8))
 _TINY = torch.finfo(torch.float32).tiny
 
 if triton is not None:
@@ -137,13 +142,56 @@ def _empty_values(codes: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     return levels.new_empty(codes.shape[0], 2 * codes.shape[1])
 
 
-def scaled_product(codes: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
-    """``codes`` (t, k) int8 times ``weight`` (k, m) int8, with any strides, and times the scales → (t, m) float32.
+torch.library.define(
+    "owlore::int8_product",
+    "(Tensor codes, Tensor weight, Tensor row_scale, Tensor column_scale, ScalarType dtype) -> Tensor",
+)
+
+
+def int8_product(codes: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes`` (t, k) int8 times ``weight`` (k, m) int8, with any strides, and times the scales → (t, m) in ``dtype``.
+
+    Sums are exact, and rounded once.
 
     Args:
         row_scale: (t, 1) float32.
-        column_scale: (1, m) float32, or a single value.
+        column_scale: (m, 1) float32, or a single value.
     """
-    import torchao.prototype.quantized_training.int8_mm  # noqa: F401  registers the operation
+    return torch.ops.owlore.int8_product(codes, weight, row_scale, column_scale, dtype)
 
-    return torch.ops.torchao.scaled_int8_mm(codes, weight, row_scale, column_scale)
+
+@torch.library.impl("owlore::int8_product", ("cpu", "cuda"))
+def _launch_product(
+    codes: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    product = _empty_product(codes, weight, row_scale, column_scale, dtype)
+    if product.numel():
+        (t, k), m = codes.shape, weight.shape[1]
+        _int8_kernel()[lambda sizes: (triton.cdiv(t, sizes["BLOCK_M"]) * triton.cdiv(m, sizes["BLOCK_N"]),)](
+            codes, weight, product, row_scale, column_scale, t, m, k, *codes.stride(), *weight.stride(),
+            *product.stride(), COL_SCALE_SCALAR=column_scale.numel() == 1,
+        )  # fmt: skip
+    return product
+
+
+@torch.library.register_fake("owlore::int8_product")
+def _empty_product(
+    codes: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return row_scale.new_empty(len(codes), weight.shape[1], dtype=dtype)
+
+
+@cache
+def _int8_kernel() -> Any:
+    """torchao's kernel. Its block sizes are searched once for each weight shape.
+
+    torchao searches them anew for each number of rows, which would be in most steps if rows vary in length.
+    """
+    from torchao.prototype.quantized_training.int8_mm import _scaled_int8_mm_kernel
+
+    configs = [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_stages=stages, num_warps=warps)
+        for m, n, k, stages, warps in _BLOCKS
+    ]
+    key = ["N", "K", "stride_bk"]
+    return triton.autotune(configs, key)(_scaled_int8_mm_kernel.fn)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from owlore_tune.kernels import has_kernels
-from owlore_tune.kernels.quantize import dequantize_nf4, quantize_rows, scaled_product
+from owlore_tune.kernels.quantize import dequantize_nf4, int8_product, quantize_rows
 
 FORMATS: dict[str, type["QuantizedWeight"]] = {}
 BLOCK = 64  # values of NF4 that share a scale
@@ -263,18 +263,18 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):  # (t, n)
         ctx.weight = weight
-        return _int8_product(x, weight.codes.t(), column_scale=weight.scale).to(x.dtype)
+        return _int8_product(x, weight.codes.t(), column_scale=weight.scale)
 
     @staticmethod
     def backward(ctx, grad):
         # The scales of the weight's rows run along the sum, so they go into the gradient before it is quantized.
-        return _int8_product(grad, ctx.weight.codes, factors=ctx.weight.scale).to(grad.dtype), None
+        return _int8_product(grad, ctx.weight.codes, factors=ctx.weight.scale), None
 
 
 def _int8_product(
     x: Tensor, codes: Tensor, *, factors: Tensor | None = None, column_scale: Tensor | None = None
 ) -> Tensor:
-    """``x`` (t, k), quantized by row, times ``codes`` (k, l) int8 → (t, l) float32.
+    """``x`` (t, k), quantized by row, times ``codes`` (k, l) int8 → (t, l).
 
     Args:
         factors: (k, 1), of the columns of ``x``.
@@ -283,7 +283,7 @@ def _int8_product(
     if has_kernels(x.device):
         rows, scale = quantize_rows(x, None if factors is None else factors.view(-1))
         columns = scale.new_ones(1) if column_scale is None else column_scale
-        return scaled_product(rows, codes, scale, columns)
+        return int8_product(rows, codes, scale, columns, x.dtype)
     if factors is not None:
         x = x * factors.view(1, -1).to(x.dtype)
     largest = torch.maximum(x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True).neg_())  # without a copy of x
@@ -293,4 +293,6 @@ def _int8_product(
     sums = torch._int_mm((x / scale).round_().to(torch.int8), codes)
     # float32 in the memory of int32: on a CPU, a second buffer of this size costs page faults
     product = sums.view(torch.float32).copy_(sums).mul_(scale)
-    return product if column_scale is None else product.mul_(column_scale.view(1, -1))
+    if column_scale is not None:
+        product.mul_(column_scale.view(1, -1))
+    return product.to(x.dtype)
