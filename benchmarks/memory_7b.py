@@ -68,8 +68,8 @@ def main() -> None:
         f"From `owlore memory --config {CONFIG} --seq-len {SEQ_LEN} --fit GB`: the 16 rows per step of the config, in "
         "the fastest way that fits, by an estimate of step times that was not measured on a GPU.",
         "",
-        "| card, GB | rows per batch | accumulation | checkpointing | weights | planned, GB | estimated time of a step, "
-        "relative to the largest card |",
+        "| card, GB | rows per batch | accumulation | checkpointing | weights | planned, GB | estimated time of a "
+        "step, relative to the largest card |",
         "|---|---|---|---|---|---|---|",
     ]
     cfg = load_config(CONFIG, ["device=cpu"])

@@ -29,7 +29,7 @@ NOT_RUN = {
     "make": "would install anew; its target is looked at",
     "tensorboard": "runs until it is stopped",
     "owlore memory --config llama3_1/70B_owlore": "takes minutes; test_config.py makes this plan",
-    "owlore memory --config llama2/7B_owlore --seq-len 512 --fit": "takes a minute; test_memory_plan.py has a small model",
+    "owlore memory --config llama2/7B_owlore --seq-len 512 --fit": "takes a minute; see test_memory_plan.py",
     "owlore memory --config qwen14b.yaml": "takes a minute; a plan of a 7B model is made",
 }
 # Overrides by command prefix. docs/settings.md documents them as a way to shorten a run.
