@@ -41,7 +41,7 @@ ROWS = {  # layers that train, rank, format and products
     "LISA, γ=2": (2, None, "full", "full"),
 }
 ALLOCATIONS = {"promote_types", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"}
-PRODUCTS = {"mm", "addmm", "bmm", "_int_mm", "scaled_int8_mm"}
+PRODUCTS = {"mm", "addmm", "bmm", "_int_mm", "int8_product"}
 GRAPHS: list[torch.fx.GraphModule] = []
 
 

@@ -178,11 +178,9 @@ class _Chooser:
 
 def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:  # (b, v), (b,) in [0, 1) -> (b,)
     """The token of each row at which the sum of probabilities exceeds ``uniform``."""
-    sums = probabilities.cumsum(-1)
-    total = sums[:, -1:]
-    # A product that is rounded up to the total would be beyond the last token.
-    wanted = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(sums, wanted, right=True).squeeze(1)
+    # In float32, rounding on a GPU can make a sum smaller than the one before, and a token of probability 0 is drawn.
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(sums, uniform.double()[:, None] * sums[:, -1:], right=True).squeeze(1)
 
 
 def _has_ended(tokens: list[int], prompts: Prompts, tokenizer: HFChatTokenizer) -> bool:

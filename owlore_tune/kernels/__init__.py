@@ -1,14 +1,17 @@
 """Triton kernels for a GPU: one launch for what takes torch three to ten.
 
-Each is an operation of torch that knows the shape of its result, so memory plans and counts of kernels need neither a
-GPU nor Triton. Without Triton, torch computes the same.
+Each is an operation of torch that knows the shape of its result, so memory plans on a GPU and compiled graphs have it.
+Without Triton, or without the C compiler that it needs, torch computes the same.
 """
 
+import os
+import shutil
 from importlib.util import find_spec
 
 import torch
 
-_HAS_TRITON = find_spec("triton") is not None  # torch for CPUs comes without it
+# torch for CPUs comes without Triton
+_HAS_TRITON = find_spec("triton") is not None and any([os.environ.get("CC"), *map(shutil.which, ("gcc", "clang"))])
 
 
 def has_kernels(device: torch.device) -> bool:

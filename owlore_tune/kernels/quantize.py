@@ -108,7 +108,7 @@ def _launch_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("owlore::quantize_rows")
 def _empty_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), 1, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
 def dequantize_nf4(codes: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def dequantize_nf4(codes: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
         levels: (16,), in the dtype of the result.
 
     Returns:
-        (m, n): levels times scales, rounded once.
+        (m, n): levels times scales, rounded to the dtype of ``levels``.
     """
     return torch.ops.owlore.dequantize_nf4(codes, scale, levels)
 
@@ -151,7 +151,7 @@ torch.library.define(
 def int8_product(codes: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``codes`` (t, k) int8 times ``weight`` (k, m) int8, with any strides, and times the scales → (t, m) in ``dtype``.
 
-    Sums are exact, and rounded once.
+    Sums are exact, and scaled in float32.
 
     Args:
         row_scale: (t, 1) float32.
@@ -178,7 +178,7 @@ def _launch_product(
 def _empty_product(
     codes: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    return row_scale.new_empty(len(codes), weight.shape[1], dtype=dtype)
+    return row_scale.new_empty(codes.shape[0], weight.shape[1], dtype=dtype)
 
 
 @cache

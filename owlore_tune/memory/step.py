@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torchtune import training
 
 from owlore_tune.models.decoder import Decoder, find_layers, init_rope
+from owlore_tune.models.fused import fuse_parts
 from owlore_tune.models.hf_experts import Experts
 from owlore_tune.models.output import set_output, takes_hidden_states
 from owlore_tune.quantized.formats import format_of
@@ -49,6 +50,8 @@ class PlannedStep:
         self._source, self._loss_fn, self._shape, self._device = model, copy.copy(loss_fn), shape, device
         self._quantized = quantized
         self.model = copy.deepcopy(model)
+        if device.type == "cuda":
+            fuse_parts(self.model)
         with torch.device("cpu"):
             init_rope(self.model)  # it reads its own values, so it cannot run without data
         for module in self.model.modules():

@@ -31,9 +31,9 @@ def of_gradient(outer: Tensor, inner: Tensor, columns: Tensor, dtype: torch.dtyp
     """``outer`` (m, t) · (``inner`` (t, n) · ``columns`` (n, k)) → (m, k) in ``dtype``, with sums in ``dtype``.
 
     16-bit factors are copied to ``dtype``, a few rows at a time. On a GPU, ``columns`` and the first product are
-    rounded instead, as the gradient is.
+    rounded instead, as the gradient is, unless only one factor has 16 bits, as in autocast.
     """
-    if inner.dtype == dtype or inner.device.type == "cpu":
+    if inner.dtype == dtype or inner.dtype != outer.dtype or inner.device.type == "cpu":
         return times(outer, times(inner, columns.to(dtype)))
     return torch.mm(outer, inner @ columns.to(inner.dtype), out_dtype=dtype)
 

@@ -93,11 +93,12 @@ def settings_of_step(settings: TrainingSettings, seq_len: int) -> list[Setting]:
     layers = find_layers(model)
     weights = sum(parameter.numel() for parameter in layers.parameters())
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
+    formats = ("full",) if settings.cfg.fsdp else ("full", *FORMATS)  # FSDP2 does not shard quantized weights
     found = []
     for batch_size in (size for size in range(1, rows + 1) if rows % size == 0):
-        for checkpointing, kind in itertools.product((False, True), ("full", *FORMATS)):
+        for checkpointing, kind in itertools.product((False, True), formats):
             passes = 3 if checkpointing else 2  # forward, its repetition, and the products of backward
-            products = 2 * passes * weights * rows * seq_len / _FLOPS / _SPEED[kind]
+            products = 2 * passes * weights * rows * seq_len / _FLOPS / _SPEED.get(kind, 1.0)
             launches = rows // batch_size * passes / 2 * len(layers) * _KERNELS * _LAUNCH
             found.append(Setting(products + launches, batch_size, rows // batch_size, checkpointing, kind))
     return sorted(found)

@@ -248,3 +248,19 @@ def test_a_quantized_linear_takes_few_kernels(monkeypatch, kind, products):
 def test_block_sizes_are_searched_once_for_each_weight_shape():
     """And not for each number of rows, as torchao does: rows that vary in length would be slow."""
     assert kernels._int8_kernel().keys == ["N", "K", "stride_bk"]
+
+
+def test_rows_of_any_number_are_one_compiled_graph(with_kernels):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    weight = Int8Weight.quantize(normal(8, 64))
+
+    @torch.compile(backend="aot_eager", dynamic=True, fullgraph=True)
+    def compiled(x):
+        codes, scale = kernels.quantize_rows(x, None)
+        return kernels.int8_product(codes, weight.codes.t(), scale, weight.scale, x.dtype)
+
+    for num_rows in (5, 9, 33):
+        x = normal(num_rows, 64)
+        torch.testing.assert_close(compiled(x), weight.linear(x, "int8"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -148,6 +148,14 @@ def test_a_16_bit_gradient_on_cuda_is_not_copied_to_float32():
     assert sizes.largest < x.numel()
 
 
+@pytest.mark.parametrize(("inner", "outer"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_factors_of_two_dtypes_are_multiplied(inner, outer):
+    """Autocast gives a Linear with a float32 input a gradient in bfloat16. Tensors without data take the GPU's path."""
+    grad, x = torch.empty(70, 64, dtype=outer, device="meta"), torch.empty(70, 48, dtype=inner, device="meta")
+    low = of_gradient(grad.T, x, torch.empty(48, 8, device="meta"), torch.float32)
+    assert low.dtype == torch.float32 and low.shape == (64, 8)
+
+
 def test_16_bit_factors_are_used_a_few_rows_at_a_time(monkeypatch):
     """The basis is that of a float32 copy, which never exists as a whole."""
     left, right = (torch.randn(70, size, generator=generator()).bfloat16() for size in (64, 48))
