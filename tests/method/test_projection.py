@@ -149,8 +149,15 @@ def test_a_16_bit_gradient_on_cuda_is_not_copied_to_float32():
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_factors_of_two_dtypes_are_multiplied(inner, outer):
+def test_factors_of_two_dtypes_are_multiplied(inner, outer, monkeypatch):
     """Autocast gives a Linear with a float32 input a gradient in bfloat16. Tensors without data take the GPU's path."""
+    mm = torch.mm
+
+    def strict_mm(one, other, **options):
+        assert one.dtype == other.dtype
+        return mm(one, other, **options)
+
+    monkeypatch.setattr(torch, "mm", strict_mm)
     grad, x = torch.empty(70, 64, dtype=outer, device="meta"), torch.empty(70, 48, dtype=inner, device="meta")
     low = of_gradient(grad.T, x, torch.empty(48, 8, device="meta"), torch.float32)
     assert low.dtype == torch.float32 and low.shape == (64, 8)
