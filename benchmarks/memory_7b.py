@@ -1,4 +1,4 @@
-"""Planned memory of OwLore and other methods for LLaMA-2-7B on one GPU, a picture, and settings for cards.
+"""Planned memory of OwLore and other methods for LLaMA-2-7B on one GPU: a table and a picture.
 
     python benchmarks/memory_7b.py [--output benchmarks/memory_7b.md] [--picture docs/pictures/memory_7b.png]
 
@@ -13,7 +13,7 @@ from lib.report import command, parser, publish
 
 from owlore_tune.config_files import load_config
 from owlore_tune.memory.plan import MemoryPlan
-from owlore_tune.run.gpus import FREE_SHARE, SEQ_LEN, fastest_that_fits
+from owlore_tune.run.gpus import FREE_SHARE, SEQ_LEN
 from owlore_tune.run.planning import plan_run, plans_of_config
 from owlore_tune.run.plots import plot_memory
 from owlore_tune.run.settings import TrainingSettings
@@ -61,23 +61,6 @@ def main() -> None:
         card = next((size for size in CARDS if plan.total / 1e9 <= FREE_SHARE * size), None)
         state = (plan.projected + plan.moments + plan.bases) / 1e9
         lines.append(f"| {name} | {plan.weights / 1e9:.2f} | {state:.2f} | {plan.total / 1e9:.2f} | {card or '-'} |")
-    lines += [
-        "",
-        "## Fastest settings that fit a card",
-        "",
-        f"From `owlore memory --config {CONFIG} --seq-len {SEQ_LEN} --fit GB`: the 16 rows per step of the config, in "
-        "the fastest way that fits, by an estimate of step times that was not measured on a GPU.",
-        "",
-        "| card, GB | rows per batch | accumulation | checkpointing | weights | planned, GB | estimated time of a "
-        "step, relative to the largest card |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    cfg = load_config(CONFIG, ["device=cpu"])
-    fitting = {card: fastest_that_fits(cfg, SEQ_LEN, 1e9 * card) for card in CARDS if card >= 8}
-    for card, (best, plan) in fitting.items():
-        time = best.seconds / fitting[CARDS[-1]][0].seconds
-        figures = (best.batch_size, best.accumulation, "yes" if best.checkpointing else "no", best.format)
-        lines.append(f"| {card} | {' | '.join(map(str, figures))} | {plan.total / 1e9:.1f} | {time:.1f} |")
     publish(lines, args.output)
     if args.picture:
         plot_memory(args.picture, {name.replace(", ", "\n"): asdict(plan) for name, plan in found.items()})

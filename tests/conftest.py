@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import subprocess
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,8 +13,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, see tests/method/test_kernels.py
+if not torch.cuda.is_available() and find_spec("triton") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined; see tests/method/test_kernels.py
+    for kernels in ("owlore_tune.kernels.quantize", "owlore_tune.kernels.rotary"):
+        import_module(kernels)
+    import_module("torchao.prototype.quantized_training.int8_mm")
+    del os.environ["TRITON_INTERPRET"]  # processes that tests start do not need it
 
 from tiny import TINY_MODEL, save_tokenizer
 

@@ -10,10 +10,13 @@ from importlib.util import find_spec
 
 import torch
 
-# torch for CPUs comes without Triton
-_HAS_TRITON = find_spec("triton") is not None and any([os.environ.get("CC"), *map(shutil.which, ("gcc", "clang"))])
+_HAS_COMPILER = any([os.environ.get("CC"), *map(shutil.which, ("gcc", "clang"))])
+# Importing Triton takes 80 MB, so a process that trains on a CPU does not, unless it runs kernels in the interpreter.
+HAS_TRITON = find_spec("triton") is not None and (
+    (torch.version.cuda is not None and _HAS_COMPILER) or os.environ.get("TRITON_INTERPRET") == "1"
+)
 
 
 def has_kernels(device: torch.device) -> bool:
     """Whether tensors of ``device`` are computed with these kernels."""
-    return device.type == "cuda" and _HAS_TRITON
+    return device.type == "cuda" and HAS_TRITON

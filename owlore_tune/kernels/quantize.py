@@ -6,11 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from owlore_tune.kernels import HAS_TRITON
 
 _MOST_AT_ONCE = 4096  # values of a row that a program holds
 _NF4_AT_ONCE = 1024
@@ -18,7 +14,9 @@ _NF4_AT_ONCE = 1024
 _BLOCKS = ((128, 256, 128, 3, 8), (128, 128, 128, 4, 4), (128, 128, 64, 4, 4), (128, 64, 64, 4, 4), (64, 64, 64, 3, 8))
 _TINY = torch.finfo(torch.float32).tiny
 
-if triton is not None:
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def _quantize_rows(

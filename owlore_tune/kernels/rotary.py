@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor
 
-try:
+from owlore_tune.kernels import HAS_TRITON
+
+if HAS_TRITON:
     import triton
     import triton.language as tl
-except ImportError:
-    triton = None
-
-if triton is not None:
 
     @triton.jit
     def _rotate(

@@ -27,6 +27,12 @@ SHAPES = [(3, 64), (5, 576), (1, 1), (7, 65), (2, 4097), (0, 64)]
 TINY = torch.finfo(torch.float32).tiny
 
 
+@pytest.fixture(autouse=True)
+def interpret(monkeypatch):
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 class Interpreted:
     """torchao's kernel without the search for block sizes, which needs a GPU."""
 
