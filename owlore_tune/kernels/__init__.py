@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 
 _HAS_COMPILER = any([os.environ.get("CC"), *map(shutil.which, ("gcc", "clang"))])
-# Importing Triton takes 80 MB, so a process that trains on a CPU does not, unless it runs kernels in the interpreter.
+# A build of torch for CPUs has no use for kernels, unless Triton's interpreter runs them.
 HAS_TRITON = find_spec("triton") is not None and (
     (torch.version.cuda is not None and _HAS_COMPILER) or os.environ.get("TRITON_INTERPRET") == "1"
 )
