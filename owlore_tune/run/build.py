@@ -63,15 +63,12 @@ def build_inputs(settings: TrainingSettings, world: World = ALONE, now: datetime
     cfg = settings.cfg
     checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
     tokenizer = build_with("tokenizer", cfg.tokenizer, ("pad_id", "max_seq_len", "tokenize_messages"))
-    if isinstance(tokenizer, HFChatTokenizer) and now is not None:
-        tokenizer.now = now
     if isinstance(tokenizer, HFChatTokenizer):
+        tokenizer.now = now or tokenizer.now
         checkpointer.take_tokenizer(tokenizer.directory)
     else:
-        paths = [
-            user_path(value) for key, value in cfg.tokenizer.items() if key != "_component_" and isinstance(value, str)
-        ]
-        if files := [path for path in paths if path.is_file()]:
+        texts = (value for key, value in cfg.tokenizer.items() if key != "_component_" and isinstance(value, str))
+        if files := [path for path in map(user_path, texts) if path.is_file()]:
             checkpointer.take_tokenizer(files[0], files[1:])
     dataset, collate = _build_dataset(cfg, "dataset", tokenizer)
     try:
