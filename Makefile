@@ -36,7 +36,6 @@ PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2
 test: install
 	$(PYTEST) -m 'not slow'
 
-
 # Also the slow tests: documented commands, the wheel, kills, and real models on several ranks. The slow tests of a file
 # run on one worker, because documented commands use files that earlier ones wrote.
 check: lint

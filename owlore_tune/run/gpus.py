@@ -15,7 +15,7 @@ from owlore_tune.memory.plan import MemoryPlan
 from owlore_tune.models.decoder import find_layers
 from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.run.build import build_model
-from owlore_tune.run.planning import formats, plan_run
+from owlore_tune.run.planning import format_overrides, formats, plan_run
 from owlore_tune.run.settings import TrainingSettings
 
 SEQ_LEN = 512
@@ -77,13 +77,11 @@ class Setting(NamedTuple):
     format: str
 
     def overrides(self) -> list[str]:
-        products = FORMATS[self.format].products[-1] if self.format in FORMATS else "full"
         return [
             f"batch_size={self.batch_size}",
             f"gradient_accumulation_steps={self.accumulation}",
             f"enable_activation_checkpointing={str(self.checkpointing).lower()}",
-            f"owlore.weights={self.format}",
-            f"owlore.products={products}",
+            *format_overrides(self.format),
         ]
 
 
@@ -93,10 +91,10 @@ def settings_of_step(settings: TrainingSettings, seq_len: int) -> list[Setting]:
     layers = find_layers(model)
     weights = sum(parameter.numel() for parameter in layers.parameters())
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
-    formats = ("full",) if settings.cfg.fsdp else ("full", *FORMATS)  # FSDP2 does not shard quantized weights
+    kinds = ("full",) if settings.cfg.fsdp else ("full", *FORMATS)  # FSDP2 does not shard quantized weights
     found = []
     for batch_size in (size for size in range(1, rows + 1) if rows % size == 0):
-        for checkpointing, kind in itertools.product((False, True), formats):
+        for checkpointing, kind in itertools.product((False, True), kinds):
             passes = 3 if checkpointing else 2  # forward, its repetition, and the products of backward
             products = 2 * passes * weights * rows * seq_len / _FLOPS / _SPEED.get(kind, 1.0)
             launches = rows // batch_size * passes / 2 * len(layers) * _KERNELS * _LAUNCH

@@ -191,9 +191,15 @@ def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, shar
     )
 
 
+def format_overrides(name: str) -> tuple[str, str]:
+    """The overrides of a format, with its fastest products; those of full precision for ``full``."""
+    products = FORMATS[name].products[-1] if name in FORMATS else "full"
+    return f"owlore.weights={name}", f"owlore.products={products}"
+
+
 def formats() -> list[tuple[str, str]]:
     """The overrides of each format, with its fastest products."""
-    return [(f"owlore.weights={kind.name}", f"owlore.products={kind.products[-1]}") for kind in FORMATS.values()]
+    return [format_overrides(name) for name in FORMATS]
 
 
 def savings(settings: TrainingSettings, sharding: Sharding | None) -> list[tuple[str, ...]]:
