@@ -18,7 +18,6 @@ from owlore_tune.config_files import override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.loss import LinearCrossEntropyLoss
-from owlore_tune.memory import plan as memory_plan
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
 from owlore_tune.memory.step import StepShape
@@ -139,7 +138,6 @@ def limited(config: dict, tmp_path, limit: float) -> str:
 
 def test_a_plan_over_the_limit_is_refused_before_weights_load(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(OwLoreFullFinetuneRecipe, "load_checkpoint", lambda self: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(memory_plan, "framework_bytes", lambda device: 10**8)  # the test process grows
     config = OmegaConf.create(tiny_config | {"batch_size": 40, "output_dir": str(tmp_path / "planned")})
     planned = plans_of_config(TrainingSettings.from_config(config))["this config"]
     message = limited(tiny_config, tmp_path, (planned.total - planned.activations / 4) / 1e9)
