@@ -6,10 +6,15 @@ A step of LLaMA-2-7B runs on meta tensors, which have shapes and no values. Each
 allocation counts as one kernel; torch's attention and norms are one each, as on a GPU. All kernels but matrix products
 and attention are elementwise; they move their arguments and results once. Each value that the host reads counts as a
 wait. Waits inside torch's functions do not count: a basis has one in `torch.linalg.eigh`.
+
+The bound is a roofline estimate, not a measurement: each kernel takes the larger of its FLOPs and its bytes, divided by
+what the card's vendor states, and the host launches a kernel in 5 µs. The larger of both sums is the bound.
+
 Graphs are those of a small model on a CPU, in 24 draws with validation after each.
 """
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +47,20 @@ ROWS = {  # layers that train, rank, format and products
 }
 ALLOCATIONS = {"promote_types", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"}
 PRODUCTS = {"mm", "addmm", "bmm", "_int_mm", "int8_product"}
+LAUNCH = 5e-6  # seconds of the host
 GRAPHS: list[torch.fx.GraphModule] = []
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a vendor states: dense products per second with sums in float32 or int32, and bytes per second."""
+
+    bf16: float
+    int8: float
+    bandwidth: float
+
+
+CARDS = {"H100": Card(989e12, 1979e12, 3.35e12), "RTX 4090": Card(165e12, 661e12, 1.01e12)}
 
 
 @register_backend(name="counting")
@@ -52,11 +70,16 @@ def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 
 
 class Counts(TorchDispatchMode):
-    """Counts kernels, bytes that elementwise ones move, and waits."""
+    """Counts kernels, FLOPs, bytes that all and that elementwise kernels move, waits, and seconds of each card."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels = self.waits = self.bytes_moved = 0
+        self.kernels = self.waits = self.flops = self.bytes_moved = self.all_bytes_moved = 0
+        self.seconds = dict.fromkeys(CARDS, 0.0)
+
+    def bound(self, card: str) -> float:
+        """Seconds, see the module's docstring."""
+        return max(self.seconds[card], LAUNCH * self.kernels)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -72,10 +95,29 @@ class Counts(TorchDispatchMode):
         if not func.is_view and name not in ALLOCATIONS:
             self.kernels += 1
             results = func(*args, **kwargs)
-            if name not in PRODUCTS and "attention" not in name:
-                self.bytes_moved += sum(x.nbytes for x in tree_leaves((args, kwargs, results)) if torch.is_tensor(x))
+            self._add(name, args, [x for x in tree_leaves((args, kwargs, results)) if torch.is_tensor(x)])
             return results
         return func(*args, **kwargs)
+
+    def _add(self, name: str, args: Any, tensors: list[torch.Tensor]) -> None:
+        flops, moved = flops_of(name, args), sum(x.nbytes for x in tensors)
+        self.flops += flops
+        self.all_bytes_moved += moved
+        self.bytes_moved += moved if flops == 0 else 0
+        for name_of_card, card in CARDS.items():
+            products = flops / (card.int8 if "int8" in name else card.bf16)
+            self.seconds[name_of_card] += max(products, moved / card.bandwidth)
+
+
+def flops_of(name: str, args: Any) -> int:
+    """Twice the multiplications of a product or of causal attention; 0 for other kernels."""
+    if name in PRODUCTS:
+        first, second = args[1:3] if name == "addmm" else args[:2]
+        return 2 * first.numel() * second.shape[-1]
+    if "attention" in name:  # two products of half of all pairs of positions; five in backward
+        q = args[1] if "backward" in name else args[0]
+        return (5 if "backward" in name else 2) * q.numel() * q.shape[-2]
+    return 0
 
 
 def as_one_kernel(name: str, num_inputs: int) -> Any:
@@ -157,18 +199,31 @@ def main() -> None:
         f"precision. Command: {command()}.",
         "",
         "| run | kernels of a micro-batch | of one that makes the bases | GB that elementwise kernels move in a "
-        "micro-batch | waits of a micro-batch |",
-        "|---|---|---|---|---|",
+        "micro-batch | waits of a micro-batch | TFLOP | GB that all kernels move | "
+        + " | ".join(f"estimated bound on {card}, ms" for card in CARDS)
+        + " |",
+        f"|{'---|' * (7 + len(CARDS))}",
     ]
     for name, setting in ROWS.items():
         first, second = count(*setting)
-        figures = (second.kernels, first.kernels, f"{second.bytes_moved / 1e9:.1f}", first.waits + second.waits)
+        figures = [
+            second.kernels,
+            first.kernels,
+            f"{second.bytes_moved / 1e9:.1f}",
+            first.waits + second.waits,
+            f"{second.flops / 1e12:.1f}",
+            f"{second.all_bytes_moved / 1e9:.1f}",
+            *(f"{1e3 * second.bound(card):.1f}" for card in CARDS),
+        ]
         lines.append(f"| {name} | {' | '.join(map(str, figures))} |")
         print(lines[-1], flush=True)
     lines += [
         "",
         f"Compiled graphs of the layers: {fixed} for rows of one length, {varying} for rows of varying length; torch "
         f"compiles at most {RECOMPILE_LIMIT}.",
+        "",
+        "The bounds are roofline estimates from what vendors state: the larger of the time of all kernels, each of "
+        "which is limited by its FLOPs or its bytes, and of 5 µs for each launch. Nothing was measured on a card.",
     ]
     publish(lines, args.output)
 

@@ -33,9 +33,16 @@ def of_gradient(outer: Tensor, inner: Tensor, columns: Tensor, dtype: torch.dtyp
     16-bit factors are copied to ``dtype``, a few rows at a time. On a GPU, ``columns`` and the first product are
     rounded instead, as the gradient is, unless only one factor has 16 bits, as in autocast.
     """
-    if inner.dtype == dtype or inner.dtype != outer.dtype or inner.device.type == "cpu":
-        return times(outer, times(inner, columns.to(dtype)))
-    return torch.mm(outer, inner @ columns.to(inner.dtype), out_dtype=dtype)
+    columns = columns.to(_factor_dtype(outer, inner, dtype))
+    if columns.dtype == dtype:
+        return times(outer, times(inner, columns))
+    return torch.mm(outer, inner @ columns, out_dtype=dtype)
+
+
+def _factor_dtype(outer: Tensor, inner: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the columns that `of_gradient` multiplies with."""
+    on_cpu_or_mixed = inner.device.type == "cpu" or inner.dtype != outer.dtype
+    return dtype if on_cpu_or_mixed else inner.dtype
 
 
 def times(grad: Tensor, columns: Tensor) -> Tensor:  # (m, n) · (n, k) → (m, k)
@@ -75,7 +82,8 @@ def range_finder(
     across a refresh.
 
     A QR after each product and a Gram matrix in float64 keep the directions of singular values below 1e-3 of the
-    largest. They would else be lost to rounding, and the basis would depend on the order of sums.
+    largest. They would else be lost to rounding, and the basis would depend on the order of sums. All products are
+    divided by the largest entry of the first one, so a QR of a huge or tiny gradient neither overflows nor vanishes.
 
     Processes of ``world`` have different tokens of one step, and get the same basis. They call this together, and
     all-reduce products with G, (m or n) · (r + 8) numbers each.
@@ -92,20 +100,25 @@ def range_finder(
     def backward(rows: Tensor) -> Tensor:  # (m, k) → Gᵀ rows (n, k)
         return world.sum_(of_gradient(right.T, left, rows, dtype))
 
-    def random(*shape: int) -> Tensor:
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, device=right.device, dtype=dtype)
 
     width = min(rank + OVERSAMPLING, m, n)
     if start is None:
-        columns = _unit_scale(backward(random(m, width)))
+        sketch = backward(random(m, width, dtype=_factor_dtype(right, left, dtype)))
+        unit = _unit(sketch)
+        columns = torch.linalg.qr(sketch * unit).Q
+        product = forward(columns)
     else:
         kept = min(start.shape[1], width)
         columns = torch.cat([start[:, :kept].to(dtype), random(n, width - kept) / n**0.5], dim=1)
-    rows = torch.linalg.qr(_unit_scale(forward(torch.linalg.qr(columns).Q))).Q
-    orthonormal = torch.linalg.qr(_unit_scale(backward(rows))).Q
-    low = _unit_scale(forward(orthonormal)).double()  # (m, width)
-    # If a value of `low` was infinite, the others are 0 now. If it was NaN, all are.
-    eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0))  # ascending
+        product = forward(torch.linalg.qr(columns).Q)
+        unit = _unit(product)
+    rows = torch.linalg.qr(product * unit).Q
+    orthonormal = torch.linalg.qr(backward(rows) * unit).Q
+    low = forward(orthonormal).double()  # (m, width)
+    # A value that is not finite in the first product has made all of `low` NaN.
+    eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0, 0.0, 0.0))  # ascending
     basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
     # The algorithm may fail on one process alone.
     return world.from_first_(basis), world.from_first_(eigenvalues[-1] > 0)
@@ -129,11 +142,11 @@ def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tens
 
 
 def fix_signs(basis: Tensor) -> Tensor:
-    """Flip columns to make the entry of largest magnitude in each positive."""
-    peaks = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))  # (1, r)
-    return torch.where(peaks < 0, -basis, basis)
+    """Flip columns to make the entry of largest magnitude in each positive, also beside its opposite."""
+    lowest, highest = basis.aminmax(dim=0)  # (r,)
+    return basis * lowest.add(highest, alpha=1 + 1e-6).sign_()
 
 
-def _unit_scale(columns: Tensor) -> Tensor:
-    """Scale to a largest entry of 1. Products of huge or tiny gradients then neither overflow nor vanish."""
-    return columns / peak(columns).clamp_min(torch.finfo(columns.dtype).tiny)
+def _unit(columns: Tensor) -> Tensor:
+    """() 1 / the largest entry."""
+    return peak(columns).clamp_min(torch.finfo(columns.dtype).tiny).reciprocal()

@@ -252,7 +252,11 @@ def plain_key(cfg) -> tuple:
 
 
 def test_the_fastest_settings_that_fit_a_card(tiny_config, monkeypatch):
-    cfg = OmegaConf.create(tiny_config | {"batch_size": 1, "gradient_accumulation_steps": 2, "dtype": "bf16"})
+    small = {
+        "model": tiny_config["model"] | {"num_layers": 1},
+        "owlore": tiny_config["owlore"] | {"num_active_layers": 1},
+    }
+    cfg = OmegaConf.create(tiny_config | small | {"batch_size": 1, "gradient_accumulation_steps": 2, "dtype": "bf16"})
     every = settings_of_step(TrainingSettings.from_config(cfg), 64)
     assert every == sorted(every) and len(every) == 2 * 2 * 3  # batches of 1 and 2 rows
     assert {each.batch_size * each.accumulation for each in every} == {2}
