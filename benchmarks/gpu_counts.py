@@ -148,7 +148,7 @@ def count(num_active: int, rank: int | None, weights: str, products: str) -> lis
     """Return counts of a micro-batch without bases yet, and of one that has them."""
     with META, training.set_default_dtype(torch.bfloat16):
         model = llama2_7b()
-        fuse_parts(model)
+        fuse_parts(model, torch.device("cuda"))
         layers = ProjectedLayers(model, rank=rank)
     for layer in find_layers(model) if weights != "full" else ():
         for _, linear in find_linears(layer):

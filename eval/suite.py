@@ -48,7 +48,7 @@ class EvalConfig:
     use_cache: bool = False
     log_samples: bool = True
     device: str | None = None  # null: the best available
-    dtype: str = "bf16"
+    dtype: str | None = None  # null: fp32 on a CPU, else bf16
 
 
 class Suite:

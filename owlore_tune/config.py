@@ -235,13 +235,14 @@ def check_attributes(path: str, node: DictConfig, attributes: Iterable[str]) -> 
 
 
 def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
-    """``device`` and ``dtype`` of a config, as torchtune parses them.
+    """``device`` and ``dtype`` of a config, as torchtune parses them; without a dtype fp32 on a CPU, else bf16.
 
     Raises:
         ConfigError: if they are unknown or not available on this machine.
     """
     check_type("device", cfg.device, str | None)
-    check_type("dtype", cfg.dtype, str)
+    check_type("dtype", cfg.dtype, str | None)
+    dtype = cfg.dtype
     try:
         if cfg.device is not None:
             wanted = torch.device(cfg.device).type
@@ -250,9 +251,10 @@ def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
             if wanted != "cpu" and not _is_available(wanted):  # torchtune takes another one
                 raise ValueError(f"torch finds no {wanted} device on this machine; see owlore doctor")
         device = utils.get_device(cfg.device)
-        return device, training.get_dtype(cfg.dtype, device=device)
+        dtype = dtype or ("fp32" if device.type == "cpu" else "bf16")
+        return device, training.get_dtype(dtype, device=device)
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from error
+        raise ConfigError(f"device={cfg.device}, dtype={dtype}: {error}") from error
 
 
 def _is_available(kind: str) -> bool:

@@ -93,8 +93,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             find_layers(model)
         except TypeError as error:
             raise ConfigError(str(error)) from error
-        if self._device.type == "cuda":
-            fuse_parts(model)
+        fuse_parts(model, self._device)
         return model
 
     def _load_weights(self, model: torch.nn.Module, checkpointer: HFCheckpointer) -> None:

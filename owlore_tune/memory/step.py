@@ -50,8 +50,7 @@ class PlannedStep:
         self._source, self._loss_fn, self._shape, self._device = model, copy.copy(loss_fn), shape, device
         self._quantized = quantized
         self.model = copy.deepcopy(model)
-        if device.type == "cuda":
-            fuse_parts(self.model)
+        fuse_parts(self.model, device)
         with torch.device("cpu"):
             init_rope(self.model)  # it reads its own values, so it cannot run without data
         for module in self.model.modules():

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
@@ -11,11 +12,13 @@ from owlore_tune.kernels import has_kernels
 from owlore_tune.kernels.rotary import rotate
 
 
-def fuse_parts(model: nn.Module) -> None:
-    """Let norms and rotary embeddings of a torchtune decoder compute with fused operations where there are some.
+def fuse_parts(model: nn.Module, device: torch.device) -> None:
+    """Let norms and rotary embeddings of a torchtune decoder on a GPU compute with fused operations.
 
     Results are the same within rounding. Other kinds of embeddings, such as Qwen's, do not change.
     """
+    if device.type != "cuda":
+        return
     for module in model.modules():
         if type(module) is RMSNorm:
             module.forward = partial(_norm, module)

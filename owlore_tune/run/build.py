@@ -261,8 +261,9 @@ def prepare_layers(settings: TrainingSettings, model: Decoder) -> None:
     """Let the layers of ``model`` compute as the config and the device want, in place."""
     if attends_by_sample(settings):
         attend_by_sample(model)
-    if settings.device.type == "cuda":
-        fuse_parts(model)
+    fuse_parts(model, settings.device)
+    if settings.device.type == "cuda" and settings.dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")  # only thin products are in float32
     if settings.cfg.enable_activation_checkpointing:
         layer_types = {type(layer) for layer in find_layers(model)}
         training.set_activation_checkpointing(model, auto_wrap_policy=layer_types)

@@ -215,7 +215,7 @@ def test_a_decoder_with_fused_parts_computes_the_same(monkeypatch, dtype, scale_
     tokens = torch.randint(64, (2, 9), device=DEVICE)
     expected = model(tokens)
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), model.tok_embeddings.weight)
-    fused.fuse_parts(model)
+    fused.fuse_parts(model, torch.device("cuda"))
     model = copy.deepcopy(model)
     assert model.norm.forward.args == (model.norm,)  # and not those of the model that was copied
     found = model(tokens)

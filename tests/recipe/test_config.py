@@ -15,10 +15,11 @@ from torchtune import config as tune_config
 from owlore_tune import cli
 from owlore_tune.catalog import find_config, packaged_configs
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.config import changed_fields, check_config
+from owlore_tune.config import changed_fields, check_config, device_and_dtype
 from owlore_tune.config_files import load_config, with_bases
 from owlore_tune.errors import ConfigError
 from owlore_tune.expand import expanded
+from owlore_tune.run.build import build_model, prepare_layers
 from owlore_tune.run.planning import plan_run
 from owlore_tune.run.settings import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig, TrainingSettings
 from runs import recipe_of
@@ -39,11 +40,15 @@ def test_every_config_is_in_the_table_of_planned_memory():
     assert {name for name, *_ in PLANNED} == set(OURS)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [pytest.param(row, marks=[] if row[:2] == ("llama2/7B_owlore", "1") else [pytest.mark.slow]) for row in PLANNED],
-    ids=lambda row: f"{row[0]}-{row[1]}",
-)
+# A plan of a real model takes seconds. These have all kinds of decoders and settings; other rows differ in sizes.
+CHECKED = {
+    ("llama2/7B_owlore", "2"), ("llama2/7B_lisa", "1"), ("gemma2/2B_owlore", "1"), ("gemma3/1B_owlore", "1"),
+    ("olmoe/1B_7B_owlore", "1"), ("qwen3/0.6B_owlore", "1"), ("smollm2/135M_galore", "1"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in PLANNED if row[:2] in CHECKED], ids=lambda row: f"{row[0]}-{row[1]}")
 def test_the_table_of_planned_memory(row):
     name, num_gpus, batch_size, seq_len, told = row
     settings = TrainingSettings.from_config(load_config(name, ["device=cpu"]))
@@ -386,3 +391,23 @@ def test_overrides_and_files(tmp_path):
     assert load_config(str(tmp_path / "mine.yaml")).a == 1
     with pytest.raises(SystemExit, match="no file and no packaged config named smolm2/135M_owlore; available: smollm2"):
         find_config("smolm2/135M_owlore")
+
+
+def test_a_dtype_that_is_not_given_depends_on_the_device(monkeypatch):
+    cfg = OmegaConf.create({"device": None, "dtype": None})
+    for device, dtype in (("cpu", "fp32"), ("cuda", "bf16")):
+        monkeypatch.setattr("torchtune.utils.get_device", lambda name, device=device: torch.device(device))
+        monkeypatch.setattr("torchtune.training.get_dtype", lambda name, device: name)
+        assert device_and_dtype(cfg) == (torch.device(device), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bf16", "high"), ("fp32", "highest")])
+def test_only_thin_products_on_a_gpu_have_tf32(dtype, precision, tiny_config):
+    """A run in float32 keeps its products in float32."""
+    settings = TrainingSettings.from_config(OmegaConf.create(tiny_config | {"dtype": dtype}))
+    on_cuda = dataclasses.replace(settings, device=torch.device("cuda"))
+    try:
+        prepare_layers(on_cuda, build_model(settings)[1])
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
