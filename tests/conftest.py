@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import subprocess
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +50,24 @@ def plans_are_made_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("owlore_tune.run.planning.plan_memory", plan_once)
         patch.setattr("owlore_tune.memory.plan.framework_bytes", lambda device: 10**8)  # the test process grows
+        yield
+
+
+@pytest.fixture(scope="session")
+def harness_index():
+    """Let evaluations share the harness's index of its thousands of task files, which takes many seconds to build."""
+    from lm_eval.tasks._index import TaskIndex
+
+    build, built = TaskIndex.build, {}
+
+    def build_once(paths):
+        key = tuple(map(str, paths))
+        if key not in built:
+            built[key] = build(paths)
+        return {name: replace(entry) for name, entry in built[key].items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build_once))
         yield
 
 

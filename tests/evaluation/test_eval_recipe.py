@@ -47,7 +47,7 @@ def choices_file(tmp_path) -> Path:
 
 
 @pytest.fixture
-def make_config(tiny_dir, tmp_path):
+def make_config(tiny_dir, harness_index, tmp_path):
     """Build an eval config with the tiny model and changed fields."""
 
     def make(name: str, **changes) -> dict:

@@ -93,7 +93,7 @@ def write_copy(root: Path, repository: str, configs: list[tuple]) -> None:
 
 
 @pytest.fixture(scope="module")
-def data_root(tmp_path_factory) -> Path:
+def data_root(harness_index, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     for repository, configs in DATASETS.items():
         write_copy(root, repository, configs)

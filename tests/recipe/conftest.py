@@ -10,7 +10,7 @@ from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 
 
 @pytest.fixture
-def place(tmp_path, tiny_dir, tiny_data, monkeypatch) -> Path:
+def place(tmp_path, tiny_dir, tiny_data, harness_index, monkeypatch) -> Path:
     """A user directory with a config for each recipe, a model without weights, and data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(HFCheckpointer, "load_checkpoint", lambda *args, **kwargs: pytest.fail("weights were loaded"))
