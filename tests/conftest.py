@@ -25,7 +25,6 @@ from tiny import TINY_MODEL, save_tokenizer
 
 from owlore_tune.heap import return_freed_memory
 from owlore_tune.memory.measure import resident_bytes
-from owlore_tune.memory.plan import MemoryPlan, plan_memory
 from owlore_tune.models import smollm2
 
 
@@ -34,23 +33,6 @@ def no_pictures(request, monkeypatch):
     """Disable plots, which take seconds, except in tests marked ``pictures``."""
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr("owlore_tune.run.plots.plot_run", lambda run: [])
-
-
-@pytest.fixture(autouse=True, scope="session")
-def plans_are_made_once():
-    """Let runs with the same model and settings share a memory plan, which takes longer than the rest of a tiny run."""
-    made: dict[str, MemoryPlan] = {}
-
-    def plan_once(model, loss_fn, method, shape, **options):
-        known = repr((planned_model(model), planned_model(loss_fn), method, shape, options))
-        if known not in made:
-            made[known] = plan_memory(model, loss_fn, method, shape, **options)
-        return made[known]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("owlore_tune.run.planning.plan_memory", plan_once)
-        patch.setattr("owlore_tune.memory.plan.framework_bytes", lambda device: 10**8)  # the test process grows
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -69,17 +51,6 @@ def harness_index():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TaskIndex, "build", staticmethod(build_once))
         yield
-
-
-def planned_model(model) -> list:
-    """Whatever a plan can depend on: the settings of all modules, and their parameters' shapes and dtypes."""
-    modules = model.named_modules() if isinstance(model, torch.nn.Module) else [("", model)]
-    settings = [
-        (name, type(module), [each for each in vars(module).items() if isinstance(each[1], (int, float, str))])
-        for name, module in modules
-    ]
-    tensors = getattr(model, "state_dict", dict)()
-    return [settings, getattr(model, "config", None), [(key, x.shape, x.dtype) for key, x in tensors.items()]]
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
 """Plan the memory of a run by running training steps on tensors without data.
 
-The model's own forward and backward run under torch's ``FakeTensorMode``: each operation returns a tensor with shape,
-dtype and device, but no data. The layers that train are in the projected form, as in a run: one step makes their bases,
-and one uses them. A dispatch mode counts live bytes and keeps the peak. The plan works for any model, loss and dtype
-that the step supports, and takes seconds for 7B weights. With many small experts it takes longer, because each of
-their matrices is an operation.
+The model's own forward and backward run on torch's meta device: each operation returns a tensor with shape and dtype,
+but no data. Operations are those of a CPU. A GPU's own kernels make fewer temporary tensors. The layers that train are
+in the projected form, as in a run: one step makes their bases, and one uses them. A dispatch mode counts live bytes and
+keeps the peak. The plan works for any model, loss and dtype that the step supports, and takes seconds for 7B weights.
+With many small experts it takes longer, because each of their matrices is an operation.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.memory.measure import resident_bytes
-from owlore_tune.memory.step import PlannedStep, StepShape
+from owlore_tune.memory.step import META, PlannedStep, StepShape
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, model_parts
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.optim.projected import ProjectedWeight
@@ -118,7 +118,8 @@ def plan_memory(
         model, loss_fn, shape, device, _quantized(model, method, active) if shape.weights != "full" else set()
     )
     with step.running():
-        layers = ProjectedLayers(step.model, **method.options)
+        with META:
+            layers = ProjectedLayers(step.model, **method.options)
         step.tracker.label = "projected"
         layers.activate(active)
         _skip_bases_of_copies(layers)
@@ -129,7 +130,7 @@ def plan_memory(
         for _, weight in layers.active_weights():
             weight.is_given = weight.turn = None
             if is_quantized(weight.linear) and weight_of(weight.linear).rounding_matters:
-                weight.correction = torch.empty(weight.size, dtype=weight.linear.weight.dtype, device=device)
+                weight.correction = torch.empty(weight.size, dtype=weight.linear.weight.dtype, device=META)
         step.run()
     whole = [other for layer in layers.layers for other in layer.others.values() if other.trained.requires_grad]
     outside = list(layers.outside.values())

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torchtune import training
@@ -21,6 +21,8 @@ from owlore_tune.models.hf_experts import Experts
 from owlore_tune.models.output import set_output, takes_hidden_states
 from owlore_tune.quantized.formats import format_of
 from owlore_tune.quantized.linear import attach
+
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class PlannedStep:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Have tensors without data in the block."""
-        with FakeTensorMode(allow_non_fake_inputs=True), self.tracker:
-            _materialize(self.model, self._source, self._device, self._shape, self._quantized)
+        with _attention_is_fused(), self.tracker:
+            _materialize(self.model, self._source, self._shape, self._quantized)
             self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
             if self._shape.checkpointing:
                 layer_types = {type(layer) for layer in find_layers(self.model)}
@@ -89,7 +91,7 @@ class PlannedStep:
             if self._shape.accumulates:
                 self.tracker.label = "gradients"
                 parameter.grad = torch.empty_like(parameter)
-        _forward_backward(self.model, self._loss_fn, self._shape, self._device, self.tracker)
+        _forward_backward(self.model, self._loss_fn, self._shape, self.tracker)
 
     def bytes_at_peak(self, *, bases: int = 0) -> dict[str, int]:
         """Bytes by label at the peak of all runs, of which ``bases`` are those of bases."""
@@ -99,15 +101,13 @@ class PlannedStep:
         return parts
 
 
-def _forward_backward(
-    model: Decoder, loss_fn: Any, shape: StepShape, device: torch.device, tracker: "_Tracker"
-) -> None:
+def _forward_backward(model: Decoder, loss_fn: Any, shape: StepShape, tracker: "_Tracker") -> None:
     size = (shape.batch_size, shape.seq_len)
     tracker.label = "activations"
-    tokens = torch.zeros(size, dtype=torch.long, device=device)
+    tokens = torch.zeros(size, dtype=torch.long, device=META)
     extra: dict[str, Tensor] = {}
     if shape.packed:
-        extra["mask"] = torch.ones(*size, shape.seq_len, dtype=torch.bool, device=device)
+        extra["mask"] = torch.ones(*size, shape.seq_len, dtype=torch.bool, device=META)
         extra["input_pos"] = torch.zeros_like(tokens)
     set_output(model, loss_fn)
     if takes_hidden_states(loss_fn):
@@ -125,25 +125,53 @@ def _forward_backward(
     loss.backward()
 
 
-def _materialize(
-    fake: nn.Module, model: nn.Module, device: torch.device, shape: StepShape, quantized: set[nn.Module]
-) -> None:
-    """Give ``fake`` the parameters and buffers of ``model`` on ``device``, without data."""
-    pairs: Any = zip(list(fake.modules()), list(model.modules()), strict=True)
+def _materialize(copied: nn.Module, model: nn.Module, shape: StepShape, quantized: set[nn.Module]) -> None:
+    """Give ``copied`` the parameters and buffers of ``model`` as tensors that the tracker knows."""
+    pairs: Any = zip(list(copied.modules()), list(model.modules()), strict=True)
     for module, source in pairs:
         is_quantized = source in quantized
         for name, parameter in source._parameters.items():
             if parameter is not None:
                 size = (0,) if is_quantized and name == "weight" else parameter.shape
-                module._parameters[name] = nn.Parameter(torch.empty(size, dtype=parameter.dtype, device=device))
+                module._parameters[name] = nn.Parameter(torch.empty(size, dtype=parameter.dtype, device=META))
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=META)
         if is_quantized:
             in_layer = isinstance(source, nn.Linear) and source is not model.output
             kind, products = (shape.weights, shape.products) if in_layer else ("int8", "full")
-            weight = format_of(source.weight.shape, kind).empty(source.weight.shape, device)
+            weight = format_of(source.weight.shape, kind).empty(source.weight.shape, META)
             attach(module, weight, products, source.weight.dtype)
+
+
+@contextmanager
+def _attention_is_fused() -> Iterator[None]:
+    """In the block, tensors without data have fused attention, as on a CPU or GPU. torch would give them none.
+
+    A function mode is not enough, because layers that are computed again in backward do not see it.
+    """
+    of_torch = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _fused_attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = of_torch
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # it adds 0 or -inf
+        attn_mask = torch.where(attn_mask, query.new_zeros(()), query.new_zeros(()))
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 _LABELS = ("weights", "projected", "gradients", "activations", "logits", "temporary")
@@ -158,11 +186,20 @@ class _Tracker(TorchDispatchMode):
         self.largest: Counter[str] = Counter()
         self._now: Counter[str] = Counter()
         self._labels: dict[int, str] = {}  # by storage
+        self._made: dict[Any, tuple[Any, ...]] = {}  # size, stride and dtype of operations' results, by their arguments
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:
-            return args[0].fake_device  # the most frequent call
-        outputs = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        key = (func, _described(args), _described(tuple(kwargs.items())))
+        if (made := self._made.get(key)) is not None:
+            size, stride, dtype = made
+            output = torch.empty_strided(size, stride, dtype=dtype, device=META)
+            self._add(output)
+            return output
+        outputs = func(*args, **kwargs)
+        # torch takes long to find out the form of a result, and the layers repeat their operations.
+        if isinstance(outputs, Tensor) and outputs.is_meta and outputs.untyped_storage()._cdata not in self._labels:
+            self._made[key] = outputs.size(), outputs.stride(), outputs.dtype
         tree_map_only(Tensor, self._add, outputs)
         return outputs
 
@@ -184,3 +221,12 @@ class _Tracker(TorchDispatchMode):
         self._now[self._labels[storage._cdata]] -= storage.nbytes()
         self._now[label] += storage.nbytes()
         self._labels[storage._cdata] = label
+
+
+def _described(value: Any) -> Any:
+    """A key for an operation's argument, without the values of tensors."""
+    if isinstance(value, Tensor):
+        return value.size(), value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_described, value))
+    return type(value), value

@@ -41,8 +41,7 @@ def of_gradient(outer: Tensor, inner: Tensor, columns: Tensor, dtype: torch.dtyp
 
 def _factor_dtype(outer: Tensor, inner: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype of the columns that `of_gradient` multiplies with."""
-    on_cpu_or_mixed = inner.device.type == "cpu" or inner.dtype != outer.dtype
-    return dtype if on_cpu_or_mixed else inner.dtype
+    return inner.dtype if inner.device.type == "cuda" and inner.dtype == outer.dtype else dtype
 
 
 def times(grad: Tensor, columns: Tensor) -> Tensor:  # (m, n) · (n, k) → (m, k)

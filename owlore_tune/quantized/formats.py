@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from owlore_tune.kernels import has_kernels
 from owlore_tune.kernels.quantize import dequantize_nf4, int8_product, quantize_rows
@@ -22,8 +21,8 @@ BLOCK = 64  # values of NF4 that share a scale
 ALL = slice(None)
 # Values of a weight that are in full precision at once. On a CPU, `owlore_tune.heap.reuse_freed_memory` does
 # not keep larger blocks.
-_PIECE = {"cpu": 2**22}
-_LARGE_PIECE = 2**25
+_PIECE = 2**22
+_PIECE_ON_CUDA = 2**25
 _QUANTIZED_AT_ONCE = 2**20  # values, so that float32 temporaries stay small
 # Quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314, appendix E).
 NF4_LEVELS = (
@@ -166,11 +165,9 @@ class NF4Weight(QuantizedWeight):
     def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = ALL, columns: slice = ALL) -> Tensor:
         """Two values at a time, from a table of all 256 pairs."""
         codes, scale = self.codes[rows, _divided(columns, 2)], self.scale[rows, _divided(columns, BLOCK)]
-        is_planned = isinstance(codes, FakeTensor)  # which has no values, so tables need none
         if has_kernels(codes.device):
-            levels = codes.new_empty(16, dtype=dtype) if is_planned else _levels(dtype, codes.device)
-            return dequantize_nf4(codes, scale, levels)
-        pairs = codes.new_empty(256, dtype=_PAIR[dtype]) if is_planned else _pairs(dtype, codes.device)
+            return dequantize_nf4(codes, scale, _levels(dtype, codes.device))
+        pairs = _pairs(dtype, codes.device)
         values = pairs.index_select(0, codes.reshape(-1).int()).view(dtype)
         return values.view(-1, BLOCK).mul_(scale.reshape(-1, 1).to(dtype)).view(len(codes), -1)
 
@@ -235,7 +232,7 @@ CPU_IS_EXACT = _cpu_is_exact()
 
 def pieces(length: int, width: int, device: torch.device) -> list[slice]:
     """Split ``length`` rows or columns of ``width`` values each, at whole blocks."""
-    each = max(1, _PIECE.get(device.type, _LARGE_PIECE) // width // BLOCK) * BLOCK
+    each = max(1, (_PIECE_ON_CUDA if device.type == "cuda" else _PIECE) // width // BLOCK) * BLOCK
     return [slice(start, min(start + each, length)) for start in range(0, length, each)]
 
 

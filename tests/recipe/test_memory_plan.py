@@ -18,11 +18,12 @@ from owlore_tune.config_files import override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.loss import LinearCrossEntropyLoss
+from owlore_tune.memory import plan as memory_plan
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
 from owlore_tune.memory.step import StepShape
 from owlore_tune.run.gpus import FREE_SHARE, fastest_that_fits, settings_of_step
-from owlore_tune.run.planning import plan_run, plans_of_config, savings
+from owlore_tune.run.planning import longest_row, plan_run, plans_of_config, savings
 from owlore_tune.run.settings import TrainingSettings
 from runs import recipe_of
 
@@ -138,8 +139,10 @@ def limited(config: dict, tmp_path, limit: float) -> str:
 
 def test_a_plan_over_the_limit_is_refused_before_weights_load(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(OwLoreFullFinetuneRecipe, "load_checkpoint", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(memory_plan, "framework_bytes", lambda device: 10**8)  # the test process grows
     config = OmegaConf.create(tiny_config | {"batch_size": 40, "output_dir": str(tmp_path / "planned")})
-    planned = plans_of_config(TrainingSettings.from_config(config))["this config"]
+    settings = TrainingSettings.from_config(config)
+    planned = plan_run(settings, longest_row(settings, None))
     message = limited(tiny_config, tmp_path, (planned.total - planned.activations / 4) / 1e9)
     assert "device_memory_limit=" in message and "it fits with batch_size=1 gradient_accumulation_steps=40" in message
     assert "or with enable_activation_checkpointing=true" in message and "AdamW8bit" not in message
