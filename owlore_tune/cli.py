@@ -151,7 +151,8 @@ def _fit(settings: Any, args: argparse.Namespace) -> None:
 
     if not args.fit > 0 or args.world_size > 1 or args.output:
         raise ConfigError(f"--fit={args.fit:g}; it takes the GB of one card, and neither --world-size nor --output")
-    setting, plan = fastest_that_fits(settings.cfg, longest_row(settings, args.seq_len), 1e9 * args.fit)
+    card = 1e9 * args.fit
+    setting, plan = fastest_that_fits(settings.cfg, longest_row(settings, args.seq_len), [card])[card]
     print(" ".join(setting.overrides()))
     print(f"planned {plan.total / 1e9:.1f} GB of {args.fit:g}; the fastest of the settings that fit, by an estimate")
 

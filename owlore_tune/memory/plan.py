@@ -7,14 +7,12 @@ keeps the peak. The plan works for any model, loss and dtype that the step suppo
 With many small experts it takes longer, because each of their matrices is an operation.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.layers.projected import ProjectedLayers
@@ -29,7 +27,6 @@ from owlore_tune.quantized.linear import is_quantized, quantizable_outside, weig
 # ones leave holes that others do not fill. Blocks that come from the system one by one would leave none, but then each
 # activation causes page faults, see `owlore_tune.heap`. The share is fitted to the demo, methods.md and llama2_7b.md.
 HEAP_LOSS = 0.085
-MOST_ALIKE = 8  # weights of one shape in a layer without experts
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,6 @@ def plan_memory(
             layers = ProjectedLayers(step.model, **method.options)
         step.tracker.label = "projected"
         layers.activate(active)
-        _skip_bases_of_copies(layers)
         trained = list(layers.trained().values())
         step.keep_gradients_of(trained)
         step.run()  # in which backward makes the bases
@@ -151,24 +147,6 @@ def plan_memory(
         largest = max(sum(p.nbytes for p in layer.values()) for layer in model_parts(model).layers)
         parts["merging"] = max(0, largest - freed)
     return complete(model, device, framework, sharding, shared, moments=int(method.state_per_value * values), **parts)
-
-
-def _skip_bases_of_copies(layers: ProjectedLayers) -> None:
-    """Make bases without their products, for weights with the shape of many others in their layer: those of experts.
-
-    The others show their memory. The products for all experts of a layer would take most of the plan's time.
-    """
-
-    def empty_basis(weight: ProjectedWeight, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = weight.trained.dtype
-        return torch.empty(_basis_rows(weight), weight.rank, dtype=dtype, device=x.device), x.new_empty((), dtype=dtype)
-
-    for index in layers.active:
-        seen: Counter[torch.Size] = Counter()
-        for weight in layers.layers[index].weights.values():
-            if seen[weight.shape] >= MOST_ALIKE:
-                weight.make_new = partial(empty_basis, weight)
-            seen[weight.shape] += 1
 
 
 def _basis_rows(weight: ProjectedWeight) -> int:

@@ -57,7 +57,6 @@ class ProjectedWeight:
         correction: (W₀ − Q(W₀)) P of a quantized weight Q(W₀), in A's shape, in the weight's dtype.
         is_new: whether no optimizer step has used the basis yet.
         decay: c.
-        make_new: returns a basis, and whether it is given, from a Linear's input and its output's gradient.
     """
 
     def __init__(
@@ -81,7 +80,6 @@ class ProjectedWeight:
         self._generator = generator
         self._world = world
         self._clock: Clock | None = None
-        self.make_new: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._new_basis
         self._dtype = compute_dtype(linear.weight)
         self.trained = nn.Parameter(torch.empty(0, dtype=self._dtype), requires_grad=False)
         linear.weight.requires_grad_(False)
@@ -158,7 +156,7 @@ class ProjectedWeight:
         assert self._clock is not None
         if self.basis is None:
             with self._clock("basis"):
-                basis, self.is_given = self.make_new(x, grad)
+                basis, self.is_given = self._new_basis(x, grad)
                 self.turn = None if self.start is None else self.start.to(basis.dtype).T @ basis
                 self.basis, self.is_new = basis.to(self.linear.weight.dtype), True
         if self.right:

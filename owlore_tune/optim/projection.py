@@ -104,21 +104,22 @@ def range_finder(
 
     width = min(rank + OVERSAMPLING, m, n)
     if start is None:
-        sketch = backward(random(m, width, dtype=_factor_dtype(right, left, dtype)))
-        unit = _unit(sketch)
-        columns = torch.linalg.qr(sketch * unit).Q
-        product = forward(columns)
+        columns = backward(random(m, width, dtype=_factor_dtype(right, left, dtype)))
+        unit = _unit(columns)
+        columns = torch.linalg.qr(columns.mul_(unit)).Q
+        rows = forward(columns)
     else:
         kept = min(start.shape[1], width)
         columns = torch.cat([start[:, :kept].to(dtype), random(n, width - kept) / n**0.5], dim=1)
-        product = forward(torch.linalg.qr(columns).Q)
-        unit = _unit(product)
-    rows = torch.linalg.qr(product * unit).Q
-    orthonormal = torch.linalg.qr(backward(rows) * unit).Q
-    low = forward(orthonormal).double()  # (m, width)
+        columns = torch.linalg.qr(columns).Q
+        rows = forward(columns)
+        unit = _unit(rows)
+    rows = torch.linalg.qr(rows.mul_(unit)).Q
+    columns = torch.linalg.qr(backward(rows).mul_(unit)).Q
+    low = forward(columns).double()  # (m, width)
     # A value that is not finite in the first product has made all of `low` NaN.
     eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0, 0.0, 0.0))  # ascending
-    basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
+    basis = fix_signs(columns @ eigenvectors[:, -rank:].flip(1).to(dtype))
     # The algorithm may fail on one process alone.
     return world.from_first_(basis), world.from_first_(eigenvalues[-1] > 0)
 

@@ -1,7 +1,7 @@
 """The largest packaged models that fit on a card, and the fastest settings of a config that do."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,26 +102,34 @@ def settings_of_step(settings: TrainingSettings, seq_len: int) -> list[Setting]:
     return sorted(found)
 
 
-def fastest_that_fits(cfg: DictConfig, seq_len: int, card_bytes: float) -> tuple[Setting, MemoryPlan]:
-    """The fastest of `settings_of_step` whose plan leaves a tenth of a card free, and its plan.
+def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> dict[float, tuple[Setting, MemoryPlan]]:
+    """The fastest of `settings_of_step` whose plan leaves a tenth of a card free, and its plan, for each card.
+
+    Args:
+        cards: bytes of each card. A card that no setting fits has no entry in the result.
 
     Raises:
-        ConfigError: if none fits.
+        ConfigError: if nothing fits any card.
     """
     settings = TrainingSettings.from_config(cfg)
-    too_large: list[tuple[Setting, MemoryPlan]] = []
+    found: dict[float, tuple[Setting, MemoryPlan]] = {}
+    plans: list[tuple[Setting, MemoryPlan]] = []
     for setting in tqdm(settings_of_step(settings, seq_len), desc="Planning", unit="setting", leave=False):
-        if any(_needs_more(setting, other) for other, _ in too_large):
+        limits = {card: FREE_SHARE * card for card in cards if card not in found}
+        if not limits:
+            break
+        if any(_needs_more(setting, other) and plan.total > max(limits.values()) for other, plan in plans):
             continue
         plan = plan_run(TrainingSettings.from_config(override(cfg, setting.overrides())), seq_len, gpu=True)
-        if plan.total <= FREE_SHARE * card_bytes:
-            return setting, plan
-        too_large.append((setting, plan))
-    smallest, plan = min(too_large, key=lambda each: each[1].total)
-    raise ConfigError(
-        f"nothing fits {card_bytes / 1e9:g} GB with a tenth free; the smallest plan is {plan.total / 1e9:.1f} GB, with "
-        f"{' '.join(smallest.overrides())}. Set a smaller owlore.num_active_layers or tokenizer.max_seq_len"
-    )
+        plans.append((setting, plan))
+        found |= {card: (setting, plan) for card, limit in limits.items() if plan.total <= limit}
+    if not found:
+        smallest, plan = min(plans, key=lambda each: each[1].total)
+        raise ConfigError(
+            f"nothing fits {max(cards) / 1e9:g} GB with a tenth free; the smallest plan is {plan.total / 1e9:.1f} GB, "
+            f"with {' '.join(smallest.overrides())}. Set a smaller owlore.num_active_layers or tokenizer.max_seq_len"
+        )
+    return found
 
 
 def _needs_more(setting: Setting, other: Setting) -> bool:

@@ -272,9 +272,12 @@ def test_the_fastest_settings_that_fit_a_card(tiny_config, monkeypatch):
         "owlore_tune.run.gpus.plan_run",
         lambda settings, seq_len, gpu: MemoryPlan(known[plain_key(settings.cfg)], *[0] * 11),
     )
-    for limit in sorted(plans.values()):
-        fastest = next(each for each in every if plans[each] <= limit)
-        found, plan = fastest_that_fits(cfg, 64, limit / FREE_SHARE)
-        assert (found, plan.total) == (fastest, plans[fastest])
+    cards = [total / FREE_SHARE for total in plans.values()]
+    found = fastest_that_fits(cfg, 64, [1e5, *cards])  # nothing fits the first one
+    assert found.keys() == set(cards)
+    for card, (setting, plan) in found.items():
+        fastest = next(each for each in every if plans[each] <= FREE_SHARE * card)
+        assert (setting, plan.total) == (fastest, plans[fastest])
+        assert fastest_that_fits(cfg, 64, [card]) == {card: (setting, plan)}
     with pytest.raises(ConfigError, match="nothing fits 0.0001 GB .*the smallest plan is .*batch_size=1"):
-        fastest_that_fits(cfg, 64, 1e5)
+        fastest_that_fits(cfg, 64, [1e5])
