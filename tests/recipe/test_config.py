@@ -54,6 +54,16 @@ def test_the_table_of_planned_memory(row):
     assert plan.total / 1e9 == pytest.approx(float(told), abs=0.06)
 
 
+@pytest.mark.slow
+def test_the_table_of_settings_that_fit_a_card(monkeypatch):
+    """One of its rows, because each takes many plans."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from fit import row
+
+    (line,) = [line for line in MEMORY.splitlines() if line.startswith("| `llama3_2/1B_owlore` | 16 |")]
+    assert row("llama3_2/1B_owlore") == line
+
+
 REFERENCES = ("smollm2/135M_owlore", "llama2/7B_owlore")
 
 
