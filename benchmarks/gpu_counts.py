@@ -31,6 +31,7 @@ from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
 from owlore_tune.models import fused
 from owlore_tune.models.decoder import find_layers, find_linears
 from owlore_tune.models.fused import fuse_parts
+from owlore_tune.optim import projection
 from owlore_tune.quantized import formats
 from owlore_tune.quantized.linear import attach
 from owlore_tune.run.compiled import RECOMPILE_LIMIT, compile_parts
@@ -142,6 +143,8 @@ def compute_as_on_a_gpu() -> None:
     torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: attention(q, k, v)
     torch.nn.functional.rms_norm = lambda x, shape, weight, eps: norm(x, weight)
     formats.has_kernels = fused.has_kernels = lambda device: device.type != "cpu"
+    formats._PIECE = formats._PIECE_ON_CUDA
+    projection._factor_dtype = lambda outer, inner, dtype: inner.dtype if inner.dtype == outer.dtype else dtype
 
 
 def count(num_active: int, rank: int | None, weights: str, products: str) -> list[Counts]:

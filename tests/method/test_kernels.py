@@ -243,6 +243,8 @@ def test_a_quantized_linear_takes_few_kernels(monkeypatch, kind, products):
     monkeypatch.setattr(formats, "has_kernels", lambda device: True)
     weight = formats.FORMATS[kind].empty(torch.Size((4096, 4096)), torch.device("meta"))
     x = torch.empty(512, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    monkeypatch.setattr(formats, "_PIECE", formats._PIECE_ON_CUDA)
+    weight.dequantize(x.dtype)  # makes the table of NF4, once
     with Kernels() as forward:
         product = weight.linear(x, products)
     with Kernels() as backward:
