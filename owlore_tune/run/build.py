@@ -265,8 +265,7 @@ def prepare_layers(settings: TrainingSettings, model: Decoder) -> None:
     if settings.device.type == "cuda" and settings.dtype != torch.float32:
         torch.set_float32_matmul_precision("high")  # only thin products are in float32
     if settings.cfg.enable_activation_checkpointing:
-        layer_types = {type(layer) for layer in find_layers(model)}
-        training.set_activation_checkpointing(model, auto_wrap_policy=layer_types)
+        training.set_activation_checkpointing(model, auto_wrap_policy={type(layer) for layer in find_layers(model)})
 
 
 def attends_by_sample(settings: TrainingSettings) -> bool:
