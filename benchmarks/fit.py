@@ -15,11 +15,9 @@ from owlore_tune.run.gpus import SEQ_LEN, Setting, fastest_that_fits
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 
 
-def cell(setting: Setting | None) -> str:
+def cell(setting: Setting) -> str:
     """Rows of a micro-batch, the format, and whether layers are checkpointed."""
-    if setting is None:
-        return "–"
-    weights = {"full": "bf16", "int8": "int8", "nf4": "NF4"}.get(setting.format, setting.format)
+    weights = {"full": "bf16", "nf4": "NF4"}.get(setting.format, setting.format)
     return f"{setting.batch_size} · {weights}{' · ckpt' if setting.checkpointing else ''}"
 
 
@@ -30,8 +28,9 @@ def row(name: str) -> str:
         found = fastest_that_fits(cfg, SEQ_LEN, [1e9 * card for card in CARDS])
     except ConfigError:
         found = {}
-    cells = [cell(found[1e9 * card][0] if 1e9 * card in found else None) for card in CARDS]
-    return f"| `{name}` | {cfg.batch_size * cfg.gradient_accumulation_steps} | {' | '.join(cells)} |"
+    cells = {card: cell(setting) for card, (setting, _) in found.items()}
+    fits = " | ".join(cells.get(1e9 * card, "–") for card in CARDS)
+    return f"| `{name}` | {cfg.batch_size * cfg.gradient_accumulation_steps} | {fits} |"
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.backends.registry import register_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torchtune import training
 from torchtune.models.llama2 import llama2, llama2_7b
 
@@ -47,7 +48,6 @@ ROWS = {  # layers that train, rank, format and products
     "LISA, γ=2": (2, None, "full", "full"),
 }
 ALLOCATIONS = {"promote_types", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"}
-PRODUCTS = {"mm", "addmm", "bmm", "_int_mm", "int8_product"}
 LAUNCH = 5e-6  # seconds of the host
 GRAPHS: list[torch.fx.GraphModule] = []
 
@@ -96,12 +96,14 @@ class Counts(TorchDispatchMode):
         if not func.is_view and name not in ALLOCATIONS:
             self.kernels += 1
             results = func(*args, **kwargs)
-            self._add(name, args, [x for x in tree_leaves((args, kwargs, results)) if torch.is_tensor(x)])
+            formula = flop_registry.get(func.overloadpacket)
+            flops = formula(*args, **kwargs, out_val=results) if formula else 0
+            self._add(name, flops, [x for x in tree_leaves((args, kwargs, results)) if torch.is_tensor(x)])
             return results
         return func(*args, **kwargs)
 
-    def _add(self, name: str, args: Any, tensors: list[torch.Tensor]) -> None:
-        flops, moved = flops_of(name, args), sum(x.nbytes for x in tensors)
+    def _add(self, name: str, flops: int, tensors: list[torch.Tensor]) -> None:
+        moved = sum(x.nbytes for x in tensors)
         self.flops += flops
         self.all_bytes_moved += moved
         self.bytes_moved += moved if flops == 0 else 0
@@ -110,15 +112,9 @@ class Counts(TorchDispatchMode):
             self.seconds[name_of_card] += max(products, moved / card.bandwidth)
 
 
-def flops_of(name: str, args: Any) -> int:
-    """Twice the multiplications of a product or of causal attention; 0 for other kernels."""
-    if name in PRODUCTS:
-        first, second = args[1:3] if name == "addmm" else args[:2]
-        return 2 * first.numel() * second.shape[-1]
-    if "attention" in name:  # two products of half of all pairs of positions; five in backward
-        q = args[1] if "backward" in name else args[0]
-        return (5 if "backward" in name else 2) * q.numel() * q.shape[-2]
-    return 0
+@register_flop_formula(torch.ops.owlore.int8_product)
+def int8_flops(codes: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * codes.numel() * weight[1]
 
 
 def as_one_kernel(name: str, num_inputs: int) -> Any:
@@ -140,6 +136,9 @@ def as_one_kernel(name: str, num_inputs: int) -> Any:
 def compute_as_on_a_gpu() -> None:
     """Have meta tensors take the paths of a GPU: our kernels, and torch's fused attention and norms."""
     attention, norm = as_one_kernel("attention", 3), as_one_kernel("norm", 2)
+    # Causal: half of the pairs of positions, in two products, and in five in backward.
+    register_flop_formula(torch.ops.count.attention)(lambda q, *_, **__: 2 * q.numel() * q[-2])
+    register_flop_formula(torch.ops.count.attention_backward)(lambda grad, *_, **__: 5 * grad.numel() * grad[-2])
     torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: attention(q, k, v)
     torch.nn.functional.rms_norm = lambda x, shape, weight, eps: norm(x, weight)
     formats.has_kernels = fused.has_kernels = lambda device: device.type != "cpu"

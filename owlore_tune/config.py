@@ -251,7 +251,8 @@ def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
             if wanted != "cpu" and not _is_available(wanted):  # torchtune takes another one
                 raise ValueError(f"torch finds no {wanted} device on this machine; see owlore doctor")
         device = utils.get_device(cfg.device)
-        dtype = dtype or ("fp32" if device.type == "cpu" else "bf16")
+        if dtype is None:
+            dtype = "fp32" if device.type == "cpu" else "bf16"
         return device, training.get_dtype(dtype, device=device)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={cfg.device}, dtype={dtype}: {error}") from error

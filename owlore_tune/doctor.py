@@ -99,17 +99,14 @@ def _imports() -> Iterator[Finding]:
 
 
 def fits(card_bytes: float) -> Iterator[Finding]:
-    """The largest packaged models that a card can train, and how to find fast settings for one of them.
-
-    Shows progress, because plans take seconds each.
-    """
+    """The largest packaged models that a card can train. Shows progress, because plans take seconds each."""
     from owlore_tune.run.gpus import SEQ_LEN, largest_that_fit
 
     for config, overrides, memory in largest_that_fit(card_bytes):
         how = f" with {' '.join(overrides)}" if overrides else ""
         text = f"{config}{how}: {memory / 1e9:.1f} GB planned, rows of {SEQ_LEN} tokens"
-        fastest = f"for its fastest settings, owlore memory --config {config} --fit {card_bytes / 1e9:.0f}"
-        yield Finding("ok", "fits", text, fastest)
+        command = f"owlore memory --config {config} --seq-len {SEQ_LEN} --fit {card_bytes / 1e9:.1f}"
+        yield Finding("ok", "fits", text, f"for its fastest settings, {' '.join([command, *overrides])}")
 
 
 def _disk(directory: Path) -> Finding:

@@ -166,7 +166,7 @@ def _fused_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
+    enable_gqa: bool = False,  # the fused operation takes fewer heads of keys as they are
 ) -> Tensor:
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # it adds 0 or -inf
         attn_mask = torch.where(attn_mask, query.new_zeros(()), query.new_zeros(()))
@@ -198,7 +198,8 @@ class _Tracker(TorchDispatchMode):
             return output
         outputs = func(*args, **kwargs)
         # torch takes long to find out the form of a result, and the layers repeat their operations.
-        if isinstance(outputs, Tensor) and outputs.is_meta and outputs.untyped_storage()._cdata not in self._labels:
+        is_one = isinstance(outputs, Tensor) and outputs.is_meta and not func.is_view
+        if is_one and outputs.untyped_storage()._cdata not in self._labels:
             self._made[key] = outputs.size(), outputs.stride(), outputs.dtype
         tree_map_only(Tensor, self._add, outputs)
         return outputs

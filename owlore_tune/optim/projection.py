@@ -81,8 +81,7 @@ def range_finder(
     across a refresh.
 
     A QR after each product and a Gram matrix in float64 keep the directions of singular values below 1e-3 of the
-    largest. They would else be lost to rounding, and the basis would depend on the order of sums. All products are
-    divided by the largest entry of the first one, so a QR of a huge or tiny gradient neither overflows nor vanishes.
+    largest. They would else be lost to rounding, and the basis would depend on the order of sums.
 
     Processes of ``world`` have different tokens of one step, and get the same basis. They call this together, and
     all-reduce products with G, (m or n) · (r + 8) numbers each.
@@ -104,22 +103,16 @@ def range_finder(
 
     width = min(rank + OVERSAMPLING, m, n)
     if start is None:
-        columns = backward(random(m, width, dtype=_factor_dtype(right, left, dtype)))
-        unit = _unit(columns)
-        columns = torch.linalg.qr(columns.mul_(unit)).Q
-        rows = forward(columns)
+        columns = _unit_scale(backward(random(m, width, dtype=_factor_dtype(right, left, dtype))))
     else:
         kept = min(start.shape[1], width)
         columns = torch.cat([start[:, :kept].to(dtype), random(n, width - kept) / n**0.5], dim=1)
-        columns = torch.linalg.qr(columns).Q
-        rows = forward(columns)
-        unit = _unit(rows)
-    rows = torch.linalg.qr(rows.mul_(unit)).Q
-    columns = torch.linalg.qr(backward(rows).mul_(unit)).Q
-    low = forward(columns).double()  # (m, width)
-    # A value that is not finite in the first product has made all of `low` NaN.
-    eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0, 0.0, 0.0))  # ascending
-    basis = fix_signs(columns @ eigenvectors[:, -rank:].flip(1).to(dtype))
+    rows = torch.linalg.qr(_unit_scale(forward(torch.linalg.qr(columns).Q))).Q
+    orthonormal = torch.linalg.qr(_unit_scale(backward(rows))).Q
+    low = _unit_scale(forward(orthonormal)).double()  # (m, width)
+    # If a value of `low` was infinite, the others are 0 now. If it was NaN, all are.
+    eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0))  # ascending
+    basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
     # The algorithm may fail on one process alone.
     return world.from_first_(basis), world.from_first_(eigenvalues[-1] > 0)
 
@@ -142,11 +135,11 @@ def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tens
 
 
 def fix_signs(basis: Tensor) -> Tensor:
-    """Flip columns to make the entry of largest magnitude in each positive, also beside its opposite."""
+    """Flip columns to make the entry of largest magnitude in each positive."""
     lowest, highest = basis.aminmax(dim=0)  # (r,)
-    return basis * lowest.add(highest, alpha=1 + 1e-6).sign_()
+    return torch.where(lowest + highest < 0, -basis, basis)
 
 
-def _unit(columns: Tensor) -> Tensor:
-    """() 1 / the largest entry."""
-    return peak(columns).clamp_min(torch.finfo(columns.dtype).tiny).reciprocal()
+def _unit_scale(columns: Tensor) -> Tensor:
+    """Scale to a largest entry of 1. Products of huge or tiny gradients then neither overflow nor vanish."""
+    return columns / peak(columns).clamp_min(torch.finfo(columns.dtype).tiny)

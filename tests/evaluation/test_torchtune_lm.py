@@ -221,7 +221,7 @@ def test_rolling_log_likelihoods_equal_the_harness(which, request):
 )  # fmt: skip
 def test_greedy_text_equals_the_harness(which, chat, request):
     ours, theirs = request.getfixturevalue(which)
-    options = {"until": ["\n\n", "Question:"], "max_gen_toks": 12, "do_sample": False}
+    options = {"until": ["\n\n", "Question:"], "max_gen_toks": 24, "do_sample": False}
     contexts = PROMPTS
     if chat:
         contexts = [ours.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in PROMPTS]

@@ -46,8 +46,8 @@ def test_impossible_probabilities_are_refused(scores, num_active, message):
 
 @pytest.mark.parametrize("draw", ["systematic", "bernoulli"])
 @pytest.mark.parametrize("num_active", [1, 2, 5])
-def test_inclusion_frequencies_over_5000_draws(draw, num_active):
-    num_draws = 5_000
+def test_inclusion_frequencies_over_20000_draws(draw, num_active):
+    num_draws = 20_000
     probabilities = inclusion_probabilities(SCORES, num_active)
     sampler = LayerSampler(SCORES, num_active, draw, seed=3)
     assert sampler.probabilities.tolist() == probabilities

@@ -232,7 +232,7 @@ def wait_for_step(config: dict, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config, tmp_path):
-    config = variant(tiny_config, "signal", epochs=4, save_every_n_steps=20, keep_last_n=1)
+    config = variant(tiny_config, "signal", epochs=10, save_every_n_steps=20, keep_last_n=1)
     process = start(config, tmp_path)
     wait_for_step(config, process)
     process.send_signal(number)
@@ -245,7 +245,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config, tmp_path):
     )
     assert "Traceback" not in output
     finetune(config | {"resume_from_checkpoint": True})
-    unbroken = variant(tiny_config, "unbroken", epochs=4, keep_last_n=1)
+    unbroken = variant(tiny_config, "unbroken", epochs=10, keep_last_n=1)
     finetune(unbroken)
     assert_same_bits(unbroken, config)
 

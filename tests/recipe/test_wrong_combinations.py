@@ -78,6 +78,7 @@ TRAINING: dict[tuple[str, ...], str] = {
     ("device=mps", "dtype=fp32"): "device=mps, dtype=fp32: torch finds no mps device on this machine",
     ("device=cpu", "fsdp_cpu_offload=true"): "fsdp_cpu_offload=true",
     ("device_memory_limit=0.001", INT8): "device_memory_limit=0.001 GB, and the plan is",
+    ("device_memory_limit=0.001", "enable_activation_checkpointing=true"): "device_memory_limit=0.001 GB, and the plan is",
     ("output_dir=~nosuchuser/run", "metric_logger.log_dir=logs"): "~nosuchuser/run: there is no user nosuchuser",
     ("output_dir=run", "metric_logger.log_dir=/proc/logs"): "metric_logger.log_dir=/proc/logs is not writable",
     ("output_dir=run", "metric_logger.log_dir=train.json/logs"): "metric_logger.log_dir=train.json/logs is not writable",
