@@ -3,6 +3,7 @@
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 
 import torch
 
@@ -30,12 +31,11 @@ class Clock:
             self._add(part, time.perf_counter() - started)
 
     def read(self) -> dict[Hashable, float]:
-        """Seconds by part since the last read. Waits until the device has finished them."""
-        if self._events:
-            self._events[-1][2].synchronize()
-        for part, begin, end in self._events:
+        """Seconds by part since the last read. Parts that a GPU has not finished are left for the next read."""
+        done = list(takewhile(lambda event: event[2].query(), self._events))
+        for part, begin, end in done:
             self._add(part, begin.elapsed_time(end) / 1e3)
-        seconds, self._seconds, self._events = self._seconds, {}, []
+        seconds, self._seconds, self._events = self._seconds, {}, self._events[len(done) :]
         return seconds
 
     def _add(self, part: Hashable, seconds: float) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TiedLinear
 
+from owlore_tune.data.batches import batch_to_device, to_device
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.output import takes_hidden_states
 
@@ -119,10 +120,10 @@ def mean_loss(model: nn.Module, loss_fn: Any, batch: dict[str, Tensor], labels: 
     """The mean loss over the trained tokens of a micro-batch, ().
 
     Args:
-        batch: keyword arguments of the model's forward, in host memory.
+        batch: see `owlore_tune.data.batches.batch_to_device`, in host memory.
         labels: (b, s), already shifted, in host memory.
     """
-    return loss_of_outputs(loss_fn, model(**{key: to_device(value, device) for key, value in batch.items()}), labels)
+    return loss_of_outputs(loss_fn, model(**batch_to_device(batch, device)), labels)
 
 
 def loss_of_outputs(loss_fn: Any, outputs: Any, labels: Tensor) -> Tensor:
@@ -139,10 +140,3 @@ def loss_of_outputs(loss_fn: Any, outputs: Any, labels: Tensor) -> Tensor:
     if torch.is_tensor(outputs) and not takes_hidden_states(loss_fn):
         outputs, labels = outputs.flatten(0, 1), labels.flatten()
     return loss_fn(outputs, labels)
-
-
-def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor of host memory on ``device``. The host does not wait for a copy to a GPU."""
-    if device.type == "cuda" and value.device.type == "cpu":
-        return value.pin_memory().to(device, non_blocking=True)
-    return value.to(device)

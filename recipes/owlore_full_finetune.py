@@ -22,7 +22,7 @@ from torchtune.training.lr_schedulers import get_lr
 from owlore_tune.checkpoints.optimizer import OptimizerState
 from owlore_tune.checkpoints.state import load_state, save_checkpoint
 from owlore_tune.clock import Clock
-from owlore_tune.data.loader import Batch
+from owlore_tune.data.batches import Batch
 from owlore_tune.distributed.fsdp import shard_model
 from owlore_tune.distributed.grads import clip_grad_norm_, sum_grads
 from owlore_tune.distributed.launch import process_group
@@ -221,7 +221,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _signalled(self) -> Signals | None:
         """The signal that this process or another one received, so that all stop after the same step."""
-        number = self._world.largest(stop_request().signal or 0, self._device)
+        number = max(self._world.gather(stop_request().signal or 0))
         return Signals(number) if number else None
 
     def _train_step(self, micro_batches: list[Batch], started: float) -> dict[str, float]:
@@ -229,8 +229,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         ignore_index = self.loss_fn.ignore_index
         labels = [shift_labels(batch.pop("labels"), ignore_index) for batch in micro_batches]
         counts = [int((batch_labels != ignore_index).sum()) for batch_labels in labels]
-        num_tokens = sum(batch["tokens"].numel() for batch in micro_batches)
-        *num_trained, num_tokens = self._world.sums([*counts, num_tokens], self._device)
+        *num_trained, num_tokens = self._world.sums([*counts, sum(each.numel() for each in labels)])
         loss = torch.zeros((), device=self._device)
         for batch, batch_labels, count, all_count in zip(micro_batches, labels, counts, num_trained, strict=True):
             if all_count == 0:
@@ -244,14 +243,15 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             with self._clock("backward"):
                 micro_loss.backward()
             loss += micro_loss.detach()
+        with self._clock("data"):
+            self.inputs.data.read_ahead()
         trained = self.layers.trained().values()
         sum_grads(trained, self._world)
         norm = clip_grad_norm_(trained, self.settings.clip_grad_norm, self._world)
         self._is_complete = False  # until the step is counted
         loss_value, grad_norm = torch.stack([self._world.sum_(loss), norm.to(loss)]).tolist()
         self._update(loss_value, grad_norm, sum(num_trained))
-        phases = self._clock.read()  # waits for the device, as `tolist` above
-        seconds = time.perf_counter() - started
+        phases, seconds = self._clock.read(), time.perf_counter() - started
         metrics = {
             "loss": loss_value,
             "lr": float(get_lr(self.optimizer)),  # torchao has tensors

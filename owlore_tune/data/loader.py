@@ -6,14 +6,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from owlore_tune.data.samples import collate_with_valid
+from owlore_tune.data.batches import Batch, collate_with_valid
 from owlore_tune.distributed.world import ALONE, World
 
-Batch = dict[str, Tensor]
 Collate = Callable[[list[Any]], Batch]
 
 
@@ -66,10 +64,19 @@ class TrainingData:
         self._loader = _loader(dataset, collate, batch_size, world, shuffle=shuffle, seed=seed)
         self._step = 0  # the next step
         self._batches: Iterator[Batch] | None = None  # of the current epoch
+        self._ahead: list[Batch] | Exception | None = None  # of the next step, or why they could not be read
 
     def seek(self, step: int) -> None:
         """Continue after ``step`` optimizer steps."""
-        self._step, self._batches = step, None
+        self._step, self._batches, self._ahead = step, None, None
+
+    def read_ahead(self) -> None:
+        """Read the next optimizer step's micro-batches, if there is one, while a GPU works on this step's."""
+        if self._ahead is None and self._step < self.num_steps:
+            try:
+                self._ahead = self._next()
+            except Exception as error:  # it belongs to the next step
+                self._ahead = error
 
     def micro_batches(self) -> list[Batch]:
         """The micro-batches of the next optimizer step.
@@ -77,6 +84,15 @@ class TrainingData:
         Raises:
             ValueError: if a row cannot be used. Raised on all processes if it happens on one.
         """
+        self.read_ahead()
+        found, self._ahead = self._ahead, None
+        if isinstance(found, Exception):
+            raise found
+        assert found is not None, "all steps were read"
+        self._step += 1
+        return found
+
+    def _next(self) -> list[Batch]:
         if self._batches is None:
             epoch, steps_done = divmod(self._step, self.steps_per_epoch)
             self._loader.sampler.set_epoch(epoch)
@@ -87,8 +103,7 @@ class TrainingData:
         batches = self._batches
         found = self._world.attempt(lambda: _read(batches, self._accumulation))
         assert found is not None and len(found) == self._accumulation
-        self._step += 1
-        if self._step % self.steps_per_epoch == 0:
+        if (self._step + 1) % self.steps_per_epoch == 0:
             self._batches = None
         return found
 

@@ -3,14 +3,12 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset, PackedDataset
-from torchtune.modules.attention_utils import create_block_causal_mask
 
 from owlore_tune.data.builders import RowsDataset
 
@@ -84,34 +82,3 @@ def dataset_digest(dataset: Any) -> str:
         for row in rows:
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
     return digest.hexdigest()[:16]
-
-
-def collate_packed(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of packed rows, with positions and a mask (b, s, s) bool that is causal inside each sample.
-
-    If the machine has a GPU, torchtune's ``padded_collate_packed`` makes a mask for flex attention there. A run on the
-    CPU cannot use it, and neither can the attention of Gemma 2.
-    """
-    batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "input_pos")}
-    return batch | {"mask": create_block_causal_mask([sample["seq_lens"] for sample in samples])}
-
-
-def collate_with_valid(
-    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]], samples: list[dict[str, Any]]
-) -> dict[str, Tensor]:
-    """The batch of ``collate``, with ``valid`` (b, s) bool: False at the padding at a row's end."""
-    batch = collate(samples)
-    lengths = torch.tensor([_num_tokens(sample) for sample in samples])
-    batch["valid"] = torch.arange(batch["tokens"].shape[1]) < lengths[:, None]
-    return batch
-
-
-def _num_tokens(sample: Mapping[str, Any]) -> int:
-    """Number of tokens of a row without its padding."""
-    num_tokens = len(sample["tokens"])
-    if "seq_lens" in sample:  # packed: padding is the last sequence, and its positions continue the one before
-        last = int(sample["seq_lens"][-1])
-        start = num_tokens - last
-        if start > 0 and sample["input_pos"][start] != 0:
-            return start
-    return num_tokens

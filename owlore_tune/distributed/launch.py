@@ -30,9 +30,10 @@ def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = Fa
     """Initialize torch.distributed for the block if torchrun launched this process. Else do nothing.
 
     Args:
-        device: the device of this process; it determines the backend.
+        device: the device of this process; it determines the backend. Host memory always goes through gloo, so that
+            the messages of processes do not wait for a GPU.
         timeout_s: seconds to wait for other processes.
-        cpu_offload: also communicate tensors in host memory, and use all CPU cores; torchrun sets one per process.
+        cpu_offload: use all CPU cores; torchrun sets one per process.
 
     Raises:
         RunError: if another process died, or did not answer within ``timeout_s``.
@@ -40,7 +41,7 @@ def process_group(device: torch.device, timeout_s: float, cpu_offload: bool = Fa
     if not training.is_distributed():
         yield
         return
-    backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=cpu_offload)
+    backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=device.type != "cpu")
     rank = os.environ["RANK"]
     if cpu_offload:
         training.set_torch_num_threads()

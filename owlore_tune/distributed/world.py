@@ -40,21 +40,9 @@ class World:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def sums(self, numbers: list[int], device: torch.device) -> list[int]:
-        """Each of ``numbers`` summed over all processes, through a tensor on ``device``."""
-        if self.size == 1:
-            return numbers  # no device sync
-        return self.sum_(torch.tensor(numbers, device=device)).tolist()
-
-    def largest(self, number: int, device: torch.device) -> int:
-        """The largest ``number`` of all processes, through a tensor on ``device``."""
-        return number if self.size == 1 else int(self.max_(torch.tensor(number, device=device)))
-
-    def max_(self, tensor: Tensor) -> Tensor:
-        """Replace ``tensor`` with its elementwise maximum over all processes."""
-        if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
-        return tensor
+    def sums(self, numbers: list[int]) -> list[int]:
+        """Each of ``numbers`` summed over all processes."""
+        return [sum(each) for each in zip(*self.gather(numbers), strict=True)]
 
     def from_first_(self, tensor: Tensor) -> Tensor:
         """Replace ``tensor`` with that of rank 0."""
@@ -71,7 +59,7 @@ class World:
         return values[0]
 
     def gather(self, value: T) -> list[T]:
-        """The ``value`` of every process in rank order, on all processes."""
+        """The ``value`` of every process in rank order, on all processes. It does not pass through a GPU."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size

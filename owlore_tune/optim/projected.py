@@ -172,7 +172,7 @@ class ProjectedWeight:
         return range_finder(rows, columns, self.rank, generator=generator, start=self.start, world=self._world)
 
     def seconds(self) -> float:
-        """Time that the last basis took. Waits for the device."""
+        """Time that the last basis took, once the device has made it."""
         return sum(self._clock.read().values()) if self._clock is not None else 0.0
 
     def give_up_basis(self) -> None:

@@ -17,8 +17,9 @@ from torchtune.utils import get_logger
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.checks import check_type
 from owlore_tune.config import build, build_ours, build_with, check_attributes, find_component, plain
+from owlore_tune.data.batches import collate_packed
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData
-from owlore_tune.data.samples import check_labels, check_samples, collate_packed, longest_row, refuse_longer_than
+from owlore_tune.data.samples import check_labels, check_samples, longest_row, refuse_longer_than
 from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torchtune import utils
-
 from owlore_tune.config import plain
-from owlore_tune.data.loader import Batch, TrainingData
+from owlore_tune.data.batches import Batch, batch_to_device
+from owlore_tune.data.loader import TrainingData
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.layers.scores import SCORES, Score, layer_scores
@@ -66,8 +65,7 @@ def errors_of_scoring() -> Iterator[None]:
 def calibration_batches(settings: TrainingSettings, data: TrainingData) -> Iterator[Batch]:
     """The calibration batches of the config, on the device of the run."""
     for batch in data.calibration_batches(settings.owlore.calibration_batches):
-        utils.batch_to_device(batch, settings.device)
-        yield batch
+        yield batch_to_device(batch, settings.device)
 
 
 def with_origin(settings: TrainingSettings, values: list[float], fingerprint: str, world: World = ALONE) -> LayerScores:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchtune import utils
 from tqdm import tqdm
 
+from owlore_tune.data.batches import batch_to_device
 from owlore_tune.data.loader import HeldOutData
 from owlore_tune.distributed.fsdp import reshard
 from owlore_tune.distributed.world import ALONE, World, is_finite, local
@@ -82,7 +82,7 @@ def full_precision_loss(
 
 
 def _mean(total: Tensor, num_here: int, world: World) -> tuple[float, int]:
-    (num_tokens,) = world.sums([num_here], total.device)
+    (num_tokens,) = world.sums([num_here])
     if num_tokens == 0:
         raise ConfigError(NO_TOKENS)
     return world.sum_(total).item() / num_tokens, num_tokens
@@ -97,8 +97,7 @@ def _groups(
     for batch, num_rows in data:
         batch_labels = shift_labels(batch.pop("labels"), ignore_index)
         batch_labels[num_rows:] = ignore_index
-        utils.batch_to_device(batch, device)
-        batches.append(batch)
+        batches.append(batch_to_device(batch, device))
         labels.append(batch_labels)
         if sum(some.numel() for some in labels) >= MOST_TOKENS:
             yield batches, labels

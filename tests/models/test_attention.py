@@ -10,7 +10,7 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
-from owlore_tune.data.samples import collate_packed
+from owlore_tune.data.batches import batch_to_device, collate_packed
 from owlore_tune.models.attention import attend_by_sample
 
 
@@ -34,7 +34,7 @@ def test_attention_by_sample_equals_attention_with_a_mask(dtype, checkpointing):
         }
         for lengths in ([1, 30, 1, 1, 200, 67], [300])
     ]
-    batch = collate_packed(rows)
+    batch = batch_to_device(collate_packed(rows), torch.device("cpu"))
     del batch["labels"]
     outputs = model(**batch), ours(**batch)
     gradient = torch.randn_like(outputs[0])
@@ -54,7 +54,7 @@ def test_the_mask_of_packed_rows_does_not_depend_on_the_machine(monkeypatch):
     monkeypatch.setattr("torchtune.modules.attention_utils._SUPPORTS_FLEX_ATTENTION", False)
     expected = padded_collate_packed(rows)
     monkeypatch.setattr("torchtune.modules.attention_utils._SUPPORTS_FLEX_ATTENTION", True)
-    batch = collate_packed(rows)
+    batch = batch_to_device(collate_packed(rows), torch.device("cpu"))
     assert batch.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(batch[key], value), key

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 
 from owlore_tune.data import gsm8k_dataset, instruction_dataset, mmlu_dev_dataset, mmlu_train_dataset
+from owlore_tune.data.loader import TrainingData
 from owlore_tune.data.samples import MOST_ROWS, longest_row
 from owlore_tune.data.tokenizer import HFChatTokenizer
 
@@ -182,3 +183,39 @@ def test_the_longest_row_is_looked_for_where_looking_is_cheap():
     assert longest_row(rows, max_seq_len=512) == 7
     assert longest_row([*rows, {"tokens": [0]}], max_seq_len=512) == 512
     assert longest_row([*rows, {"tokens": [0]}], max_seq_len=None) == 7
+
+
+def data_of(num_rows: int, **options) -> TrainingData:
+    """Steps of two rows that are their own tokens. Row 5 cannot be used."""
+
+    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+        if 5 in rows:
+            raise KeyError("tokens")
+        return {"tokens": torch.tensor(rows)}
+
+    return TrainingData(list(range(num_rows)), collate, batch_size=2, shuffle=False, **options)
+
+
+def test_reading_ahead_changes_no_step():
+    plain, ahead = data_of(4, epochs=2), data_of(4, epochs=2)
+    for step in range(4):
+        ahead.read_ahead()
+        ahead.read_ahead()  # once more has no effect
+        (expected,), (got,) = plain.micro_batches(), ahead.micro_batches()
+        assert torch.equal(got["tokens"], expected["tokens"]), step
+    ahead.read_ahead()  # there is no next step
+    ahead.seek(1)
+    assert ahead.micro_batches()[0]["tokens"].tolist() == [2, 3]
+    ahead.read_ahead()
+    ahead.seek(3)
+    assert ahead.micro_batches()[0]["tokens"].tolist() == [2, 3]
+
+
+def test_a_row_that_cannot_be_read_ends_its_own_step():
+    data = data_of(8)
+    data.micro_batches()
+    data.read_ahead()
+    assert data.micro_batches()[0]["tokens"].tolist() == [2, 3]
+    data.read_ahead()  # rows 4 and 5
+    with pytest.raises(ValueError, match="a row of the dataset does not fit its component: KeyError"):
+        data.micro_batches()
