@@ -47,6 +47,11 @@ lint: install
 	ruff format --check .
 	mypy
 
+# On a machine with a GPU: the tests that need one or have paths for one, and the benchmarks.
+gpu: install
+	python -m pytest tests/gpu tests/method/test_kernels.py
+	$(MAKE) bench
+
 bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and others, evaluation is measured too
 	python benchmarks/methods.py --output benchmarks/methods.md
 	python benchmarks/gpu_counts.py --output benchmarks/gpu_counts.md
@@ -70,4 +75,4 @@ quality: install
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: install demo pictures test check lint bench quality clean
+.PHONY: install demo pictures test check lint gpu bench quality clean

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,9 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         args, rest = parser.parse_known_args()  # overrides can be on either side of --config
         if flags := [argument for argument in rest if argument.startswith("-")]:
             parser.error(f"unrecognized arguments: {' '.join(flags)}; override a field with field=value")
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            # Read at the first use of a GPU. Segments that grow leave no gaps between rows of different lengths.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         # Print log lines above progress bars, not in the middle of them.
         with obey_signals(), errors_in_one_line(), logging_redirect_tqdm([get_logger()]):
             recipe_main(load_config(args.config, [*args.overrides, *rest]))

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from owlore_tune.catalog import find_config
 from owlore_tune.doctor import fits
 from owlore_tune.errors import errors_in_one_line
 from owlore_tune.models import smollm2
+from owlore_tune.program import parse
 from runs import recipe_of
 
 
@@ -62,6 +64,27 @@ def test_errors_of_other_packages_are_told_in_one_line(error, capsys):
     with pytest.raises(SystemExit, match="^error: no$"), errors_in_one_line():
         raise error
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_recipes_use_segments_that_grow_unless_the_user_says_otherwise(monkeypatch, tmp_path, before, after):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "config.yaml").write_text("field: 1")
+    monkeypatch.setattr("sys.argv", ["recipe", "--config", str(tmp_path / "config.yaml")])
+    found = []
+    parse(lambda cfg: found.append(os.environ.get("PYTORCH_ALLOC_CONF")))()
+    assert found == [after]
 
 
 def test_cp_copies_and_does_not_overwrite(monkeypatch, tmp_path):

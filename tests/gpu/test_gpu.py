@@ -1,0 +1,72 @@
+"""Training on a GPU: `make gpu` runs this, and everything that has a GPU path of its own, on a machine with one."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune.models.llama2 import llama2
+
+from owlore_tune.config_files import load_config
+from owlore_tune.layers.projected import ProjectedLayers
+from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
+from owlore_tune.models.decoder import find_layers, find_linears
+from owlore_tune.models.fused import fuse_parts
+from owlore_tune.quantized.linear import quantize
+from runs import finetune, read_weights, variant, weights
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+FORMATS = {"full": "full", "int8": "int8", "nf4": "full"}  # with their products
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_run_trains_as_on_a_cpu(tiny_config, tiny_dir, name, dtype, checkpointing):
+    """Losses of every step, and final weights that moved alike. The sketches of bases are others on a GPU."""
+    changes = {"dtype": dtype, "enable_activation_checkpointing": checkpointing, "owlore__basis": "svd"}
+    changes |= {"owlore__weights": name, "owlore__products": FORMATS[name]}
+    runs, losses = [], []
+    for device in ("cpu", "cuda"):
+        config = variant(tiny_config, f"run_{len(runs)}", device=device, **changes)
+        losses.append([step["loss"] for step in finetune(config).report.records.steps])
+        runs.append(weights(config))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if dtype == "fp32" else 2e-2)
+    start = read_weights(tiny_dir) if dtype == "fp32" else {}  # updates of bfloat16 weights are rounded at random
+    moved = [key for key, weight in start.items() if not torch.equal(weight, runs[0][key])]
+    assert len(moved) > 10 or dtype == "bf16"
+    for key, weight in start.items():
+        distance = torch.linalg.vector_norm(runs[1][key] - runs[0][key])
+        assert distance <= 0.1 * torch.linalg.vector_norm(runs[0][key] - weight), key
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_host_does_not_wait_in_forward_and_backward(name):
+    """With bases. CUDA itself reports waits, also those inside torch."""
+    device = torch.device("cuda")
+    with device:
+        model = llama2(64, 2, 4, 2, 256, max_seq_len=64, intermediate_dim=512).bfloat16()
+    fuse_parts(model, device)
+    if name != "full":
+        for layer in find_layers(model):
+            for _, linear in find_linears(layer):
+                quantize(linear, name, FORMATS[name])
+    loss_fn = LinearCrossEntropyLoss()
+    loss_fn.set_model_output(model)
+    layers = ProjectedLayers(model, rank=8)
+    layers.activate([0, 1])
+    tokens = torch.randint(64, (2, 64))
+    for mode in ("default", "error"):  # the first pass makes the bases
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            labels = shift_labels(tokens, loss_fn.ignore_index)
+            mean_loss(model, loss_fn, {"tokens": tokens}, labels, device).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(parameter.grad.isfinite().all() for parameter in layers.trained().values())
+
+
+def test_a_run_takes_what_is_planned(smollm2_dir, tmp_path):
+    overrides = ["dataset_val=null", "max_steps_per_epoch=3", "dataset.packed=true", "batch_size=2", "device=cuda"]
+    config = load_config("smollm2/135M_owlore", [*overrides, f"output_dir={tmp_path / 'run'}"])
+    recipe = finetune(OmegaConf.to_container(config, resolve=False))
+    peak = max(step["peak_memory_gb"] for step in recipe.report.records.steps)
+    assert peak == pytest.approx(recipe.plan.total / 1e9, rel=0.05)
