@@ -49,7 +49,8 @@ lint: install
 
 # On a machine with a GPU: the tests that need one or have paths for one, and the benchmarks.
 gpu: install
-	python -m pytest tests/gpu tests/method/test_kernels.py
+	python -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU; see owlore doctor"'
+	python -m pytest tests/gpu tests/method/test_kernels.py tests/distributed/test_distributed.py
 	$(MAKE) bench
 
 bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and others, evaluation is measured too

@@ -243,15 +243,15 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             with self._clock("backward"):
                 micro_loss.backward()
             loss += micro_loss.detach()
-        with self._clock("data"):
-            self.inputs.data.read_ahead()
         trained = self.layers.trained().values()
         sum_grads(trained, self._world)
         norm = clip_grad_norm_(trained, self.settings.clip_grad_norm, self._world)
+        values = torch.stack([self._world.sum_(loss), norm.to(loss)])
+        self.inputs.data.read_ahead(self._device)
         self._is_complete = False  # until the step is counted
-        loss_value, grad_norm = torch.stack([self._world.sum_(loss), norm.to(loss)]).tolist()
+        loss_value, grad_norm = values.tolist()  # waits for the device
         self._update(loss_value, grad_norm, sum(num_trained))
-        phases, seconds = self._clock.read(), time.perf_counter() - started
+        phases, seconds = self._clock.read(), time.perf_counter() - started  # on a GPU, the update before this one
         metrics = {
             "loss": loss_value,
             "lr": float(get_lr(self.optimizer)),  # torchao has tensors

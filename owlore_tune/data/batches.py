@@ -16,7 +16,7 @@ def collate_packed(samples: list[dict[str, Tensor]]) -> Batch:
     GPU in the machine they are for flex attention, which a run on the CPU and the attention of Gemma 2 cannot use.
     """
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "input_pos")}
-    return batch | {"sample": torch.stack([_numbers(sample["seq_lens"]) for sample in samples])}
+    return batch | {"sample_number": torch.stack([_numbers(sample["seq_lens"]) for sample in samples])}
 
 
 def _numbers(seq_lens: Any) -> Tensor:  # of a row's samples → (s,)
@@ -46,7 +46,7 @@ def _num_tokens(sample: Mapping[str, Any]) -> int:
 def batch_to_device(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
     """``batch`` on ``device``. The numbers of its samples become a mask (b, s, s) bool, causal inside each sample."""
     moved = {key: to_device(value, device) for key, value in batch.items()}
-    if (numbers := moved.pop("sample", None)) is not None:
+    if (numbers := moved.pop("sample_number", None)) is not None:
         moved["mask"] = (numbers[:, :, None] == numbers[:, None, :]).tril_()
     return moved
 

@@ -10,7 +10,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from owlore_tune.data.batches import Batch, collate_with_valid
-from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.distributed.world import ALONE, World, is_known_to_all
 
 Collate = Callable[[list[Any]], Batch]
 
@@ -70,13 +70,18 @@ class TrainingData:
         """Continue after ``step`` optimizer steps."""
         self._step, self._batches, self._ahead = step, None, None
 
-    def read_ahead(self) -> None:
-        """Read the next optimizer step's micro-batches, if there is one, while a GPU works on this step's."""
-        if self._ahead is None and self._step < self.num_steps:
+    def read_ahead(self, device: torch.device) -> None:
+        """Read the next optimizer step's micro-batches, if there is one, while a GPU works. Does nothing on a CPU.
+
+        Rows that use a global random generator then advance it a step early.
+        """
+        if device.type != "cpu" and self._ahead is None and self._step < self.num_steps:
             try:
                 self._ahead = self._next()
-            except Exception as error:  # it belongs to the next step
-                self._ahead = error
+            except Exception as error:
+                if not is_known_to_all(error):
+                    raise  # this process cannot go on with the others
+                self._ahead = error  # of the next step
 
     def micro_batches(self) -> list[Batch]:
         """The micro-batches of the next optimizer step.
@@ -84,11 +89,9 @@ class TrainingData:
         Raises:
             ValueError: if a row cannot be used. Raised on all processes if it happens on one.
         """
-        self.read_ahead()
-        found, self._ahead = self._ahead, None
+        found, self._ahead = self._next() if self._ahead is None else self._ahead, None
         if isinstance(found, Exception):
             raise found
-        assert found is not None, "all steps were read"
         self._step += 1
         return found
 

@@ -171,9 +171,10 @@ class Schedule:
         Waits for the device if there are new bases.
         """
         new = [weight for _, weight in self.layers.active_weights() if weight.is_new]
-        self.refresh_seconds = sum(weight.seconds() for weight in new)
+        self.refresh_seconds = 0.0
         if new:
             are_given = torch.stack([weight.is_given for weight in new if weight.is_given is not None]).tolist()
+            self.refresh_seconds = sum(weight.seconds() for weight in new)
             for weight, is_given in zip(new, are_given, strict=True):
                 self._settle_basis(weight, is_given)
         if self.layers.masters is not None and (new or self._has_returned):

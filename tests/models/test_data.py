@@ -185,37 +185,57 @@ def test_the_longest_row_is_looked_for_where_looking_is_cheap():
     assert longest_row([*rows, {"tokens": [0]}], max_seq_len=None) == 7
 
 
-def data_of(num_rows: int, **options) -> TrainingData:
-    """Steps of two rows that are their own tokens. Row 5 cannot be used."""
+GPU = torch.device("cuda")
+
+
+def data_of(num_rows: int, **options) -> tuple[TrainingData, list[list[int]]]:
+    """Steps of two rows that are their own tokens, and what has been read. Row 7 cannot be used."""
+    read = []
 
     def collate(rows: list[int]) -> dict[str, torch.Tensor]:
-        if 5 in rows:
+        read.append(rows)
+        if 7 in rows:
             raise KeyError("tokens")
         return {"tokens": torch.tensor(rows)}
 
-    return TrainingData(list(range(num_rows)), collate, batch_size=2, shuffle=False, **options)
+    return TrainingData(list(range(num_rows)), collate, batch_size=2, **options), read
 
 
 def test_reading_ahead_changes_no_step():
-    plain, ahead = data_of(4, epochs=2), data_of(4, epochs=2)
-    for step in range(4):
-        ahead.read_ahead()
-        ahead.read_ahead()  # once more has no effect
-        (expected,), (got,) = plain.micro_batches(), ahead.micro_batches()
-        assert torch.equal(got["tokens"], expected["tokens"]), step
-    ahead.read_ahead()  # there is no next step
-    ahead.seek(1)
-    assert ahead.micro_batches()[0]["tokens"].tolist() == [2, 3]
-    ahead.read_ahead()
-    ahead.seek(3)
-    assert ahead.micro_batches()[0]["tokens"].tolist() == [2, 3]
+    plain, expected = data_of(6, epochs=2)
+    for _ in range(6):
+        plain.read_ahead(torch.device("cpu"))
+        plain.micro_batches()
+    assert expected[:3] != expected[3:]  # shuffled anew
+    ahead, read = data_of(6, epochs=2)
+    for step in range(6):
+        for _ in range(2):  # the second time has no effect
+            ahead.read_ahead(GPU)
+            assert read == expected[: step + 1]
+        assert ahead.micro_batches()[0]["tokens"].tolist() == expected[step]
+    ahead.read_ahead(GPU)
+    assert read == expected  # there is no next step
+    for step in (1, 4):
+        ahead.seek(step)
+        assert ahead.micro_batches()[0]["tokens"].tolist() == expected[step]
+        ahead.read_ahead(GPU)
 
 
 def test_a_row_that_cannot_be_read_ends_its_own_step():
-    data = data_of(8)
-    data.micro_batches()
-    data.read_ahead()
-    assert data.micro_batches()[0]["tokens"].tolist() == [2, 3]
-    data.read_ahead()  # rows 4 and 5
+    data, _ = data_of(8, shuffle=False)
+    for step in range(3):
+        data.read_ahead(GPU)
+        assert data.micro_batches()[0]["tokens"].tolist() == [2 * step, 2 * step + 1]
+    data.read_ahead(GPU)  # rows 6 and 7
     with pytest.raises(ValueError, match="a row of the dataset does not fit its component: KeyError"):
         data.micro_batches()
+
+
+def test_a_lost_process_is_no_error_of_the_next_step(monkeypatch):
+    def lose(action):
+        raise RuntimeError("connection reset")
+
+    data, _ = data_of(6)
+    monkeypatch.setattr(data._world, "attempt", lose)
+    with pytest.raises(RuntimeError, match="connection reset"):
+        data.read_ahead(GPU)

@@ -13,7 +13,6 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from owlore_tune.data.loader import TrainingData
 from owlore_tune.layers.scores import Outlier
 from owlore_tune.layers.scores_file import LayerScores
 from owlore_tune.run.scoring import score_model
@@ -245,27 +244,6 @@ def test_every_epoch_has_another_order(tiny_config):
     ]
     first, second = ([[token for token in row if token] for row in rows] for rows in epochs)  # without padding
     assert first != second and sorted(first) == sorted(second)
-
-
-def test_a_step_reads_the_next_ones_rows_before_it_waits_for_its_loss(tiny_config, monkeypatch):
-    recipe = prepare(variant(tiny_config, "ahead", dataset_val=None))
-    events, data, read_loss = [], recipe.inputs.data, torch.Tensor.tolist
-
-    def read_ahead():
-        events.append(f"read {data._step}")
-        TrainingData.read_ahead(data)
-
-    def tolist(tensor):
-        if tensor.shape == (2,) and tensor.dtype == torch.float32:  # loss and norm
-            events.append(f"wait {recipe.progress.step}")
-        return read_loss(tensor)
-
-    monkeypatch.setattr(data, "read_ahead", read_ahead)
-    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
-    recipe.train()
-    recipe.cleanup()
-    of_steps = [[f"read {step + 1}", f"wait {step}", f"read {step + 1}"] for step in range(10)]
-    assert events == ["read 0", *(event for step in of_steps for event in step)][:-1]
 
 
 def test_scoring_alone(tiny_config):
