@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_the_second_of_two_runs_is_refused_in_one_line(tiny_config, tmp_path):
     first = start(config, tmp_path)
     while not (Path(config["output_dir"]) / "steps.jsonl").exists():
         assert first.poll() is None, first.stderr.read()
+        time.sleep(0.02)  # leaves the processor to it
     other = tmp_path / "other"
     other.mkdir()
     _, errors = start(config | {"resume_from_checkpoint": True}, other).communicate(timeout=60)
