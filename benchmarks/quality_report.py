@@ -38,8 +38,8 @@ def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
         "# Accuracy of OwLore and other methods",
         "",
         f"SmolLM2-135M-Instruct, {STEPS} steps of {SEQ_LEN} packed tokens, float32 with products in bfloat16. (The "
-        "final runs of all layers with r=64 in int8 were on a machine without instructions for them, where products "
-        "are in float32.) Learning "
+        "final runs of all layers with r=64 in int8, and those with r=128 and the first seed, were on a machine "
+        "without instructions for them, where products are in float32.) Learning "
         f"rates are tuned with runs of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard "
         "deviation over seeds. For correct answers, it is the standard error of the share; all runs answer the same "
         "242 problems, and those of OwLore have not done so yet. Step time and peak memory are from "
