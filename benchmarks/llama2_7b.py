@@ -1,9 +1,9 @@
 """Peak memory of runs of LLaMA-2-7B and 13B, from process start to exit, against the memory plan.
 
-    python benchmarks/llama2_7b.py [--models /tmp] [--rows NAME ...] [--output benchmarks/llama2_7b.md]
+    python benchmarks/llama2_7b.py [--models /tmp] [--rows NAME ...] [--tokens 512] [--output benchmarks/llama2_7b.md]
 
 Each row is a complete `tune run` of configs/llama2/7B_owlore.yaml or 13B_owlore.yaml: load 13.5 or 26 GB from disk,
-score the layers, train three steps of 1 × 512 tokens over two draws, and save. Random weights in the real layout are
+score the layers, train three steps of one row over two draws, and save. Random weights in the real layout are
 created below ``--models`` if they are not there (`owlore random`). Memory and time do not depend on the values of
 the weights.
 """
@@ -21,7 +21,7 @@ from owlore_tune.data.builders import mmlu_dev_rows
 from owlore_tune.run.records import read_records
 
 RUN = [
-    "dataset.source=null", "dataset.packed=true", "tokenizer.max_seq_len=512", "batch_size=1",
+    "dataset.source=null", "dataset.packed=true", "batch_size=1",
     "gradient_accumulation_steps=1", "max_steps_per_epoch=3", "save_every_n_steps=null", "owlore.resample_every=2",
     "owlore.calibration_batches=1", "owlore.rank=128", "device=cpu",
 ]  # fmt: skip
@@ -42,7 +42,7 @@ ROWS = {
 }
 
 
-def measure(size: str, overrides: list[str], model: Path) -> tuple[float, dict, list[dict]]:
+def measure(size: str, overrides: list[str], model: Path, tokens: int) -> tuple[float, dict, list[dict]]:
     """Return the peak resident size of a run in GB, its manifest, and its steps."""
     with tempfile.TemporaryDirectory(dir=model.parent) as name:
         scratch = Path(name)
@@ -50,6 +50,7 @@ def measure(size: str, overrides: list[str], model: Path) -> tuple[float, dict, 
         rows = [{"instruction": "Go on.", "output": row["instruction"] + row["output"]} for row in mmlu_dev_rows()]
         data.write_text(json.dumps(rows))
         places = [f"checkpointer.checkpoint_dir={model}", f"output_dir={run}", f"dataset.data_files={data}"]
+        places.append(f"tokenizer.max_seq_len={tokens}")
         peak = tune_run(
             "owlore_full_finetune", f"llama2/{size}_owlore", *places, *RUN, *overrides, log=scratch / "log.txt"
         )
@@ -68,13 +69,14 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--models", type=Path, default=Path("/tmp"), help="directory of the models, 40 GB")
     arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="rows to run")
+    arguments.add_argument("--tokens", type=int, default=512, help="per row; fewer on a CPU without bf16")
     args = arguments.parse_args()
     lines = [
         "# LLaMA-2-7B and 13B on one machine",
         "",
-        "Real shape in bfloat16, 1 × 512 tokens, activation checkpointing, embeddings and head frozen; load from disk, "
-        f"score, 3 steps over 2 draws, save; {machine()}. Peak memory covers the whole process from start to "
-        f"exit. Command: {command()}.",
+        f"Real shape in bfloat16, 1 × {args.tokens} tokens, activation checkpointing, embeddings and head frozen; load "
+        f"from disk, score, 3 steps over 2 draws, save; {machine()}. Peak memory covers the whole process from start "
+        f"to exit. Command: {command()}.",
         "",
         "Rank 128. The time of a step is the median without its draw. Loading includes scoring and quantizing. A "
         "redraw writes layers that leave, and quantizes them anew.",
@@ -85,7 +87,7 @@ def main() -> None:
     ]
     for row in args.rows:
         size, overrides = ROWS[row]
-        peak, manifest, steps = measure(size, overrides, random_model(size, args.models))
+        peak, manifest, steps = measure(size, overrides, random_model(size, args.models), args.tokens)
         planned, measured = manifest["memory_bytes"].values()
         state = measured["projected"] + measured["moments"] + measured["bases"]
         expected = planned["total"] / 1e9
