@@ -221,7 +221,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _signalled(self) -> Signals | None:
         """The signal that this process or another one received, so that all stop after the same step."""
-        number = max(self._world.gather(stop_request().signal or 0))
+        number = self._world.largest(stop_request().signal or 0)
         return Signals(number) if number else None
 
     def _train_step(self, micro_batches: list[Batch], started: float) -> dict[str, float]:

@@ -1,25 +1,22 @@
-"""Programs that tests start on several ranks: train recipes in sequence, or count communicated bytes.
-
-torchrun --nproc_per_node N tests/distributed_programs.py train CONFIG...
-torchrun --nproc_per_node N tests/distributed_programs.py count OUTPUT CONFIG
-torchrun --nproc_per_node N tests/distributed_programs.py poison CONFIG
-torchrun --nproc_per_node 2 tests/distributed_programs.py fail_alone
-"""
+"""Programs that tests start on several ranks, see `ranks.run_ranks`."""
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lm_eval.api.instance import Instance
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchtune.models.llama2 import llama2
 
 import owlore_full_finetune
+from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world, local
 from owlore_tune.optim.moments import state_bytes
@@ -27,7 +24,8 @@ from owlore_tune.optim.projection import range_finder
 from owlore_tune.run.settings import TrainingSettings
 
 
-def train(files: list[str]) -> None:
+def train(*files: str) -> None:
+    """Train recipes, one after the other."""
     configs = [DictConfig(OmegaConf.load(file)) for file in files]
     offloads = any(cfg.get("fsdp_cpu_offload") and cfg.device != "cpu" for cfg in configs)
     with process_group(torch.device(configs[0].device), configs[0].get("dist_timeout_s", 600), cpu_offload=offloads):
@@ -124,6 +122,25 @@ def fail_alone() -> None:
         assert torch.equal(ours[0], first[0]) and ours[1] is first[1] is True, (ours, first)
 
 
-if __name__ == "__main__":
-    programs = {"train": lambda *files: train(list(files)), "count": count, "poison": poison, "fail_alone": fail_alone}
-    programs[sys.argv[1]](*sys.argv[2:])
+def serve(tokenizer: str, rank: str, failure: str, output: str) -> None:
+    """Generate on all ranks, of which ``rank`` fails, or has memory for one row. Write the answers to ``output``."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = llama2(300, 4, 4, 2, 32, max_seq_len=256, intermediate_dim=48)
+    lm = TorchtuneLM(model, HFChatTokenizer(tokenizer), batch_size=2)
+
+    def fail(module, args) -> None:
+        if failure == "broken":
+            raise RuntimeError("broken on purpose")
+        if len(args[0]) > 1:
+            raise torch.OutOfMemoryError("no more")
+
+    if dist.get_rank() == int(rank):
+        lm.model.tok_embeddings.register_forward_pre_hook(fail)
+    if dist.get_rank() == 0:
+        options = {"max_gen_toks": 5, "until": []}
+        requests = [Instance("generate_until", {}, (f"question {i}", options), i) for i in range(9)]
+        Path(output).write_text(json.dumps(lm.generate_until(requests)))
+        lm.dismiss()
+    else:
+        lm.serve()

@@ -1,30 +1,83 @@
 """Several processes on this machine that train together."""
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
+import distributed_programs
+import torch
 from omegaconf import OmegaConf
 
 from runs import variant, weights
 
-PROGRAMS = Path(__file__).parent / "distributed_programs.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+SECONDS = 400
+# Processes are forked from one that has imported everything, and done nothing else.
+_FORK = multiprocessing.get_context("forkserver")
+_FORK.set_forkserver_preload(["owlore_full_finetune", "owlore_evals.torchtune_lm"])
+
+
+class Ranks(NamedTuple):
+    """Processes that have ended."""
+
+    codes: list[int]  # by rank
+    output: str  # of all
+
+
+def run_ranks(num_ranks: int, program: str, *arguments: object) -> Ranks:
+    """Run a program of distributed_programs.py on several ranks. Kill those that go on 20 seconds after one failed."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as logs:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        files = [Path(logs) / str(rank) for rank in range(num_ranks)]
+        texts = tuple(map(str, arguments))
+        ranks = [
+            _FORK.Process(target=_rank, args=(rank, num_ranks, port, file, program, texts))
+            for rank, file in enumerate(files)
+        ]
+        for process in ranks:
+            process.start()
+        end = time.monotonic() + SECONDS
+        while any(process.is_alive() for process in ranks) and time.monotonic() < end:
+            if any(process.exitcode for process in ranks):
+                end = min(end, time.monotonic() + 20)
+            time.sleep(0.02)
+        for process in ranks:
+            process.kill()
+            process.join()
+        return Ranks([process.exitcode for process in ranks], "\n".join(file.read_text() for file in files))
+
+
+def _rank(rank: int, num_ranks: int, port: int, log: Path, program: str, arguments: tuple[str, ...]) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    getattr(distributed_programs, program)(*arguments)
 
 
 def torchrun(num_ranks: int, *arguments: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     return subprocess.run(
-        [*command, *options, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=400
+        [*command, *options, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=SECONDS
     )
 
 
 def train_together(num_ranks: int, *configs: dict) -> None:
     """Train each of ``configs`` on ``num_ranks`` ranks, one after the other."""
-    files = [write(config) for config in configs]
-    result = torchrun(num_ranks, PROGRAMS, "train", *files)
-    assert result.returncode == 0, result.stderr[-3000:]
+    codes, output = run_ranks(num_ranks, "train", *map(write, configs))
+    assert not any(codes), output[-3000:]
 
 
 def write(config: dict) -> Path:

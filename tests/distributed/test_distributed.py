@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from near import assert_same_shares
 from omegaconf import OmegaConf
-from ranks import ENVIRONMENT, PROGRAMS, furthest, on_ranks, torchrun, train_together, write
+from ranks import ENVIRONMENT, furthest, on_ranks, run_ranks, torchrun, train_together, write
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -142,7 +142,8 @@ def test_one_rank_under_torchrun_is_the_single_device_recipe_bit_for_bit(config)
     config |= {"enable_activation_checkpointing": True, "clip_grad_norm": 0.1}
     finetune(config)
     rank = variant(config, "rank")
-    train_together(1, rank)
+    done = torchrun(1, "-m", "owlore_full_finetune", "--config", write(rank))
+    assert done.returncode == 0, done.stderr[-3000:]
     assert furthest(config, rank) == 0
 
 
@@ -237,8 +238,8 @@ def test_a_checkpoint_of_ranks_is_a_model_directory(config):
 def count(num_ranks: int, config: dict, tmp_path: Path) -> list[list[dict]]:
     """Return the bytes sent and the optimizer state size for each rank and step."""
     output = tmp_path / f"{Path(config['output_dir']).name}_counts"
-    result = torchrun(num_ranks, PROGRAMS, "count", output, write(config))
-    assert result.returncode == 0, result.stderr[-3000:]
+    done = run_ranks(num_ranks, "count", output, write(config))
+    assert not any(done.codes), done.output[-3000:]
     return [json.loads(output.with_suffix(f".{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
@@ -293,19 +294,19 @@ def test_state_is_what_is_planned_and_does_not_grow(config, tmp_path):
 @pytest.mark.slow
 def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_named_by_the_first(config):
     config = on_ranks(2, config, "poisoned")
-    result = torchrun(2, PROGRAMS, "poison", write(config))
-    assert result.returncode == 0, result.stderr[-3000:]
+    done = run_ranks(2, "poison", write(config))
+    assert not any(done.codes), done.output[-3000:]
     manifest = json.loads((Path(config["output_dir"]) / "manifest.json").read_text())
     assert manifest["skipped_steps"] == 1
     active = [draw["active"] for draw in manifest["draws"] if draw["step"] <= 4][-1]
     places = sorted(f"layers.{layer}" for layer in active)
-    assert f"gradients not finite in {places}; no update" in result.stderr
+    assert f"gradients not finite in {places}; no update" in done.output
     assert all(weight.isfinite().all() for weight in weights(config).values())
 
 
 def test_ranks_get_one_basis_if_an_algorithm_fails_on_one_of_them():
-    result = torchrun(2, PROGRAMS, "fail_alone")
-    assert result.returncode == 0, result.stderr[-3000:]
+    done = run_ranks(2, "fail_alone")
+    assert not any(done.codes), done.output[-3000:]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from ranks import run_ranks
 from tiny import TINY_MODEL
 from torchtune.data import Message
 
@@ -510,53 +511,17 @@ def test_two_ranks_give_the_results_of_one(make_config, choices_file, tmp_path):
     assert json.loads((tmp_path / "ranks_2" / "generate" / "manifest.json").read_text())["model"]["world_size"] == 2
 
 
-SERVING = """
-import json, sys, torch, torch.distributed as dist
-from torchtune.models.llama2 import llama2
-from lm_eval.api.instance import Instance
-from owlore_evals.torchtune_lm import TorchtuneLM
-from owlore_tune.data.tokenizer import HFChatTokenizer
-
-_, tokenizer, rank, kind = sys.argv
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = llama2(300, 4, 4, 2, 32, max_seq_len=256, intermediate_dim=48)
-lm = TorchtuneLM(model, HFChatTokenizer(tokenizer), batch_size=2)
-
-def fail(module, args):
-    if kind == "broken":
-        raise RuntimeError("broken on purpose")
-    if len(args[0]) > 1:
-        raise torch.OutOfMemoryError("no more")
-
-if dist.get_rank() == int(rank):
-    lm.model.tok_embeddings.register_forward_pre_hook(fail)
-if dist.get_rank() == 0:
-    options = {"max_gen_toks": 5, "until": []}
-    requests = [Instance("generate_until", {}, (f"question {i}", options), i) for i in range(9)]
-    print("answers", json.dumps(lm.generate_until(requests)))
-    lm.dismiss()
-else:
-    lm.serve()
-"""
-
-
-def serve(tmp_path, *arguments) -> subprocess.CompletedProcess:
-    (tmp_path / "serving.py").write_text(SERVING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", str(tmp_path / "serving.py"), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_ends_the_others(tiny_dir, tmp_path, rank):
-    done = serve(tmp_path, tiny_dir, rank, "broken")
-    assert done.returncode != 0 and "broken on purpose" in done.stderr
+    done = run_ranks(2, "serve", tiny_dir, rank, "broken", tmp_path / "answers")
+    assert all(code > 0 for code in done.codes), done  # all by themselves
+    assert "broken on purpose" in done.output
 
 
 def test_a_rank_without_memory_generates_in_smaller_batches(tiny_dir, tmp_path):
-    runs = [serve(tmp_path, tiny_dir, rank, "small") for rank in (1, 7)]  # there is no rank 7
-    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:]
-    answers = [next(line for line in run.stdout.splitlines() if line.startswith("answers")) for run in runs]
-    assert answers[0] == answers[1] and len(json.loads(answers[0].removeprefix("answers"))) == 9
+    answers = []
+    for rank in (1, 7):  # there is no rank 7
+        done = run_ranks(2, "serve", tiny_dir, rank, "small", tmp_path / "answers")
+        assert not any(done.codes), done.output[-3000:]
+        answers.append(json.loads((tmp_path / "answers").read_text()))
+    assert answers[0] == answers[1] and len(answers[0]) == 9
