@@ -37,6 +37,19 @@ class Killed(BaseException):
     """Ends a run like SIGKILL: nothing catches it, so nothing more is saved."""
 
 
+_UNBROKEN: dict[str, dict[str, torch.Tensor]] = {}
+
+
+def unbroken_weights(config: dict, **changes) -> dict[str, torch.Tensor]:
+    """The weights after an uninterrupted run, which is made once for all tests with the same config."""
+    run = variant(config, "unbroken", **changes)
+    key = json.dumps(run | {"output_dir": None}, sort_keys=True)
+    if key not in _UNBROKEN:
+        finetune(run)
+        _UNBROKEN[key] = weights(run)
+    return _UNBROKEN[key]
+
+
 def finetune_until(config: dict, step: int) -> None:
     """Train, and raise `Killed` right after step ``step``."""
     recipe = prepare(config)

@@ -18,6 +18,8 @@ from owlore_tune.paths import user_path
 
 log = get_logger("INFO")
 
+YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML does not have the fast one on every machine
+
 
 def mmlu_dev_dataset(
     tokenizer: ModelTokenizer,
@@ -55,7 +57,7 @@ def mmlu_dev_rows(split: str | None = None, *, num_held_out: int = 45, seed: int
     rows = []
     for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if file.name.startswith("mmlu_") and file.name.endswith(".yaml"):
-            samples = yaml.safe_load(file.read_text())["fewshot_config"]["samples"]
+            samples = yaml.load(file.read_text(), Loader=YAML)["fewshot_config"]["samples"]
             subject = file.name.removeprefix("mmlu_").removesuffix(".yaml").replace("_", " ")
             rows += [{"instruction": s["question"], "output": s["target"], "subject": subject} for s in samples]
     if split is None:

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,7 @@ METHODS = {
 MODEL_FIELDS = {"model", "tokenizer", "checkpointer", "batch_size", "gradient_accumulation_steps", "dist_timeout_s"}
 
 
+@cache
 def filled_in(name: str) -> dict:
     """A config with all its defaults."""
     cfg = OmegaConf.to_container(TrainingSettings.from_config(load_config(name, ["device=cpu"])).cfg)
