@@ -279,8 +279,7 @@ def build_profiler(settings: TrainingSettings) -> Any:
     node = settings.cfg.profiler
     if node is None or not node.get("enabled"):
         return training.DummyProfiler()
-    profiler, _ = build("profiler", node)
-    return profiler
+    return build("profiler", node)[0]
 
 
 def build_lr_scheduler(settings: TrainingSettings, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
