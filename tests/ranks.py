@@ -30,14 +30,17 @@ class Ranks(NamedTuple):
     output: str  # of all
 
 
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
 def run_ranks(num_ranks: int, program: str, *arguments: object) -> Ranks:
     """Run a program of distributed_programs.py on several ranks. Kill those that go on 20 seconds after one failed."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as logs:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    port, texts = free_port(), tuple(map(str, arguments))
+    with tempfile.TemporaryDirectory() as logs:
         files = [Path(logs) / str(rank) for rank in range(num_ranks)]
-        texts = tuple(map(str, arguments))
         ranks = [
             _FORK.Process(target=_rank, args=(rank, num_ranks, port, file, program, texts))
             for rank, file in enumerate(files)

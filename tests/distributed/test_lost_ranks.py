@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,17 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from ranks import ENVIRONMENT, furthest, on_ranks, torchrun, train_together, write
+from ranks import ENVIRONMENT, free_port, furthest, on_ranks, torchrun, train_together, write
 from torch.distributed import HashStore
 
 from owlore_tune.distributed.launch import let_gloo_finish
 from owlore_tune.run.directory import RunDirectory
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
 
 
 def start_ranks(*configs: dict) -> list[subprocess.Popen]:
