@@ -49,10 +49,12 @@ def measure(size: str, overrides: list[str], model: Path, tokens: int) -> tuple[
         run, data = scratch / "run", scratch / "data.json"
         rows = [{"instruction": "Go on.", "output": row["instruction"] + row["output"]} for row in mmlu_dev_rows()]
         data.write_text(json.dumps(rows))
-        places = [f"checkpointer.checkpoint_dir={model}", f"output_dir={run}", f"dataset.data_files={data}"]
-        places.append(f"tokenizer.max_seq_len={tokens}")
+        own = [
+            f"checkpointer.checkpoint_dir={model}", f"output_dir={run}", f"dataset.data_files={data}",
+            f"tokenizer.max_seq_len={tokens}",
+        ]  # fmt: skip
         peak = tune_run(
-            "owlore_full_finetune", f"llama2/{size}_owlore", *places, *RUN, *overrides, log=scratch / "log.txt"
+            "owlore_full_finetune", f"llama2/{size}_owlore", *own, *RUN, *overrides, log=scratch / "log.txt"
         )
         return peak, json.loads((run / "manifest.json").read_text()), read_records(run / "steps.jsonl")
 

@@ -251,7 +251,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._is_complete = False  # until the step is counted
         loss_value, grad_norm = values.tolist()  # waits for the device
         self._update(loss_value, grad_norm, sum(num_trained))
-        phases, seconds = self._clock.read(), time.perf_counter() - started  # on a GPU, the update before this one
+        phases, seconds = self._clock.read(), time.perf_counter() - started  # on a GPU, the last step's update
         metrics = {
             "loss": loss_value,
             "lr": float(get_lr(self.optimizer)),  # torchao has tensors

@@ -27,7 +27,7 @@ class Ranks(NamedTuple):
     """Processes that have ended."""
 
     codes: list[int]  # by rank
-    output: str  # of all
+    output: str  # all processes, by rank
 
 
 def free_port() -> int:

@@ -50,6 +50,13 @@ def unbroken_weights(config: dict, **changes) -> dict[str, torch.Tensor]:
     return _UNBROKEN[key]
 
 
+def assert_weights(config: dict, expected: dict[str, torch.Tensor]) -> None:
+    """Assert that the weights of the last checkpoint are ``expected``, bit for bit."""
+    got = weights(config)
+    for name, weight in expected.items():
+        assert torch.equal(weight, got[name]), name
+
+
 def finetune_until(config: dict, step: int) -> None:
     """Train, and raise `Killed` right after step ``step``."""
     recipe = prepare(config)

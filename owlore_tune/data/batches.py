@@ -19,7 +19,7 @@ def collate_packed(samples: list[dict[str, Tensor]]) -> Batch:
     return batch | {"sample_number": torch.stack([_numbers(sample["seq_lens"]) for sample in samples])}
 
 
-def _numbers(seq_lens: Any) -> Tensor:  # of a row's samples → (s,)
+def _numbers(seq_lens: Any) -> Tensor:  # (number of samples,) → (s,)
     lengths = torch.as_tensor(seq_lens)
     return torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
 

@@ -64,7 +64,7 @@ class TrainingData:
         self._loader = _loader(dataset, collate, batch_size, world, shuffle=shuffle, seed=seed)
         self._step = 0  # the next step
         self._batches: Iterator[Batch] | None = None  # of the current epoch
-        self._ahead: list[Batch] | Exception | None = None  # of the next step, or why they could not be read
+        self._ahead: list[Batch] | Exception | None = None  # the next step's, or the error of reading them
 
     def seek(self, step: int) -> None:
         """Continue after ``step`` optimizer steps."""
@@ -81,7 +81,7 @@ class TrainingData:
             except Exception as error:
                 if not is_known_to_all(error):
                     raise  # this process cannot go on with the others
-                self._ahead = error  # of the next step
+                self._ahead = error  # `micro_batches` raises it
 
     def micro_batches(self) -> list[Batch]:
         """The micro-batches of the next optimizer step.

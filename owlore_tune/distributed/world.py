@@ -44,7 +44,7 @@ class World:
         """Each of ``numbers`` summed over all processes."""
         if self.size == 1:
             return numbers
-        return self.sum_(torch.tensor(numbers)).tolist()  # in host memory: nobody waits for a GPU
+        return self.sum_(torch.tensor(numbers)).tolist()  # in host memory, so that no process waits for a GPU
 
     def largest(self, number: int) -> int:
         """The largest ``number`` of all processes."""

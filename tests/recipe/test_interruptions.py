@@ -23,7 +23,17 @@ from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.run import build, planning
 from owlore_tune.run.report import Report
 from owlore_tune.run.signals import Stop, obey_signals, stop_request
-from runs import after_step, checkpoints, finetune, prepare, recipe_of, scale_loss, unbroken_weights, variant, weights
+from runs import (
+    after_step,
+    assert_weights,
+    checkpoints,
+    finetune,
+    prepare,
+    recipe_of,
+    scale_loss,
+    unbroken_weights,
+    variant,
+)
 
 
 def broken_at(config: dict, step: int, place: str, error: BaseException) -> OwLoreFullFinetuneRecipe:
@@ -62,8 +72,7 @@ def test_an_error_loses_no_step(tiny_config, place, changes):
         recipe.train()
     recipe.cleanup()
     finetune(config | {"resume_from_checkpoint": True})
-    unbroken = unbroken_weights(tiny_config, dataset_val=None, **changes)
-    assert all(torch.equal(weight, weights(config)[name]) for name, weight in unbroken.items())
+    assert_weights(config, unbroken_weights(tiny_config, dataset_val=None, **changes))
 
 
 @pytest.mark.parametrize("moments", ["keep", "project", "reset"])
@@ -86,8 +95,7 @@ def test_an_error_between_a_refresh_and_its_update_loses_no_step(tiny_config, mo
         recipe.train()
     recipe.cleanup()
     finetune(config | {"resume_from_checkpoint": True})
-    unbroken = unbroken_weights(tiny_config, **changes)
-    assert all(torch.equal(weight, weights(config)[name]) for name, weight in unbroken.items())
+    assert_weights(config, unbroken_weights(tiny_config, **changes))
 
 
 def test_an_error_in_the_update_itself_saves_no_half_step(tiny_config):
@@ -248,8 +256,7 @@ def test_a_signal_is_obeyed_in_every_phase(phase, number, tiny_config, monkeypat
     monkeypatch.setattr(owner, method, original)
     if step is not None:
         finetune(config | {"resume_from_checkpoint": True})
-        unbroken = unbroken_weights(tiny_config, dataset_val=None)
-        assert all(torch.equal(weight, weights(config)[name]) for name, weight in unbroken.items())
+        assert_weights(config, unbroken_weights(tiny_config, dataset_val=None))
 
 
 def test_a_validation_is_left_out_after_a_signal(tiny_config, monkeypatch):

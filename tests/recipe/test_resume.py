@@ -22,12 +22,21 @@ from owlore_tune.checkpoints.sealed import verify
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.run.rng import get_rng_state, set_rng_state
-from runs import checkpoints, finetune, finetune_until, poison, prepare, unbroken_weights, variant, weights
+from runs import (
+    assert_weights,
+    checkpoints,
+    finetune,
+    finetune_until,
+    poison,
+    prepare,
+    unbroken_weights,
+    variant,
+    weights,
+)
 
 
 def assert_same_bits(one: dict, other: dict) -> None:
-    for name, weight in weights(one).items():
-        assert torch.equal(weight, weights(other)[name]), name
+    assert_weights(other, weights(one))
 
 
 CASES = {
@@ -245,8 +254,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config, tmp_path):
     )
     assert "Traceback" not in output
     finetune(config | {"resume_from_checkpoint": True})
-    unbroken = unbroken_weights(tiny_config, epochs=10, keep_last_n=1)
-    assert all(torch.equal(weight, weights(config)[name]) for name, weight in unbroken.items())
+    assert_weights(config, unbroken_weights(tiny_config, epochs=10, keep_last_n=1))
 
 
 def test_a_later_signal_ends_at_once_and_one_at_the_same_time_does_not():
