@@ -1,7 +1,5 @@
 """Batch sizes of an evaluation: as large as the free memory of a GPU allows, or fixed sizes that are fast on a CPU."""
 
-import torch
-
 from owlore_tune.models.decoder import Decoder, cached_values, find_layers
 
 _SHARE = 0.5  # of the free memory; the rest is for logits, masks and fragmentation
@@ -14,7 +12,7 @@ def tokens_at_once(model: Decoder, free: int | None) -> int:
     """Positions of a forward pass without gradients.
 
     Args:
-        free: bytes of free memory on the device, see `free_bytes`; None for a CPU.
+        free: bytes of free memory on the device, see `owlore_tune.memory.measure.free_bytes`; None for a CPU.
     """
     if free is None:
         return _CPU_TOKENS
@@ -42,11 +40,3 @@ def sequences_at_once(model: Decoder, length: int, free: int | None) -> int:
         return _CPU_SEQUENCES
     per_token = cached_values(model) * model.tok_embeddings.weight.element_size() + _bytes_per_position(model)
     return min(max(int(_SHARE * free) // (per_token * length), 1), _MOST_SEQUENCES)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a GPU, with what torch has reserved and not allocated; None for other devices."""
-    if device.type != "cuda":
-        return None
-    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + reserved

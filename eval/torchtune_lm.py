@@ -17,12 +17,13 @@ from torchtune.data import Message
 from torchtune.modules.common_utils import delete_kv_caches
 from tqdm import tqdm
 
-from owlore_evals.batch_sizes import free_bytes, sequences_at_once, tokens_at_once
+from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
 from owlore_evals.generation import NOT_FINITE, Prompts, generate
 from owlore_evals.ranks import Ranks
 from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.memory.measure import free_bytes
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.hf_model import HFDecoder
 

@@ -62,6 +62,14 @@ def resident_bytes() -> int:
     return peak_memory_bytes(torch.device("cpu")) if resident is None else resident
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a GPU, with what torch has reserved and not allocated; None for other devices."""
+    if device.type != "cuda":
+        return None
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
+
+
 def _status_bytes(field: str) -> int | None:
     """A size in ``/proc/self/status``. None if the system does not give it."""
     try:

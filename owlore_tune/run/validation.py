@@ -14,13 +14,17 @@ from owlore_tune.distributed.world import ALONE, World, is_finite, local
 from owlore_tune.errors import ConfigError, DivergedError, RunError
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.loss import loss_of_outputs, mean_loss, shift_labels
+from owlore_tune.memory.measure import free_bytes
 from owlore_tune.models.decoder import plain_name
 from owlore_tune.quantized.layers import QuantizedLayers
 from owlore_tune.run.build import Inputs
 from owlore_tune.run.progress import Progress
 from owlore_tune.run.stream import ForwardByLayer
 
-MOST_TOKENS = 2**15  # of held-out data whose hidden states are in memory at once; 0.3 GB for 7B in bf16
+# Tokens of held-out data whose hidden states are in memory at once on a CPU (0.3 GB for 7B in bf16), and the share of a
+# GPU's free memory that they may take
+_TOKENS_ON_CPU = 2**15
+_SHARE_ON_GPU = 0.25
 NO_TOKENS = "dataset_val has no tokens to predict; is tokenizer.max_seq_len too short?"
 
 
@@ -68,7 +72,8 @@ def full_precision_loss(
     total, num_here = torch.zeros((), dtype=torch.float64, device=device), 0
 
     with quantized.whole_outside():
-        for batches, labels in _groups(data, loss_fn.ignore_index, device):
+        num_tokens = tokens_at_once(model, free_bytes(device))
+        for batches, labels in _groups(data, loss_fn.ignore_index, device, num_tokens):
             forward = ForwardByLayer(model, batches, "Validating in full precision")
             for index, run in forward:
                 with quantized.in_full_precision(index, layers.merged_layer(index)):
@@ -88,10 +93,22 @@ def _mean(total: Tensor, num_here: int, world: World) -> tuple[float, int]:
     return world.sum_(total).item() / num_tokens, num_tokens
 
 
+def tokens_at_once(model: Any, free: int | None) -> int:
+    """Held-out tokens whose hidden states are in memory at once. All weights are read from disk for each such group.
+
+    Args:
+        free: see `free_bytes`.
+    """
+    if free is None:
+        return _TOKENS_ON_CPU
+    of_token = model.tok_embeddings.embedding_dim * next(model.parameters()).itemsize
+    return max(int(_SHARE_ON_GPU * free) // of_token, _TOKENS_ON_CPU)
+
+
 def _groups(
-    data: HeldOutData, ignore_index: int, device: torch.device
+    data: HeldOutData, ignore_index: int, device: torch.device, num_tokens: int
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[Tensor]]]:
-    """Batches on ``device`` and their shifted labels, `MOST_TOKENS` at a time, whose hidden states fit in memory."""
+    """Batches on ``device`` and their shifted labels, in groups of at least ``num_tokens`` tokens."""
     batches: list[dict[str, Tensor]] = []
     labels: list[Tensor] = []
     for batch, num_rows in data:
@@ -99,7 +116,7 @@ def _groups(
         batch_labels[num_rows:] = ignore_index
         batches.append(batch_to_device(batch, device))
         labels.append(batch_labels)
-        if sum(some.numel() for some in labels) >= MOST_TOKENS:
+        if sum(some.numel() for some in labels) >= num_tokens:
             yield batches, labels
             batches, labels = [], []
     if batches:

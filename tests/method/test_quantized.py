@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchtune.models.llama2 import llama2
 
 from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.quantized import formats
 from owlore_tune.quantized.formats import FORMATS, Int8Weight, NF4Weight, QuantizedWeight, format_of
 from owlore_tune.quantized.linear import quantizable_outside, quantize, restore, weight_of
+from owlore_tune.run import validation
 from runs import (
     after_step,
     changed,
@@ -141,8 +145,9 @@ LOSSES = ("owlore_tune.loss.LinearCrossEntropyLoss", "torchtune.modules.loss.CEW
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_final_loss_is_that_of_the_saved_weights(kind, loss, tiny_config):
+def test_the_final_loss_is_that_of_the_saved_weights(kind, loss, tiny_config, monkeypatch):
     """In full precision, whatever is quantized on the device; and so is the loss before training."""
+    monkeypatch.setattr(validation, "_TOKENS_ON_CPU", 1)  # every batch reads the weights
     config = quantized_config(tiny_config, kind, loss={"_component_": loss})
     losses = finetune(config).report.records.losses
     final = losses["after"]
@@ -151,6 +156,19 @@ def test_the_final_loss_is_that_of_the_saved_weights(kind, loss, tiny_config):
     saved = variant(tiny_config, "saved", max_steps_per_epoch=1)
     saved["checkpointer"]["checkpoint_dir"] = str(checkpoints(config)[-1])
     assert finetune(saved).report.records.losses["before"] == pytest.approx(final, abs=1e-6)
+
+
+def test_a_gpu_measures_the_loss_of_more_tokens_at_once():
+    """They take a quarter of the free memory, if that is more than on a CPU."""
+    model = llama2(64, 2, 4, 2, 256, max_seq_len=64)
+    assert [validation.tokens_at_once(model, free) for free in (None, 10**6, 4 * 10**9)] == [2**15, 2**15, 976_562]
+
+
+def test_a_gpu_quantizes_a_weight_of_a_7b_model_at_once():
+    """A tensor without data, so that no GPU is needed. A CPU quantizes a few rows at a time, to save memory."""
+    with FakeTensorMode():
+        rows = [formats.rows_at_once(torch.empty(4096, 4096, device=device)) for device in ("cuda", "cpu")]
+    assert rows[0] >= 4096 and rows[1] == 256
 
 
 @pytest.mark.parametrize("kind", KINDS)
