@@ -75,10 +75,8 @@ def _adamw_plan(
         step.run()
     num_bytes = sum(parameter.nbytes for parameter in trained)
     in_layers = {parameter for layer in model_parts(model).layers for parameter in layer.values()}
-    shared = Shared(
-        weights=step.weight_bytes, values=num_bytes, per_value=2.0,
-        gradients=sum(parameter.nbytes for parameter in trained & in_layers),
-    )  # fmt: skip
+    gradients = sum(parameter.nbytes for parameter in trained & in_layers)
+    shared = Shared(step.weight_bytes, values=num_bytes, per_value=2.0, gradients=gradients, sent=gradients)
     return complete(model, device, framework, sharding, shared, moments=2 * num_bytes, **step.bytes_at_peak())
 
 

@@ -136,6 +136,7 @@ def plan_memory(
         weights=step.weight_bytes,
         values=sum(other.trained.numel() for other in (*whole, *outside)),
         gradients=sum(other.trained.nbytes for other in whole),
+        sent=sum(4 * other.trained.numel() for other in whole),
         per_value=method.state_per_value,
     )
     idle = [layer for index, layer in enumerate(layers.layers) if index not in active and method.holds_all_state]
@@ -187,6 +188,7 @@ class Shared:
     values: int  # that train
     per_value: float  # bytes of the optimizer's state for each of them
     gradients: int  # in the layers; those outside are whole until backward ends
+    sent: int  # the same, as they are sent: ours in float32
 
 
 def _sharded(parts: dict[str, int], model: Decoder, sharding: Sharding, shared: Shared) -> dict[str, int]:
@@ -205,8 +207,8 @@ def _sharded(parts: dict[str, int], model: Decoder, sharding: Sharding, shared: 
         kept = 0 if sharding.cpu_offload else -(-whole // sharding.world_size)
         own[key] = max(0, parts[key] - whole) + kept
     gathered_layers = 2 * max(layers) if sharding.reshard_after_forward else sum(layers)
-    sent = 2 * -(-shared.gradients // len(layers))
-    return {"merging": 0} | parts | own | {"gathered": shared.weights - sum(layers) + gathered_layers + sent}
+    of_layer = -(-(shared.gradients + shared.sent) // len(layers))
+    return {"merging": 0} | parts | own | {"gathered": shared.weights - sum(layers) + gathered_layers + of_layer}
 
 
 def complete(

@@ -16,11 +16,16 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchtune.models.llama2 import llama2
 from transformers import AutoModelForCausalLM
 
 from owlore_tune.checkpoints.state import load_state
+from owlore_tune.distributed.fsdp import Sharding, shard_model
 from owlore_tune.distributed.world import current_world, shard_like
 from owlore_tune.errors import ConfigError
+from owlore_tune.models.decoder import init_rope
 from owlore_tune.optim.projection import OVERSAMPLING
 from owlore_tune.run.build import build_inputs
 from owlore_tune.run.directory import RunDirectory
@@ -315,6 +320,31 @@ def fake_ranks():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     dist.destroy_process_group()
+
+
+class Summed(TorchDispatchMode):
+    """The dtypes of gradients that FSDP2 sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "reduce_scatter" in str(func):
+            self.dtypes |= {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_16_bits_are_summed_in_float32(fake_ranks):
+    with torch.device("meta"):
+        model = llama2(64, 2, 4, 2, 32, max_seq_len=16, intermediate_dim=48).bfloat16()
+    shard_model(model, torch.device("cpu"), Sharding(2))
+    model.to_empty(device="cpu")
+    init_rope(model)
+    with Summed() as summed:
+        model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
+    assert summed.dtypes == {torch.float32}
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_rows_of_other_ranks_never_reach_the_device(fake_ranks):
