@@ -32,6 +32,8 @@ class Masters(Protocol):
 
     def correct(self, index: int, weights: dict[str, ProjectedWeight]) -> None: ...
 
+    def read_ahead(self, merging: set[int], correcting: set[int]) -> None: ...
+
 
 class ProjectedLayer:
     """One layer.

@@ -173,6 +173,13 @@ class LayerSampler:
         """The indices of the next active layers, ascending."""
         return sorted(self._draw.draw(self._generator).tolist())
 
+    def peek(self) -> list[int]:
+        """What the next `draw` returns."""
+        state = self.state_dict()
+        drawn = self.draw()
+        self.load_state_dict(state)
+        return drawn
+
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self._generator.get_state()}
 

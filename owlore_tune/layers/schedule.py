@@ -119,7 +119,17 @@ class Schedule:
         ended = [index for index in self.active if self.layers.layers[index].age >= self._update_gap]
         self._note_moved(ended)
         self.layers.merge(ended)
+        if self.layers.masters is not None:
+            self.layers.masters.read_ahead(self._merged_next(), set(filter(self.layers.lacks_basis, self.active)))
         return self.active if is_due else None
+
+    def _merged_next(self) -> set[int]:
+        """The layers that the next call merges."""
+        assert self.drawn_at is not None
+        ended = {index for index in self.active if self.layers.layers[index].age + 1 >= self._update_gap}
+        if self.layers.num_steps + 1 - self.drawn_at < self._resample_every:
+            return ended
+        return ended | set(self.active).difference(self.sampler.peek())
 
     def _draw(self) -> None:
         before = self.sampler.state_dict()

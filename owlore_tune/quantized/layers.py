@@ -14,6 +14,7 @@ from owlore_tune.distributed.world import ALONE, World, is_finite
 from owlore_tune.errors import ConfigError, DivergedError
 from owlore_tune.heap import return_freed_memory
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, plain_name
+from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.quantized.linear import (
     in_full_precision,
     is_quantized,
@@ -98,13 +99,23 @@ class QuantizedLayers:
         """
         if bad := [name for name, weight in weights.items() if not is_finite(weight)]:
             raise DivergedError(f"weights are not finite: {bad[0]}; lower optimizer.lr")
-        written = self._world.share(self._world.attempt(lambda: self.store.write(index, weights), first_alone=True))
+        written = self._world.share(self._world.attempt(lambda: self._write(index, weights), first_alone=True))
         assert written is not None
         self.store.use(index, written)
         for name, module in self._modules(index).items():
             if is_quantized(module):
                 requantize(module, weights[name].to(self._device(index)))
         return_freed_memory(self._device(index))
+
+    def _write(self, index: int, weights: dict[str, Tensor]) -> Path:
+        file = self.store.write(index, weights)
+        if self._world.size > 1:
+            self.store.finish()  # before other processes read it
+        return file
+
+    def read_ahead(self, merging: set[int], correcting: set[int]) -> None:
+        """Prepare to read the layers that are merged next, and those whose bases need a correction next."""
+        self.store.read_ahead(merging | correcting if FORMATS[self._kind].rounding_matters else merging)
 
     def correct(self, index: int, weights: dict[str, Any]) -> None:
         """Give projected weights of a layer, by name, the correction of their rounding, if it matters.

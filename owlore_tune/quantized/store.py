@@ -119,6 +119,9 @@ class LayerStore:
             for key, value in self._layout.to_tune(name, tensor).items():
                 yield key, value.to(self._dtype, copy=True)
 
+    def read_ahead(self, indices: Iterable[int]) -> None:
+        """Prepare the next `read` of these layers, and of no others. For a store that reads in the background."""
+
     def write(self, index: int, weights: dict[str, Tensor]) -> Path:
         """Write new weights of a layer to a new file, for `use`.
 
@@ -126,9 +129,15 @@ class LayerStore:
             OSError: if the disk is full or refuses.
         """
         file = self._new_file(index)
-        self._save(weights, file)
-        os.chmod(file, 0o444)  # checkpoints share it
+        self._write(file, weights)
         return file
+
+    def finish(self, indices: Iterable[int] | None = None) -> None:
+        """Wait until layers are written; all if omitted. For a store that writes in the background.
+
+        Raises:
+            OSError: as `write`.
+        """
 
     def use(self, index: int, file: Path) -> None:
         """Read a layer from ``file`` from now on. The earlier file is removed; checkpoints still have it."""
@@ -162,6 +171,7 @@ class LayerStore:
         for index in tqdm(sorted(names.keys() - self.files), desc="Copying layers", unit="layer", leave=False):
             weights = self.read(index)
             self.files[index] = self.write(index, {name: weights[name] for name in names[index]})
+            self.finish()
             del weights  # before the next layer is read
         self._base.clear()
 
@@ -174,6 +184,7 @@ class LayerStore:
             active: the layers, or OUTSIDE, that train now. The folder `BASES` gets links to the layers' files.
             weights_of: returns their weights, by torchtune's names.
         """
+        self.finish()
         (directory / BASES).mkdir()
         weight_map: dict[str, str] = {}
         total = 0
@@ -209,6 +220,10 @@ class LayerStore:
                 raise OSError(f"{file} changed during the run; restore it, then resume")
             with safe_open(file, framework="pt") as opened:  # anew, or pages of the file count as memory
                 yield name, opened.get_tensor(name)
+
+    def _write(self, file: Path, weights: dict[str, Tensor]) -> None:
+        self._save(weights, file)
+        os.chmod(file, 0o444)  # checkpoints share it
 
     def _save(self, weights: dict[str, Tensor], file: Path) -> None:
         try:

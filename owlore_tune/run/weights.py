@@ -13,6 +13,7 @@ from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.scores import Score, score_each
 from owlore_tune.layers.scores_file import LayerScores
 from owlore_tune.models.decoder import Decoder, find_layers, init_rope
+from owlore_tune.quantized.background import BackgroundStore
 from owlore_tune.quantized.layers import QuantizedLayers
 from owlore_tune.quantized.store import OUTSIDE, LayerStore
 from owlore_tune.run.build import Inputs
@@ -87,7 +88,8 @@ def _open_store(loading: Loading) -> QuantizedLayers:
     settings, checkpointer, world = loading.settings, loading.inputs.checkpointer, loading.world
     checkpointer.check_model(loading.model)
     files = checkpointer.files if loading.checkpoint is None else weight_files(loading.checkpoint)
-    store = LayerStore(checkpointer, files, loading.run.path / STORE / loading.run.run_id, settings.dtype)
+    kind = BackgroundStore if settings.device.type == "cuda" else LayerStore
+    store = kind(checkpointer, files, loading.run.path / STORE / loading.run.run_id, settings.dtype)
     world.attempt(store.remove_leftovers, first_alone=True)
     if loading.checkpoint is not None:
         world.attempt(store.adopt, first_alone=True)
