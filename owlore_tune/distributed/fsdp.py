@@ -34,7 +34,7 @@ def shard_model(model: nn.Module, device: torch.device, sharding: Sharding) -> N
         fully_shard,
         mesh=mesh,
         reshard_after_forward=sharding.reshard_after_forward,
-        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),  # which torchtune's function does not take
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),  # torchtune's shard_model does not take one
         offload_policy=CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy(),
     )
     for name, module in reversed(list(model.named_modules())):

@@ -174,7 +174,7 @@ class LayerSampler:
         return sorted(self._draw.draw(self._generator).tolist())
 
     def peek(self) -> list[int]:
-        """What the next `draw` returns."""
+        """The layers that the next `draw` returns."""
         state = self.state_dict()
         drawn = self.draw()
         self.load_state_dict(state)

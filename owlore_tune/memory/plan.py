@@ -188,7 +188,7 @@ class Shared:
     values: int  # that train
     per_value: float  # bytes of the optimizer's state for each of them
     gradients: int  # in the layers; those outside are whole until backward ends
-    sent: int  # the same, as they are sent: ours in float32
+    sent: int  # the same gradients as they are sent, which this package does in float32
 
 
 def _sharded(parts: dict[str, int], model: Decoder, sharding: Sharding, shared: Shared) -> dict[str, int]:

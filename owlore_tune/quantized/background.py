@@ -40,13 +40,13 @@ class BackgroundStore(LayerStore):
 
     def _read_now(self, index: int, write: _Write | None) -> dict[str, Tensor]:
         if write is not None:
-            write.written.result()  # it has a thread, because it was there before
+            write.written.result()  # threads take work in order, so the write does not wait for this one
         return dict(super().tensors(index))
 
     def tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         self.finish([index])
         ahead = self._ahead.pop(index, None)
-        if ahead is None or ahead.exception() is not None:  # such as that of a write, which has now succeeded
+        if ahead is None or ahead.exception() is not None:  # it fails if a write failed, which `finish` has repeated
             return super().tensors(index)
         return iter(ahead.result().items())
 

@@ -95,7 +95,8 @@ class QuantizedLayers:
 
         Raises:
             DivergedError: if a weight is not finite.
-            OSError: if the disk is full or refuses. Nothing has changed then.
+            OSError: if the disk is full or refuses. Nothing has changed then. A `BackgroundStore` raises it in a later
+                call, and holds the weights.
         """
         if bad := [name for name, weight in weights.items() if not is_finite(weight)]:
             raise DivergedError(f"weights are not finite: {bad[0]}; lower optimizer.lr")

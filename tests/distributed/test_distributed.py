@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_programs import SentBytes
 from near import assert_same_shares
 from omegaconf import OmegaConf
 from ranks import ENVIRONMENT, furthest, on_ranks, run_ranks, torchrun, train_together, write
@@ -16,8 +17,6 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchtune.models.llama2 import llama2
 from transformers import AutoModelForCausalLM
 
@@ -322,28 +321,16 @@ def fake_ranks():
     dist.destroy_process_group()
 
 
-class Summed(TorchDispatchMode):
-    """The dtypes of gradients that FSDP2 sums."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "reduce_scatter" in str(func):
-            self.dtypes |= {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
-        return func(*args, **(kwargs or {}))
-
-
 def test_gradients_of_16_bits_are_summed_in_float32(fake_ranks):
     with torch.device("meta"):
         model = llama2(64, 2, 4, 2, 32, max_seq_len=16, intermediate_dim=48).bfloat16()
     shard_model(model, torch.device("cpu"), Sharding(2))
     model.to_empty(device="cpu")
     init_rope(model)
-    with Summed() as summed:
+    with SentBytes() as sent:
         model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
-    assert summed.dtypes == {torch.float32}
+    values = sum(parameter.numel() for parameter in model.parameters())
+    assert sent.counts["_reduce_scatter_base_"] == 4 * (values + values // 2)  # all gradients, and this rank's half
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
