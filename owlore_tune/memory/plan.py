@@ -28,7 +28,7 @@ from owlore_tune.quantized.linear import is_quantized, quantizable_outside, weig
 # Overhead of holes in glibc's heap, as a share of the memory in use. Between the activations that forward keeps, freed
 # ones leave holes that others do not fill. Blocks that come from the system one by one would leave none, but then each
 # activation causes page faults, see `owlore_tune.heap`. The share is fitted to the demo, methods.md and llama2_7b.md.
-HEAP_LOSS = 0.085
+HEAP_LOSS = 0.095
 
 
 @dataclass(frozen=True)

@@ -103,15 +103,20 @@ def range_finder(
 
     width = min(rank + OVERSAMPLING, m, n)
     if start is None:
-        columns = _unit_scale(backward(random(m, width, dtype=_factor_dtype(right, left, dtype))))
+        columns = backward(random(m, width, dtype=_factor_dtype(right, left, dtype)))
+        unit = _largest(columns)
+        columns = columns / unit
     else:
         kept = min(start.shape[1], width)
         columns = torch.cat([start[:, :kept].to(dtype), random(n, width - kept) / n**0.5], dim=1)
-    rows = torch.linalg.qr(_unit_scale(forward(torch.linalg.qr(columns).Q))).Q
-    orthonormal = torch.linalg.qr(_unit_scale(backward(rows))).Q
-    low = _unit_scale(forward(orthonormal)).double()  # (m, width)
-    # If a value of `low` was infinite, the others are 0 now. If it was NaN, all are.
-    eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0))  # ascending
+        unit = None
+    rows = forward(torch.linalg.qr(columns).Q)
+    unit = _largest(rows) if unit is None else unit
+    rows = torch.linalg.qr(rows / unit).Q
+    orthonormal = torch.linalg.qr(backward(rows) / unit).Q
+    low = forward(orthonormal).double()  # (m, width)
+    # After a gradient that is not finite, no value of `low` is.
+    eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0, 0.0, 0.0))  # ascending
     basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
     # The algorithm may fail on one process alone.
     return world.from_first_(basis), world.from_first_(eigenvalues[-1] > 0)
@@ -140,6 +145,6 @@ def fix_signs(basis: Tensor) -> Tensor:
     return torch.where(lowest + highest < 0, -basis, basis)
 
 
-def _unit_scale(columns: Tensor) -> Tensor:
-    """Scale to a largest entry of 1. Products of huge or tiny gradients then neither overflow nor vanish."""
-    return columns / peak(columns).clamp_min(torch.finfo(columns.dtype).tiny)
+def _largest(product: Tensor) -> Tensor:
+    """() the largest magnitude. Norms of products in this unit are finite and not 0 for huge or tiny gradients."""
+    return peak(product).clamp_min(torch.finfo(product.dtype).tiny)
