@@ -35,6 +35,35 @@ def no_pictures(request, monkeypatch):
         monkeypatch.setattr("owlore_tune.run.plots.plot_run", lambda run: [])
 
 
+@pytest.fixture(autouse=True, scope="session")
+def plans_of_runs():
+    """Let runs share plans, which take half a second. A plan depends on what is in memory alone."""
+    from omegaconf import OmegaConf
+
+    from owlore_tune.run import planning
+
+    make, made = planning.plan_run, {}
+    of_memory = (
+        "model", "checkpointer", "tokenizer", "dataset", "batch_size", "gradient_accumulation_steps", "owlore",
+        "optimizer", "loss", "device", "dtype", "enable_activation_checkpointing", "fsdp", "fsdp_cpu_offload",
+        "fsdp_reshard_after_forward",
+    )  # fmt: skip
+    of_time = ("resample_every", "update_gap", "score", "scores_file", "calibration_batches", "draw", "moments")
+
+    def make_once(settings, seq_len, sharding=None, framework=None, *, parts=None, gpu=False):
+        config = OmegaConf.to_container(settings.cfg)
+        config["owlore"] = {key: value for key, value in config["owlore"].items() if key not in of_time}
+        config = {key: config.get(key) for key in of_memory}
+        key = json.dumps(config), seq_len, sharding, framework, parts and str(parts.model), gpu
+        if key not in made:
+            made[key] = make(settings, seq_len, sharding, framework, parts=parts, gpu=gpu)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "plan_run", make_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def harness_index():
     """Let evaluations share the harness's index of its thousands of task files, which takes many seconds to build."""

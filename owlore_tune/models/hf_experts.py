@@ -7,6 +7,7 @@ a Linear with its name in checkpoints, so it is scored, projected, quantized and
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Properties of transformers' experts that `Experts` computes; see ``use_experts_implementation`` there.
@@ -37,8 +38,25 @@ class Experts(nn.ModuleList):
         del fused.gate_up_proj, fused.down_proj
         self._fused = [fused]  # for its activation; in a list, to not be registered
         self._names = names
+        self._stacked: tuple[Tensor, Tensor] | None = None
         self.even_routing = False
         self.tokens: Tensor | None = None
+
+    @torch.no_grad()
+    def stack(self) -> None:
+        """Keep the weights of all experts side by side: (experts, 2 · f, d) of gate and up, (experts, d, f) of down.
+
+        While none trains, two products then compute all experts, and the host does not wait for the number of tokens
+        of each. Call it once weights are loaded, and change them in place only.
+        """
+        experts: list[Any] = list(self)
+        *gate_up, down = self._names
+        gates_ups = [expert[name].weight for expert in experts for name in gate_up]
+        downs = [expert[down].weight for expert in experts]
+        first, last = torch.stack(gates_ups), torch.stack(downs)
+        for weight, own in zip((*gates_ups, *downs), (*first, *last), strict=True):
+            weight.data = own
+        self._stacked = first.unflatten(0, (-1, 2)).flatten(1, 2), last
 
     @torch.compiler.disable  # the number of tokens per expert changes in every step
     def forward(
@@ -51,16 +69,28 @@ class Experts(nn.ModuleList):
         choices = top_k_index.flatten()
         order = choices.argsort(stable=True)
         tokens = order // top_k
+        together = self._stacked is not None and not _trains(self)
+        outputs = (self._of_all if together else self._of_each)(hidden_states[tokens], choices, tokens)
+        weighted = outputs[order.argsort()].view(num_tokens, top_k, -1) * top_k_weights[..., None]
+        return weighted.sum(dim=1).to(hidden_states.dtype)
+
+    def _of_each(self, x: Tensor, choices: Tensor, tokens: Tensor) -> Tensor:
         counts = self._counts(choices)
         outputs = []
-        for expert, own, x in zip(self, tokens.split(counts), hidden_states[tokens].split(counts), strict=True):
+        for expert, own_tokens, own in zip(self, tokens.split(counts), x.split(counts), strict=True):
             # All processes must have a gradient for the same parameters. It is zero without tokens.
-            if len(x) or (torch.is_grad_enabled() and _trains(expert)):
-                self.tokens = own
-                outputs.append(self._of_expert(expert, x))
+            if len(own) or (torch.is_grad_enabled() and _trains(expert)):
+                self.tokens = own_tokens
+                outputs.append(self._of_expert(expert, own))
         self.tokens = None
-        weighted = torch.cat(outputs)[order.argsort()].view(num_tokens, top_k, -1) * top_k_weights[..., None]
-        return weighted.sum(dim=1).to(hidden_states.dtype)
+        return torch.cat(outputs)
+
+    def _of_all(self, x: Tensor, choices: Tensor, _: Tensor) -> Tensor:
+        assert self._stacked is not None
+        first, last = (stacked.mT for stacked in self._stacked)
+        counts = choices.new_zeros(len(self)).scatter_add_(0, choices, torch.ones_like(choices))
+        ends = counts.cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(self._fused[0]._apply_gate(F.grouped_mm(x, first, offs=ends)), last, offs=ends)
 
     def _counts(self, choices: Tensor) -> list[int]:
         """The number of tokens of each expert."""
@@ -73,6 +103,15 @@ class Experts(nn.ModuleList):
     def _of_expert(self, expert: Any, x: Tensor) -> Tensor:
         gate, up, down = (expert[name] for name in self._names)
         return down(self._fused[0]._apply_gate(torch.cat([gate(x), up(x)], dim=-1)))
+
+
+def stack_experts(model: nn.Module, device: torch.device) -> None:
+    """Let the experts of layers that do not train compute together on a GPU, see `Experts.stack`."""
+    for module in model.modules() if device.type == "cuda" else ():
+        if (
+            isinstance(module, Experts) and next(module.parameters()).dtype == torch.bfloat16
+        ):  # for other types, no product
+            module.stack()
 
 
 def _trains(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.scores import Score, score_each
 from owlore_tune.layers.scores_file import LayerScores
 from owlore_tune.models.decoder import Decoder, find_layers, init_rope
+from owlore_tune.models.hf_experts import stack_experts
 from owlore_tune.quantized.background import BackgroundStore
 from owlore_tune.quantized.layers import QuantizedLayers
 from owlore_tune.quantized.store import OUTSIDE, LayerStore
@@ -80,7 +81,10 @@ def load_and_score(
             directory=loading.checkpoint,
         )
     with report.timed("score"):
-        return None, known or score_layers(settings, model, inputs.data, fingerprint, loading.world)
+        scores = known or score_layers(settings, model, inputs.data, fingerprint, loading.world)
+    if loading.sharding is None:
+        stack_experts(model, settings.device)
+    return None, scores
 
 
 def _open_store(loading: Loading) -> QuantizedLayers:

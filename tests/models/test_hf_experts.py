@@ -114,3 +114,44 @@ def test_a_step_without_data_holds_what_a_real_one_holds():
     assert planned.gradients + planned.activations + planned.logits + planned.temporary == pytest.approx(
         real.most, rel=0.03
     )
+
+
+@pytest.mark.parametrize("num_experts", [4, 80], ids=["all used", "more experts than tokens"])
+def test_experts_that_do_not_train_compute_together(num_experts):
+    """As they do one after the other, also after a change of their weights in place."""
+    _, causal = model_with_experts(MixtralConfig(**SIZES, num_local_experts=num_experts, num_experts_per_tok=2))
+    experts = causal.model.layers[0].mlp.experts.requires_grad_(False)
+    x = torch.randn(24, SIZES["hidden_size"], requires_grad=True)
+    choices, shares = torch.randint(num_experts, (24, 2)), torch.rand(24, 2)
+    names = list(experts.state_dict())
+
+    def outputs_and_gradient() -> list[torch.Tensor]:
+        y = experts(x, choices, shares)
+        return [y, *torch.autograd.grad(y.square().sum(), x)]
+
+    for _ in range(2):
+        expected = outputs_and_gradient()
+        experts.stack()
+        torch.testing.assert_close(outputs_and_gradient(), expected, atol=1e-4, rtol=1e-5)
+        experts._stacked = None
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    assert list(experts.state_dict()) == names
+
+
+def test_the_host_does_not_wait_for_experts_that_do_not_train():
+    """Tensors of the meta device have no values to read."""
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=4))
+        split_experts(causal)
+        experts = causal.model.layers[0].mlp.experts.bfloat16().requires_grad_(False)
+        x = torch.empty(24, SIZES["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
+        inputs = x, torch.zeros(24, 2, dtype=torch.long), torch.empty(24, 2, dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError, match="bincount"):
+            experts(*inputs)
+        experts.stack()
+        experts(*inputs).sum().backward()
+        experts.requires_grad_(True)
+        with pytest.raises(RuntimeError, match="bincount"):
+            experts(*inputs)
+    assert x.grad.shape == x.shape
