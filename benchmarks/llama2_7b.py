@@ -21,7 +21,7 @@ from owlore_tune.data.builders import mmlu_dev_rows
 from owlore_tune.run.records import read_records
 
 RUN = [
-    "dataset.source=null", "dataset.packed=true", "batch_size=1",
+    "dataset.source=null", "dataset.packed=true", "batch_size=1", "enable_activation_checkpointing=true",
     "gradient_accumulation_steps=1", "max_steps_per_epoch=3", "save_every_n_steps=null", "owlore.resample_every=2",
     "owlore.calibration_batches=1", "owlore.rank=128", "device=cpu",
 ]  # fmt: skip

@@ -21,7 +21,10 @@ from owlore_tune.run.settings import TrainingSettings
 CONFIG = "llama2/7B_owlore"
 INT8 = ("owlore.weights=int8", "owlore.products=int8")
 NF4 = ("owlore.weights=nf4",)
-RUN = ["device=cpu", "batch_size=1", "gradient_accumulation_steps=1", "dataset.packed=true", "owlore.rank=128"]
+RUN = [
+    "device=cpu", "batch_size=1", "gradient_accumulation_steps=1", "enable_activation_checkpointing=true",
+    "dataset.packed=true", "owlore.rank=128",
+]  # fmt: skip
 OWN = {
     "OwLore, γ=5, bf16": (),
     "OwLore, γ=5, int8": INT8,

@@ -118,7 +118,7 @@ def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> 
         limits = {card: FREE_SHARE * card for card in cards if card not in found}
         if not limits:
             break
-        if any(_needs_more(setting, other) and plan.total > max(limits.values()) for other, plan in plans):
+        if any(_least(setting, *planned) > max(limits.values()) for planned in plans):
             continue
         plan = plan_run(TrainingSettings.from_config(override(cfg, setting.overrides())), seq_len, gpu=True)
         plans.append((setting, plan))
@@ -132,10 +132,9 @@ def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> 
     return found
 
 
-def _needs_more(setting: Setting, other: Setting) -> bool:
-    """Whether ``setting`` needs at least the memory of ``other``, by its settings."""
-    return (
-        setting.format == other.format
-        and setting.batch_size >= other.batch_size
-        and setting.checkpointing <= other.checkpointing
-    )
+def _least(setting: Setting, other: Setting, plan: MemoryPlan) -> int:
+    """Bytes that ``setting`` takes at least, by the plan of ``other``."""
+    if setting.format != other.format:
+        return 0
+    takes_more = setting.batch_size >= other.batch_size and setting.checkpointing <= other.checkpointing
+    return plan.total if takes_more else plan.weights

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]  # docs/ first, for the trial run's model
 PROGRAMS = ("make", "tune", "owlore", "python", "pip", "git", "hf", "export", "tensorboard")
 
-PLAN_COMMAND = "owlore memory --config llama2/7B_owlore --seq-len 512 gradient_accumulation_steps=1"
+PLAN_COMMAND = "owlore memory --config llama2/7B_owlore --seq-len 512 enable_activation_checkpointing=true"
 # Commands that cannot run here, and the reason or the check that replaces them.
 NOT_RUN = {
     "pip install .": "test_wheel.py installs the wheel",

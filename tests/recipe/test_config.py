@@ -159,7 +159,10 @@ METHODS = {
              "owlore.train_norm", "owlore.rank", "optimizer.lr", "optimizer.betas", "optimizer.eps"},
 }  # fmt: skip
 # Fields that may differ between a model's OwLore config and that of LLaMA-2-7B.
-MODEL_FIELDS = {"model", "tokenizer", "checkpointer", "batch_size", "gradient_accumulation_steps", "dist_timeout_s"}
+MODEL_FIELDS = {
+    "model", "tokenizer", "checkpointer", "batch_size", "gradient_accumulation_steps", "dist_timeout_s",
+    "enable_activation_checkpointing",
+}  # fmt: skip
 
 
 @cache

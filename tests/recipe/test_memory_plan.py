@@ -264,20 +264,16 @@ def test_the_fastest_settings_that_fit_a_card(tiny_config, monkeypatch):
     assert every == sorted(every) and len(every) == 2 * 2 * 3  # batches of 1 and 2 rows
     assert {each.batch_size * each.accumulation for each in every} == {2}
     plans = {
-        each: plan_run(TrainingSettings.from_config(override(cfg, each.overrides())), 64, gpu=True).total
-        for each in every
+        each: plan_run(TrainingSettings.from_config(override(cfg, each.overrides())), 64, gpu=True) for each in every
     }
-    known = {plain_key(override(cfg, each.overrides())): total for each, total in plans.items()}
-    monkeypatch.setattr(
-        "owlore_tune.run.gpus.plan_run",
-        lambda settings, seq_len, gpu: MemoryPlan(known[plain_key(settings.cfg)], *[0] * 11),
-    )
-    cards = [total / FREE_SHARE for total in plans.values()]
+    known = {plain_key(override(cfg, each.overrides())): plan for each, plan in plans.items()}
+    monkeypatch.setattr("owlore_tune.run.gpus.plan_run", lambda settings, seq_len, gpu: known[plain_key(settings.cfg)])
+    cards = [plan.total / FREE_SHARE for plan in plans.values()]
     found = fastest_that_fits(cfg, 64, [1e5, *cards])  # nothing fits the first one
     assert found.keys() == set(cards)
     for card, (setting, plan) in found.items():
-        fastest = next(each for each in every if plans[each] <= FREE_SHARE * card)
-        assert (setting, plan.total) == (fastest, plans[fastest])
+        fastest = next(each for each in every if plans[each].total <= FREE_SHARE * card)
+        assert (setting, plan) == (fastest, plans[fastest])
         assert fastest_that_fits(cfg, 64, [card]) == {card: (setting, plan)}
     with pytest.raises(ConfigError, match="nothing fits 0.0001 GB .*the smallest plan is .*batch_size=1"):
         fastest_that_fits(cfg, 64, [1e5])
