@@ -106,11 +106,14 @@ class Experts(nn.ModuleList):
 
 
 def stack_experts(model: nn.Module, device: torch.device) -> None:
-    """Let the experts of layers that do not train compute together on a GPU, see `Experts.stack`."""
-    for module in model.modules() if device.type == "cuda" else ():
-        if (
-            isinstance(module, Experts) and next(module.parameters()).dtype == torch.bfloat16
-        ):  # for other types, no product
+    """Let the experts of layers that do not train compute together on a GPU, see `Experts.stack`.
+
+    Only for bfloat16, because torch has no such product of other types on a GPU.
+    """
+    if device.type != "cuda" or next(model.parameters()).dtype != torch.bfloat16:
+        return
+    for module in model.modules():
+        if isinstance(module, Experts):
             module.stack()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, SIZES
+from families import FAMILIES, SIZES, family_config, hf_model
 from live_bytes import LiveBytes
 from schedules import setup
 from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
@@ -12,9 +12,10 @@ from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.memory.plan import Method, plan_memory
 from owlore_tune.memory.step import StepShape
 from owlore_tune.models.decoder import find_linears
-from owlore_tune.models.hf_experts import split_experts
+from owlore_tune.models.hf_experts import Experts, split_experts
 from owlore_tune.models.hf_model import HFDecoder, hf_decoder
 from owlore_tune.quantized.linear import quantize
+from runs import assert_weights, finetune, finetune_until, variant, weights
 
 
 def model_with_experts(config) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -155,3 +156,29 @@ def test_the_host_does_not_wait_for_experts_that_do_not_train():
         with pytest.raises(RuntimeError, match="bincount"):
             experts(*inputs)
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("rank", [8, None])
+def test_a_run_whose_experts_compute_together_trains_alike_and_resumes_to_the_same_bits(
+    rank, tmp_path, tiny_data, monkeypatch
+):
+    """As on a GPU. Weights of all experts share memory there, also when they are saved."""
+    source = hf_model(FAMILIES["olmoe"][-1], tmp_path / "source")
+    cfg = variant(family_config("olmoe", source, tiny_data), "apart", owlore__rank=rank)
+    finetune(cfg)
+    stacked = []
+
+    def stack(model, device):
+        stacked.extend(module for module in model.modules() if isinstance(module, Experts))
+        for experts in stacked:
+            experts.stack()
+
+    monkeypatch.setattr("owlore_tune.run.weights.stack_experts", stack)
+    together, resumed = variant(cfg, "together"), variant(cfg, "resumed")
+    finetune(together)
+    assert len(stacked) == 4
+    finetune_until(resumed, 3)
+    finetune(resumed | {"resume_from_checkpoint": True})
+    assert_weights(resumed, weights(together))
+    for name, weight in weights(cfg).items():
+        torch.testing.assert_close(weights(together)[name], weight, atol=1e-5, rtol=0)
