@@ -104,7 +104,7 @@ def fits(card_bytes: float) -> Iterator[Finding]:
 
     for config, overrides, memory in largest_that_fit(card_bytes):
         how = f" with {' '.join(overrides)}" if overrides else ""
-        text = f"{config}{how}: {memory / 1e9:.1f} GB planned, rows of {SEQ_LEN} tokens"
+        text = f"{config}{how}: from {memory / 1e9:.1f} GB planned, 1 × {SEQ_LEN} tokens with activation checkpointing"
         command = f"owlore memory --config {config} --seq-len {SEQ_LEN} --fit {card_bytes / 1e9:.1f}"
         yield Finding("ok", "fits", text, f"for its fastest settings, {' '.join([command, *overrides])}")
 

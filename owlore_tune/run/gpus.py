@@ -19,6 +19,8 @@ from owlore_tune.run.planning import format_overrides, formats, plan_run
 from owlore_tune.run.settings import TrainingSettings
 
 SEQ_LEN = 512
+# Overrides of a step with the least memory; optimizer steps of all configs have several rows
+SMALLEST_STEP = ("batch_size=1", "gradient_accumulation_steps=2", "enable_activation_checkpointing=true")
 FREE_SHARE = 0.9  # of a card's memory; the rest is for the CUDA context and fragmentation
 
 
@@ -40,7 +42,8 @@ class Fit(NamedTuple):
 def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
     """For each of `savings`, the OwLore config of the largest model that one card of ``card_bytes`` can train.
 
-    Rows have `SEQ_LEN` tokens. A saving that fits no larger model than the one before it is left out.
+    Rows have `SEQ_LEN` tokens, one in each forward pass, with activation checkpointing. A saving that fits no larger
+    model than the one before it is left out.
     """
     names = [name for name, _ in packaged_configs() if name.endswith("_owlore")]
     sizes = {name: sum(p.numel() for p in build_model(_settings(name))[1].parameters()) for name in names}
@@ -49,7 +52,7 @@ def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
         # The others need no plan. A plan takes seconds, and longer with many experts.
         possible = [name for name in sizes if sizes[name] > largest and least * sizes[name] <= FREE_SHARE * card_bytes]
         for name in tqdm(sorted(possible, key=lambda name: -sizes[name]), desc="Planning", unit="model", leave=False):
-            plan = plan_run(_settings(name, overrides), SEQ_LEN, gpu=True)
+            plan = plan_run(_settings(name, (*SMALLEST_STEP, *overrides)), SEQ_LEN, gpu=True)
             if plan.total <= FREE_SHARE * card_bytes:
                 yield Fit(name, overrides, plan.total)
                 largest = sizes[name]

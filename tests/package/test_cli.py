@@ -210,12 +210,12 @@ def test_lora_builder_matches_the_full_model():
 
 
 def test_doctor_lists_the_largest_models_that_fit_a_card(tiny_config, tmp_path, monkeypatch):
-    """Of three tiny models with short rows, because a plan of a real one takes seconds."""
+    """Of three tiny models with short rows, because a plan of a real one takes seconds. Their batches do not matter."""
     monkeypatch.chdir(tmp_path)
     names = [f"{width}_owlore" for width in (512, 640, 768)]
     for width, name in zip((512, 640, 768), names, strict=True):
         model = tiny_config["model"] | {"embed_dim": width, "intermediate_dim": 4 * width}
-        OmegaConf.save(tiny_config | {"model": model, "batch_size": 1}, name)
+        OmegaConf.save(tiny_config | {"model": model, "batch_size": 64}, name)
     monkeypatch.setattr("owlore_tune.run.gpus.packaged_configs", lambda: [(name, Path()) for name in names])
     monkeypatch.setattr("owlore_tune.run.gpus.SEQ_LEN", 16)
     assert [finding.text.split(":")[0] for finding in fits(42e6)] == [
