@@ -1,5 +1,6 @@
 """Measured memory of a run."""
 
+import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,11 @@ def resident_bytes() -> int:
     """Current resident memory of this process, or its peak if the system has no ``/proc``."""
     resident = _status_bytes("VmRSS")
     return peak_memory_bytes(torch.device("cpu")) if resident is None else resident
+
+
+def device_bytes(device: torch.device) -> float:
+    """Memory of a GPU; infinite for other devices, whose memory is also for others."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 def free_bytes(device: torch.device) -> int | None:

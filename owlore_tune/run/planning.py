@@ -12,6 +12,7 @@ from tqdm import tqdm
 from owlore_tune.config_files import override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
+from owlore_tune.memory.measure import device_bytes
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory, state_per_value
 from owlore_tune.memory.step import StepShape
@@ -152,7 +153,7 @@ def checked_plan(
     """The plan of a run for its longest row.
 
     Raises:
-        ConfigError: if it exceeds ``device_memory_limit``, or if the parts are incompatible.
+        ConfigError: if it exceeds ``device_memory_limit`` or the memory of a GPU, or if the parts are incompatible.
     """
     seq_len = row_length(settings, inputs)
     plan = plan_run(settings, seq_len, sharding, parts=parts)
@@ -161,9 +162,12 @@ def checked_plan(
 
 
 def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, sharding: Sharding | None = None) -> None:
-    """Raise ConfigError, naming settings that would fit, if ``plan`` exceeds ``device_memory_limit``."""
+    """Raise ConfigError, naming settings that would fit, if ``plan`` exceeds ``device_memory_limit``, or a GPU."""
     cfg = settings.cfg
-    if cfg.device_memory_limit is None or plan.total <= (limit := 1e9 * float(cfg.device_memory_limit)):
+    limit, source = device_bytes(settings.device), f"the device has {device_bytes(settings.device) / 1e9:.1f} GB"
+    if cfg.device_memory_limit is not None:
+        limit, source = 1e9 * float(cfg.device_memory_limit), f"device_memory_limit={cfg.device_memory_limit} GB"
+    if plan.total <= limit:
         return
 
     def planned_with(overrides: Sequence[str]) -> float:
@@ -186,9 +190,7 @@ def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, shar
     if not found and planned_with(list(together.values())) <= limit:
         found.append(" ".join(together.values()))
     way_out = f"it fits with {', or with '.join(found)}" if found else "none of the settings tried makes it fit"
-    raise ConfigError(
-        f"device_memory_limit={cfg.device_memory_limit} GB, and the plan is {plan.total / 1e9:.2f} GB; {way_out}"
-    )
+    raise ConfigError(f"{source}, and the plan is {plan.total / 1e9:.2f} GB; {way_out}")
 
 
 def format_overrides(name: str) -> tuple[str, str]:
