@@ -37,23 +37,26 @@ def no_pictures(request, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def plans_of_runs():
-    """Let runs share plans, which take half a second. A plan depends on what is in memory alone."""
+    """Let runs share plans, which take half a second, if they differ only in settings that need no memory."""
     from omegaconf import OmegaConf
 
     from owlore_tune.run import planning
 
     make, made = planning.plan_run, {}
-    of_memory = (
-        "model", "checkpointer", "tokenizer", "dataset", "batch_size", "gradient_accumulation_steps", "owlore",
-        "optimizer", "loss", "device", "dtype", "enable_activation_checkpointing", "fsdp", "fsdp_cpu_offload",
-        "fsdp_reshard_after_forward",
-    )  # fmt: skip
-    of_time = ("resample_every", "update_gap", "score", "scores_file", "calibration_batches", "draw", "moments")
+    not_in_memory = {
+        "output_dir", "resume_from_checkpoint", "save_every_n_steps", "keep_last_n", "epochs", "max_steps_per_epoch",
+        "run_val_every_n_steps", "dataset_val", "shuffle", "seed", "lr_scheduler", "clip_grad_norm", "metric_logger",
+        "log_every_n_steps", "max_skipped_steps", "profiler",
+    }  # fmt: skip
+    not_in_memory |= {
+        f"owlore.{key}"
+        for key in ("resample_every", "update_gap", "score", "scores_file", "calibration_batches", "draw")
+    }
 
     def make_once(settings, seq_len, sharding=None, framework=None, *, parts=None, gpu=False):
         config = OmegaConf.to_container(settings.cfg)
-        config["owlore"] = {key: value for key, value in config["owlore"].items() if key not in of_time}
-        config = {key: config.get(key) for key in of_memory}
+        config |= {f"owlore.{key}": value for key, value in config.pop("owlore").items()}
+        config = {key: value for key, value in config.items() if key not in not_in_memory}
         key = json.dumps(config), seq_len, sharding, framework, parts and str(parts.model), gpu
         if key not in made:
             made[key] = make(settings, seq_len, sharding, framework, parts=parts, gpu=gpu)

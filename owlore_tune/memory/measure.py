@@ -64,7 +64,7 @@ def resident_bytes() -> int:
 
 
 def device_bytes(device: torch.device) -> float:
-    """Memory of a GPU; infinite for other devices, whose memory is also for others."""
+    """The memory of a GPU, in bytes; infinite for other devices."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 

@@ -4,10 +4,11 @@ transformers keeps the experts of a layer in two parameters with three dimension
 a Linear with its name in checkpoints, so it is scored, projected, quantized and saved as any other.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Properties of transformers' experts that `Experts` computes; see ``use_experts_implementation`` there.
@@ -36,19 +37,21 @@ class Experts(nn.ModuleList):
             for halves, last in ((both.chunk(2), last) for both, last in zip(gates_ups, downs, strict=True))
         )
         del fused.gate_up_proj, fused.down_proj
-        self._fused = [fused]  # for its activation; in a list, to not be registered
+        self._fused = [fused]  # for its activation and `stack`; in a list, to not be registered
         self._names = names
-        self._stacked: tuple[Tensor, Tensor] | None = None
+        self._together: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self.even_routing = False
         self.tokens: Tensor | None = None
 
     @torch.no_grad()
     def stack(self) -> None:
-        """Keep the weights of all experts side by side: (experts, 2 · f, d) of gate and up, (experts, d, f) of down.
+        """Keep the weights of all experts side by side, as transformers does.
 
-        While none trains, two products then compute all experts, and the host does not wait for the number of tokens
-        of each. Call it once weights are loaded, and change them in place only.
+        While none trains, transformers' grouped products then compute all experts, and the host does not wait for the
+        number of tokens of each. Call it once weights are loaded, and change them in place only.
         """
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
         experts: list[Any] = list(self)
         *gate_up, down = self._names
         gates_ups = [expert[name].weight for expert in experts for name in gate_up]
@@ -56,7 +59,9 @@ class Experts(nn.ModuleList):
         first, last = torch.stack(gates_ups), torch.stack(downs)
         for weight, own in zip((*gates_ups, *downs), (*first, *last), strict=True):
             weight.data = own
-        self._stacked = first.unflatten(0, (-1, 2)).flatten(1, 2), last
+        fused = self._fused[0]
+        fused.gate_up_proj, fused.down_proj = first.unflatten(0, (-1, 2)).flatten(1, 2), last
+        self._together = partial(grouped_mm_experts_forward, fused)
 
     @torch.compiler.disable  # the number of tokens per expert changes in every step
     def forward(
@@ -65,32 +70,22 @@ class Experts(nn.ModuleList):
         top_k_index: Tensor,  # (n, k) experts of each token
         top_k_weights: Tensor,  # (n, k)
     ) -> Tensor:  # (n, d)
+        if self._together is not None and not _trains(self):
+            return self._together(hidden_states, top_k_index, top_k_weights)
         num_tokens, top_k = top_k_index.shape
         choices = top_k_index.flatten()
         order = choices.argsort(stable=True)
         tokens = order // top_k
-        together = self._stacked is not None and not _trains(self)
-        outputs = (self._of_all if together else self._of_each)(hidden_states[tokens], choices, tokens)
-        weighted = outputs[order.argsort()].view(num_tokens, top_k, -1) * top_k_weights[..., None]
-        return weighted.sum(dim=1).to(hidden_states.dtype)
-
-    def _of_each(self, x: Tensor, choices: Tensor, tokens: Tensor) -> Tensor:
         counts = self._counts(choices)
         outputs = []
-        for expert, own_tokens, own in zip(self, tokens.split(counts), x.split(counts), strict=True):
+        for expert, own, x in zip(self, tokens.split(counts), hidden_states[tokens].split(counts), strict=True):
             # All processes must have a gradient for the same parameters. It is zero without tokens.
-            if len(own) or (torch.is_grad_enabled() and _trains(expert)):
-                self.tokens = own_tokens
-                outputs.append(self._of_expert(expert, own))
+            if len(x) or (torch.is_grad_enabled() and _trains(expert)):
+                self.tokens = own
+                outputs.append(self._of_expert(expert, x))
         self.tokens = None
-        return torch.cat(outputs)
-
-    def _of_all(self, x: Tensor, choices: Tensor, _: Tensor) -> Tensor:
-        assert self._stacked is not None
-        first, last = (stacked.mT for stacked in self._stacked)
-        counts = choices.new_zeros(len(self)).scatter_add_(0, choices, torch.ones_like(choices))
-        ends = counts.cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(self._fused[0]._apply_gate(F.grouped_mm(x, first, offs=ends)), last, offs=ends)
+        weighted = torch.cat(outputs)[order.argsort()].view(num_tokens, top_k, -1) * top_k_weights[..., None]
+        return weighted.sum(dim=1).to(hidden_states.dtype)
 
     def _counts(self, choices: Tensor) -> list[int]:
         """The number of tokens of each expert."""

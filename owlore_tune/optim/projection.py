@@ -105,17 +105,16 @@ def range_finder(
     if start is None:
         columns = backward(random(m, width, dtype=_factor_dtype(right, left, dtype)))
         unit = _largest(columns)
-        columns = columns / unit
+        rows = forward(torch.linalg.qr(columns / unit).Q)
     else:
         kept = min(start.shape[1], width)
         columns = torch.cat([start[:, :kept].to(dtype), random(n, width - kept) / n**0.5], dim=1)
-        unit = None
-    rows = forward(torch.linalg.qr(columns).Q)
-    unit = _largest(rows) if unit is None else unit
+        rows = forward(torch.linalg.qr(columns).Q)
+        unit = _largest(rows)
     rows = torch.linalg.qr(rows / unit).Q
     orthonormal = torch.linalg.qr(backward(rows) / unit).Q
     low = forward(orthonormal).double()  # (m, width)
-    # After a gradient that is not finite, no value of `low` is.
+    # If the gradient is not finite, no value of `low` is.
     eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0, 0.0, 0.0))  # ascending
     basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
     # The algorithm may fail on one process alone.

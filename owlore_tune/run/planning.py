@@ -164,9 +164,12 @@ def checked_plan(
 def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, sharding: Sharding | None = None) -> None:
     """Raise ConfigError, naming settings that would fit, if ``plan`` exceeds ``device_memory_limit``, or a GPU."""
     cfg = settings.cfg
-    limit, source = device_bytes(settings.device), f"the device has {device_bytes(settings.device) / 1e9:.1f} GB"
-    if cfg.device_memory_limit is not None:
-        limit, source = 1e9 * float(cfg.device_memory_limit), f"device_memory_limit={cfg.device_memory_limit} GB"
+    if cfg.device_memory_limit is None:
+        limit = device_bytes(settings.device)
+        source = f"the device has {limit / 1e9:.1f} GB"
+    else:
+        limit = 1e9 * float(cfg.device_memory_limit)
+        source = f"device_memory_limit={cfg.device_memory_limit} GB"
     if plan.total <= limit:
         return
 

@@ -134,7 +134,7 @@ def test_experts_that_do_not_train_compute_together(num_experts):
         expected = outputs_and_gradient()
         experts.stack()
         torch.testing.assert_close(outputs_and_gradient(), expected, atol=1e-4, rtol=1e-5)
-        experts._stacked = None
+        experts._together = None
         for parameter in experts.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     assert list(experts.state_dict()) == names
