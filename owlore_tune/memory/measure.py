@@ -1,6 +1,5 @@
 """Measured memory of a run."""
 
-import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -63,13 +62,11 @@ def resident_bytes() -> int:
     return peak_memory_bytes(torch.device("cpu")) if resident is None else resident
 
 
-def device_bytes(device: torch.device) -> float:
-    """The memory of a GPU, in bytes; infinite for other devices."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-
-
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a GPU, with what torch has reserved and not allocated; None for other devices."""
+    """Free memory of a GPU, with what torch has reserved and not allocated; None for other devices.
+
+    It is without the CUDA context, NCCL's buffers and other processes.
+    """
     if device.type != "cuda":
         return None
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

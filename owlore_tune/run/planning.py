@@ -12,7 +12,7 @@ from tqdm import tqdm
 from owlore_tune.config_files import override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
-from owlore_tune.memory.measure import device_bytes
+from owlore_tune.memory.measure import free_bytes
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory, state_per_value
 from owlore_tune.memory.step import StepShape
@@ -153,7 +153,8 @@ def checked_plan(
     """The plan of a run for its longest row.
 
     Raises:
-        ConfigError: if it exceeds ``device_memory_limit`` or the memory of a GPU, or if the parts are incompatible.
+        ConfigError: if it exceeds ``device_memory_limit``, or without one the free memory of a GPU, or if the parts are
+            incompatible.
     """
     seq_len = row_length(settings, inputs)
     plan = plan_run(settings, seq_len, sharding, parts=parts)
@@ -162,11 +163,12 @@ def checked_plan(
 
 
 def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, sharding: Sharding | None = None) -> None:
-    """Raise ConfigError, naming settings that would fit, if ``plan`` exceeds ``device_memory_limit``, or a GPU."""
+    """Raise ConfigError, naming settings that would fit, if ``plan`` exceeds the limit, see `checked_plan`."""
     cfg = settings.cfg
     if cfg.device_memory_limit is None:
-        limit = device_bytes(settings.device)
-        source = f"the device has {limit / 1e9:.1f} GB"
+        free = free_bytes(settings.device)
+        limit = math.inf if free is None else free
+        source = f"the device has {limit / 1e9:.1f} GB free, without the CUDA context"
     else:
         limit = 1e9 * float(cfg.device_memory_limit)
         source = f"device_memory_limit={cfg.device_memory_limit} GB"
