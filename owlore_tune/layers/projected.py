@@ -266,15 +266,17 @@ class ProjectedLayers:
 
     @torch.no_grad()
     def merged_layer(self, index: int, *, stochastic: bool = False) -> dict[str, Tensor]:
-        """The full-precision weights of a quantized layer with the updates so far, by name."""
+        """The full-precision weights of a quantized layer with the updates so far, by name, on the layer's device.
+
+        Weights without updates may still be in host memory.
+        """
         assert self.masters is not None
         weights = self.masters.read(index)
         if index not in self.active:
             return weights
         for name, weight in self.layers[index].weights.items():
-            on_device = weights[name].to(weight.device)
-            weight.merge_into(on_device, self.generator(name, on_device.device) if stochastic else None)
-            weights[name] = on_device.to(weights[name].device)
+            weights[name] = weights[name].to(weight.device, non_blocking=True)
+            weight.merge_into(weights[name], self.generator(name, weight.device) if stochastic else None)
         return weights | {name: other.parameter.detach() for name, other in self.layers[index].others.items()}
 
     def nbytes(self) -> int:

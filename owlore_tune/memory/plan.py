@@ -44,7 +44,7 @@ class MemoryPlan:
     logits: int  # of the output head, with their gradients
     temporary: int  # in backward: recomputed activations, intermediate gradients
     gathered: int  # temporarily gathered sharded weights, with their gradients
-    merging: int  # on a CPU, with quantized weights: of a layer in full precision, what a step has not freed before
+    merging: int  # with quantized weights: of a layer in full precision, what a step has not freed before
     framework: int  # on a CPU: the process before weights load
     allocator: int  # on a CPU: heap fragmentation, `HEAP_LOSS` of everything else
 
@@ -54,7 +54,7 @@ class MemoryPlan:
 
     def on_gpu(self) -> "MemoryPlan":
         """The same step on a GPU, which counts only torch's allocations."""
-        return replace(self, merging=0, framework=0, allocator=0)
+        return replace(self, framework=0, allocator=0)
 
 
 CATEGORIES = tuple(field.name for field in fields(MemoryPlan))
@@ -145,7 +145,7 @@ def plan_memory(
     values += sum(other.parameter.numel() for layer in idle for other in layer.others.values())
     bases = layers.nbytes() + sum(_basis_bytes(weight) for layer in idle for weight in layer.weights.values())
     parts = step.bytes_at_peak(bases=bases)
-    if shape.weights != "full" and device.type == "cpu":
+    if shape.weights != "full":
         freed = sum(parts[label] for label in ("gradients", "activations", "logits", "temporary"))
         largest = max(sum(p.nbytes for p in layer.values()) for layer in model_parts(model).layers)
         parts["merging"] = max(0, largest - freed)

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from owlore_tune.quantized.store import LayerStore
@@ -21,7 +22,8 @@ class _Write(NamedTuple):
 class BackgroundStore(LayerStore):
     """Reads layers ahead, and writes them in the background, for a GPU that would wait for the disk.
 
-    Layers on their way are in host memory, which a run on a CPU does not have. A write that fails is tried again when
+    Layers on their way are in host memory, which a run on a CPU does not have. It is pinned, so that the device copies
+    while the host goes on. A write that fails is tried again when
     its layer is next read, or a checkpoint or another layer is written; that call raises the error. A process that ends
     during a write loses nothing that a checkpoint has, because a checkpoint waits for all writes.
     """
@@ -41,7 +43,7 @@ class BackgroundStore(LayerStore):
     def _read_now(self, index: int, write: _Write | None) -> dict[str, Tensor]:
         if write is not None:
             write.written.result()  # threads take work in order, so the write does not wait for this one
-        return dict(super().tensors(index))
+        return {name: _pinned(tensor) for name, tensor in super().tensors(index)}
 
     def tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         self.finish([index])
@@ -53,9 +55,15 @@ class BackgroundStore(LayerStore):
     def write(self, index: int, weights: dict[str, Tensor]) -> Path:
         self.finish([index, *(other for other, write in self._writes.items() if write.written.done())])
         file = self._new_file(index)
-        held = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
-        self._writes[index] = _Write(file, held, self._threads.submit(self._write, file, held))
+        held = {name: _held(weight.detach()) for name, weight in weights.items()}
+        copied = _event()
+        self._writes[index] = _Write(file, held, self._threads.submit(self._write_when, copied, file, held))
         return file
+
+    def _write_when(self, copied: torch.cuda.Event | None, file: Path, weights: dict[str, Tensor]) -> None:
+        if copied is not None:
+            copied.synchronize()
+        self._write(file, weights)
 
     def use(self, index: int, file: Path) -> None:
         self._ahead.pop(index, None)
@@ -67,3 +75,21 @@ class BackgroundStore(LayerStore):
             if written.exception() is not None:
                 self._write(file, weights)
             del self._writes[index]
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def _held(weight: Tensor) -> Tensor:
+    """A copy in host memory, complete after `_event`."""
+    return torch.empty_like(weight, device="cpu", pin_memory=torch.cuda.is_available()).copy_(weight, non_blocking=True)
+
+
+def _event() -> torch.cuda.Event | None:
+    """The end of all copies so far; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event

@@ -11,7 +11,7 @@ from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
 from owlore_tune.models.decoder import find_layers, find_linears
 from owlore_tune.models.fused import fuse_parts
 from owlore_tune.quantized.linear import quantize
-from runs import finetune, read_weights, variant, weights
+from runs import finetune, prepare, read_weights, variant, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FORMATS = {"full": "full", "int8": "int8", "nf4": "full"}  # with their products
@@ -64,6 +64,22 @@ def test_the_host_does_not_wait_in_forward_and_backward(name):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(parameter.grad.isfinite().all() for parameter in layers.trained().values())
+
+
+def test_a_layer_is_written_as_it_was_and_read_ahead_into_pinned_memory(tiny_config):
+    recipe = prepare(variant(tiny_config, "run", device="cuda", owlore__weights="nf4"))
+    store = recipe.quantized.store
+    weights = {name: weight.to("cuda", non_blocking=True) for name, weight in store.read(0).items()}
+    expected = {name: weight.cpu() for name, weight in weights.items()}
+    torch.cuda._sleep(10**9)  # copies wait for it
+    store.use(0, store.write(0, weights))
+    for weight in weights.values():
+        weight.zero_()
+    store.read_ahead([0])
+    read = store.read(0)
+    assert read.keys() == expected.keys() and all(weight.is_pinned() for weight in read.values())
+    assert all(torch.equal(weight, expected[name]) for name, weight in read.items())
+    recipe.cleanup()
 
 
 def test_a_run_takes_what_is_planned(smollm2_dir, tmp_path):

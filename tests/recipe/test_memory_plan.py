@@ -148,7 +148,9 @@ def test_a_plan_over_the_limit_is_refused_before_weights_load(tiny_config, tmp_p
     assert "or with enable_activation_checkpointing=true" in message and "AdamW8bit" not in message
     assert "none of the settings tried makes it fit" in limited(tiny_config, tmp_path, 1e-3)
     monkeypatch.setattr("owlore_tune.run.planning.free_bytes", lambda device: 10**6)  # as of a GPU
-    with pytest.raises(ConfigError, match=r"the device has 0\.0 GB free, without the CUDA context, and the plan is .* GB; none of the settings"):
+    with pytest.raises(
+        ConfigError, match=r"the device has 0\.0 GB free, .*, and the plan is .* GB; none of the settings"
+    ):
         recipe_of(tiny_config).setup()
     monkeypatch.setattr("owlore_tune.run.planning.free_bytes", lambda device: 9 * 10**8)
     assert "device_memory_limit=0.001 GB" in limited(tiny_config, tmp_path, 1e-3)
