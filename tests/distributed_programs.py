@@ -1,6 +1,7 @@
 """Programs that tests start on several ranks, see `ranks.run_ranks`."""
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,15 +22,27 @@ from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world, local
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.optim.projection import range_finder
+from owlore_tune.quantized.background import BackgroundStore
+from owlore_tune.quantized.store import LayerStore
+from owlore_tune.run import weights as run_weights
 from owlore_tune.run.settings import TrainingSettings
 
 
+class SlowStore(BackgroundStore):
+    """The store of a GPU. Its files are not complete when other ranks need them."""
+
+    def _write(self, file: Path, weights: dict[str, torch.Tensor]) -> None:
+        time.sleep(0.5)
+        super()._write(file, weights)
+
+
 def train(*files: str) -> None:
-    """Train recipes, one after the other."""
+    """Train recipes, one after the other. Those in a directory named ``…_background`` have the store of a GPU."""
     configs = [DictConfig(OmegaConf.load(file)) for file in files]
     offloads = any(cfg.get("fsdp_cpu_offload") and cfg.device != "cpu" for cfg in configs)
     with process_group(torch.device(configs[0].device), configs[0].get("dist_timeout_s", 600), cpu_offload=offloads):
         for cfg in configs:
+            run_weights.LayerStore = SlowStore if cfg.output_dir.endswith("_background") else LayerStore
             finetune(cfg)
 
 

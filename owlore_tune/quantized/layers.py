@@ -100,19 +100,16 @@ class QuantizedLayers:
         """
         if bad := [name for name, weight in weights.items() if not is_finite(weight)]:
             raise DivergedError(f"weights are not finite: {bad[0]}; lower optimizer.lr")
-        written = self._world.share(self._world.attempt(lambda: self._write(index, weights), first_alone=True))
+        written = self._world.attempt(lambda: self.store.write(index, weights), first_alone=True)
+        written, unwritten = self._world.share((written, self.store.unwritten()))
         assert written is not None
+        if self._world.rank != 0:
+            self.store.follow(index, weights, unwritten)
         self.store.use(index, written)
         for name, module in self._modules(index).items():
             if is_quantized(module):
                 requantize(module, weights[name].to(self._device(index)))
         return_freed_memory(self._device(index))
-
-    def _write(self, index: int, weights: dict[str, Tensor]) -> Path:
-        file = self.store.write(index, weights)
-        if self._world.size > 1:
-            self.store.finish()  # before other processes read it
-        return file
 
     def read_ahead(self, merging: set[int], correcting: set[int]) -> None:
         """Prepare to read the layers that are merged next, and those whose bases need a correction next."""

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -87,7 +87,7 @@ class LayerStore:
         """The layers that have weights; OUTSIDE is one of them."""
         return {*self._base, *self.files}
 
-    def nbytes(self, indices: Iterable[int]) -> int:
+    def nbytes(self, indices: Sequence[int]) -> int:
         """Bytes of the files of layers."""
         return sum(self.files[index].stat().st_size for index in indices if index in self.files)
 
@@ -131,6 +131,13 @@ class LayerStore:
         file = self._new_file(index)
         self._write(file, weights)
         return file
+
+    def follow(self, index: int, weights: dict[str, Tensor], unwritten: set[int]) -> None:
+        """What `write` is on the first process, on another one: a file of ``unwritten`` layers may not be complete."""
+
+    def unwritten(self) -> set[int]:
+        """The layers that are still being written."""
+        return set()
 
     def finish(self, indices: Iterable[int] | None = None) -> None:
         """Wait until layers are written; all if omitted. For a store that writes in the background.

@@ -207,7 +207,9 @@ QUANTIZED = {
 
 @pytest.mark.parametrize("names", [["nf4"], pytest.param(["int8", "nf4, all layers"], marks=pytest.mark.slow)], ids=str)
 def test_quantized_weights_train_on_two_ranks_as_in_one_process(names, config, tmp_path):
-    """Every rank has all weights. The first one writes layers that leave. Resumed, they have the same bits.
+    """Every rank has all weights. The first one writes layers that leave.
+
+    Resumed with the store of a GPU, which writes in the background, they have the same bits.
 
     With int8 products, a rounding error can move an input to the next of 255 values.
     """
@@ -215,7 +217,7 @@ def test_quantized_weights_train_on_two_ranks_as_in_one_process(names, config, t
     ones = [variant(config, f"one_{name}", **QUANTIZED[name]) for name in names]
     twos = [on_ranks(2, one, "two", save_every_n_steps=4) for one in ones]
     again = [
-        on_ranks(2, one, "again", resume_from_checkpoint=f"{two['output_dir']}/step_4")
+        on_ranks(2, one, "background", resume_from_checkpoint=f"{two['output_dir']}/step_4")
         for one, two in zip(ones, twos, strict=True)
     ]
     train_together(2, *twos, *again)

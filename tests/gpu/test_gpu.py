@@ -75,10 +75,13 @@ def test_a_layer_is_written_as_it_was_and_read_ahead_into_pinned_memory(tiny_con
     store.use(0, store.write(0, weights))
     for weight in weights.values():
         weight.zero_()
+    pending = store.read(0)
+    store.finish()
     store.read_ahead([0])
     read = store.read(0)
-    assert read.keys() == expected.keys() and all(weight.is_pinned() for weight in read.values())
-    assert all(torch.equal(weight, expected[name]) for name, weight in read.items())
+    assert pending.keys() == read.keys() == expected.keys() and all(weight.is_pinned() for weight in read.values())
+    for name, weight in expected.items():
+        assert torch.equal(pending[name], weight) and torch.equal(read[name], weight)
     recipe.cleanup()
 
 

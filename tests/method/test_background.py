@@ -1,6 +1,7 @@
 """On a GPU, layers are read and written in the background. Here a CPU does it, with the same results."""
 
 import threading
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -43,6 +44,8 @@ def test_weights_are_those_of_a_store_that_waits_and_nothing_waits_to_read(in_ba
 
         def note(store, *args, name=name, original=original):
             used.append((name, threading.current_thread() is threading.main_thread()))
+            if name == "_write":
+                time.sleep(0.2)  # so that files are not complete when they are needed
             return original(store, *args)
 
         monkeypatch.setattr(LayerStore, name, note)
