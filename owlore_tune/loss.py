@@ -12,9 +12,6 @@ from owlore_tune.data.batches import batch_to_device, to_device
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.output import takes_hidden_states
 
-LEAST_POSITIONS = 256
-MOST_CHUNKS = 8
-
 
 class LinearCrossEntropyLoss(nn.Module):
     """Mean cross-entropy from the last hidden states: output head and loss fused, chunk by chunk.
@@ -24,14 +21,12 @@ class LinearCrossEntropyLoss(nn.Module):
     logits for every position. (The name and ``set_model_output`` are those of later torchtune versions.)
 
     Args:
-        chunk_size: positions per chunk; None for 256, or an eighth of the positions with a label if that is more. A
-            quantized head is dequantized for each chunk.
+        chunk_size: positions per chunk.
     """
 
-    def __init__(self, chunk_size: int | None = None) -> None:
+    def __init__(self, chunk_size: int = 256) -> None:
         super().__init__()
-        is_number = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
-        if chunk_size is not None and not (is_number and chunk_size >= 1):
+        if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
             raise ValueError(f"loss.chunk_size={chunk_size}; it must be at least 1 position")
         self.chunk_size = chunk_size
         self.ignore_index = CROSS_ENTROPY_IGNORE_IDX
@@ -69,9 +64,8 @@ class LinearCrossEntropyLoss(nn.Module):
     ) -> Tensor:  # ()
         """The loss of positions that all have a label."""
         (head,) = self._head
-        chunk_size = self.chunk_size or max(LEAST_POSITIONS, -(-len(hidden) // MOST_CHUNKS))
         grad_enabled = torch.is_grad_enabled()  # autograd disables it inside the function
-        return _ChunkedHead.apply(hidden, labels, head, chunk_size, grad_enabled, *_head_parameters(head))
+        return _ChunkedHead.apply(hidden, labels, head, self.chunk_size, grad_enabled, *_head_parameters(head))
 
 
 class _ChunkedHead(torch.autograd.Function):

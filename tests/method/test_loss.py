@@ -33,19 +33,6 @@ def test_loss_and_gradients_equal_plain_cross_entropy(build, frozen_head, tokens
             torch.testing.assert_close(parameter.grad, other.grad, msg=name, atol=2e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("positions", "expected"), [(0, []), (300, [256, 44]), (2048, [256] * 8), (4100, 7 * [513] + [509])]
-)
-def test_a_head_is_read_eight_times_at_most(positions, expected):
-    """On a GPU, a quantized head is dequantized each time."""
-    model, sizes = tiny_llama(), []
-    model.output.register_forward_hook(lambda head, inputs, logits: sizes.append(len(logits)))
-    loss_fn = LinearCrossEntropyLoss()
-    loss_fn.set_model_output(model)
-    loss_fn(torch.ones(1, positions, model.tok_embeddings.embedding_dim), torch.zeros(1, positions, dtype=torch.int64))
-    assert sizes == expected
-
-
 def test_no_gradients_are_made_in_validation(tokens, monkeypatch):
     """Also if the head is trained."""
     model = tiny_llama()
