@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torchtune import training
 
 from owlore_tune.models.decoder import Decoder, find_layers, init_rope
@@ -201,7 +200,9 @@ class _Tracker(TorchDispatchMode):
         is_one = isinstance(outputs, Tensor) and outputs.is_meta and not func.is_view
         if is_one and outputs.untyped_storage()._cdata not in self._labels:
             self._made[key] = outputs.size(), outputs.stride(), outputs.dtype
-        tree_map_only(Tensor, self._add, outputs)
+        for output in outputs if isinstance(outputs, (list, tuple)) else [outputs]:
+            if isinstance(output, Tensor):
+                self._add(output)
         return outputs
 
     def _add(self, tensor: Tensor) -> None:
