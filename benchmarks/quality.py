@@ -122,10 +122,14 @@ class Study:
         """Return the row of ``run``. Execute the run if there is none."""
         if run.key not in self.rows:
             print(f"{time.strftime('%H:%M:%S')} {run.key}", flush=True)
-            with tempfile.TemporaryDirectory() as scratch:
-                self.rows[run.key] = self._run(run, Path(scratch))
+            self.rows[run.key] = self.executed(run)
             append_line(ROWS, self.rows[run.key])
         return self.rows[run.key]
+
+    def executed(self, run: Run) -> dict[str, Any]:
+        """Execute ``run``, and return its row."""
+        with tempfile.TemporaryDirectory() as scratch:
+            return self._run(run, Path(scratch))
 
     def _run(self, run: Run, scratch: Path) -> dict[str, Any]:
         started = time.perf_counter()
@@ -210,13 +214,9 @@ class Study:
         while len(grid) > 1:
             runs = [self.row(Run(method, lr, 0, steps=TUNING_STEPS)) for lr in grid]
             losses = [row["held_out_loss"] for row in runs]
-            best = min(range(len(grid)), key=lambda i: losses[i])
-            if best == 0:
-                grid.insert(0, rounded(grid[0] / STEP_OF_GRID))
-            elif best == len(grid) - 1:
-                grid.append(rounded(grid[-1] * STEP_OF_GRID))
-            else:
-                return grid[best]
+            if (further := next_of_grid(grid, losses)) is None:
+                return grid[losses.index(min(losses))]
+            grid = sorted([*grid, further])
         return grid[0]
 
 
@@ -288,9 +288,13 @@ def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8
     return total / count
 
 
-def rounded(lr: float) -> float:
-    """Round to 1 or 3 times a power of ten."""
-    half_decades = round(2 * math.log10(lr))
+def next_of_grid(grid: list[float], losses: list[float]) -> float | None:
+    """The learning rate to try next, beyond the edge that has the lowest loss. None if it is not at an edge."""
+    best = losses.index(min(losses))
+    if 0 < best < len(grid) - 1:
+        return None
+    lr = grid[0] / STEP_OF_GRID if best == 0 else grid[-1] * STEP_OF_GRID
+    half_decades = round(2 * math.log10(lr))  # to 1 or 3 times a power of ten
     return float(f"{3 if half_decades % 2 else 1}e{half_decades // 2}")
 
 

@@ -1,4 +1,4 @@
-"""The report of the accuracy study: from its committed rows, and from rows whose tables are known."""
+"""The reports of the accuracy studies: from their committed rows, and from rows whose tables are known."""
 
 import re
 import sys
@@ -18,8 +18,15 @@ def quality_report(monkeypatch):
     import quality_report
 
     yield quality_report
-    for name in ("quality", "quality_report"):
+    for name in ("quality", "quality_report", "equal_time"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def equal_time(quality_report):
+    import equal_time
+
+    return equal_time
 
 
 def test_the_committed_report_is_made_from_the_committed_rows(quality_report):
@@ -65,3 +72,57 @@ def test_rows_become_means_errors_and_counts(quality_report):
 def test_the_front_has_every_point_that_no_other_beats(quality_report):
     points = {"slow": (3.0, 1.0), "fast": (1.0, 2.0), "beaten": (3.0, 1.5), "middle": (2.0, 1.2)}
     assert quality_report.pareto(points) == ["fast", "middle", "slow"]
+
+
+def test_no_problem_is_in_two_sets_or_in_the_training_data(equal_time):
+    rows = [{"instruction": f"problem {i % 700}", "output": str(i)} for i in range(900)]
+    train, sets = equal_time.split(rows, seed=1)
+    problems = [{row["instruction"] for row in some} for some in (train, *sets.values())]
+    assert [len(some) for some in problems] == [200, 100, 100, 300] and len(set.union(*problems)) == 700
+    assert len(train) > 200 and train != equal_time.split(rows, seed=2)[0]
+    assert sets == equal_time.split(rows, seed=2)[1]
+
+
+def test_a_method_gets_the_steps_of_the_time_of_full_fine_tuning(equal_time):
+    measured = {"torchtune full": {"mean step, s": "5.0"}, "OwLore, all layers, rank 64, int8": {"mean step, s": "2.0"}}
+    assert equal_time.steps_in_budget(equal_time.ALL_LAYERS, measured) == 250
+    assert equal_time.steps_in_budget("torchtune full", measured) == 100
+
+
+def test_rows_of_earlier_code_do_not_count(equal_time):
+    def row(method, lr, seed, loss, code="new"):
+        losses = {"tuning": loss + 1, "choosing": 0.0, "reported": loss}
+        return {
+            "key": f"{method} {lr} {seed}", "method": method, "lr": lr, "seed": seed, "steps": 100, "code": code,
+            "machine": "a CPU", "losses": losses,
+        }  # fmt: skip
+
+    ours, full = equal_time.ALL_LAYERS, "torchtune full"
+    rows = [
+        row(ours, 1e-4, 0, 0.10, "old"), row(ours, 3e-4, 0, 0.50), row(ours, 1e-3, 0, 0.60), row(ours, 3e-4, 1, 0.48),
+        row(full, 1e-4, 0, 0.54), row(full, 1e-4, 1, 0.53),
+    ]  # fmt: skip
+    measured = {name: {"peak memory, GB": "1.00"} for name in (full, "OwLore, all layers, rank 64, int8")}
+    lines = equal_time.report(rows, measured)
+    assert f"| {ours} | 100 | 0.0003 | 2 | 0.4900 ± 0.0141 |  | 1.00 |" in lines
+    assert f"| {full} | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | +0.0450 ± 0.0050 | 1.00 |" in lines
+    assert f"| {ours} | 0.0003: 1.5000, 0.001: 1.6000 |" in lines
+
+
+def test_a_grid_grows_until_its_best_value_is_inside(equal_time):
+    from quality import next_of_grid
+
+    assert next_of_grid([1e-4, 3e-4], [0.5, 0.6]) == 3e-5
+    assert next_of_grid([1e-4, 3e-4], [0.6, 0.5]) == 1e-3
+    assert next_of_grid([1e-4, 3e-4, 1e-3], [0.6, 0.5, 0.6]) is None
+
+
+def test_a_digest_of_code_ignores_comments_and_docstrings(equal_time, tmp_path):
+    from lib.code import digest_of_code
+
+    file = tmp_path / "a.py"
+    digests = []
+    for text in ('"""One."""\nx = 1\n', '"""Two."""\n\nx = 1  # as\n', "x = 2\n"):
+        file.write_text(text)
+        digests.append(digest_of_code([file]))
+    assert digests[0] == digests[1] != digests[2]
