@@ -218,7 +218,7 @@ def test_doctor_lists_the_largest_models_that_fit_a_card(tiny_config, tmp_path, 
         OmegaConf.save(tiny_config | {"model": model, "batch_size": 64}, name)
     monkeypatch.setattr("owlore_tune.run.gpus.packaged_configs", lambda: [(name, Path()) for name in names])
     monkeypatch.setattr("owlore_tune.run.gpus.SEQ_LEN", 16)
-    assert [finding.text.split(":")[0] for finding in fits(42e6)] == [
+    assert [finding.text.split(":")[0] for finding in fits(46e6)] == [
         "512_owlore",
         "640_owlore with owlore.weights=int8 owlore.products=int8",
         "768_owlore with owlore.weights=nf4 owlore.products=full",
