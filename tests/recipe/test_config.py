@@ -55,6 +55,11 @@ def test_the_table_of_planned_memory(row):
     assert plan.total / 1e9 == pytest.approx(float(told), abs=0.06)
 
 
+def test_the_table_of_settings_for_cards_has_every_packaged_model():
+    rows = re.findall(r"^\| `(\S+)` \| \d+ (?:\| [^|]+){6}\|$", MEMORY, re.MULTILINE)
+    assert rows == [name for name, _ in packaged_configs() if name.endswith("_owlore")]
+
+
 @pytest.mark.slow
 def test_the_table_of_settings_that_fit_a_card(monkeypatch):
     """One of its rows, because each takes many plans."""
