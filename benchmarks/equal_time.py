@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from lib.code import digest_of_code
-from quality import ALL_LAYERS, METHODS, SEEDS, Run, Study, held_out_loss, next_of_grid
-from quality_report import MEASURED_AS, read_table
+from quality import ALL_LAYERS, METHODS, SEEDS, Run, Study, best_of_grid, held_out_loss
+from quality_report import mean_of, measured_name, read_table
 
-from owlore_evals.jsonl import append_line, read_lines
+from owlore_evals.jsonl import read_lines
 from owlore_tune.data.builders import read_file
 from owlore_tune.run.manifest import versions
 
@@ -52,20 +52,21 @@ CODE = (
 def code_of(method: str) -> str:
     """The digest of the code that a method's losses depend on."""
     paths = CODE_OF_DATA + (CODE if METHODS[method].runner == "owlore" else ())
-    files = {file for path in paths for file in (ROOT / path).rglob("*.py")} | {ROOT / p for p in paths if ".py" in p}
-    return digest_of_code(files)
+    found = [[ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("*.py") for path in paths]
+    return digest_of_code({file for files in found for file in files})
 
 
 def processor() -> str:
     """The name of the processor, which decides how products are rounded."""
     file = Path("/proc/cpuinfo")
-    names = [line.partition(": ")[2] for line in file.read_text().splitlines() if "model name" in line]
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if "model name" in line]
     return names[0] if names else platform.machine()
 
 
 def steps_in_budget(method: str, measured: dict[str, dict[str, str]]) -> int:
     """The steps that a method takes in the time of ``BUDGET`` steps of the reference."""
-    seconds = {name: float(measured[MEASURED_AS.get(name, name)]["mean step, s"]) for name in (method, REFERENCE)}
+    seconds = {name: float(measured[measured_name(name)]["mean step, s"]) for name in (method, REFERENCE)}
     return round(BUDGET * seconds[REFERENCE] / seconds[method])
 
 
@@ -89,16 +90,11 @@ class EqualTime(Study):
     """The runs of this study."""
 
     def __init__(self, data: Path, threads: int) -> None:
-        super().__init__(data, threads, answers=False)
+        super().__init__(data, threads, answers=False, results=ROWS)
         self._problems = read_file(data / "math" / "train.json", "--data")
-        self.rows = {row["key"]: row for row in read_lines(ROWS)}
 
-    def row(self, run: Run) -> dict[str, Any]:
-        if self.rows.get(run.key, {}).get("code") != code_of(run.method):
-            print(f"{time.strftime('%H:%M:%S')} {run.key}", flush=True)
-            self.rows[run.key] = self.executed(run)
-            append_line(ROWS, self.rows[run.key])
-        return self.rows[run.key]
+    def _has(self, run: Run) -> bool:
+        return self.rows.get(run.key, {}).get("code") == code_of(run.method)
 
     def _run(self, run: Run, scratch: Path) -> dict[str, Any]:
         code, started = code_of(run.method), time.perf_counter()
@@ -113,12 +109,9 @@ class EqualTime(Study):
 
     def tuned_at(self, method: str, steps: int) -> float:
         """The learning rate with the lowest loss on the first set."""
-        grid = list(METHODS[method].lrs)
-        while True:
-            losses = [self.row(Run(method, lr, SEEDS[0], steps))["losses"]["tuning"] for lr in grid]
-            if (further := next_of_grid(grid, losses)) is None:
-                return grid[losses.index(min(losses))]
-            grid = sorted([*grid, further])
+        return best_of_grid(
+            METHODS[method].lrs, lambda lr: self.row(Run(method, lr, SEEDS[0], steps))["losses"]["tuning"]
+        )
 
 
 def report(rows: Iterable[dict[str, Any]], measured: dict[str, dict[str, str]]) -> list[str]:
@@ -143,11 +136,10 @@ def report(rows: Iterable[dict[str, Any]], measured: dict[str, dict[str, str]]) 
     for name, found in finals.items():
         if found:
             losses = [row["losses"]["reported"] for row in found.values()]
-            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
             one = next(iter(found.values()))
-            memory = measured[MEASURED_AS.get(name, name)]["peak memory, GB"]
+            memory = measured[measured_name(name)]["peak memory, GB"]
             lines.append(
-                f"| {name} | {one['steps']} | {one['lr']:g} | {len(losses)} | {statistics.fmean(losses):.4f}{spread} | "
+                f"| {name} | {one['steps']} | {one['lr']:g} | {len(losses)} | {mean_of(losses)} | "
                 f"{'' if found is first else _difference(found, first)} | {memory} |"
             )
     lines += ["", "## Tuning: losses on the first set with seed 0", "", "| | lr: loss |", "|---|---|"]
@@ -182,7 +174,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--methods", nargs="+", choices=COMPARED, default=COMPARED, metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--report", action="store_true", help="write equal_time.md, and train nothing")
     args = parser.parse_args()
     measured = read_table(ROWS.with_name("methods.md"))
@@ -197,7 +188,7 @@ def main() -> None:
         lrs = dict(
             zip(args.methods, pool.map(lambda method: study.tuned_at(method, steps[method]), args.methods), strict=True)
         )
-        runs = [Run(method, lrs[method], seed, steps[method]) for seed in args.seeds for method in args.methods]
+        runs = [Run(method, lrs[method], seed, steps[method]) for seed in SEEDS for method in args.methods]
         list(pool.map(study.row, runs))
 
 

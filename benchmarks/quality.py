@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,9 +106,10 @@ class Study:
         data: directory with math/.
         threads: threads per run.
         answers: whether final runs answer the test problems.
+        results: the results file.
     """
 
-    def __init__(self, data: Path, threads: int, answers: bool) -> None:
+    def __init__(self, data: Path, threads: int, answers: bool, results: Path = ROWS) -> None:
         self._data = data
         self._answers = answers
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
@@ -116,20 +118,20 @@ class Study:
         )
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("medium")  # as in lib/bf16_products.py
-        self.rows = {row["key"]: row for row in read_lines(ROWS)}
+        self._results = results
+        self.rows = {row["key"]: row for row in read_lines(results)}
 
     def row(self, run: Run) -> dict[str, Any]:
         """Return the row of ``run``. Execute the run if there is none."""
-        if run.key not in self.rows:
+        if not self._has(run):
             print(f"{time.strftime('%H:%M:%S')} {run.key}", flush=True)
-            self.rows[run.key] = self.executed(run)
-            append_line(ROWS, self.rows[run.key])
+            with tempfile.TemporaryDirectory() as scratch:
+                self.rows[run.key] = self._run(run, Path(scratch))
+            append_line(self._results, self.rows[run.key])
         return self.rows[run.key]
 
-    def executed(self, run: Run) -> dict[str, Any]:
-        """Execute ``run``, and return its row."""
-        with tempfile.TemporaryDirectory() as scratch:
-            return self._run(run, Path(scratch))
+    def _has(self, run: Run) -> bool:
+        return run.key in self.rows
 
     def _run(self, run: Run, scratch: Path) -> dict[str, Any]:
         started = time.perf_counter()
@@ -209,15 +211,11 @@ class Study:
         append_line(ROWS, row)
 
     def tuned(self, method: str) -> float:
-        """Return the learning rate with the lowest held-out loss. Extend the grid until it is not at an edge."""
-        grid = list(METHODS[method].lrs)
-        while len(grid) > 1:
-            runs = [self.row(Run(method, lr, 0, steps=TUNING_STEPS)) for lr in grid]
-            losses = [row["held_out_loss"] for row in runs]
-            if (further := next_of_grid(grid, losses)) is None:
-                return grid[losses.index(min(losses))]
-            grid = sorted([*grid, further])
-        return grid[0]
+        """Return the learning rate with the lowest held-out loss."""
+        lrs = METHODS[method].lrs
+        if len(lrs) == 1:
+            return lrs[0]
+        return best_of_grid(lrs, lambda lr: self.row(Run(method, lr, 0, steps=TUNING_STEPS))["held_out_loss"])
 
 
 def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
@@ -288,13 +286,18 @@ def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8
     return total / count
 
 
-def next_of_grid(grid: list[float], losses: list[float]) -> float | None:
-    """The learning rate to try next, beyond the edge that has the lowest loss. None if it is not at an edge."""
-    best = losses.index(min(losses))
-    if 0 < best < len(grid) - 1:
-        return None
-    lr = grid[0] / STEP_OF_GRID if best == 0 else grid[-1] * STEP_OF_GRID
-    half_decades = round(2 * math.log10(lr))  # to 1 or 3 times a power of ten
+def best_of_grid(lrs: Sequence[float], loss_of: Callable[[float], float]) -> float:
+    """The learning rate with the lowest loss. The grid is extended until it is not at an edge."""
+    losses = {lr: loss_of(lr) for lr in lrs}
+    while (best := min(losses, key=lambda lr: losses[lr])) in (lowest := min(losses), max(losses)):
+        further = rounded(best / STEP_OF_GRID if best == lowest else best * STEP_OF_GRID)
+        losses[further] = loss_of(further)
+    return best
+
+
+def rounded(lr: float) -> float:
+    """Round to 1 or 3 times a power of ten."""
+    half_decades = round(2 * math.log10(lr))
     return float(f"{3 if half_decades % 2 else 1}e{half_decades // 2}")
 
 

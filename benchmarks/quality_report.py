@@ -60,7 +60,10 @@ def _section(title: str, table: list[str]) -> list[str]:
 
 
 def loss_of(rows: list[Row]) -> str:
-    losses = [row["held_out_loss"] for row in rows]
+    return mean_of([row["held_out_loss"] for row in rows])
+
+
+def mean_of(losses: list[float]) -> str:
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
     return f"{statistics.fmean(losses):.4f}{spread}"
 

@@ -141,7 +141,7 @@ def memory(args: argparse.Namespace) -> None:
         "train_output and train_norm); full trains all."
     )
     if args.gpu or settings.device.type == "cuda":
-        print("On a GPU, the CUDA context takes about 0.5 GB more, and NCCL more on several. Leave a tenth of it free.")
+        print("The CUDA context, and NCCL on several GPUs, take more than this plan. Leave a tenth of the memory free.")
     if picture is not None:
         print(picture)
 

@@ -133,7 +133,11 @@ class LayerStore:
         return file
 
     def follow(self, index: int, weights: dict[str, Tensor], unwritten: set[int]) -> None:
-        """What `write` is on the first process, on another one: a file of ``unwritten`` layers may not be complete."""
+        """Take note of a `write` of the first process, on another one.
+
+        Args:
+            unwritten: layers whose files may not be complete.
+        """
 
     def unwritten(self) -> set[int]:
         """The layers that are still being written."""

@@ -1,5 +1,6 @@
 """The reports of the accuracy studies: from their committed rows, and from rows whose tables are known."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -110,11 +111,17 @@ def test_rows_of_earlier_code_do_not_count(equal_time):
 
 
 def test_a_grid_grows_until_its_best_value_is_inside(equal_time):
-    from quality import next_of_grid
+    from quality import best_of_grid
 
-    assert next_of_grid([1e-4, 3e-4], [0.5, 0.6]) == 3e-5
-    assert next_of_grid([1e-4, 3e-4], [0.6, 0.5]) == 1e-3
-    assert next_of_grid([1e-4, 3e-4, 1e-3], [0.6, 0.5, 0.6]) is None
+    for best in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3):
+        tried = []
+
+        def loss_of(lr, best=best, tried=tried):
+            tried.append(lr)
+            return abs(math.log(lr / best))
+
+        assert best_of_grid((1e-4, 3e-4), loss_of) == best
+        assert min(tried) < best < max(tried) and len(tried) == len(set(tried))
 
 
 def test_a_digest_of_code_ignores_comments_and_docstrings(equal_time, tmp_path):
