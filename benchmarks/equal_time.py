@@ -1,11 +1,14 @@
-"""Held-out loss of OwLore and other methods on SmolLM2 after the same training time.
+"""Held-out loss of OwLore and other methods on SmolLM2 after the same training time, and after the same steps.
 
-    python benchmarks/equal_time.py --data DIR [--workers N] [--methods NAME ...]
+    python benchmarks/equal_time.py --data DIR --costs [--methods NAME ...]
+    python benchmarks/equal_time.py --data DIR [--budgets 100 ...] [--workers N] [--methods NAME ...]
     python benchmarks/equal_time.py --report
 
-DIR holds math/ in LLM-Adapters' format. A budget is the time of BUDGET steps of torchtune's full fine-tuning. Each
-method gets the steps that it takes in this time, by the mean steps of methods.md, which include draws and bases. No row
-repeats before the last step. Data, schedule and settings are otherwise those of quality.py.
+DIR holds math/ in LLM-Adapters' format. A budget is the time of so many steps of torchtune's full fine-tuning in
+float32. Each method trains as many steps as it takes in this time, and also as many as the budget. --costs measures the
+mean step and the memory of each method, one at a time and with all cores; ratios need measurements from one quiet
+machine. No row of data repeats. Data, schedule and settings are otherwise those of quality.py, and so are products in
+bfloat16. OwLore has weights in bfloat16 or int8.
 
 Three sets of problems are disjoint, and none has a problem of the training data: learning rates are tuned on the first,
 other settings are chosen on the second, and the third is reported. A learning rate is tuned with runs of the same
@@ -17,9 +20,11 @@ Every finished run is a line of equal_time.jsonl. It is repeated only if the cod
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,25 +33,55 @@ from pathlib import Path
 from typing import Any
 
 from lib.code import digest_of_code
-from quality import ALL_LAYERS, METHODS, SEEDS, Run, Study, best_of_grid, held_out_loss
-from quality_report import mean_of, measured_name, read_table
+from methods import INT8
+from quality import RESAMPLE_EVERY, SEEDS, Method, Run, Study, best_of_grid, held_out_loss
+from quality_report import mean_of
 
-from owlore_evals.jsonl import read_lines
+from owlore_evals.jsonl import append_line, read_lines
 from owlore_tune.data.builders import read_file
 from owlore_tune.run.manifest import versions
 
 ROOT = Path(__file__).parents[1]
 ROWS = Path(__file__).with_name("equal_time.jsonl")
-BUDGET = 100  # steps of torchtune's full fine-tuning
-REFERENCE = "torchtune full"
+BUDGETS = (100,)
 SETS = {"tuning": 100, "choosing": 100, "reported": 300}  # problems
-COMPARED = (ALL_LAYERS, REFERENCE, "torchtune LoRA, r=16", "galore-torch, r=128", "BAdam")
 # Folders and files of the training code. Peers only use the first.
 CODE_OF_DATA = ("owlore_tune/data", "owlore_tune/models/smollm2.py", "benchmarks/lib/peers.py")
 CODE = (
     "owlore_tune/kernels", "owlore_tune/layers", "owlore_tune/models", "owlore_tune/optim", "owlore_tune/quantized",
     "owlore_tune/loss.py", "owlore_tune/run/build.py", "recipes/owlore_full_finetune.py",
 )  # fmt: skip
+
+
+def ours(num_active: int | None, rank: int, lrs: tuple[float, ...], **settings: Any) -> Method:
+    """OwLore with uniform draws."""
+    chosen = {"owlore.num_active_layers": num_active, "owlore.rank": rank, "owlore.update_gap": RESAMPLE_EVERY}
+    return Method("owlore", BF16 | {"owlore.score": "uniform"} | chosen | settings, lrs)
+
+
+REFERENCE, OURS = "torchtune full, fp32", "OwLore, all layers, r=64"
+FULL, LORA = {"recipe": "full_finetune_single_device"}, {"recipe": "lora_finetune_single_device"}
+BF16 = {"dtype": "bf16"}
+GALORE = {"method": "galore", "every": RESAMPLE_EVERY}
+METHODS = {
+    REFERENCE: Method("torchtune", FULL, (3e-5, 1e-4, 3e-4)),
+    "torchtune full, bf16": Method("torchtune", FULL | BF16, (3e-5, 1e-4, 3e-4)),
+    "torchtune LoRA, r=16, fp32": Method("torchtune", LORA, (3e-4, 1e-3, 3e-3)),
+    "torchtune LoRA, r=16, bf16": Method("torchtune", LORA | BF16, (3e-4, 1e-3, 3e-3)),
+    "galore-torch, r=128, fp32": Method("peer", GALORE, (1e-5, 3e-5, 1e-4)),
+    "galore-torch, r=128, bf16": Method("peer", GALORE | BF16, (1e-5, 3e-5, 1e-4)),
+    "BAdam, fp32": Method("peer", {"method": "badam"}, (3e-4, 1e-3, 3e-3)),
+    "BAdam, bf16": Method("peer", {"method": "badam"} | BF16, (3e-4, 1e-3, 3e-3)),
+    OURS: ours(None, 64, (1e-4, 3e-4, 1e-3)),
+    "OwLore, all layers, r=64, int8": ours(None, 64, (1e-4, 3e-4, 1e-3), **INT8),
+    "OwLore, γ=15, r=128": ours(15, 128, (3e-4, 1e-3)),
+    "OwLore, γ=10, r=128": ours(10, 128, (3e-4, 1e-3)),
+    "OwLore, γ=5, r=128": ours(5, 128, (3e-4, 1e-3)),
+}
+HEAD = (
+    "| | step, s | steps | lr | seeds | held-out loss | difference | peak memory, GB |",
+    "|---|---|---|---|---|---|---|---|",
+)
 
 
 def code_of(method: str) -> str:
@@ -64,10 +99,9 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def steps_in_budget(method: str, measured: dict[str, dict[str, str]]) -> int:
-    """The steps that a method takes in the time of ``BUDGET`` steps of the reference."""
-    seconds = {name: float(measured[measured_name(name)]["mean step, s"]) for name in (method, REFERENCE)}
-    return round(BUDGET * seconds[REFERENCE] / seconds[method])
+def steps_in(budget: int, method: str, costs: dict[str, dict[str, Any]]) -> int:
+    """The steps that a method takes in the time of ``budget`` steps of the reference."""
+    return round(budget * costs[REFERENCE]["seconds"] / costs[method]["seconds"])
 
 
 def split(rows: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
@@ -90,8 +124,9 @@ class EqualTime(Study):
     """The runs of this study."""
 
     def __init__(self, data: Path, threads: int) -> None:
-        super().__init__(data, threads, answers=False, results=ROWS)
+        super().__init__(data, threads, answers=False, methods=METHODS, results=ROWS)
         self._problems = read_file(data / "math" / "train.json", "--data")
+        self.costs = costs_of(self.rows.values())
 
     def _has(self, run: Run) -> bool:
         return self.rows.get(run.key, {}).get("code") == code_of(run.method)
@@ -102,7 +137,7 @@ class EqualTime(Study):
         file = scratch / "train.json"
         file.write_text(json.dumps(train))
         config, weights = self._train(run, file, scratch)
-        row = {"key": run.key, **asdict(run), "budget": BUDGET, "code": code, "config": config}
+        row = {"key": run.key, **asdict(run), "code": code, "config": config}
         row["seconds_of_this_run"] = time.perf_counter() - started
         row |= {"machine": processor(), "versions": versions()}
         return row | {"losses": {name: held_out_loss(weights, rows) for name, rows in sets.items()}}
@@ -113,57 +148,88 @@ class EqualTime(Study):
             METHODS[method].lrs, lambda lr: self.row(Run(method, lr, SEEDS[0], steps))["losses"]["tuning"]
         )
 
+    def measure(self, method: str) -> None:
+        """Add a row with the mean step and the peak memory of a method, from one draw or refresh to after the next."""
+        run = Run(method, METHODS[method].lrs[0], SEEDS[0], RESAMPLE_EVERY + 2)
+        with tempfile.TemporaryDirectory() as name:
+            file, steps = Path(name) / "train.json", Path(name) / "steps.jsonl"
+            file.write_text(json.dumps(split(self._problems, run.seed)[0]))
+            self._train(run, file, Path(name))
+            lines = list(read_lines(steps))
+        seconds = [after["seconds"] - before["seconds"] for before, after in zip(lines[1:], lines[2:], strict=False)]
+        row = {"key": f"cost of {method}", "method": method, "seconds": statistics.fmean(seconds)}
+        row |= {"quartiles": statistics.quantiles(seconds, n=4), "memory": lines[-1]["peak_memory"]}
+        row |= {"code": code_of(method), "cores": os.cpu_count(), "machine": processor(), "versions": versions()}
+        append_line(ROWS, row)
+        print(f"{method}: {row['seconds']:.3f} s, {row['memory']:.2f} GB", flush=True)
 
-def report(rows: Iterable[dict[str, Any]], measured: dict[str, dict[str, str]]) -> list[str]:
+
+def costs_of(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The newest costs by method."""
+    return {row["method"]: row for row in rows if "losses" not in row}
+
+
+def report(rows: list[dict[str, Any]]) -> list[str]:
     """The lines of equal_time.md. Of each method, rows of its last code count."""
-    newest = {row["method"]: row["code"] for row in rows}
-    latest = {row["key"]: row for row in rows if row["code"] == newest[row["method"]]}
-    machines = sorted({row["machine"] for row in latest.values()})
+    costs = costs_of(rows)
+    runs = [row for row in rows if "losses" in row]
+    newest = {row["method"]: row["code"] for row in runs}
+    runs = list({row["key"]: row for row in runs if row["code"] == newest[row["method"]]}.values())
+    machines = sorted({f"{row['machine']}, {row['cores']} cores" for row in costs.values()})
     lines = [
         "# Held-out loss after the same training time",
         "",
-        f"SmolLM2-135M-Instruct on arithmetic problems, in the time of {BUDGET} steps of torchtune's full fine-tuning. "
-        "Steps are those that a method takes in this time by [methods.md](methods.md), measured on one machine. Losses "
-        f"are the same on any machine, but for rounding; these are from: {', '.join(machines)}. ± is the standard "
-        "deviation over seeds. Differences are to the first row, on the same seeds and problems, ± their standard "
-        "error. Command: `python benchmarks/equal_time.py --data DIR`; its docstring describes the study.",
-        "",
-        "| | steps | lr | seeds | held-out loss | difference | peak memory, GB |",
-        "|---|---|---|---|---|---|---|",
+        "SmolLM2-135M-Instruct on arithmetic problems, 512 packed tokens per step, products in bfloat16. fp32 and bf16 "
+        "are the types of weights; OwLore has them in bf16 or int8, and trains A in float32. Step times and memory are "
+        f"from one machine ({'; '.join(machines)}), one method at a time. ± is the standard deviation over seeds. "
+        f"Differences are to {OURS}, on the same seeds and problems, ± their standard error. Command: "
+        "`python benchmarks/equal_time.py --data DIR`; its docstring describes the study.",
     ]
-    finals = {name: _final(name, latest.values()) for name in COMPARED}
-    first = next((found for found in finals.values() if found), {})
-    for name, found in finals.items():
-        if found:
-            losses = [row["losses"]["reported"] for row in found.values()]
-            one = next(iter(found.values()))
-            memory = measured[measured_name(name)]["peak memory, GB"]
-            lines.append(
-                f"| {name} | {one['steps']} | {one['lr']:g} | {len(losses)} | {mean_of(losses)} | "
-                f"{'' if found is first else _difference(found, first)} | {memory} |"
-            )
-    lines += ["", "## Tuning: losses on the first set with seed 0", "", "| | lr: loss |", "|---|---|"]
-    for name in COMPARED:
-        tuning = {row["lr"]: row for row in latest.values() if row["method"] == name and row["seed"] == SEEDS[0]}
-        if tuning:
-            cells = (f"{lr:g}: {tuning[lr]['losses']['tuning']:.4f}" for lr in sorted(tuning))
-            lines.append(f"| {name} | {', '.join(cells)} |")
+    for budget in sorted({row["steps"] for row in runs if row["method"] == REFERENCE}):
+        in_time = {name: steps_in(budget, name, costs) for name in METHODS if name in costs}
+        lines += _section(f"In the time of {budget} steps of torchtune's full fine-tuning", in_time, runs, costs)
+        lines += _section(f"After {budget} steps", dict.fromkeys(METHODS, budget), runs, costs)
+    lines += ["", "## Tuning: losses on the first set with seed 0", "", "| | steps | lr: loss |", "|---|---|---|"]
+    for name in METHODS:
+        for steps in sorted({row["steps"] for row in runs if row["method"] == name}):
+            cells = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in _tuning(name, steps, runs).items())
+            lines.append(f"| {name} | {steps} | {cells} |")
     return lines
 
 
-def _final(method: str, rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _section(title: str, steps: dict[str, int], runs: list[dict[str, Any]], costs: dict[str, Any]) -> list[str]:
+    """A table with a line for each method that has rows after its number of steps."""
+    finals = {name: _final(name, count, runs) for name, count in steps.items()}
+    first, lines = finals.get(OURS, {}), ["", f"## {title}", "", *HEAD]
+    for name, found in finals.items():
+        if found:
+            cost, one = costs.get(name), next(iter(found.values()))
+            cells = [name, f"{cost['seconds']:.2f}" if cost else "", str(one["steps"]), f"{one['lr']:g}"]
+            cells += [str(len(found)), mean_of([row["losses"]["reported"] for row in found.values()])]
+            cells += ["" if name == OURS else _difference(found, first), f"{cost['memory']:.2f}" if cost else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines if any(finals.values()) else []
+
+
+def _tuning(method: str, steps: int, runs: list[dict[str, Any]]) -> dict[float, float]:
+    """Losses on the first set by learning rate."""
+    own = (row for row in runs if (row["method"], row["steps"], row["seed"]) == (method, steps, SEEDS[0]))
+    return {row["lr"]: row["losses"]["tuning"] for row in sorted(own, key=lambda row: row["lr"])}
+
+
+def _final(method: str, steps: int, runs: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """The rows by seed with the learning rate that has the lowest loss on the first set."""
-    own = [row for row in rows if row["method"] == method]
-    tuning = [row for row in own if row["seed"] == SEEDS[0]]
-    if not tuning:
-        return {}
-    best = min(tuning, key=lambda row: row["losses"]["tuning"])["lr"]
-    return {row["seed"]: row for row in sorted(own, key=lambda row: row["seed"]) if row["lr"] == best}
+    losses = _tuning(method, steps, runs)
+    best = min(losses, key=lambda lr: losses[lr], default=None)
+    own = [row for row in runs if (row["method"], row["steps"], row["lr"]) == (method, steps, best)]
+    return {row["seed"]: row for row in sorted(own, key=lambda row: row["seed"])}
 
 
 def _difference(found: dict[int, dict[str, Any]], first: dict[int, dict[str, Any]]) -> str:
     """The mean paired difference, with its standard error if there are several pairs."""
     paired = [found[seed]["losses"]["reported"] - first[seed]["losses"]["reported"] for seed in found if seed in first]
+    if not paired:
+        return ""
     error = f" ± {statistics.stdev(paired) / len(paired) ** 0.5:.4f}" if len(paired) > 1 else ""
     return f"{statistics.fmean(paired):+.4f}{error}"
 
@@ -171,24 +237,29 @@ def _difference(found: dict[int, dict[str, Any]], first: dict[int, dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory with math/")
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, metavar="STEPS")
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--methods", nargs="+", choices=COMPARED, default=COMPARED, metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--costs", action="store_true", help="measure step times and memory, and no losses")
     parser.add_argument("--report", action="store_true", help="write equal_time.md, and train nothing")
     args = parser.parse_args()
-    measured = read_table(ROWS.with_name("methods.md"))
     if args.report:
-        ROWS.with_suffix(".md").write_text("\n".join(report(read_lines(ROWS), measured)) + "\n")
+        ROWS.with_suffix(".md").write_text("\n".join(report(list(read_lines(ROWS)))) + "\n")
         return
     if args.data is None:
         parser.error("--data is needed to train")
-    study = EqualTime(args.data.resolve(), args.threads)
-    steps = {method: steps_in_budget(method, measured) for method in args.methods}
+    study = EqualTime(args.data.resolve(), (os.cpu_count() or 1) if args.costs else args.threads)
+    if args.costs:
+        for method in args.methods:
+            study.measure(method)
+        return
+    wanted = [(method, steps_in(budget, method, study.costs)) for budget in args.budgets for method in args.methods]
+    wanted += [(method, budget) for budget in args.budgets for method in args.methods]
+    wanted = list(dict.fromkeys(wanted))
     with ThreadPoolExecutor(args.workers) as pool:
-        lrs = dict(
-            zip(args.methods, pool.map(lambda method: study.tuned_at(method, steps[method]), args.methods), strict=True)
-        )
-        runs = [Run(method, lrs[method], seed, steps[method]) for seed in SEEDS for method in args.methods]
+        lrs = dict(zip(wanted, pool.map(lambda pair: study.tuned_at(*pair), wanted), strict=True))
+        runs = [Run(method, lrs[method, steps], seed, steps) for seed in SEEDS for method, steps in wanted]
         list(pool.map(study.row, runs))
 
 

@@ -6,8 +6,8 @@ DIR holds math/ in LLM-Adapters' format. All methods train on the same packed ro
 512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1 (OwLore: after projection), no
 weight decay, float32 weights with products in bfloat16 (see lib/bf16_products.py). The seed shuffles the data and
 seeds the draws. OwLore draws layers every 50 steps; with all layers, it makes new bases every 50 steps. BAdam changes
-its layer every 3 steps, so that every layer trains once, which is its authors' rule. GaLore refreshes its projections
-every 50 steps.
+its layer so that every layer trains once, which is its authors' rule, but at most every 3 steps. GaLore refreshes its
+projections every 50 steps.
 
 Learning rates are tuned on 100 held-out arithmetic problems in runs of 40 steps with one seed. The grid is extended
 until its best value is not at the edge. With γ=5, OwLore has the learning rate of its config. Final runs take 100
@@ -54,6 +54,7 @@ HELD_OUT, HELD_OUT_OF_TUNING = 300, 100  # problems; the latter are the first of
 SEQ_LEN, BATCH_SIZE = 512, 1
 TUNING_STEPS, STEPS = 40, 100
 RESAMPLE_EVERY = 50
+BADAM_BLOCKS = 32  # the model's layers, and what is outside them
 SEEDS = (0, 1, 2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as in lib/peers.py
 MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
@@ -76,7 +77,7 @@ METHODS = {
     "torchtune full": Method("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
     "torchtune LoRA, r=16": Method("torchtune", {"recipe": "lora_finetune_single_device"}, (1e-4, 3e-4, 1e-3, 3e-3)),
     "galore-torch, r=128": Method("peer", {"method": "galore", "every": 50}, (1e-5, 3e-5, 1e-4, 3e-4)),
-    "BAdam": Method("peer", {"method": "badam", "every": 3}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "BAdam": Method("peer", {"method": "badam"}, (1e-4, 3e-4, 1e-3, 3e-3)),
     "OwLore, γ=5, r=128": Method("owlore", {}, (1e-3,)),
     ALL_LAYERS: Method("owlore", _ALL | INT8 | {"owlore.rank": 64}, (1e-4, 3e-4, 1e-3)),
     "OwLore, all layers, r=64": Method("owlore", _ALL | {"owlore.rank": 64}, tuned_as=ALL_LAYERS),
@@ -106,11 +107,15 @@ class Study:
         data: directory with math/.
         threads: threads per run.
         answers: whether final runs answer the test problems.
+        methods: by name.
         results: the results file.
     """
 
-    def __init__(self, data: Path, threads: int, answers: bool, results: Path = ROWS) -> None:
+    def __init__(
+        self, data: Path, threads: int, answers: bool, methods: dict[str, Method] = METHODS, results: Path = ROWS
+    ) -> None:
         self._data = data
+        self._methods = methods
         self._answers = answers
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self._environment["PYTHONPATH"] = os.pathsep.join(
@@ -156,14 +161,16 @@ class Study:
 
     def _train(self, run: Run, train: Path, scratch: Path) -> tuple[Any, Path]:
         """Train, and return the config and the directory of the weights."""
-        method = METHODS[run.method]
+        method = self._methods[run.method]
         settings, output = method.settings, scratch / "run"
         if method.runner == "peer":
+            every = settings.get("every", max(3, run.steps // BADAM_BLOCKS))
             command = [
                 str(Path(__file__).with_name("lib") / "peers.py"), settings["method"], f"--model={fetch()}",
                 f"--data={train}", f"--lr={run.lr}", f"--steps={run.steps}", f"--seed={run.seed}", f"--save={output}",
                 "--warmup=10", "--clip=1.0", f"--batch-size={BATCH_SIZE}", f"--seq-len={SEQ_LEN}",
-                f"--resample-every={settings['every']}", f"--output={scratch / 'steps.jsonl'}",
+                f"--resample-every={every}", f"--output={scratch / 'steps.jsonl'}",
+                f"--dtype={settings.get('dtype', 'fp32')}",
             ]  # fmt: skip
             self._call(command, scratch)
             return {"command": command[1:2] + [part for part in command[3:] if str(scratch) not in part]}, output
@@ -232,9 +239,7 @@ def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
         "lr_scheduler": {
             "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 10,
         },
-        "metric_logger": {
-            "_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": str(output / "logs")
-        },
+        "metric_logger": {"_component_": "step_logger.StepLogger", "path": str(output.with_name("steps.jsonl"))},
     }  # fmt: skip
 
 
@@ -254,6 +259,7 @@ def torchtune_config(run: Run, settings: dict[str, Any], train: Path, output: Pa
         config["model"] = {"_component_": "owlore_tune.models.smollm2_135m"}
         config["optimizer_in_bwd"] = False
     config |= common_config(run, train, output)
+    config["dtype"] = settings.get("dtype", config["dtype"])
     config["optimizer"]["lr"] = run.lr
     return config
 

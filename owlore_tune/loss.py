@@ -9,6 +9,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TiedLinear
 
 from owlore_tune.data.batches import batch_to_device, to_device
+from owlore_tune.models.attention import missing
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.output import takes_hidden_states
 
@@ -80,16 +81,19 @@ class _ChunkedHead(torch.autograd.Function):
         parameter_grads = [torch.zeros_like(p) if p.requires_grad and wants_grad else None for p in parameters]
         for start in range(0, len(hidden), chunk_size):
             rows = slice(start, start + chunk_size)
+            count = len(labels[rows])
+            chunk = hidden[rows].detach()
+            if added := min(missing(hidden, count), chunk_size - count):
+                chunk = F.pad(chunk, (0, 0, 0, added))
             with torch.set_grad_enabled(wants_grad):
-                chunk = hidden[rows].detach().requires_grad_(wants_grad)
-                logits = head(chunk)
+                logits = head(chunk.requires_grad_(wants_grad))[:count]
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 loss = F.cross_entropy(logits, labels[rows], reduction="sum")
             total += loss.detach()
             if wants_grad:
                 inputs = [x for x, need in zip((chunk, *parameters), needs, strict=True) if need]
                 first, *others = torch.autograd.grad(loss, inputs)
-                hidden_grad[rows] = first
+                hidden_grad[rows] = first[:count]
                 for gathered, grad in zip((g for g in parameter_grads if g is not None), others, strict=True):
                     gathered += grad
         ctx.save_for_backward(hidden_grad, *(g for g in parameter_grads if g is not None))

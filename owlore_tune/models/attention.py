@@ -1,4 +1,4 @@
-"""Attention over packed rows on a CPU."""
+"""Attention on a CPU: over packed rows, and with few lengths."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,8 +6,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torchtune.modules import MultiHeadAttention
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+_LENGTHS = 32  # lengths of 16-bit products on a CPU are multiples of it
 
 
 def attend_by_sample(model: nn.Module) -> None:
@@ -31,26 +34,45 @@ def _attention_by_sample(
     dropout_p: float,
     is_causal: bool,
 ) -> Tensor:  # (b, heads, s, head_dim)
-    if mask is None:
-        return scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
-    attend = partial(scaled_dot_product_attention, dropout_p=dropout_p, is_causal=True)
-    return by_sample(attend, q, k, v, sample_lengths(mask), dim=2)
+    attend = partial(scaled_dot_product_attention, dropout_p=dropout_p, is_causal=is_causal or mask is not None)
+    if mask is not None:
+        return by_sample(attend, q, k, v, sample_lengths(mask), dim=2)
+    return with_few_lengths(attend, q, k, v, dim=2) if is_causal else attend(q, k, v)
 
 
 def by_sample(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Attend,
     q: Tensor,  # (b, heads, s, head_dim)
     k: Tensor,
     v: Tensor,
     all_lengths: list[list[int]],
     dim: int,
 ) -> Tensor:
-    """The outputs of ``attend`` for each sample of each row, joined along ``dim``, their dimension of positions."""
+    """The outputs of causal attention for each sample of each row, joined along ``dim``, their positions."""
     rows = []
     for row, lengths in enumerate(all_lengths):
         samples = [part[row : row + 1].split(lengths, dim=2) for part in (q, k, v)]
-        rows.append(torch.cat(list(map(attend, *samples)), dim=dim))
+        rows.append(torch.cat(list(map(partial(with_few_lengths, attend, dim=dim), *samples)), dim=dim))
     return torch.cat(rows)
+
+
+def with_few_lengths(attend: Attend, q: Tensor, k: Tensor, v: Tensor, dim: int) -> Tensor:
+    """The output of causal attention, with positions added at the end of q, k and v, which no other attends to.
+
+    See `missing`. In backward, attention of another length takes about 3 MB, for as long as the process lives.
+    """
+    length = q.shape[2]
+    if not (added := missing(q, length)):
+        return attend(q, k, v)
+    return attend(*(pad(part, (0, 0, 0, added)) for part in (q, k, v))).narrow(dim, 0, length)
+
+
+def missing(x: Tensor, length: int) -> int:
+    """How much ``length`` lacks to be one of few lengths, if ``x`` is a 16-bit tensor on a CPU; 0 otherwise.
+
+    For each length of a 16-bit product, torch compiles another one there, which takes time, and keeps it.
+    """
+    return -length % _LENGTHS if x.device.type == "cpu" and x.element_size() == 2 else 0
 
 
 def sample_lengths(mask: Tensor) -> list[list[int]]:  # (b, s, s)

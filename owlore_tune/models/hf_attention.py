@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owlore_tune.models.attention import by_sample, sample_lengths
+from owlore_tune.models.attention import by_sample, sample_lengths, with_few_lengths
 
 # (mask (b, s, t) or None, positions (b, s) or None, number of tokens in the cache) of the current forward
 CURRENT: ContextVar[tuple[Tensor | None, Tensor | None, int]] = ContextVar("current")
@@ -57,13 +57,14 @@ def _attention_by_sample(
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # → (1, s, heads, head_dim)
+        return sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
+
+    if attention_mask is None and query.shape[2] == key.shape[2] and getattr(module, "is_causal", True):
+        return with_few_lengths(attend, query, key, value, dim=1), None
     if attention_mask is None or attention_mask.shape[-1] != attention_mask.shape[-2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     all_lengths = sample_lengths(attention_mask[:, 0])
     if sliding_window is not None and max(map(max, all_lengths)) > sliding_window:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # → (1, s, heads, head_dim)
-        return sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
-
     return by_sample(attend, query, key, value, all_lengths, dim=1), None

@@ -152,16 +152,21 @@ def make_config(fields: dict[str, Any]) -> Any:
 
 @contextmanager
 def _small_and_quiet() -> Iterator[None]:
-    """Tensors are on the CPU in float32, and transformers does not warn of ids and lengths that a narrow config has."""
+    """Tensors are on the CPU in float32, and transformers does not warn of ids and lengths that a narrow config has.
+
+    Products are in float32 too, whatever the caller lets them be.
+    """
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity, precision = logging.get_verbosity(), torch.get_float32_matmul_precision()
     logging.set_verbosity_error()
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.device("cpu"), training.set_default_dtype(torch.float32):
             yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        torch.set_float32_matmul_precision(precision)
 
 
 def _head_dim(config: Any) -> int:

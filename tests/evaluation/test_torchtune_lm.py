@@ -452,10 +452,9 @@ def test_bos_is_added_once_if_asked_for(real):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["real", "transformers"])
-def test_300_log_likelihoods_of_real_questions_equal_the_harness(which, request):
-    """MMLU dev questions in ARC format, and in MMLU format with 5 examples: all choices agree."""
-    ours, theirs = request.getfixturevalue(which)
+def test_300_log_likelihoods_of_real_questions_equal_the_harness(real, transformers):
+    """MMLU dev questions in ARC format, and in MMLU format with 5 examples: all choices agree, with both decoders."""
+    (ours, theirs), (of_transformers, _) = real, transformers
     (task,) = load_tasks(["mmlu_dev"])
     docs = list(task.test_docs())[:75]
     pairs = [(f"Question: {d['question']}\nAnswer:", f" {choice}") for d in docs for choice in d["choices"]]
@@ -463,9 +462,10 @@ def test_300_log_likelihoods_of_real_questions_equal_the_harness(which, request)
     task.build_all_requests(limit=8, rank=0, world_size=1)
     requests = instances("loglikelihood", pairs) + task.instances
     assert len(pairs) == 300 and len(task.instances) == 32
-    got, expected = (
+    got, also, expected = (
         torch.tensor([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]).view(-1, 4)
-        for lm in (ours, theirs)
+        for lm in (ours, of_transformers, theirs)
     )
-    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
-    assert_same_choices(got, expected)
+    for found in (got, also):
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+        assert_same_choices(found, expected)

@@ -33,6 +33,27 @@ def test_loss_and_gradients_equal_plain_cross_entropy(build, frozen_head, tokens
             torch.testing.assert_close(parameter.grad, other.grad, msg=name, atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("chunk_size", "expected"), [(256, [256, 64]), (50, [50] * 6 + [32])])
+def test_a_16_bit_head_on_a_cpu_gets_few_numbers_of_rows(chunk_size, expected):
+    """torch compiles products of each other number, and keeps them. In float32, it does not."""
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(1, 310, 32), torch.randint(64, (1, 310))
+    losses, gradients = [], []
+    for dtype, rows in ((torch.bfloat16, expected), (torch.float32, None)):
+        model, seen = tiny_llama(dtype=dtype), []
+        model.output.register_forward_hook(lambda _, args, __, seen=seen: seen.append(len(args[0])))
+        loss_fn = LinearCrossEntropyLoss(chunk_size)
+        loss_fn.set_model_output(model)
+        leaf = hidden.to(dtype).requires_grad_()
+        loss = loss_fn(leaf, labels)
+        loss.backward()
+        assert seen == rows if rows else sum(seen) == 310
+        losses.append(loss.item())
+        gradients.append(leaf.grad.float())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
+
+
 def test_no_gradients_are_made_in_validation(tokens, monkeypatch):
     """Also if the head is trained."""
     model = tiny_llama()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torchtune.data import padded_collate_packed
 from torchtune.datasets import PackedDataset
 from torchtune.models.llama3_2 import llama3_2
@@ -45,6 +46,26 @@ def test_attention_by_sample_equals_attention_with_a_mask(dtype, checkpointing):
     for expected, got in zip([outputs[0], *gradients[0]], [outputs[1], *gradients[1]], strict=True):
         difference = torch.linalg.vector_norm((got - expected).double())
         assert difference < tolerance * torch.linalg.vector_norm(expected.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_16_bit_attention_on_a_cpu_has_few_lengths(dtype, monkeypatch):
+    """In backward, torch keeps about 3 MB for each other length, and a run would exceed its plan of memory."""
+    model, seen = llama3_2(100, 1, 2, 2, 32, 128).to(dtype), []
+    attend_by_sample(model)
+
+    def watched(q, *args, **kwargs):
+        seen.append(q.shape[2])
+        return scaled_dot_product_attention(q, *args, **kwargs)
+
+    monkeypatch.setattr("owlore_tune.models.attention.scaled_dot_product_attention", watched)
+    lengths = [1, 31, 32, 40]
+    for parts in (lengths, [50]):
+        tokens = torch.arange(sum(parts))[None] % 100
+        same = torch.arange(len(parts)).repeat_interleave(torch.tensor(parts))
+        mask = (same[:, None] == same).tril()[None] if len(parts) > 1 else None
+        assert model(tokens, mask=mask).shape == (1, sum(parts), 100)
+    assert seen == ([*lengths, 50] if dtype == torch.float32 else [32, 32, 32, 64, 64])
 
 
 def test_the_mask_of_packed_rows_does_not_depend_on_the_machine(monkeypatch):

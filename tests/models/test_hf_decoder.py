@@ -19,6 +19,7 @@ from transformers import (
     GraniteMoeConfig,
     GraniteSWAConfig,
     HrmTextConfig,
+    LlamaConfig,
     MambaConfig,
     MistralConfig,
     PhiConfig,
@@ -71,6 +72,18 @@ def test_smollm2_has_the_outputs_and_scores_of_torchtunes_decoder(rows, smollm2_
         attend_by_sample(ours)
         assert (ours(**batch) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert_same_shares(*(layer_scores(model, "outlier", [batch]) for model in (ours, theirs)), theirs)
+
+
+def test_16_bit_attention_on_a_cpu_is_that_of_transformers(tmp_path):
+    """Rows and samples get positions at their end there, which no other attends to."""
+    source = hf_model(LlamaConfig(**SIZES), tmp_path / "source")
+    ours = loaded(lambda: hf_decoder(str(source)), source, "HF").to(torch.bfloat16)
+    for batch in (packed([30, 1, 20], 300), {"tokens": packed([45], 300)["tokens"]}):
+        with torch.no_grad():
+            ours.config._attn_implementation = "owlore"
+            expected = ours(**batch).float()
+            attend_by_sample(ours)
+            assert (ours(**batch).float() - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.slow

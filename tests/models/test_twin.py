@@ -53,6 +53,22 @@ def test_builders_of_the_families_agree(family):
     check(config.to_dict(), built(builder, **(BUILDER | differences)), load_config(shipped).checkpointer.model_type)
 
 
+def test_products_of_a_lower_precision_do_not_change_the_comparison(monkeypatch):
+    """Processors with bfloat16 products would otherwise find differences of 1e-2."""
+    precisions, compare = [], twin.plain_difference
+    monkeypatch.setattr(
+        twin,
+        "plain_difference",
+        lambda *pair: precisions.append(torch.get_float32_matmul_precision()) or compare(*pair),
+    )
+    torch.set_float32_matmul_precision("medium")
+    try:
+        check(LLAMA, built(LLAMA2, **BUILDER), "LLAMA2")
+        assert precisions == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 OTHER_CONFIGS = {  # fields of config.json that the LLaMA-2 builder does not have, and the message
     "scaled linearly": ({"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}, "computes something else"),

@@ -85,29 +85,50 @@ def test_no_problem_is_in_two_sets_or_in_the_training_data(equal_time):
 
 
 def test_a_method_gets_the_steps_of_the_time_of_full_fine_tuning(equal_time):
-    measured = {"torchtune full": {"mean step, s": "5.0"}, "OwLore, all layers, rank 64, int8": {"mean step, s": "2.0"}}
-    assert equal_time.steps_in_budget(equal_time.ALL_LAYERS, measured) == 250
-    assert equal_time.steps_in_budget("torchtune full", measured) == 100
+    costs = {equal_time.REFERENCE: {"seconds": 5.0}, equal_time.OURS: {"seconds": 2.0}}
+    assert equal_time.steps_in(100, equal_time.OURS, costs) == 250
+    assert equal_time.steps_in(100, equal_time.REFERENCE, costs) == 100
+
+
+def test_the_committed_rows_have_what_a_reader_needs_to_repeat_them(equal_time):
+    rows = list(read_lines(BENCHMARKS / "equal_time.jsonl"))
+    costs = equal_time.costs_of(rows)
+    assert {equal_time.REFERENCE, equal_time.OURS} <= costs.keys() <= equal_time.METHODS.keys()
+    assert len({(row["machine"], row["cores"]) for row in costs.values()}) == 1
+    for row in rows:
+        assert row["code"] and row["versions"]["torch"] and ("losses" not in row or row["config"])
 
 
 def test_rows_of_earlier_code_do_not_count(equal_time):
-    def row(method, lr, seed, loss, code="new"):
+    def row(method, lr, seed, loss, steps, code="new"):
         losses = {"tuning": loss + 1, "choosing": 0.0, "reported": loss}
         return {
-            "key": f"{method} {lr} {seed}", "method": method, "lr": lr, "seed": seed, "steps": 100, "code": code,
-            "machine": "a CPU", "losses": losses,
+            "key": f"{method} {lr} {seed} {steps}", "method": method, "lr": lr, "seed": seed, "steps": steps,
+            "code": code, "losses": losses,
         }  # fmt: skip
 
-    ours, full = equal_time.ALL_LAYERS, "torchtune full"
+    def cost(method, seconds):
+        return {"key": "cost", "method": method, "seconds": seconds, "memory": 1.0, "machine": "a CPU", "cores": 2}
+
+    ours, full = equal_time.OURS, equal_time.REFERENCE
     rows = [
-        row(ours, 1e-4, 0, 0.10, "old"), row(ours, 3e-4, 0, 0.50), row(ours, 1e-3, 0, 0.60), row(ours, 3e-4, 1, 0.48),
-        row(full, 1e-4, 0, 0.54), row(full, 1e-4, 1, 0.53),
+        row(ours, 1e-4, 0, 0.10, 200, "old"), row(ours, 3e-4, 0, 0.50, 200), row(ours, 1e-3, 0, 0.60, 200),
+        row(ours, 3e-4, 1, 0.48, 200), row(full, 1e-4, 0, 0.54, 100), row(full, 1e-4, 1, 0.53, 100),
+        row(ours, 3e-4, 0, 0.55, 100), cost(ours, 9.0), cost(ours, 1.0), cost(full, 2.0),
     ]  # fmt: skip
-    measured = {name: {"peak memory, GB": "1.00"} for name in (full, "OwLore, all layers, rank 64, int8")}
-    lines = equal_time.report(rows, measured)
-    assert f"| {ours} | 100 | 0.0003 | 2 | 0.4900 ± 0.0141 |  | 1.00 |" in lines
-    assert f"| {full} | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | +0.0450 ± 0.0050 | 1.00 |" in lines
-    assert f"| {ours} | 0.0003: 1.5000, 0.001: 1.6000 |" in lines
+    lines = equal_time.report(rows)
+    in_time, after = (
+        next(i for i, line in enumerate(lines) if title in line) for title in ("## In the time", "## Aft")
+    )
+    assert lines[in_time + 4 : after - 1] == [
+        f"| {full} | 2.00 | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | +0.0450 ± 0.0050 | 1.00 |",
+        f"| {ours} | 1.00 | 200 | 0.0003 | 2 | 0.4900 ± 0.0141 |  | 1.00 |",
+    ]
+    assert lines[after + 4 : after + 6] == [
+        f"| {full} | 2.00 | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | -0.0100 | 1.00 |",
+        f"| {ours} | 1.00 | 100 | 0.0003 | 1 | 0.5500 |  | 1.00 |",
+    ]
+    assert f"| {ours} | 200 | 0.0003: 1.5000, 0.001: 1.6000 |" in lines
 
 
 def test_a_grid_grows_until_its_best_value_is_inside(equal_time):
