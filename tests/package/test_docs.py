@@ -33,17 +33,19 @@ NOT_RUN = {
     "owlore memory --config qwen14b.yaml": "takes a minute; a plan of a 7B model is made",
 }
 # Overrides by command prefix. docs/settings.md documents them as a way to shorten a run.
-SHORT_RUN = ["max_steps_per_epoch=1", "owlore.calibration_batches=1", "dataset_val=null", "tokenizer.max_seq_len=128"]
+SHORT_RUN = [
+    "max_steps_per_epoch=1", "gradient_accumulation_steps=1", "owlore.calibration_batches=1", "dataset_val=null",
+]  # fmt: skip
 SHORT_EVAL = ["limit=2", "tasks=[mmlu_dev]", "num_fewshot=0"]
 SHORT = {
     "tune run owlore_full_finetune --config smollm2": SHORT_RUN,
     "tune run owlore_full_finetune --config mine.yaml": SHORT_RUN,
-    "tune run owlore_full_finetune --config hf/any": [*SHORT_RUN, "gradient_accumulation_steps=1"],
+    "tune run owlore_full_finetune --config hf/any": SHORT_RUN,
     "tune run owlore_full_finetune --config llama2/7B_owlore checkpointer.checkpoint_dir=tiny": [],  # the trial run
     "tune run owlore_full_finetune --config llama2": None,  # the model of the trial run, see `shortened`
     "tune run --nproc_per_node 2 owlore_full_finetune --config llama2": None,
     "tune run --nproc_per_node 2 owlore_full_finetune --config smollm2": SHORT_RUN,
-    "tune run lora_finetune_single_device": ["max_steps_per_epoch=1", "tokenizer.max_seq_len=128"],
+    "tune run lora_finetune_single_device": ["max_steps_per_epoch=1"],
     "tune run owlore_eval": SHORT_EVAL,
     "tune run --nproc_per_node 2 owlore_eval": SHORT_EVAL,
     "owlore score": ["owlore.calibration_batches=1"],
