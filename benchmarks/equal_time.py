@@ -53,6 +53,9 @@ CODE = (
 )  # fmt: skip
 
 
+BF16 = {"dtype": "bf16"}
+
+
 def ours(num_active: int | None, rank: int, lrs: tuple[float, ...], **settings: Any) -> Method:
     """OwLore with uniform draws."""
     chosen = {"owlore.num_active_layers": num_active, "owlore.rank": rank, "owlore.update_gap": RESAMPLE_EVERY}
@@ -61,7 +64,6 @@ def ours(num_active: int | None, rank: int, lrs: tuple[float, ...], **settings: 
 
 REFERENCE, OURS = "torchtune full, fp32", "OwLore, all layers, r=64"
 FULL, LORA = {"recipe": "full_finetune_single_device"}, {"recipe": "lora_finetune_single_device"}
-BF16 = {"dtype": "bf16"}
 GALORE = {"method": "galore", "every": RESAMPLE_EVERY}
 METHODS = {
     REFERENCE: Method("torchtune", FULL, (3e-5, 1e-4, 3e-4)),
@@ -133,14 +135,18 @@ class EqualTime(Study):
 
     def _run(self, run: Run, scratch: Path) -> dict[str, Any]:
         code, started = code_of(run.method), time.perf_counter()
-        train, sets = split(self._problems, run.seed)
-        file = scratch / "train.json"
-        file.write_text(json.dumps(train))
-        config, weights = self._train(run, file, scratch)
+        config, weights, sets = self._trained(run, scratch)
         row = {"key": run.key, **asdict(run), "code": code, "config": config}
         row["seconds_of_this_run"] = time.perf_counter() - started
         row |= {"machine": processor(), "versions": versions()}
         return row | {"losses": {name: held_out_loss(weights, rows) for name, rows in sets.items()}}
+
+    def _trained(self, run: Run, scratch: Path) -> tuple[Any, Path, dict[str, list[dict[str, Any]]]]:
+        """The config, the directory of the trained weights, and the held-out sets."""
+        train, sets = split(self._problems, run.seed)
+        file = scratch / "train.json"
+        file.write_text(json.dumps(train))
+        return *self._train(run, file, scratch), sets
 
     def tuned_at(self, method: str, steps: int) -> float:
         """The learning rate with the lowest loss on the first set."""
@@ -151,11 +157,9 @@ class EqualTime(Study):
     def measure(self, method: str) -> None:
         """Add a row with the mean step and the peak memory of a method, from one draw or refresh to after the next."""
         run = Run(method, METHODS[method].lrs[0], SEEDS[0], RESAMPLE_EVERY + 2)
-        with tempfile.TemporaryDirectory() as name:
-            file, steps = Path(name) / "train.json", Path(name) / "steps.jsonl"
-            file.write_text(json.dumps(split(self._problems, run.seed)[0]))
-            self._train(run, file, Path(name))
-            lines = list(read_lines(steps))
+        with tempfile.TemporaryDirectory() as scratch:
+            self._trained(run, Path(scratch))
+            lines = list(read_lines(Path(scratch) / "steps.jsonl"))
         seconds = [after["seconds"] - before["seconds"] for before, after in zip(lines[1:], lines[2:], strict=False)]
         row = {"key": f"cost of {method}", "method": method, "seconds": statistics.fmean(seconds)}
         row |= {"quartiles": statistics.quantiles(seconds, n=4), "memory": lines[-1]["peak_memory"]}
@@ -254,6 +258,8 @@ def main() -> None:
         for method in args.methods:
             study.measure(method)
         return
+    if unknown := {REFERENCE, *args.methods} - study.costs.keys():
+        parser.error(f"run it with --costs first, for {', '.join(sorted(unknown))}")
     wanted = [(method, steps_in(budget, method, study.costs)) for budget in args.budgets for method in args.methods]
     wanted += [(method, budget) for budget in args.budgets for method in args.methods]
     wanted = list(dict.fromkeys(wanted))

@@ -57,9 +57,9 @@ def by_sample(
 
 
 def with_few_lengths(attend: Attend, q: Tensor, k: Tensor, v: Tensor, dim: int) -> Tensor:
-    """The output of causal attention, with positions added at the end of q, k and v, which no other attends to.
+    """The output of causal attention. It is computed with padding after q, k and v, which no position attends to.
 
-    See `missing`. In backward, attention of another length takes about 3 MB, for as long as the process lives.
+    See `missing` for the reason.
     """
     length = q.shape[2]
     if not (added := missing(q, length)):
@@ -68,9 +68,10 @@ def with_few_lengths(attend: Attend, q: Tensor, k: Tensor, v: Tensor, dim: int) 
 
 
 def missing(x: Tensor, length: int) -> int:
-    """How much ``length`` lacks to be one of few lengths, if ``x`` is a 16-bit tensor on a CPU; 0 otherwise.
+    """How much padding makes ``length`` one of few lengths, if ``x`` is a 16-bit tensor on a CPU; 0 otherwise.
 
-    For each length of a 16-bit product, torch compiles another one there, which takes time, and keeps it.
+    On a CPU, torch compiles 16-bit products for every length, which takes time, and keeps them while the process lives.
+    The memory plan does not count them.
     """
     return -length % _LENGTHS if x.device.type == "cpu" and x.element_size() == 2 else 0
 

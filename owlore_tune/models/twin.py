@@ -154,7 +154,7 @@ def make_config(fields: dict[str, Any]) -> Any:
 def _small_and_quiet() -> Iterator[None]:
     """Tensors are on the CPU in float32, and transformers does not warn of ids and lengths that a narrow config has.
 
-    Products are in float32 too, whatever the caller lets them be.
+    Products are in float32 too, whatever precision the caller has set for them.
     """
     from transformers.utils import logging
 

@@ -68,10 +68,8 @@ OTHERS = [name for name in CASES if name != "plain"]
         pytest.param(3, ["plain", "everything trained"], id="3", marks=pytest.mark.slow),
     ],
 )
-def test_ranks_together_train_as_one_process(num_ranks, names, config, monkeypatch):
+def test_ranks_together_train_as_one_process(num_ranks, names, config):
     """Weights agree within 1e-6. On three ranks, no dimension divides evenly."""
-    # The graphs of ranks are those of one process; test_recipe.py and test_hf_decoder.py run inductor's code for them.
-    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
     pairs = []
     for name in names:
         case = CASES[name]

@@ -35,7 +35,7 @@ def test_loss_and_gradients_equal_plain_cross_entropy(build, frozen_head, tokens
 
 @pytest.mark.parametrize(("chunk_size", "expected"), [(256, [256, 64]), (50, [50] * 6 + [32])])
 def test_a_16_bit_head_on_a_cpu_gets_few_numbers_of_rows(chunk_size, expected):
-    """torch compiles products of each other number, and keeps them. In float32, it does not."""
+    """torch compiles 16-bit products for every number of rows, and keeps them."""
     torch.manual_seed(0)
     hidden, labels = torch.randn(1, 310, 32), torch.randint(64, (1, 310))
     losses, gradients = [], []

@@ -50,7 +50,7 @@ def test_attention_by_sample_equals_attention_with_a_mask(dtype, checkpointing):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_16_bit_attention_on_a_cpu_has_few_lengths(dtype, monkeypatch):
-    """In backward, torch keeps about 3 MB for each other length, and a run would exceed its plan of memory."""
+    """torch keeps memory for every length, and a run with many would exceed its plan."""
     model, seen = llama3_2(100, 1, 2, 2, 32, 128).to(dtype), []
     attend_by_sample(model)
 

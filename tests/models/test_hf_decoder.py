@@ -75,7 +75,7 @@ def test_smollm2_has_the_outputs_and_scores_of_torchtunes_decoder(rows, smollm2_
 
 
 def test_16_bit_attention_on_a_cpu_is_that_of_transformers(tmp_path):
-    """Rows and samples get positions at their end there, which no other attends to."""
+    """Rows and samples are padded there."""
     source = hf_model(LlamaConfig(**SIZES), tmp_path / "source")
     ours = loaded(lambda: hf_decoder(str(source)), source, "HF").to(torch.bfloat16)
     for batch in (packed([30, 1, 20], 300), {"tokens": packed([45], 300)["tokens"]}):
