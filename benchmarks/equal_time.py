@@ -5,10 +5,12 @@
     python benchmarks/equal_time.py --report
 
 DIR holds math/ in LLM-Adapters' format. A budget is the time of so many steps of torchtune's full fine-tuning in
-float32. Each method trains as many steps as it takes in this time, and also as many as the budget. --costs measures the
-mean step and the memory of each method, one at a time and with all cores; ratios need measurements from one quiet
-machine. No row of data repeats. Data, schedule and settings are otherwise those of quality.py, and so are products in
-bfloat16. OwLore has weights in bfloat16 or int8.
+float32. Each method trains as many steps as it takes in this time, and also as many as the budget. No row of data
+repeats. Data, schedule and settings are otherwise those of quality.py, and so are products in bfloat16. OwLore has
+weights in bfloat16 or int8.
+
+--costs measures the mean step and the memory of each method, with all cores. It runs in turn with the reference: ten
+seconds of one, then of the other, so that changes of the machine's speed do not change the ratio of their mean steps.
 
 Three sets of problems are disjoint, and none has a problem of the training data: learning rates are tuned on the first,
 other settings are chosen on the second, and the third is reported. A learning rate is tuned with runs of the same
@@ -24,15 +26,18 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lib.code import digest_of_code
+from lib.turns import run_for, run_in_turn, step_times
 from methods import INT8
 from quality import RESAMPLE_EVERY, SEEDS, Method, Run, Study, best_of_grid, held_out_loss
 from quality_report import mean_of
@@ -44,6 +49,7 @@ from owlore_tune.run.manifest import versions
 ROOT = Path(__file__).parents[1]
 ROWS = Path(__file__).with_name("equal_time.jsonl")
 BUDGETS = (100,)
+LONG = 1000  # steps; costs of all methods are measured in fewer
 SETS = {"tuning": 100, "choosing": 100, "reported": 300}  # problems
 # Folders and files of the training code. Peers only use the first.
 CODE_OF_DATA = ("owlore_tune/data", "owlore_tune/models/smollm2.py", "benchmarks/lib/peers.py")
@@ -74,14 +80,14 @@ METHODS = {
     "galore-torch, r=128, bf16": Method("peer", GALORE | BF16, (1e-5, 3e-5, 1e-4)),
     "BAdam, fp32": Method("peer", {"method": "badam"}, (3e-4, 1e-3, 3e-3)),
     "BAdam, bf16": Method("peer", {"method": "badam"} | BF16, (3e-4, 1e-3, 3e-3)),
-    OURS: ours(None, 64, (1e-4, 3e-4, 1e-3)),
+    OURS: ours(None, 64, (1e-4, 3e-4, 1e-3), **{"loss.chunk_size": 128}),
     "OwLore, all layers, r=64, int8": ours(None, 64, (1e-4, 3e-4, 1e-3), **INT8),
     "OwLore, γ=15, r=128": ours(15, 128, (3e-4, 1e-3)),
     "OwLore, γ=10, r=128": ours(10, 128, (3e-4, 1e-3)),
     "OwLore, γ=5, r=128": ours(5, 128, (3e-4, 1e-3)),
 }
 HEAD = (
-    "| | step, s | steps | lr | seeds | held-out loss | difference | peak memory, GB |",
+    "| | step time | steps | lr | seeds | held-out loss | difference | peak memory, GB |",
     "|---|---|---|---|---|---|---|---|",
 )
 
@@ -103,7 +109,7 @@ def processor() -> str:
 
 def steps_in(budget: int, method: str, costs: dict[str, dict[str, Any]]) -> int:
     """The steps that a method takes in the time of ``budget`` steps of the reference."""
-    return round(budget * costs[REFERENCE]["seconds"] / costs[method]["seconds"])
+    return budget if method == REFERENCE else round(budget / costs[method]["ratio"])
 
 
 def split(rows: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
@@ -135,18 +141,17 @@ class EqualTime(Study):
 
     def _run(self, run: Run, scratch: Path) -> dict[str, Any]:
         code, started = code_of(run.method), time.perf_counter()
-        config, weights, sets = self._trained(run, scratch)
+        train, sets = split(self._problems, run.seed)
+        config, weights = self._train(run, self._written(train, scratch), scratch)
         row = {"key": run.key, **asdict(run), "code": code, "config": config}
         row["seconds_of_this_run"] = time.perf_counter() - started
         row |= {"machine": processor(), "versions": versions()}
         return row | {"losses": {name: held_out_loss(weights, rows) for name, rows in sets.items()}}
 
-    def _trained(self, run: Run, scratch: Path) -> tuple[Any, Path, dict[str, list[dict[str, Any]]]]:
-        """The config, the directory of the trained weights, and the held-out sets."""
-        train, sets = split(self._problems, run.seed)
+    def _written(self, train: list[dict[str, Any]], scratch: Path) -> Path:
         file = scratch / "train.json"
         file.write_text(json.dumps(train))
-        return *self._train(run, file, scratch), sets
+        return file
 
     def tuned_at(self, method: str, steps: int) -> float:
         """The learning rate with the lowest loss on the first set."""
@@ -154,18 +159,41 @@ class EqualTime(Study):
             METHODS[method].lrs, lambda lr: self.row(Run(method, lr, SEEDS[0], steps))["losses"]["tuning"]
         )
 
-    def measure(self, method: str) -> None:
-        """Add a row with the mean step and the peak memory of a method, from one draw or refresh to after the next."""
-        run = Run(method, METHODS[method].lrs[0], SEEDS[0], RESAMPLE_EVERY + 2)
-        with tempfile.TemporaryDirectory() as scratch:
-            self._trained(run, Path(scratch))
-            lines = list(read_lines(Path(scratch) / "steps.jsonl"))
-        seconds = [after["seconds"] - before["seconds"] for before, after in zip(lines[1:], lines[2:], strict=False)]
-        row = {"key": f"cost of {method}", "method": method, "seconds": statistics.fmean(seconds)}
+    def measure(self, methods: Iterable[str]) -> None:
+        """Add a row with the mean step and the peak memory of each method, from one draw or refresh to the next."""
+        with self._started(REFERENCE, LONG) as (reference, scratch):
+            run_for(40, reference)  # until it trains
+            for method in methods:
+                row = self._cost(method, reference, scratch / "steps.jsonl")
+                append_line(ROWS, row)
+                print(f"{method}: {row['ratio']:.3f}, {row['seconds']:.3f} s, {row['memory']:.2f} GB", flush=True)
+
+    def _cost(self, method: str, reference: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
+        refreshes = METHODS[method].runner == "owlore" or "every" in METHODS[method].settings
+        with self._started(method, RESAMPLE_EVERY + 2 if refreshes else 22) as (process, scratch):
+            turns = run_in_turn(process, reference)
+            self._check(process, scratch)
+            lines = list(read_lines(scratch / "steps.jsonl"))
+        ends, since = [line["seconds"] for line in lines[1:]], turns.of_other[0][0]
+        seconds = step_times(ends, turns.of_process)
+        ends_of_reference = [line["seconds"] for line in read_lines(log) if line["seconds"] > since]
+        own, full = (statistics.fmean(times) for times in (seconds, step_times(ends_of_reference, turns.of_other)))
+        row = {"key": f"cost of {method}", "method": method, "ratio": own / full, "seconds": own, "reference": full}
         row |= {"quartiles": statistics.quantiles(seconds, n=4), "memory": lines[-1]["peak_memory"]}
-        row |= {"code": code_of(method), "cores": os.cpu_count(), "machine": processor(), "versions": versions()}
-        append_line(ROWS, row)
-        print(f"{method}: {row['seconds']:.3f} s, {row['memory']:.2f} GB", flush=True)
+        return row | {"code": code_of(method), "cores": os.cpu_count(), "machine": processor(), "versions": versions()}
+
+    @contextmanager
+    def _started(self, method: str, steps: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+        """A process that trains so many steps, and its directory. It is killed in the end."""
+        with tempfile.TemporaryDirectory() as directory:
+            scratch, run = Path(directory), Run(method, METHODS[method].lrs[0], SEEDS[0], steps)
+            file = self._written(split(self._problems, run.seed)[0], scratch)
+            process = self._start(self._prepare(run, file, scratch)[0], scratch)
+            try:
+                yield process, scratch
+            finally:
+                process.kill()
+                process.wait()
 
 
 def costs_of(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -184,10 +212,10 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
         "# Held-out loss after the same training time",
         "",
         "SmolLM2-135M-Instruct on arithmetic problems, 512 packed tokens per step, products in bfloat16. fp32 and bf16 "
-        "are the types of weights; OwLore has them in bf16 or int8, and trains A in float32. Step times and memory are "
-        f"from one machine ({'; '.join(machines)}), one method at a time. ± is the standard deviation over seeds. "
-        f"Differences are to {OURS}, on the same seeds and problems, ± their standard error. Command: "
-        "`python benchmarks/equal_time.py --data DIR`; its docstring describes the study.",
+        "are the types of weights; OwLore has them in bf16 or int8, and trains A in float32. A step time of 1 is that "
+        f"of the first row, measured in turn with it on one machine ({'; '.join(machines)}). ± is the standard "
+        f"deviation over seeds. Differences are to {OURS}, on the same seeds and problems, ± their standard error. "
+        "Command: `python benchmarks/equal_time.py --data DIR`; its docstring describes the study.",
     ]
     for budget in sorted({row["steps"] for row in runs if row["method"] == REFERENCE}):
         in_time = {name: steps_in(budget, name, costs) for name in METHODS if name in costs}
@@ -208,7 +236,7 @@ def _section(title: str, steps: dict[str, int], runs: list[dict[str, Any]], cost
     for name, found in finals.items():
         if found:
             cost, one = costs.get(name), next(iter(found.values()))
-            cells = [name, f"{cost['seconds']:.2f}" if cost else "", str(one["steps"]), f"{one['lr']:g}"]
+            cells = [name, f"{cost['ratio']:.2f}" if cost else "", str(one["steps"]), f"{one['lr']:g}"]
             cells += [str(len(found)), mean_of([row["losses"]["reported"] for row in found.values()])]
             cells += ["" if name == OURS else _difference(found, first), f"{cost['memory']:.2f}" if cost else ""]
             lines.append(f"| {' | '.join(cells)} |")
@@ -255,8 +283,7 @@ def main() -> None:
         parser.error("--data is needed to train")
     study = EqualTime(args.data.resolve(), (os.cpu_count() or 1) if args.costs else args.threads)
     if args.costs:
-        for method in args.methods:
-            study.measure(method)
+        study.measure(args.methods)
         return
     if unknown := {REFERENCE, *args.methods} - study.costs.keys():
         parser.error(f"run it with --costs first, for {', '.join(sorted(unknown))}")

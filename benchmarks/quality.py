@@ -161,6 +161,12 @@ class Study:
 
     def _train(self, run: Run, train: Path, scratch: Path) -> tuple[Any, Path]:
         """Train, and return the config and the directory of the weights."""
+        command, config, weights = self._prepare(run, train, scratch)
+        self._call(command, scratch)
+        return config, weights
+
+    def _prepare(self, run: Run, train: Path, scratch: Path) -> tuple[list[str], Any, Path]:
+        """The command of a run, its config, and the directory for the weights. The log is scratch/steps.jsonl."""
         method = self._methods[run.method]
         settings, output = method.settings, scratch / "run"
         if method.runner == "peer":
@@ -172,15 +178,15 @@ class Study:
                 f"--resample-every={every}", f"--output={scratch / 'steps.jsonl'}",
                 f"--dtype={settings.get('dtype', 'fp32')}",
             ]  # fmt: skip
-            self._call(command, scratch)
-            return {"command": command[1:2] + [part for part in command[3:] if str(scratch) not in part]}, output
+            shown = command[1:2] + [part for part in command[3:] if str(scratch) not in part]
+            return command, {"command": shown}, output
         make = owlore_config if method.runner == "owlore" else torchtune_config
         config = make(run, settings, train, output)
         OmegaConf.save(OmegaConf.create(config), scratch / "config.yaml")
         recipe = settings.get("recipe", "owlore_full_finetune")
-        self._call(["tune", "run", recipe, "--config", str(scratch / "config.yaml")], scratch)
+        command = ["tune", "run", recipe, "--config", str(scratch / "config.yaml")]
         weights = output / (f"step_{run.steps}" if method.runner == "owlore" else "epoch_0")
-        return json.loads(json.dumps(config).replace(str(scratch), "SCRATCH")), weights
+        return command, json.loads(json.dumps(config).replace(str(scratch), "SCRATCH")), weights
 
     def _accuracy(self, weights: Path, scratch: Path) -> dict[str, list[int]]:
         """Return [correct, total] for each test file."""
@@ -198,11 +204,19 @@ class Study:
         return counts
 
     def _call(self, command: list[str], scratch: Path) -> None:
+        process = self._start(command, scratch)
+        process.wait()
+        self._check(process, scratch)
+
+    def _start(self, command: list[str], scratch: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, str(Path(__file__).with_name("lib") / "bf16_products.py"), *command]
         with (scratch / "log.txt").open("w") as log:
-            done = subprocess.run(command, stdout=log, stderr=log, env=self._environment, check=False)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)} failed:\n{(scratch / 'log.txt').read_text()[-3000:]}")
+            return subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
+
+    def _check(self, process: subprocess.Popen[bytes], scratch: Path) -> None:
+        if process.returncode:
+            command = " ".join(map(str, process.args))
+            sys.exit(f"{command} failed:\n{(scratch / 'log.txt').read_text()[-3000:]}")
 
     def before(self) -> None:
         """Add a row for the model before training."""

@@ -2,6 +2,8 @@
 
 import math
 import re
+import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,7 +87,7 @@ def test_no_problem_is_in_two_sets_or_in_the_training_data(equal_time):
 
 
 def test_a_method_gets_the_steps_of_the_time_of_full_fine_tuning(equal_time):
-    costs = {equal_time.REFERENCE: {"seconds": 5.0}, equal_time.OURS: {"seconds": 2.0}}
+    costs = {equal_time.REFERENCE: {"ratio": 1.02}, equal_time.OURS: {"ratio": 0.4}}
     assert equal_time.steps_in(100, equal_time.OURS, costs) == 250
     assert equal_time.steps_in(100, equal_time.REFERENCE, costs) == 100
 
@@ -107,28 +109,50 @@ def test_rows_of_earlier_code_do_not_count(equal_time):
             "code": code, "losses": losses,
         }  # fmt: skip
 
-    def cost(method, seconds):
-        return {"key": "cost", "method": method, "seconds": seconds, "memory": 1.0, "machine": "a CPU", "cores": 2}
+    def cost(method, ratio):
+        return {"key": "cost", "method": method, "ratio": ratio, "memory": 1.0, "machine": "a CPU", "cores": 2}
 
     ours, full = equal_time.OURS, equal_time.REFERENCE
     rows = [
         row(ours, 1e-4, 0, 0.10, 200, "old"), row(ours, 3e-4, 0, 0.50, 200), row(ours, 1e-3, 0, 0.60, 200),
         row(ours, 3e-4, 1, 0.48, 200), row(full, 1e-4, 0, 0.54, 100), row(full, 1e-4, 1, 0.53, 100),
-        row(ours, 3e-4, 0, 0.55, 100), cost(ours, 9.0), cost(ours, 1.0), cost(full, 2.0),
+        row(ours, 3e-4, 0, 0.55, 100), cost(ours, 9.0), cost(ours, 0.5), cost(full, 1.02),
     ]  # fmt: skip
     lines = equal_time.report(rows)
     in_time, after = (
         next(i for i, line in enumerate(lines) if title in line) for title in ("## In the time", "## Aft")
     )
     assert lines[in_time + 4 : after - 1] == [
-        f"| {full} | 2.00 | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | +0.0450 ± 0.0050 | 1.00 |",
-        f"| {ours} | 1.00 | 200 | 0.0003 | 2 | 0.4900 ± 0.0141 |  | 1.00 |",
+        f"| {full} | 1.02 | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | +0.0450 ± 0.0050 | 1.00 |",
+        f"| {ours} | 0.50 | 200 | 0.0003 | 2 | 0.4900 ± 0.0141 |  | 1.00 |",
     ]
     assert lines[after + 4 : after + 6] == [
-        f"| {full} | 2.00 | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | -0.0100 | 1.00 |",
-        f"| {ours} | 1.00 | 100 | 0.0003 | 1 | 0.5500 |  | 1.00 |",
+        f"| {full} | 1.02 | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | -0.0100 | 1.00 |",
+        f"| {ours} | 0.50 | 100 | 0.0003 | 1 | 0.5500 |  | 1.00 |",
     ]
     assert f"| {ours} | 200 | 0.0003: 1.5000, 0.001: 1.6000 |" in lines
+
+
+def test_the_time_of_a_step_is_that_in_which_its_process_ran(equal_time):
+    from lib.turns import run_for, run_in_turn, step_times
+
+    counting = "import time\nfor _ in range(40): print(time.perf_counter(), flush=True); time.sleep(0.05)"
+    one, other = (subprocess.Popen([sys.executable, "-c", counting], stdout=subprocess.PIPE) for _ in range(2))
+    run_for(0.2, other)
+    turns = run_in_turn(one, other, 0.4)
+    assert len(turns.of_other) >= 3  # one ends after more than 2 seconds of its own
+    other.kill()
+    for process, own in ((one, turns.of_process), (other, turns.of_other)):
+        ends = [float(line) for line in process.communicate()[0].splitlines()]
+        seconds = step_times([end for end in ends if end > own[0][0]], own)
+        assert 0.04 < statistics.median(seconds) < 0.1
+        assert sum(seconds) <= sum(stopped - started for started, stopped in own)
+
+
+def test_a_step_over_two_turns_has_their_time(equal_time):
+    from lib.turns import step_times
+
+    assert step_times([0.0, 2.0, 11.0, 23.0], [(0.0, 5.0), (10.0, 12.0), (20.0, 30.0)]) == [2.0, 4.0, 4.0]
 
 
 def test_a_grid_grows_until_its_best_value_is_inside(equal_time):
