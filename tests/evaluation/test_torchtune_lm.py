@@ -32,8 +32,6 @@ from owlore_tune.models.gemma2 import gemma2
 from owlore_tune.models.hf_model import hf_decoder
 from owlore_tune.models.smollm2 import smollm2_135m
 
-pytestmark = pytest.mark.xdist_group("decoders")  # on one worker, which loads them once
-
 QUESTIONS = [
     ("What melts ice?", [" heat", " cold", " darkness and more darkness", " salt"]),
     ("The quick brown", [" fox", " fox jumps over the lazy dog", " dogs answer"]),
