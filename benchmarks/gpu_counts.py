@@ -5,7 +5,7 @@
 A step of LLaMA-2-7B runs on meta tensors, which have shapes and no values. Each operation that is not a view or an
 allocation counts as one kernel; torch's attention and norms are one each, as on a GPU. All kernels but matrix products
 and attention are elementwise; they move their arguments and results once. Each value that the host reads counts as a
-wait.
+wait. Waits inside torch's functions do not count: a basis has one in `torch.linalg.eigh`.
 
 The bound is a roofline estimate, not a measurement: each kernel takes the larger of its FLOPs and its bytes, divided by
 what the card's vendor states, and the host launches a kernel in 5 µs. The larger of both sums is the bound.

@@ -117,19 +117,22 @@ def poison(file: str) -> None:
         recipe.cleanup()
 
 
-def round_alone() -> None:
-    """Make a basis with an algorithm that rounds in another way on the last rank."""
+def fail_alone() -> None:
+    """Make a basis with an eigenvalue algorithm that does not converge on the last rank."""
     with process_group(torch.device("cpu"), 600):
         world = current_world()
         if world.rank == 1:
-            exact = torch.linalg.qr
-            torch.linalg.qr = lambda matrix: exact(matrix * (1 + 1e-6 * torch.rand_like(matrix)))
+
+            def fail(gram: torch.Tensor) -> None:
+                raise torch.linalg.LinAlgError("no convergence")
+
+            torch.linalg.eigh = fail
         generator = torch.Generator().manual_seed(world.rank)
         left, right = (torch.randn(20, size, generator=generator) for size in (16, 12))
         generator = torch.Generator().manual_seed(0)
         basis, is_given = range_finder(left, right, 4, generator=generator, world=world)
-        (first, first_is_given), (second, second_is_given) = world.gather((basis, is_given.item()))
-        assert torch.equal(first, second) and first_is_given is second_is_given is True
+        ours, first = world.gather((basis, is_given.item()))
+        assert torch.equal(ours[0], first[0]) and ours[1] is first[1] is True, (ours, first)
 
 
 def serve(tokenizer: str, rank: str, failure: str, output: str) -> None:

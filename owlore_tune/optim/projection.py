@@ -4,6 +4,8 @@ The gradient of a weight is G (m, n). On the ``right`` side the basis is P (n, r
 on the ``left`` it is P (m, r) and Pᵀ G (r, n). The columns of P are orthonormal.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,6 @@ from owlore_tune.distributed.world import ALONE, World, peak
 SIDES = ("right", "shape")
 BASES = ("randomized", "svd")
 OVERSAMPLING = 8
-_ITERATIONS = 2  # of the truncation
 _PIECE = 2**22  # values of a gradient that are copied to another dtype at once
 
 
@@ -73,12 +74,11 @@ def range_finder(
 ) -> tuple[Tensor, Tensor]:  # (n, r) orthonormal, () bool
     """An orthonormal basis of (nearly) the best rank-``rank`` row space of G = leftᵀ right (m, n), if G has one.
 
-    The steps are a Gaussian sketch with ``OVERSAMPLING`` extra columns, one power iteration, and a truncation to the
-    leading eigenvectors of the small Gram matrix (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1).
-    These are found by orthogonal iteration, because the host waits for an eigenvalue decomposition on a GPU. G is never
-    formed: a product with it is two thin ones. ``start``, such as the weight's previous basis, replaces the sketch and
-    saves one product. The largest entry of each column is made positive, so moments keep their meaning across a
-    refresh.
+    The steps are a Gaussian sketch with ``OVERSAMPLING`` extra columns, one power iteration, and a truncation by the
+    eigenvectors of the small Gram matrix (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). G is
+    never formed: a product with it is two thin ones. ``start``, such as the weight's previous basis, replaces the
+    sketch and saves one product. The largest entry of each column is made positive, so moments keep their meaning
+    across a refresh.
 
     A QR after each product and a Gram matrix in float64 keep the directions of singular values below 1e-3 of the
     largest. They would else be lost to rounding, and the basis would depend on the order of sums.
@@ -86,8 +86,8 @@ def range_finder(
     Processes of ``world`` have different tokens of one step, and get the same basis. They call this together, and
     all-reduce products with G, (m or n) · (r + 8) numbers each.
 
-    For a rank-deficient gradient, the missing columns are arbitrary but orthonormal. A zero gradient has no basis: all
-    columns are arbitrary. Those of a gradient that is not finite are not finite either.
+    For a rank-deficient gradient, the missing columns are arbitrary but orthonormal. A zero or non-finite gradient has
+    no basis: all columns are arbitrary.
     """
     m, n = left.shape[1], right.shape[1]
     dtype = torch.promote_types(right.dtype, torch.float32)
@@ -114,13 +114,19 @@ def range_finder(
     rows = torch.linalg.qr(rows / unit).Q
     orthonormal = torch.linalg.qr(backward(rows) / unit).Q
     low = forward(orthonormal).double()  # (m, width)
-    gram = low.T @ low
-    leading = torch.linalg.qr(gram).Q
-    for _ in range(_ITERATIONS - 1):
-        leading = torch.linalg.qr(gram @ leading).Q
-    basis = fix_signs(orthonormal @ leading[:, :rank].to(dtype))
-    # Processes on devices of two kinds round differently. If the gradient is not finite, all of `low` is NaN.
-    return world.from_first_(basis), gram.trace() > 0
+    # If the gradient is not finite, no value of `low` is.
+    eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0, 0.0, 0.0))  # ascending
+    basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
+    # The algorithm may fail on one process alone.
+    return world.from_first_(basis), world.from_first_(eigenvalues[-1] > 0)
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors; eigenvalues are NaN if the algorithm does not converge."""
+    try:
+        return tuple(torch.linalg.eigh(gram))
+    except torch.linalg.LinAlgError:
+        return torch.full_like(gram[0], math.nan), torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tensor]:
@@ -133,9 +139,9 @@ def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tens
 
 
 def fix_signs(basis: Tensor) -> Tensor:
-    """Flip columns to make the entry of largest magnitude in each positive. If two entries have it, one is positive."""
+    """Flip columns to make the entry of largest magnitude in each positive."""
     lowest, highest = basis.aminmax(dim=0)  # (r,)
-    return basis * torch.add(lowest, highest, alpha=1 + torch.finfo(basis.dtype).eps).sign()
+    return torch.where(lowest + highest < 0, -basis, basis)
 
 
 def _largest(product: Tensor) -> Tensor:

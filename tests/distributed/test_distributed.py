@@ -310,8 +310,8 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_named_by_the_first(con
     assert all(weight.isfinite().all() for weight in weights(config).values())
 
 
-def test_ranks_get_one_basis_if_one_of_them_rounds_in_another_way():
-    done = run_ranks(2, "round_alone")
+def test_ranks_get_one_basis_if_an_algorithm_fails_on_one_of_them():
+    done = run_ranks(2, "fail_alone")
     assert not any(done.codes), done.output[-3000:]
 
 

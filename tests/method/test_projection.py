@@ -60,9 +60,6 @@ def test_the_largest_entry_of_each_column_is_positive():
     basis, _ = range_finder(decaying(30, 20), 5, generator=generator())
     assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
     torch.testing.assert_close(fix_signs(-basis), basis)
-    for dtype in (torch.float32, torch.float64):
-        tied = torch.tensor([[0.6, -0.3], [-0.6, 0.3]], dtype=dtype)
-        assert torch.equal(fix_signs(tied).abs(), tied.abs())
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
@@ -78,12 +75,16 @@ def test_a_zero_gradient_has_no_basis():
     assert not svd_basis(torch.zeros(30, 20), 5)[1]
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_gradient_with_one_value_that_is_not_finite_has_no_basis(value):
-    grad = torch.randn(30, 20, generator=generator())
-    grad[3, 4] = value
-    for start in (None, torch.linalg.qr(torch.randn(20, 5, generator=generator())).Q):
-        assert not range_finder(grad, 5, generator=generator(), start=start)[1]
+def test_eigenvalues_that_do_not_converge_count_as_no_basis(monkeypatch):
+    """The optimizer then keeps its old basis. GaLore's SVD ends the run."""
+
+    def fail(gram):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    basis, is_given = range_finder(torch.randn(32, 24), 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(basis.T @ basis, torch.eye(4), atol=1e-5, rtol=0)
+    assert not is_given
 
 
 def test_rank_deficient_gradient_is_captured_whole():
