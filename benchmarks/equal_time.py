@@ -49,7 +49,8 @@ from owlore_tune.run.manifest import versions
 ROOT = Path(__file__).parents[1]
 ROWS = Path(__file__).with_name("equal_time.jsonl")
 BUDGETS = (100,)
-LONG = 1000  # steps; costs of all methods are measured in fewer
+LONG = 1000  # steps of the reference, which ends only when costs of all methods are measured
+STEPS_WITHOUT_REFRESH = 22  # in which costs are measured if no step takes longer than the others
 SETS = {"tuning": 100, "choosing": 100, "reported": 300}  # problems
 # Folders and files of the training code. Peers only use the first.
 CODE_OF_DATA = ("owlore_tune/data", "owlore_tune/models/smollm2.py", "benchmarks/lib/peers.py")
@@ -65,6 +66,7 @@ BF16 = {"dtype": "bf16"}
 def ours(num_active: int | None, rank: int, lrs: tuple[float, ...], **settings: Any) -> Method:
     """OwLore with uniform draws."""
     chosen = {"owlore.num_active_layers": num_active, "owlore.rank": rank, "owlore.update_gap": RESAMPLE_EVERY}
+    chosen["loss.chunk_size"] = 128  # less memory than with 256 positions at a time
     return Method("owlore", BF16 | {"owlore.score": "uniform"} | chosen | settings, lrs)
 
 
@@ -80,7 +82,7 @@ METHODS = {
     "galore-torch, r=128, bf16": Method("peer", GALORE | BF16, (1e-5, 3e-5, 1e-4)),
     "BAdam, fp32": Method("peer", {"method": "badam"}, (3e-4, 1e-3, 3e-3)),
     "BAdam, bf16": Method("peer", {"method": "badam"} | BF16, (3e-4, 1e-3, 3e-3)),
-    OURS: ours(None, 64, (1e-4, 3e-4, 1e-3), **{"loss.chunk_size": 128}),
+    OURS: ours(None, 64, (1e-4, 3e-4, 1e-3)),
     "OwLore, all layers, r=64, int8": ours(None, 64, (1e-4, 3e-4, 1e-3), **INT8),
     "OwLore, γ=15, r=128": ours(15, 128, (3e-4, 1e-3)),
     "OwLore, γ=10, r=128": ours(10, 128, (3e-4, 1e-3)),
@@ -160,7 +162,7 @@ class EqualTime(Study):
         )
 
     def measure(self, methods: Iterable[str]) -> None:
-        """Add a row with the mean step and the peak memory of each method, from one draw or refresh to the next."""
+        """Add a row with the mean step and the peak memory of each method, from one refresh to after the next."""
         with self._started(REFERENCE, LONG) as (reference, scratch):
             run_for(40, reference)  # until it trains
             for method in methods:
@@ -170,7 +172,7 @@ class EqualTime(Study):
 
     def _cost(self, method: str, reference: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
         refreshes = METHODS[method].runner == "owlore" or "every" in METHODS[method].settings
-        with self._started(method, RESAMPLE_EVERY + 2 if refreshes else 22) as (process, scratch):
+        with self._started(method, RESAMPLE_EVERY + 2 if refreshes else STEPS_WITHOUT_REFRESH) as (process, scratch):
             turns = run_in_turn(process, reference)
             self._check(process, scratch)
             lines = list(read_lines(scratch / "steps.jsonl"))
@@ -202,7 +204,7 @@ def costs_of(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
-    """The lines of equal_time.md. Of each method, rows of its last code count."""
+    """The lines of equal_time.md. Only rows of a method's last code count."""
     costs = costs_of(rows)
     runs = [row for row in rows if "losses" in row]
     newest = {row["method"]: row["code"] for row in runs}
@@ -213,9 +215,10 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "SmolLM2-135M-Instruct on arithmetic problems, 512 packed tokens per step, products in bfloat16. fp32 and bf16 "
         "are the types of weights; OwLore has them in bf16 or int8, and trains A in float32. A step time of 1 is that "
-        f"of the first row, measured in turn with it on one machine ({'; '.join(machines)}). ± is the standard "
-        f"deviation over seeds. Differences are to {OURS}, on the same seeds and problems, ± their standard error. "
-        "Command: `python benchmarks/equal_time.py --data DIR`; its docstring describes the study.",
+        f"of {REFERENCE}, which ran in turn with each method on one machine ({'; '.join(machines)}). Its own value "
+        f"shows the noise. ± is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
+        "problems, ± their standard error. Command: `python benchmarks/equal_time.py --data DIR`; its docstring "
+        "describes the study.",
     ]
     for budget in sorted({row["steps"] for row in runs if row["method"] == REFERENCE}):
         in_time = {name: steps_in(budget, name, costs) for name in METHODS if name in costs}

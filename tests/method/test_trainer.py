@@ -283,22 +283,14 @@ class InOrder:
         return SequentialSampler(self.train_dataset)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("weights", "kinds"), [("full", ["Trainer", "SFTTrainer"]), ("int8", ["Trainer"])])
-def test_trainers_on_smollm2_are_as_good_as_the_recipe(weights, kinds, smollm2_dir, tmp_path):
-    """The same rows, draws and settings: 6 steps with accumulation, clipping and 3 draws, killed and resumed.
-
-    Random sketches differ, because torchtune has other names of weights. Products are in full precision: with int8
-    products, differences of 1e-6 between the two decoders move inputs to the next of 255 values, and losses by 1 %.
-    """
-    import trl
-
-    file = tmp_path / "train.json"
+def recipe_config(weights: str, smollm2_dir: Path, directory: Path) -> dict:
+    """6 steps with accumulation, clipping and 3 draws."""
+    file = directory / "train.json"
     texts = [{"instruction": f"What is {i} plus {i}?", "input": "", "output": f"It is {2 * i}."} for i in range(40)]
     file.write_text(json.dumps(texts))
     cfg = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
     cfg |= {
-        "output_dir": str(tmp_path / "recipe"), "dataset_val": None, "max_steps_per_epoch": 6, "batch_size": 2,
+        "output_dir": str(directory / "recipe"), "dataset_val": None, "max_steps_per_epoch": 6, "batch_size": 2,
         "dataset": {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(file)},
         "gradient_accumulation_steps": 2, "shuffle": False, "lr_scheduler": None, "clip_grad_norm": 0.5, "seed": 3,
         "device": "cpu", "dtype": "fp32", "enable_activation_checkpointing": False,
@@ -306,6 +298,20 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(weights, kinds, smollm2_d
     cfg["checkpointer"]["checkpoint_dir"] = str(smollm2_dir)
     cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "score": "uniform", "rank": 32, "weights": weights}
     cfg["optimizer"]["lr"] = 2e-4
+    return cfg
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "kinds"), [("full", ["Trainer", "SFTTrainer"]), ("int8", ["Trainer"])])
+def test_trainers_on_smollm2_are_as_good_as_the_recipe(weights, kinds, smollm2_dir, tmp_path):
+    """The same rows, draws and settings, killed and resumed.
+
+    Random sketches differ, because torchtune has other names of weights. Products are in full precision: with int8
+    products, differences of 1e-6 between the two decoders move inputs to the next of 255 values, and losses by 1 %.
+    """
+    import trl
+
+    cfg = recipe_config(weights, smollm2_dir, tmp_path)
     draws = [draw["active"] for draw in finetune(cfg).report.records.draws]
 
     tokenized = build_inputs(TrainingSettings.from_config(OmegaConf.create(cfg))).data.dataset
