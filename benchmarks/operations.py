@@ -111,7 +111,7 @@ def bases_section(size: int = 2048) -> list[str]:
     u, v = (torch.linalg.qr(torch.randn(size, TOKENS, generator=generator)).Q for _ in range(2))
     outputs, inputs = u.T / torch.arange(1, TOKENS + 1)[:, None], v.T
     noisy = inputs + 1e-2 * torch.randn(TOKENS, size, generator=generator)
-    start, _ = range_finder(outputs, noisy, RANK, generator=generator)
+    start = range_finder(outputs, noisy, RANK, generator=generator).columns
     grad = outputs.T @ inputs
     find = partial(range_finder, outputs, inputs, RANK, generator=generator)
     calls: dict[str, Call] = {
