@@ -116,8 +116,8 @@ def bases_section(size: int = 2048) -> list[str]:
     find = partial(range_finder, outputs, inputs, RANK, generator=generator)
     calls: dict[str, Call] = {
         "torch.linalg.svd": lambda: svd_basis(outputs.T @ inputs, RANK)[0],
-        "range finder, first basis": lambda: find()[0],
-        "range finder, from the old basis": lambda: find(start=start)[0],
+        "range finder, first basis": lambda: find().columns,
+        "range finder, from the old basis": lambda: find(start=start).columns,
     }
     best = (grad @ calls["torch.linalg.svd"]()).square().sum()
     shares = [f"{name}: {(grad @ call()).square().sum() / best:.4f}" for name, call in calls.items()]

@@ -12,6 +12,7 @@ On the left side (GaLore's rule for wide weights), W = c · W₀ + s · P A with
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from owlore_tune.optim.rounding import noise_for, round_to
 
 MakeGenerator = Callable[[torch.device], torch.Generator | None]
 _TENSORS = ("basis", "is_given", "turn", "start", "correction")
+_BATCH = 2**28  # bytes of the sketches whose bases are made at once
 _MOVED = 2**22  # values of a 16-bit weight that a merge changes at once
 
 
@@ -43,12 +45,15 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 
 
 class BasisMaker:
-    """Makes the bases that a backward pass asks for once it has ended, so that the host waits once for all of them."""
+    """Makes the bases that a backward pass asks for in batches, because the host waits once for each batch.
+
+    A batch ends with the pass, or earlier when its sketches take ``_BATCH`` bytes.
+    """
 
     def __init__(self, world: World = ALONE) -> None:
         self._world = world
-        self._waiting: dict[ProjectedWeight, Sketch] = {}
-        self._pass = -1
+        # A pass inside another one, as of a reentrant checkpoint, has its own. After an error it is gone.
+        self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
 
     def add(self, weight: "ProjectedWeight", make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> None:
         """Call this in a backward pass.
@@ -58,22 +63,31 @@ class BasisMaker:
             more: (n, w) → (m, w), the gradient times columns, for a Linear that is used again in this pass.
         """
         current = torch._C._current_graph_task_id()
-        if current != self._pass:  # an earlier one may have ended with an error
-            self._waiting, self._pass = {}, current
-            Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
-        if weight in self._waiting:
-            self._waiting[weight].low += more(self._waiting[weight].columns)
-        else:
-            self._waiting[weight] = make()
+        if (own := self._passes.get(current)) is None:
+            own = self._passes[current] = _Pass(self._world)
+            Variable._execution_engine.queue_callback(own.finish)  # type: ignore[attr-defined]
+        if weight in own.sketches:
+            own.sketches[weight].low += more(own.sketches[weight].columns)
+            return
+        own.sketches[weight] = make()
+        if sum(one.nbytes for one in own.sketches.values()) >= _BATCH:
+            own.finish()
+
+
+class _Pass:
+    """A backward pass, with sketches of bases that are not made yet."""
+
+    def __init__(self, world: World) -> None:
+        self.sketches: dict[ProjectedWeight, Sketch] = {}
+        self._world = world
 
     @torch.no_grad()
-    def _finish(self) -> None:
-        waiting, self._waiting, self._pass = self._waiting, {}, -1
+    def finish(self) -> None:
         groups: dict[Any, list[ProjectedWeight]] = {}
-        for weight, one in waiting.items():
+        for weight, one in self.sketches.items():
             groups.setdefault((one.gram.shape, one.gram.device, weight.rank), []).append(weight)
         for weights in groups.values():
-            bases = truncate([waiting.pop(weight) for weight in weights], weights[0].rank, self._world)
+            bases = truncate([self.sketches.pop(weight) for weight in weights], weights[0].rank, self._world)
             for weight, basis in zip(weights, bases, strict=True):
                 weight.take_basis(basis)
 
@@ -201,8 +215,8 @@ class ProjectedWeight:
     def make_basis(self, x: Tensor, grad: Tensor) -> Tensor | None:  # (t, n), (t, m) → the gradient of A
         """Make the basis from the Linear's input and its output's gradient, unless there is one already.
 
-        A randomized one, and the gradient of A with it, are complete when the backward pass has ended: None. For a
-        gradient that is zero or not finite, the basis is arbitrary.
+        A randomized one and the gradient of A with it are set later in the backward pass: None. For a gradient that is
+        zero or not finite, the basis is arbitrary.
         """
         assert self._clock is not None
         rows, features = (grad, x) if self.right else (x, grad)  # the basis is of the second one's features
@@ -240,7 +254,7 @@ class ProjectedWeight:
         return sum(self._clock.read().values()) if self._clock is not None else 0.0
 
     def give_up_basis(self) -> None:
-        """Undo a basis whose gradient gave none. A later gradient makes it."""
+        """Undo a basis that no update has used. A later gradient makes it."""
         self.basis, self.is_given, self.turn, self.is_new = None, None, None, False
         self.trained.grad = None
 

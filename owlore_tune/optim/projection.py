@@ -80,6 +80,10 @@ class Sketch:
     low: Tensor
     gram: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.columns.nbytes + self.low.nbytes + self.gram.nbytes
+
 
 @dataclass
 class Basis:
@@ -166,15 +170,15 @@ def truncate(sketches: Sequence[Sketch], rank: int, world: World = ALONE) -> lis
 
     All processes call this together, and send n · r numbers for each. On a GPU, the host waits once for all.
     """
-    eigenvalues, eigenvectors = _eigh(torch.stack([one.gram for one in sketches]))  # ascending
+    values, vectors = _eigh(torch.stack([one.gram for one in sketches]))  # ascending
+    # Processes may round differently, and the algorithm may fail on one of them alone.
+    are_given = world.from_first_(values[:, -1] > 0)
+    leading = vectors[..., -rank:].flip(-1).to(sketches[0].columns.dtype)
     bases = []
-    for one, values, vectors in zip(sketches, eigenvalues, eigenvectors, strict=True):
-        leading = vectors[:, -rank:].flip(1).to(one.columns.dtype)
-        columns = one.columns @ leading
-        flips = signs(columns)
-        # The algorithm may fail on one process alone.
-        columns, is_given = world.from_first_(columns * flips), world.from_first_(values[-1] > 0)
-        bases.append(Basis(columns, (one.low @ leading) * flips, is_given))
+    for one, some, is_given in zip(sketches, leading, are_given, strict=True):
+        columns = one.columns @ some
+        columns = world.from_first_(columns.mul_(signs(columns)))
+        bases.append(Basis(columns, one.low @ (one.columns.T @ columns), is_given))
     return bases
 
 
@@ -201,7 +205,7 @@ def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tens
 def signs(basis: Tensor) -> Tensor:
     """(r,) 1 or -1: the sign of the entry of largest magnitude in each column."""
     lowest, highest = basis.aminmax(dim=0)
-    return 1 - 2 * (lowest + highest < 0).to(basis.dtype)
+    return torch.copysign(torch.ones_like(lowest), lowest + highest)
 
 
 def _largest(product: Tensor) -> Tensor:
