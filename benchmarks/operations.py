@@ -111,13 +111,13 @@ def bases_section(size: int = 2048) -> list[str]:
     u, v = (torch.linalg.qr(torch.randn(size, TOKENS, generator=generator)).Q for _ in range(2))
     outputs, inputs = u.T / torch.arange(1, TOKENS + 1)[:, None], v.T
     noisy = inputs + 1e-2 * torch.randn(TOKENS, size, generator=generator)
-    start, _ = range_finder(outputs, noisy, RANK, generator=generator)
+    start = range_finder(outputs, noisy, RANK, generator=generator).columns
     grad = outputs.T @ inputs
     find = partial(range_finder, outputs, inputs, RANK, generator=generator)
     calls: dict[str, Call] = {
         "torch.linalg.svd": lambda: svd_basis(outputs.T @ inputs, RANK)[0],
-        "range finder, first basis": lambda: find()[0],
-        "range finder, from the old basis": lambda: find(start=start)[0],
+        "range finder, first basis": lambda: find().columns,
+        "range finder, from the old basis": lambda: find(start=start).columns,
     }
     best = (grad @ calls["torch.linalg.svd"]()).square().sum()
     shares = [f"{name}: {(grad @ call()).square().sum() / best:.4f}" for name, call in calls.items()]

@@ -216,7 +216,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _save_whole_step(self) -> None:
         """Save after an error in a step, without what the step has accumulated."""
-        self.optimizer.zero_grad()
+        self.schedule.abandon_step()
         self.save_checkpoint()
 
     def _signalled(self) -> Signals | None:

@@ -194,6 +194,13 @@ class Schedule:
                 bare = {name: w for name, w in weights.items() if w.basis is not None and w.correction is None}
                 self.layers.masters.correct(index, bare)
 
+    def abandon_step(self) -> None:
+        """After an error, forget what backward passes of the step have made: gradients, and new bases."""
+        self.optimizer.zero_grad()
+        for _, weight in self.layers.active_weights():
+            if weight.is_new:
+                weight.give_up_basis()
+
     def _settle_basis(self, weight: ProjectedWeight, is_given: bool) -> None:
         if not is_given:
             weight.give_up_basis()

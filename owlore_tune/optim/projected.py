@@ -12,23 +12,84 @@ On the left side (GaLore's rule for wide weights), W = c · W₀ + s · P A with
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from owlore_tune.clock import Clock
 from owlore_tune.distributed.world import ALONE, World, compute_device, local, rows_of
-from owlore_tune.optim.projection import is_right, of_gradient, range_finder, side_factor, svd_basis, times
+from owlore_tune.optim.projection import (
+    Basis,
+    Sketch,
+    is_right,
+    of_gradient,
+    side_factor,
+    sketch,
+    svd_basis,
+    times,
+    truncate,
+)
 from owlore_tune.optim.rounding import noise_for, round_to
 
 MakeGenerator = Callable[[torch.device], torch.Generator | None]
 _TENSORS = ("basis", "is_given", "turn", "start", "correction")
+_BATCH = 2**28  # bytes of the sketches whose bases are made at once
 _MOVED = 2**22  # values of a 16-bit weight that a merge changes at once
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype in which a parameter is trained: float32, or float64 for float64 parameters."""
     return torch.promote_types(parameter.dtype, torch.float32)
+
+
+class BasisMaker:
+    """Makes the bases that a backward pass asks for in batches, because the host waits once for each batch.
+
+    A batch ends with the pass, or earlier when its sketches take ``_BATCH`` bytes.
+    """
+
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
+        # A pass inside another one, as of a reentrant checkpoint, has its own. After an error it is gone.
+        self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
+
+    def add(self, weight: "ProjectedWeight", make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> None:
+        """Call this in a backward pass.
+
+        Args:
+            make: makes the sketch of ``weight``.
+            more: (n, w) → (m, w), the gradient times columns, for a Linear that is used again in this pass.
+        """
+        current = torch._C._current_graph_task_id()
+        if (own := self._passes.get(current)) is None:
+            own = self._passes[current] = _Pass(self._world)
+            Variable._execution_engine.queue_callback(own.finish)  # type: ignore[attr-defined]
+        if weight in own.sketches:
+            own.sketches[weight].low += more(own.sketches[weight].columns)
+            return
+        own.sketches[weight] = make()
+        if sum(one.nbytes for one in own.sketches.values()) >= _BATCH:
+            own.finish()
+
+
+class _Pass:
+    """A backward pass, with sketches of bases that are not made yet."""
+
+    def __init__(self, world: World) -> None:
+        self.sketches: dict[ProjectedWeight, Sketch] = {}
+        self._world = world
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        groups: dict[Any, list[ProjectedWeight]] = {}
+        for weight, one in self.sketches.items():
+            groups.setdefault((one.gram.shape, one.gram.device, weight.rank), []).append(weight)
+        for weights in groups.values():
+            bases = truncate([self.sketches.pop(weight) for weight in weights], weights[0].rank, self._world)
+            for weight, basis in zip(weights, bases, strict=True):
+                weight.take_basis(basis)
 
 
 class ProjectedWeight:
@@ -47,6 +108,7 @@ class ProjectedWeight:
         basis: ``randomized``, or ``svd`` (exact, slow, and it needs the full gradient once).
         generator: returns the generator of a basis' random sketch, on a device.
         world: processes that train on different tokens of one step. All get the same basis.
+        maker: of the bases of several weights; None for an own one.
 
     Attributes:
         trained: A, (m, r) or (r, n), in float32, or float64 for float64 weights. Empty if the Linear is not engaged.
@@ -69,6 +131,7 @@ class ProjectedWeight:
         scale: float = 1.0,
         basis: str = "randomized",
         world: World = ALONE,
+        maker: BasisMaker | None = None,
     ) -> None:
         self.linear = linear
         m, n = self.shape = torch.Size((linear.out_features, linear.in_features))
@@ -79,6 +142,7 @@ class ProjectedWeight:
         self._kind = basis
         self._generator = generator
         self._world = world
+        self._maker = maker or BasisMaker(world)
         self._clock: Clock | None = None
         self._dtype = compute_dtype(linear.weight)
         self.trained = nn.Parameter(torch.empty(0, dtype=self._dtype), requires_grad=False)
@@ -148,35 +212,49 @@ class ProjectedWeight:
         first, second = (basis, factor.T) if self.right else (factor.T, basis.T)
         return product.addmm_((x @ first).to(product.dtype), second.to(product.dtype))  # autocast may round products
 
-    def make_basis(self, x: Tensor, grad: Tensor) -> Tensor:  # (t, n), (t, m) → the gradient of A
+    def make_basis(self, x: Tensor, grad: Tensor) -> Tensor | None:  # (t, n), (t, m) → the gradient of A
         """Make the basis from the Linear's input and its output's gradient, unless there is one already.
 
-        The host reads no value. For a gradient that is zero or not finite, the basis is arbitrary.
+        A randomized one and the gradient of A with it are set later in the backward pass: None. For a gradient that is
+        zero or not finite, the basis is arbitrary.
         """
         assert self._clock is not None
+        rows, features = (grad, x) if self.right else (x, grad)  # the basis is of the second one's features
+
+        def low(columns: Tensor) -> Tensor:
+            return of_gradient(rows.T, features, columns, self._dtype)
+
         if self.basis is None:
             with self._clock("basis"):
-                basis, self.is_given = self._new_basis(x, grad)
-                self.turn = None if self.start is None else self.start.to(basis.dtype).T @ basis
-                self.basis, self.is_new = basis.to(self.linear.weight.dtype), True
-        if self.right:
-            return of_gradient(grad.T, x, self.basis, self._dtype)
-        return of_gradient(x.T, grad, self.basis, self._dtype).T
+                if self._kind == "randomized":
+                    self._maker.add(self, lambda: self._sketch(rows, features), low)
+                    return None
+                whole = self._world.sum_(times(grad.T, x.to(self._dtype)))
+                self._begin(*svd_basis(whole, self.rank, self.right))
+        assert self.basis is not None
+        return low(self.basis) if self.right else low(self.basis).T
 
-    def _new_basis(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        if self._kind == "svd":
-            whole = self._world.sum_(times(grad.T, x.to(self._dtype)))
-            return svd_basis(whole, self.rank, self.right)
-        rows, columns = (grad, x) if self.right else (x, grad)  # the basis is of the second one's features
-        generator = self._generator(x.device)
-        return range_finder(rows, columns, self.rank, generator=generator, start=self.start, world=self._world)
+    def _sketch(self, rows: Tensor, features: Tensor) -> Sketch:
+        generator = self._generator(rows.device)
+        return sketch(rows, features, self.rank, generator=generator, start=self.start, world=self._world)
+
+    def _begin(self, basis: Tensor, is_given: Tensor) -> None:
+        self.is_given, self.is_new = is_given, True
+        self.turn = None if self.start is None else self.start.to(basis.dtype).T @ basis
+        self.basis = basis.to(self.linear.weight.dtype)
+
+    def take_basis(self, basis: Basis) -> None:
+        """Begin with a randomized basis, and with the gradient that gave it."""
+        self._begin(basis.columns, basis.is_given)
+        grad = basis.low if self.right else basis.low.T.contiguous()
+        self.trained.grad = grad if self.trained.grad is None else self.trained.grad + grad
 
     def seconds(self) -> float:
         """Time that the last basis took, once the device has made it."""
         return sum(self._clock.read().values()) if self._clock is not None else 0.0
 
     def give_up_basis(self) -> None:
-        """Undo a basis whose gradient gave none. A later gradient makes it."""
+        """Undo a basis that no update has used. A later gradient makes it."""
         self.basis, self.is_given, self.turn, self.is_new = None, None, None, False
         self.trained.grad = None
 
@@ -271,6 +349,6 @@ class _WithNewBasis(torch.autograd.Function):
         return product
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         return grad, None, ctx.weight.make_basis(x, grad), None

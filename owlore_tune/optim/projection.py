@@ -5,6 +5,9 @@ on the ``left`` it is P (m, r) and Pᵀ G (r, n). The columns of P are orthonorm
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +66,47 @@ def _pieces(grad: Tensor) -> tuple[Tensor, ...]:
     return grad.split(max(1, _PIECE // max(1, grad.shape[1])))
 
 
-def range_finder(
+@dataclass
+class Sketch:
+    """What a basis is made from. w is its rank plus `OVERSAMPLING`, or less for small weights.
+
+    Attributes:
+        columns: (n, w), orthonormal.
+        low: (m, w), the product of this process' part of G with ``columns``.
+        gram: (w, w), of the product of the whole G, in float64.
+    """
+
+    columns: Tensor
+    low: Tensor
+    gram: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.columns.nbytes + self.low.nbytes + self.gram.nbytes
+
+
+@dataclass
+class Basis:
+    """A basis, and this process' part of the gradient in it.
+
+    Attributes:
+        columns: P (n, r), orthonormal.
+        low: (m, r), the product of this process' part of G with P.
+        is_given: () whether G has a basis.
+    """
+
+    columns: Tensor
+    low: Tensor
+    is_given: Tensor
+
+
+def range_finder(left: Tensor, right: Tensor, rank: int, *, world: World = ALONE, **options: Any) -> Basis:
+    """The basis of one gradient, see `sketch` and `truncate`."""
+    (basis,) = truncate([sketch(left, right, rank, world=world, **options)], rank, world)
+    return basis
+
+
+def sketch(
     left: Tensor,  # (t, m), a row for each token: the output's gradient
     right: Tensor,  # (t, n), the input
     rank: int,
@@ -71,14 +114,14 @@ def range_finder(
     generator: torch.Generator | None,
     start: Tensor | None = None,  # (n, r') columns to start from
     world: World = ALONE,
-) -> tuple[Tensor, Tensor]:  # (n, r) orthonormal, () bool
-    """An orthonormal basis of (nearly) the best rank-``rank`` row space of G = leftᵀ right (m, n), if G has one.
+) -> Sketch:
+    """Columns that (nearly) span the best rank-``rank`` row space of G = leftᵀ right (m, n), if G has one.
 
-    The steps are a Gaussian sketch with ``OVERSAMPLING`` extra columns, one power iteration, and a truncation by the
-    eigenvectors of the small Gram matrix (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). G is
-    never formed: a product with it is two thin ones. ``start``, such as the weight's previous basis, replaces the
-    sketch and saves one product. The largest entry of each column is made positive, so moments keep their meaning
-    across a refresh.
+    With `truncate`, the steps are a Gaussian sketch with ``OVERSAMPLING`` extra columns, one power iteration, and a
+    truncation by the eigenvectors of the small Gram matrix (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4
+    and 5.1). G is never formed: a product with it is two thin ones. ``start``, such as the weight's previous basis,
+    replaces the sketch and saves one product. The largest entry of each column is made positive, so moments keep their
+    meaning across a refresh.
 
     A QR after each product and a Gram matrix in float64 keep the directions of singular values below 1e-3 of the
     largest. They would else be lost to rounding, and the basis would depend on the order of sums.
@@ -92,8 +135,11 @@ def range_finder(
     m, n = left.shape[1], right.shape[1]
     dtype = torch.promote_types(right.dtype, torch.float32)
 
-    def forward(columns: Tensor) -> Tensor:  # (n, k) → G columns (m, k)
-        return world.sum_(of_gradient(left.T, right, columns, dtype))
+    def own(columns: Tensor) -> Tensor:  # (n, k) → this process' part of G columns (m, k)
+        return of_gradient(left.T, right, columns, dtype)
+
+    def forward(columns: Tensor) -> Tensor:
+        return world.sum_(own(columns))
 
     def backward(rows: Tensor) -> Tensor:  # (m, k) → Gᵀ rows (n, k)
         return world.sum_(of_gradient(right.T, left, rows, dtype))
@@ -113,20 +159,38 @@ def range_finder(
         unit = _largest(rows)
     rows = torch.linalg.qr(rows / unit).Q
     orthonormal = torch.linalg.qr(backward(rows) / unit).Q
-    low = forward(orthonormal).double()  # (m, width)
-    # If the gradient is not finite, no value of `low` is.
-    eigenvalues, eigenvectors = _eigh((low.T @ low).nan_to_num(0.0, 0.0, 0.0))  # ascending
-    basis = fix_signs(orthonormal @ eigenvectors[:, -rank:].flip(1).to(dtype))
-    # The algorithm may fail on one process alone.
-    return world.from_first_(basis), world.from_first_(eigenvalues[-1] > 0)
+    low = own(orthonormal)
+    whole = world.sum_(low.clone() if world.size > 1 else low).double()
+    # If the gradient is not finite, no value of `whole` is.
+    return Sketch(orthonormal, low, (whole.T @ whole).nan_to_num(0.0, 0.0, 0.0))
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors; eigenvalues are NaN if the algorithm does not converge."""
+def truncate(sketches: Sequence[Sketch], rank: int, world: World = ALONE) -> list[Basis]:
+    """The bases of sketches with Gram matrices of one size.
+
+    All processes call this together, and send n · r numbers for each. On a GPU, the host waits once for all.
+    """
+    values, vectors = _eigh(torch.stack([one.gram for one in sketches]))  # ascending
+    # Processes may round differently, and the algorithm may fail on one of them alone.
+    are_given = world.from_first_(values[:, -1] > 0)
+    leading = vectors[..., -rank:].flip(-1).to(sketches[0].columns.dtype)
+    bases = []
+    for one, some, is_given in zip(sketches, leading, are_given, strict=True):
+        columns = one.columns @ some
+        columns = world.from_first_(columns.mul_(signs(columns)))
+        bases.append(Basis(columns, one.low @ (one.columns.T @ columns), is_given))
+    return bases
+
+
+def _eigh(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors; eigenvalues are NaN where the algorithm does not converge."""
     try:
-        return tuple(torch.linalg.eigh(gram))
+        return tuple(torch.linalg.eigh(grams))
     except torch.linalg.LinAlgError:
-        return torch.full_like(gram[0], math.nan), torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        if len(grams) > 1:
+            each = [_eigh(gram[None]) for gram in grams]
+            return torch.cat([values for values, _ in each]), torch.cat([vectors for _, vectors in each])
+        return torch.full_like(grams[:, 0], math.nan), torch.eye(grams.shape[-1]).to(grams)[None]
 
 
 def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tensor]:
@@ -138,10 +202,10 @@ def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tens
     return basis.contiguous(), is_finite & (singular[0] > 0)
 
 
-def fix_signs(basis: Tensor) -> Tensor:
-    """Flip columns to make the entry of largest magnitude in each positive."""
-    lowest, highest = basis.aminmax(dim=0)  # (r,)
-    return torch.where(lowest + highest < 0, -basis, basis)
+def signs(basis: Tensor) -> Tensor:
+    """(r,) 1 or -1: the sign of the entry of largest magnitude in each column."""
+    lowest, highest = basis.aminmax(dim=0)
+    return torch.copysign(torch.ones_like(lowest), lowest + highest)
 
 
 def _largest(product: Tensor) -> Tensor:

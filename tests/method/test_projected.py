@@ -1,5 +1,6 @@
 """The projected form base + A Pᵀ with a stock optimizer: equal to GaLore, with exact merges."""
 
+import gc
 import math
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 from reference import FullGradients, galore_torch_adamw, weights_and_grads
 from tiny import tiny_llama
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchtune import training
 
 from owlore_tune.models.decoder import find_layers, find_linears
 from owlore_tune.models.hf_model import hf_decoder
-from owlore_tune.optim.projected import ProjectedWeight
+from owlore_tune.optim.projected import BasisMaker, ProjectedWeight
 from owlore_tune.optim.rounding import noise_for, round_to
 from owlore_tune.quantized.linear import quantize, rounding_error
 
@@ -219,6 +221,50 @@ def test_a_gradient_without_a_basis_leaves_the_weight_and_a_later_one_gives_it(v
     assert weight.basis is None and weight.trained.grad is None
     give_gradient(linear, torch.randn(24, 16, generator=seeded()))
     assert weight.is_given and weight.trained.grad.isfinite().all()
+
+
+def bases_of_a_pass(makers: list[BasisMaker], is_nested: bool = False) -> list[torch.Tensor]:
+    """Bases and gradients of three Linears, the second of which is used twice."""
+    linears = [linear_of(torch.randn(16, 16, generator=seeded())) for _ in makers]
+    weights = [projected_of(linear, 4, maker=maker) for linear, maker in zip(linears, makers, strict=True)]
+    first, second, third = linears
+    x = torch.randn(9, 16, generator=seeded(), requires_grad=True)
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return second(second(x).tanh()).tanh()
+
+    hidden = first(x).tanh()
+    hidden = checkpoint(inner, hidden, use_reentrant=True) if is_nested else inner(hidden)
+    third(hidden).logsumexp(-1).sum().backward()
+    return [found for weight in weights for found in (weight.basis, weight.trained.grad)]
+
+
+@pytest.mark.parametrize(("batch", "batches"), [(2**28, 1), (1, 3)])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_bases_are_made_in_batches(batch, batches, is_nested, monkeypatch):
+    expected = bases_of_a_pass([BasisMaker(), BasisMaker(), BasisMaker()])
+    monkeypatch.setattr("owlore_tune.optim.projected._BATCH", batch)
+    eigh, calls = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda grams: calls.append(len(grams)) or eigh(grams))
+    found = bases_of_a_pass([BasisMaker()] * 3, is_nested)
+    # A reentrant checkpoint has a pass of its own, with a batch of its own.
+    assert sum(calls) == 3 and len(calls) == max(batches, 2 * is_nested)
+    if batch == 1:  # the second one's basis comes from its last use, without the first one
+        del found[2:4], expected[2:4]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pass_that_ends_with_an_error_leaves_nothing_behind():
+    linear, maker = linear_of(torch.randn(16, 16, generator=seeded())), BasisMaker()
+    weight = projected_of(linear, 4, maker=maker)
+    x = torch.randn(9, 16, generator=seeded(), requires_grad=True)
+    x.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        linear(x).sum().backward()
+    gc.collect()
+    assert weight.basis is None and weight.trained.grad is None and not maker._passes
+    linear(x.detach()).logsumexp(-1).sum().backward()
+    assert weight.is_given
 
 
 def test_a_linear_is_itself_again():
