@@ -123,7 +123,7 @@ def plan_memory(
         layers.activate(active)
         trained = list(layers.trained().values())
         step.keep_gradients_of(trained)
-        step.run()  # in which backward makes the bases
+        step.run(is_first=True)  # in which backward makes the bases
         step.tracker.label = "bases"
         for _, weight in layers.active_weights():
             weight.is_given = weight.turn = None

@@ -83,11 +83,11 @@ class PlannedStep:
         self._trained = list(trained)
         self._hooks = [parameter.register_post_accumulate_grad_hook(relabel) for parameter in self._trained]
 
-    def run(self) -> None:
-        """Forward and backward. Gradients of the micro-batch before exist if steps have several."""
+    def run(self, *, is_first: bool = False) -> None:
+        """Forward and backward. Gradients of the micro-batch before exist if steps have several, and it is no first."""
         for parameter in self._trained:
             parameter.grad = None
-            if self._shape.accumulates:
+            if self._shape.accumulates and not is_first:
                 self.tracker.label = "gradients"
                 parameter.grad = torch.empty_like(parameter)
         _forward_backward(self.model, self._loss_fn, self._shape, self.tracker)

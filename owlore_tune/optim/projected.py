@@ -87,9 +87,11 @@ class _Pass:
         for weight, one in self.sketches.items():
             groups.setdefault((one.gram.shape, one.gram.device, weight.rank), []).append(weight)
         for weights in groups.values():
-            bases = truncate([self.sketches.pop(weight) for weight in weights], weights[0].rank, self._world)
-            for weight, basis in zip(weights, bases, strict=True):
-                weight.take_basis(basis)
+            assert weights[0].clock is not None
+            with weights[0].clock("basis"):  # the first one's is that of all
+                sketches = [self.sketches.pop(weight) for weight in weights]
+                for weight, basis in zip(weights, truncate(sketches, weights[0].rank, self._world), strict=True):
+                    weight.take_basis(basis)
 
 
 class ProjectedWeight:
@@ -119,6 +121,7 @@ class ProjectedWeight:
         correction: (W₀ − Q(W₀)) P of a quantized weight Q(W₀), in A's shape, in the weight's dtype.
         is_new: whether no optimizer step has used the basis yet.
         decay: c.
+        clock: measures the making of bases.
     """
 
     def __init__(
@@ -143,7 +146,7 @@ class ProjectedWeight:
         self._generator = generator
         self._world = world
         self._maker = maker or BasisMaker(world)
-        self._clock: Clock | None = None
+        self.clock: Clock | None = None
         self._dtype = compute_dtype(linear.weight)
         self.trained = nn.Parameter(torch.empty(0, dtype=self._dtype), requires_grad=False)
         linear.weight.requires_grad_(False)
@@ -168,7 +171,7 @@ class ProjectedWeight:
         """Let the Linear compute with A, which is 0, beside its own forward, which may be that of quantized weights."""
         self.trained.data = torch.zeros(self.size, dtype=self._dtype, device=self.device)
         self.trained.requires_grad_(True)
-        self._clock = Clock(self.device)
+        self.clock = Clock(self.device)
         self._own_forward = self.linear.forward
         self.linear.forward = self.forward  # type: ignore[method-assign, assignment]
         self.linear.projected = self  # type: ignore[assignment]
@@ -218,14 +221,14 @@ class ProjectedWeight:
         A randomized one and the gradient of A with it are set later in the backward pass: None. For a gradient that is
         zero or not finite, the basis is arbitrary.
         """
-        assert self._clock is not None
+        assert self.clock is not None
         rows, features = (grad, x) if self.right else (x, grad)  # the basis is of the second one's features
 
         def low(columns: Tensor) -> Tensor:
             return of_gradient(rows.T, features, columns, self._dtype)
 
         if self.basis is None:
-            with self._clock("basis"):
+            with self.clock("basis"):
                 if self._kind == "randomized":
                     self._maker.add(self, lambda: self._sketch(rows, features), low)
                     return None
@@ -251,7 +254,7 @@ class ProjectedWeight:
 
     def seconds(self) -> float:
         """Time that the last basis took, once the device has made it."""
-        return sum(self._clock.read().values()) if self._clock is not None else 0.0
+        return sum(self.clock.read().values()) if self.clock is not None else 0.0
 
     def give_up_basis(self) -> None:
         """Undo a basis that no update has used. A later gradient makes it."""

@@ -5,7 +5,7 @@ on the ``left`` it is P (m, r) and Pᵀ G (r, n). The columns of P are orthonorm
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,8 +165,8 @@ def sketch(
     return Sketch(orthonormal, low, (whole.T @ whole).nan_to_num(0.0, 0.0, 0.0))
 
 
-def truncate(sketches: Sequence[Sketch], rank: int, world: World = ALONE) -> list[Basis]:
-    """The bases of sketches with Gram matrices of one size.
+def truncate(sketches: list[Sketch], rank: int, world: World = ALONE) -> Iterator[Basis]:
+    """The bases of sketches with Gram matrices of one size. Empties the list, so that each one's memory is used again.
 
     All processes call this together, and send n · r numbers for each. On a GPU, the host waits once for all.
     """
@@ -174,12 +174,11 @@ def truncate(sketches: Sequence[Sketch], rank: int, world: World = ALONE) -> lis
     # Processes may round differently, and the algorithm may fail on one of them alone.
     are_given = world.from_first_(values[:, -1] > 0)
     leading = vectors[..., -rank:].flip(-1).to(sketches[0].columns.dtype)
-    bases = []
-    for one, some, is_given in zip(sketches, leading, are_given, strict=True):
+    for some, is_given in zip(leading, are_given, strict=True):
+        one = sketches.pop(0)
         columns = one.columns @ some
         columns = world.from_first_(columns.mul_(signs(columns)))
-        bases.append(Basis(columns, one.low @ (one.columns.T @ columns), is_given))
-    return bases
+        yield Basis(columns, one.low @ (one.columns.T @ columns), is_given)
 
 
 def _eigh(grams: Tensor) -> tuple[Tensor, Tensor]:
