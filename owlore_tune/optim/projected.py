@@ -5,9 +5,7 @@ W₀ (m, n) stays as it is, in any format, and A (m, r) is the sum of the update
 G P = (∂L/∂y)ᵀ (x P), for an input x and the output's gradient. No full gradient exists, and backward keeps x P (t, r)
 instead of x (t, n). c is the product of the decay factors, and s a constant scale. When a basis ends, W₀ absorbs the
 rest (`ProjectedWeight.merge_into`). This is the duality of gradient projections and adapters (arXiv 2502.13811) with a
-basis that changes.
-
-On the left side (GaLore's rule for wide weights), W = c · W₀ + s · P A with P (m, r) and A (r, n).
+basis that changes. On the left side (GaLore's rule for wide weights), W = c · W₀ + s · P A with P (m, r) and A (r, n).
 """
 
 from collections.abc import Callable
@@ -45,10 +43,8 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 
 
 class BasisMaker:
-    """Makes the bases that a backward pass asks for in batches, because the host waits once for each batch.
-
-    A batch ends with the pass, or earlier when its sketches take ``_BATCH`` bytes.
-    """
+    """Makes the bases that a backward pass asks for in batches, because the host waits once for each batch: when the
+    pass ends, and earlier when sketches take ``_BATCH`` bytes."""
 
     def __init__(self, world: World = ALONE) -> None:
         self._world = world
@@ -56,12 +52,8 @@ class BasisMaker:
         self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
 
     def add(self, weight: "ProjectedWeight", make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> None:
-        """Call this in a backward pass.
-
-        Args:
-            make: makes the sketch of ``weight``.
-            more: (n, w) → (m, w), the gradient times columns, for a Linear that is used again in this pass.
-        """
+        """Call this in a backward pass. ``make`` makes the sketch of ``weight``. If its Linear is used again in this
+        pass, ``more`` is the other gradient times columns, (n, w) → (m, w)."""
         current = torch._C._current_graph_task_id()
         if (own := self._passes.get(current)) is None:
             own = self._passes[current] = _Pass(self._world)
