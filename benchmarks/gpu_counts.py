@@ -202,7 +202,7 @@ def main() -> None:
         f"precision. Command: {command()}.",
         "",
         "| run | kernels of a micro-batch | of one that makes the bases | GB that elementwise kernels move in a "
-        "micro-batch | waits of a micro-batch | of one that makes the bases | TFLOP | GB that all kernels move | "
+        "micro-batch | waits of a micro-batch | waits of one that makes the bases | TFLOP | GB that all kernels move | "
         + " | ".join(f"estimated bound on {card}, ms" for card in CARDS)
         + " |",
         f"|{'---|' * (8 + len(CARDS))}",

@@ -284,7 +284,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             progress.skipped_in_a_row += 1
             places = validation.bad_gradients(self.layers, self._world)
             log.warning(f"Step {progress.step}: loss {loss}, gradients not finite in {places}; no update.")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.end_step()
 
     def validate(self, when: str, *, exact: bool = False) -> None:
         """Log the held-out loss, if there is held-out data; if ``exact``, that of the weights in full precision."""

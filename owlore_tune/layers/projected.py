@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from owlore_tune.distributed.world import ALONE, World, full, shard_like
 from owlore_tune.models.decoder import find_layers, find_linears, model_parts, plain_name
+from owlore_tune.optim.basis_maker import BasisMaker
 from owlore_tune.optim.options import check_options, check_rank
-from owlore_tune.optim.projected import BasisMaker, ProjectedWeight
+from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.optim.whole import WholeParameter
 
 
@@ -121,7 +122,7 @@ class ProjectedLayers:
         self._rank = rank
         self.settings = {"rank": rank, "side": side, "scale": scale, "basis": basis, "seed": seed}
         self._options: dict[str, Any] = {"side": side, "scale": scale, "basis": basis, "world": world}
-        self._options["maker"] = BasisMaker(world)
+        self._options["maker"] = BasisMaker()
         self.world = world
         self.active: list[int] = []
         self.masters: Masters | None = None

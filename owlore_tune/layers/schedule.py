@@ -194,6 +194,12 @@ class Schedule:
                 bare = {name: w for name, w in weights.items() if w.basis is not None and w.correction is None}
                 self.layers.masters.correct(index, bare)
 
+    def end_step(self) -> None:
+        """Free gradients, and settle the bases of a step without an update."""
+        self.optimizer.zero_grad()
+        if any(weight.is_new for _, weight in self.layers.active_weights()):
+            self._settle()
+
     def abandon_step(self) -> None:
         """After an error, forget what backward passes of the step have made: gradients, and new bases."""
         self.optimizer.zero_grad()

@@ -84,7 +84,7 @@ class PlannedStep:
         self._hooks = [parameter.register_post_accumulate_grad_hook(relabel) for parameter in self._trained]
 
     def run(self, *, is_first: bool = False) -> None:
-        """Forward and backward. Gradients of the micro-batch before exist if steps have several, and it is no first."""
+        """Forward and backward. Gradients exist before it if steps have several micro-batches, except for the first."""
         for parameter in self._trained:
             parameter.grad = None
             if self._shape.accumulates and not is_first:

@@ -10,80 +10,24 @@ basis that changes. On the left side (GaLore's rule for wide weights), W = c · 
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 
 from owlore_tune.clock import Clock
 from owlore_tune.distributed.world import ALONE, World, compute_device, local, rows_of
-from owlore_tune.optim.projection import (
-    Basis,
-    Sketch,
-    is_right,
-    of_gradient,
-    side_factor,
-    sketch,
-    svd_basis,
-    times,
-    truncate,
-)
+from owlore_tune.optim.basis_maker import BasisMaker
+from owlore_tune.optim.projection import Basis, Sketch, is_right, of_gradient, side_factor, sketch, svd_basis, times
 from owlore_tune.optim.rounding import noise_for, round_to
 
 MakeGenerator = Callable[[torch.device], torch.Generator | None]
 _TENSORS = ("basis", "is_given", "turn", "start", "correction")
-_BATCH = 2**28  # bytes of the sketches whose bases are made at once
 _MOVED = 2**22  # values of a 16-bit weight that a merge changes at once
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype in which a parameter is trained: float32, or float64 for float64 parameters."""
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-class BasisMaker:
-    """Makes the bases that a backward pass asks for in batches, because the host waits once for each batch: when the
-    pass ends, and earlier when sketches take ``_BATCH`` bytes."""
-
-    def __init__(self, world: World = ALONE) -> None:
-        self._world = world
-        # A pass inside another one, as of a reentrant checkpoint, has its own. After an error it is gone.
-        self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
-
-    def add(self, weight: "ProjectedWeight", make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> None:
-        """Call this in a backward pass. ``make`` makes the sketch of ``weight``. If its Linear is used again in this
-        pass, ``more`` is the other gradient times columns, (n, w) → (m, w)."""
-        current = torch._C._current_graph_task_id()
-        if (own := self._passes.get(current)) is None:
-            own = self._passes[current] = _Pass(self._world)
-            Variable._execution_engine.queue_callback(own.finish)  # type: ignore[attr-defined]
-        if weight in own.sketches:
-            own.sketches[weight].low += more(own.sketches[weight].columns)
-            return
-        own.sketches[weight] = make()
-        if sum(one.nbytes for one in own.sketches.values()) >= _BATCH:
-            own.finish()
-
-
-class _Pass:
-    """A backward pass, with sketches of bases that are not made yet."""
-
-    def __init__(self, world: World) -> None:
-        self.sketches: dict[ProjectedWeight, Sketch] = {}
-        self._world = world
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        groups: dict[Any, list[ProjectedWeight]] = {}
-        for weight, one in self.sketches.items():
-            groups.setdefault((one.gram.shape, one.gram.device, weight.rank), []).append(weight)
-        for weights in groups.values():
-            assert weights[0].clock is not None
-            with weights[0].clock("basis"):  # the first one's is that of all
-                sketches = [self.sketches.pop(weight) for weight in weights]
-                for weight, basis in zip(weights, truncate(sketches, weights[0].rank, self._world), strict=True):
-                    weight.take_basis(basis)
 
 
 class ProjectedWeight:
@@ -102,7 +46,7 @@ class ProjectedWeight:
         basis: ``randomized``, or ``svd`` (exact, slow, and it needs the full gradient once).
         generator: returns the generator of a basis' random sketch, on a device.
         world: processes that train on different tokens of one step. All get the same basis.
-        maker: of the bases of several weights; None for an own one.
+        maker: makes the bases of several weights together; None for an own one.
 
     Attributes:
         trained: A, (m, r) or (r, n), in float32, or float64 for float64 weights. Empty if the Linear is not engaged.
@@ -136,9 +80,9 @@ class ProjectedWeight:
         self._scale = scale * (side_factor(self.shape) if self.right else 1.0)
         self._kind = basis
         self._generator = generator
-        self._world = world
-        self._maker = maker or BasisMaker(world)
-        self.clock: Clock | None = None
+        self.world = world
+        self._maker = maker or BasisMaker()
+        self.clock = Clock(self.device)
         self._dtype = compute_dtype(linear.weight)
         self.trained = nn.Parameter(torch.empty(0, dtype=self._dtype), requires_grad=False)
         linear.weight.requires_grad_(False)
@@ -210,28 +154,27 @@ class ProjectedWeight:
     def make_basis(self, x: Tensor, grad: Tensor) -> Tensor | None:  # (t, n), (t, m) → the gradient of A
         """Make the basis from the Linear's input and its output's gradient, unless there is one already.
 
-        A randomized one and the gradient of A with it are set later in the backward pass: None. For a gradient that is
-        zero or not finite, the basis is arbitrary.
+        Returns None for a randomized basis: until the backward pass ends, A gets its gradient from `take_basis`. For a
+        gradient that is zero or not finite, the basis is arbitrary.
         """
-        assert self.clock is not None
         rows, features = (grad, x) if self.right else (x, grad)  # the basis is of the second one's features
 
         def low(columns: Tensor) -> Tensor:
             return of_gradient(rows.T, features, columns, self._dtype)
 
-        if self.basis is None:
+        if self.basis is None and self._kind == "randomized":
+            if self._maker.takes(self, lambda: self._sketch(rows, features), low):
+                return None
+        elif self.basis is None:
             with self.clock("basis"):
-                if self._kind == "randomized":
-                    self._maker.add(self, lambda: self._sketch(rows, features), low)
-                    return None
-                whole = self._world.sum_(times(grad.T, x.to(self._dtype)))
+                whole = self.world.sum_(times(grad.T, x.to(self._dtype)))
                 self._begin(*svd_basis(whole, self.rank, self.right))
         assert self.basis is not None
         return low(self.basis) if self.right else low(self.basis).T
 
     def _sketch(self, rows: Tensor, features: Tensor) -> Sketch:
         generator = self._generator(rows.device)
-        return sketch(rows, features, self.rank, generator=generator, start=self.start, world=self._world)
+        return sketch(rows, features, self.rank, generator=generator, start=self.start, world=self.world)
 
     def _begin(self, basis: Tensor, is_given: Tensor) -> None:
         self.is_given, self.is_new = is_given, True
@@ -239,14 +182,15 @@ class ProjectedWeight:
         self.basis = basis.to(self.linear.weight.dtype)
 
     def take_basis(self, basis: Basis) -> None:
-        """Begin with a randomized basis, and with the gradient that gave it."""
+        """Begin with a randomized basis, and with the gradient of A that it gives."""
+        assert self.basis is None
         self._begin(basis.columns, basis.is_given)
         grad = basis.low if self.right else basis.low.T.contiguous()
-        self.trained.grad = grad if self.trained.grad is None else self.trained.grad + grad
+        torch.autograd.backward(self.trained, grad)  # adds it, and calls the hooks of A
 
     def seconds(self) -> float:
         """Time that the last basis took, once the device has made it."""
-        return sum(self.clock.read().values()) if self.clock is not None else 0.0
+        return sum(self.clock.read().values())
 
     def give_up_basis(self) -> None:
         """Undo a basis that no update has used. A later gradient makes it."""
@@ -346,4 +290,13 @@ class _WithNewBasis(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        return grad, None, ctx.weight.make_basis(x, grad), None
+        return grad, None, ctx.weight.make_basis(x, grad) if _is_asked_for(ctx) else None, None
+
+
+def _is_asked_for(ctx: Any) -> bool:
+    """Whether this backward pass computes the gradient of A. If not, as in ``torch.autograd.grad`` of something else,
+    it makes no basis."""
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[2][0])
+    except RuntimeError as error:
+        raise RuntimeError("a pass that makes a basis has A's gradient in `grad`: call backward") from error

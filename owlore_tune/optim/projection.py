@@ -84,6 +84,11 @@ class Sketch:
     def nbytes(self) -> int:
         return self.columns.nbytes + self.low.nbytes + self.gram.nbytes
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What sketches have in common whose bases `truncate` can make together."""
+        return self.gram.shape, self.gram.device, self.columns.dtype
+
 
 @dataclass
 class Basis:
@@ -120,14 +125,13 @@ def sketch(
     With `truncate`, the steps are a Gaussian sketch with ``OVERSAMPLING`` extra columns, one power iteration, and a
     truncation by the eigenvectors of the small Gram matrix (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4
     and 5.1). G is never formed: a product with it is two thin ones. ``start``, such as the weight's previous basis,
-    replaces the sketch and saves one product. The largest entry of each column is made positive, so moments keep their
-    meaning across a refresh.
+    replaces the sketch and saves one product.
 
     A QR after each product and a Gram matrix in float64 keep the directions of singular values below 1e-3 of the
     largest. They would else be lost to rounding, and the basis would depend on the order of sums.
 
-    Processes of ``world`` have different tokens of one step, and get the same basis. They call this together, and
-    all-reduce products with G, (m or n) · (r + 8) numbers each.
+    Processes of ``world`` have different tokens of one step. They call this together, and all-reduce products with G,
+    (m or n) · (r + 8) numbers each.
 
     For a rank-deficient gradient, the missing columns are arbitrary but orthonormal. A zero or non-finite gradient has
     no basis: all columns are arbitrary.
@@ -166,7 +170,10 @@ def sketch(
 
 
 def truncate(sketches: list[Sketch], rank: int, world: World = ALONE) -> Iterator[Basis]:
-    """The bases of sketches with Gram matrices of one size. Empties the list, so that each one's memory is used again.
+    """The bases of sketches of one kind. Empties the list, so that each one's memory is used again.
+
+    The largest entry of each column is made positive, so moments keep their meaning across a refresh. All processes get
+    the same bases.
 
     All processes call this together, and send n · r numbers for each. On a GPU, the host waits once for all.
     """

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from owlore_tune.data.builders import mmlu_dev_dataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.smollm2 import smollm2_135m
-from owlore_tune.optim.projection import OVERSAMPLING, is_right, of_gradient, signs, svd_basis
+from owlore_tune.optim.projection import OVERSAMPLING, is_right, of_gradient, signs, sketch, svd_basis, truncate
 from owlore_tune.optim.projection import range_finder as range_finder_of_product
 
 
@@ -89,6 +89,25 @@ def test_eigenvalues_that_do_not_converge_count_as_no_basis(monkeypatch):
     basis, is_given = range_finder(torch.randn(32, 24), 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(basis.T @ basis, torch.eye(4), atol=1e-5, rtol=0)
     assert not is_given
+
+
+def test_one_of_several_decompositions_may_fail(monkeypatch):
+    eigh = torch.linalg.eigh
+
+    def failing(grams):
+        if len(grams) > 1 or grams[0, 0, 0] == worst:
+            raise torch.linalg.LinAlgError("no convergence")
+        return eigh(grams)
+
+    grads = [decaying(30, 20) * factor for factor in (1.0, 2.0, 3.0)]
+    sketches = [sketch(torch.eye(30), grad, 4, generator=generator()) for grad in grads]
+    expected = list(truncate(list(sketches), 4))
+    worst = sketches[1].gram[0, 0]
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    found = list(truncate(list(sketches), 4))
+    assert [bool(basis.is_given) for basis in found] == [True, False, True]
+    for index in (0, 2):
+        torch.testing.assert_close(found[index].columns, expected[index].columns)
 
 
 def test_rank_deficient_gradient_is_captured_whole():

@@ -33,6 +33,7 @@ from runs import (
     scale_loss,
     unbroken_weights,
     variant,
+    weights,
 )
 
 
@@ -96,6 +97,43 @@ def test_an_error_between_a_refresh_and_its_update_loses_no_step(tiny_config, mo
     recipe.cleanup()
     finetune(config | {"resume_from_checkpoint": True})
     assert_weights(config, unbroken_weights(tiny_config, **changes))
+
+
+def skip_step_5(recipe, then):
+    """Give one weight a gradient that is not finite in step 5, which makes new bases. Call ``then`` after it."""
+    hooks = []
+
+    def poison():
+        _, weight = next(iter(recipe.layers.active_weights()))
+        hooks.append(weight.trained.register_hook(lambda grad: None if grad is None else grad * math.nan))
+
+    def mend():
+        hooks.pop().remove()
+        then()
+
+    after_step(recipe, 4, poison)
+    after_step(recipe, 5, mend)
+
+
+def test_an_error_after_a_skipped_step_keeps_the_bases_that_it_made(tiny_config):
+    changes = {"dataset_val": None, "owlore__update_gap": 2, "owlore__resample_every": 20}
+    unbroken, broken = (variant(tiny_config, name, **changes) for name in ("unbroken", "broken"))
+    recipe = prepare(unbroken)
+    skip_step_5(recipe, lambda: None)
+    recipe.train()
+    recipe.cleanup()
+    assert recipe.progress.skipped_steps == 1
+
+    def fail():
+        raise torch.OutOfMemoryError("no more")
+
+    recipe = prepare(broken)
+    skip_step_5(recipe, fail)
+    with pytest.raises(RunError, match="The state after step 5 is saved"):
+        recipe.train()
+    recipe.cleanup()
+    finetune(broken | {"resume_from_checkpoint": True})
+    assert_weights(broken, weights(unbroken))
 
 
 def test_an_error_in_the_update_itself_saves_no_half_step(tiny_config):

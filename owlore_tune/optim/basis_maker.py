@@ -1,0 +1,88 @@
+"""Bases of several weights at once: the host waits once for the eigenvalue decompositions of a batch."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from owlore_tune.optim.projection import Sketch, truncate
+
+if TYPE_CHECKING:
+    from owlore_tune.optim.projected import ProjectedWeight
+
+_BATCH = 2**28  # bytes of the sketches of a batch
+
+
+class BasisMaker:
+    """Makes the bases that backward passes ask for.
+
+    A batch ends with its pass, or earlier: when its sketches take ``_BATCH`` bytes, or when another pass begins inside
+    the pass, as that of a reentrant checkpoint does.
+    """
+
+    def __init__(self) -> None:
+        # By the number of a pass. If a pass ends with an error, autograd frees its callback, and so its sketches.
+        self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy has no part of a pass
+        return BasisMaker, ()
+
+    def takes(self, weight: "ProjectedWeight", make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> bool:
+        """Whether ``weight`` gets its basis, and the gradient of A with it, before the current backward pass ends.
+
+        If not, it has just got a basis from another use of its Linear, and this use has to add its own gradient.
+
+        Args:
+            make: makes the sketch.
+            more: (n, w) → (m, w), the gradient of this use times columns.
+        """
+        current = torch._C._current_graph_task_id()
+        own = self._passes.get(current)
+        if own is None:
+            for outer in list(self._passes.values()):
+                outer.finish()
+            own = self._passes[current] = _Pass()
+            Variable._execution_engine.queue_callback(own.finish)  # type: ignore[attr-defined]
+        if weight.basis is not None:
+            return False
+        own.add(weight, make, more)
+        return True
+
+
+class _Pass:
+    """A backward pass, with the sketches of its current batch."""
+
+    def __init__(self) -> None:
+        self._sketches: dict[ProjectedWeight, Sketch] = {}
+
+    def add(self, weight: "ProjectedWeight", make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> None:
+        try:
+            with weight.clock("basis"):
+                if (known := self._sketches.get(weight)) is not None:
+                    known.low += more(known.columns)
+                else:
+                    self._sketches[weight] = make()
+        except BaseException:
+            self._sketches.clear()  # the traceback keeps this object
+            raise
+        if sum(sketch.nbytes for sketch in self._sketches.values()) >= _BATCH:
+            self.finish()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Make the bases of the batch."""
+        groups: dict[Any, list[ProjectedWeight]] = {}
+        for weight in self._sketches:
+            groups.setdefault((self._sketches[weight].kind, weight.rank), []).append(weight)
+        try:
+            for weights in groups.values():
+                first = weights[0]
+                with first.clock("basis"):  # its time is that of the group
+                    sketches = [self._sketches.pop(weight) for weight in weights]
+                    for weight, basis in zip(weights, truncate(sketches, first.rank, first.world), strict=True):
+                        weight.take_basis(basis)
+        finally:
+            self._sketches.clear()
