@@ -17,7 +17,7 @@ other settings are chosen on the second, and the third is reported. A learning r
 number of steps, with seed 0, and the grid is extended until its best value is not at the edge.
 
 Every finished run is a line of equal_time.jsonl. It is repeated only if the code that it depends on has changed.
---report writes equal_time.md from the lines.
+--report writes equal_time.md from the lines, without methods that are not tuned yet.
 """
 
 import argparse
@@ -253,9 +253,12 @@ def _tuning(method: str, steps: int, runs: list[dict[str, Any]]) -> dict[float, 
 
 
 def _final(method: str, steps: int, runs: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The rows by seed with the learning rate that has the lowest loss on the first set."""
+    """The rows by seed with the learning rate that has the lowest loss on the first set. Empty if it is not tuned yet:
+    there has to be a higher and a lower one."""
     losses = _tuning(method, steps, runs)
     best = min(losses, key=lambda lr: losses[lr], default=None)
+    if best in (min(losses, default=None), max(losses, default=None)):
+        return {}
     own = [row for row in runs if (row["method"], row["steps"], row["lr"]) == (method, steps, best)]
     return {row["seed"]: row for row in sorted(own, key=lambda row: row["seed"])}
 

@@ -105,7 +105,7 @@ def test_the_committed_rows_have_what_a_reader_needs_to_repeat_them(equal_time):
         assert row["code"] and row["versions"]["torch"] and ("losses" not in row or row["config"])
 
 
-def test_rows_of_earlier_code_do_not_count(equal_time):
+def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(equal_time):
     def row(method, lr, seed, loss, steps, code="new"):
         losses = {"tuning": loss + 1, "choosing": 0.0, "reported": loss}
         return {
@@ -116,11 +116,14 @@ def test_rows_of_earlier_code_do_not_count(equal_time):
     def cost(method, ratio):
         return {"key": "cost", "method": method, "ratio": ratio, "memory": 1.0, "machine": "a CPU", "cores": 2}
 
-    ours, full = equal_time.OURS, equal_time.REFERENCE
+    ours, full, lora = equal_time.OURS, equal_time.REFERENCE, "torchtune LoRA, r=16, bf16"
     rows = [
         row(ours, 1e-4, 0, 0.10, 200, "old"), row(ours, 3e-4, 0, 0.50, 200), row(ours, 1e-3, 0, 0.60, 200),
-        row(ours, 3e-4, 1, 0.48, 200), row(full, 1e-4, 0, 0.54, 100), row(full, 1e-4, 1, 0.53, 100),
-        row(ours, 3e-4, 0, 0.55, 100), cost(ours, 9.0), cost(ours, 0.5), cost(full, 1.02),
+        row(ours, 1e-4, 0, 0.65, 200), row(ours, 3e-4, 1, 0.48, 200), row(full, 1e-4, 0, 0.54, 100),
+        row(full, 1e-4, 1, 0.53, 100), row(full, 1e-5, 0, 0.58, 100), row(full, 1e-3, 0, 0.58, 100),
+        row(ours, 3e-4, 0, 0.55, 100), row(ours, 1e-4, 0, 0.56, 100), row(ours, 1e-3, 0, 0.56, 100),
+        row(lora, 1e-3, 0, 0.40, 100), row(lora, 3e-4, 0, 0.41, 100),  # at the edge: a higher rate may be better
+        cost(ours, 9.0), cost(ours, 0.5), cost(full, 1.02), cost(lora, 1.0),
     ]  # fmt: skip
     lines = equal_time.report(rows)
     in_time, after = (
@@ -134,7 +137,7 @@ def test_rows_of_earlier_code_do_not_count(equal_time):
         f"| {full} | 1.02 | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | -0.0100 | 1.00 |",
         f"| {ours} | 0.50 | 100 | 0.0003 | 1 | 0.5500 |  | 1.00 |",
     ]
-    assert f"| {ours} | 200 | 0.0003: 1.5000, 0.001: 1.6000 |" in lines
+    assert f"| {ours} | 200 | 0.0001: 1.6500, 0.0003: 1.5000, 0.001: 1.6000 |" in lines
 
 
 def test_the_time_of_a_step_is_that_in_which_its_process_ran(equal_time):
