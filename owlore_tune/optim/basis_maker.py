@@ -1,7 +1,7 @@
 """Bases of several weights at once: the host waits once for the eigenvalue decompositions of a batch."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -9,9 +9,6 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from owlore_tune.optim.projection import Sketch, truncate
-
-if TYPE_CHECKING:
-    from owlore_tune.optim.projected import ProjectedWeight
 
 _BATCH = 2**28  # bytes of the sketches of a batch
 
@@ -30,12 +27,13 @@ class BasisMaker:
     def __reduce__(self) -> tuple[Any, ...]:  # a copy has no part of a pass
         return BasisMaker, ()
 
-    def takes(self, weight: "ProjectedWeight", make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> bool:
+    def takes(self, weight: Any, make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> bool:
         """Whether ``weight`` gets its basis, and the gradient of A with it, before the current backward pass ends.
 
         If not, it has just got a basis from another use of its Linear, and this use has to add its own gradient.
 
         Args:
+            weight: a `ProjectedWeight`.
             make: makes the sketch.
             more: (n, w) → (m, w), the gradient of this use times columns.
         """
@@ -56,9 +54,9 @@ class _Pass:
     """A backward pass, with the sketches of its current batch."""
 
     def __init__(self) -> None:
-        self._sketches: dict[ProjectedWeight, Sketch] = {}
+        self._sketches: dict[Any, Sketch] = {}
 
-    def add(self, weight: "ProjectedWeight", make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> None:
+    def add(self, weight: Any, make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> None:
         try:
             with weight.clock("basis"):
                 if (known := self._sketches.get(weight)) is not None:
@@ -74,7 +72,7 @@ class _Pass:
     @torch.no_grad()
     def finish(self) -> None:
         """Make the bases of the batch."""
-        groups: dict[Any, list[ProjectedWeight]] = {}
+        groups: dict[Any, list[Any]] = {}
         for weight in self._sketches:
             groups.setdefault((self._sketches[weight].kind, weight.rank), []).append(weight)
         try:

@@ -296,7 +296,8 @@ class _WithNewBasis(torch.autograd.Function):
 def _is_asked_for(ctx: Any) -> bool:
     """Whether this backward pass computes the gradient of A. If not, as in ``torch.autograd.grad`` of something else,
     it makes no basis."""
+    node = ctx.next_functions[2][0]
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[2][0])
+        return node is not None and torch._C._will_engine_execute_node(node)
     except RuntimeError as error:
         raise RuntimeError("a pass that makes a basis has A's gradient in `grad`: call backward") from error

@@ -296,6 +296,10 @@ def test_a_pass_for_another_gradient_makes_no_basis():
     x = torch.randn(9, 16, generator=seeded(), requires_grad=True)
     weight = projected_of(linear_of(torch.randn(24, 16, generator=seeded())), 4)
     torch.autograd.grad(weight.linear(x).logsumexp(-1).sum(), x)
+    weight.trained.requires_grad_(False)
+    weight.linear(x).sum().backward()
+    weight.trained.requires_grad_(True)
+    x.grad = None
     assert weight.basis is None and weight.trained.grad is None
     with pytest.raises(RuntimeError, match="call backward"):
         torch.autograd.grad(weight.linear(x).logsumexp(-1).sum(), weight.trained)
