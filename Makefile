@@ -36,11 +36,11 @@ PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2
 test: install
 	$(PYTEST) -m 'not slow'
 
-# Also the slow tests: documented commands, the wheel, kills, and real models on several ranks. Slow tests of a group run
-# on one worker: documented commands use files that earlier ones wrote, and tests with several ranks take both cores.
+# Also the slow tests: documented commands, the wheel, kills, and real models on several ranks. The slow tests of a file
+# run on one worker, because documented commands use files that earlier ones wrote.
 check: lint
 	$(PYTEST) -m 'not slow' --cov=owlore_tune --cov=owlore_evals --cov-report=term --cov-fail-under=90
-	$(PYTEST) -m slow --dist loadgroup --durations 20
+	$(PYTEST) -m slow --dist loadfile --durations 20
 
 lint: install
 	ruff check .

@@ -31,7 +31,6 @@ from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.settings import TrainingSettings
 from runs import finetune, other_model, recipe_of, variant, weights
 
-pytestmark = pytest.mark.xdist_group("ranks")
 ALL_TRAINED = {"owlore__train_embeddings": True, "owlore__train_output": True, "owlore__train_norm": True}
 CASES = {
     # On a CPU both offload settings are accepted and have no effect.

@@ -22,8 +22,6 @@ from torch.distributed import HashStore
 from owlore_tune.distributed.launch import let_gloo_finish
 from owlore_tune.run.directory import RunDirectory
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 def start_ranks(*configs: dict) -> list[subprocess.Popen]:
     """Start one rank per config without torchrun, so no agent stops the other ranks."""

@@ -487,7 +487,6 @@ def tune(*arguments: str, cwd: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ranks")
 def test_two_ranks_give_the_results_of_one(make_config, choices_file, tmp_path):
     """Log-likelihoods and generation with few-shot examples under torchrun; each rank processes half."""
     values, texts = [], []

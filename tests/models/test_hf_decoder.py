@@ -161,7 +161,6 @@ def test_other_settings_train_alike(family, changes, tmp_path, tiny_data):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ranks")
 def test_families_resume_bit_for_bit_and_train_on_two_ranks_as_on_one(tmp_path, tiny_data):
     singles, pairs = [], []
     for family in OF_TRANSFORMERS:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-pytestmark = pytest.mark.xdist_group("documented commands")
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]  # docs/ first, for the trial run's model
 PROGRAMS = ("make", "tune", "owlore", "python", "pip", "git", "hf", "export", "tensorboard")
