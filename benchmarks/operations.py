@@ -36,7 +36,7 @@ from owlore_tune.heap import reuse_freed_memory
 from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule, layer_scores
 from owlore_tune.models.decoder import find_layers, find_linears
 from owlore_tune.models.smollm2 import fetch, smollm2_135m
-from owlore_tune.optim.projection import range_finder, svd_basis
+from owlore_tune.optim.projection import sketch, svd_basis, truncate
 from owlore_tune.quantized.linear import quantize
 from owlore_tune.run.settings import TrainingSettings
 
@@ -111,13 +111,15 @@ def bases_section(size: int = 2048) -> list[str]:
     u, v = (torch.linalg.qr(torch.randn(size, TOKENS, generator=generator)).Q for _ in range(2))
     outputs, inputs = u.T / torch.arange(1, TOKENS + 1)[:, None], v.T
     noisy = inputs + 1e-2 * torch.randn(TOKENS, size, generator=generator)
-    start = range_finder(outputs, noisy, RANK, generator=generator).columns
-    grad = outputs.T @ inputs
-    find = partial(range_finder, outputs, inputs, RANK, generator=generator)
+
+    def find(inputs: torch.Tensor = inputs, start: torch.Tensor | None = None) -> torch.Tensor:
+        return next(truncate([sketch(outputs, inputs, RANK, generator=generator, start=start)], RANK)).columns
+
+    start, grad = find(noisy), outputs.T @ inputs
     calls: dict[str, Call] = {
         "torch.linalg.svd": lambda: svd_basis(outputs.T @ inputs, RANK)[0],
-        "range finder, first basis": lambda: find().columns,
-        "range finder, from the old basis": lambda: find(start=start).columns,
+        "range finder, first basis": find,
+        "range finder, from the old basis": partial(find, start=start),
     }
     best = (grad @ calls["torch.linalg.svd"]()).square().sum()
     shares = [f"{name}: {(grad @ call()).square().sum() / best:.4f}" for name, call in calls.items()]

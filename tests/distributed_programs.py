@@ -21,7 +21,7 @@ from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world, local
 from owlore_tune.optim.moments import state_bytes
-from owlore_tune.optim.projection import range_finder
+from owlore_tune.optim.projection import sketch, truncate
 from owlore_tune.quantized.background import BackgroundStore
 from owlore_tune.quantized.store import LayerStore
 from owlore_tune.run import weights as run_weights
@@ -130,7 +130,7 @@ def fail_alone() -> None:
         generator = torch.Generator().manual_seed(world.rank)
         left, right = (torch.randn(20, size, generator=generator) for size in (16, 12))
         generator = torch.Generator().manual_seed(0)
-        basis = range_finder(left, right, 4, generator=generator, world=world)
+        basis = next(truncate([sketch(left, right, 4, generator=generator, world=world)], 4, world))
         ours, first = world.gather((basis.columns, basis.is_given.item()))
         assert torch.equal(ours[0], first[0]) and ours[1] is first[1] is True, (ours, first)
 

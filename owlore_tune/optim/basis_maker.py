@@ -27,10 +27,11 @@ class BasisMaker:
     def __reduce__(self) -> tuple[Any, ...]:  # a copy has no part of a pass
         return BasisMaker, ()
 
-    def takes(self, weight: Any, make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> bool:
-        """Whether ``weight`` gets its basis, and the gradient of A with it, before the current backward pass ends.
+    def defer(self, weight: Any, make: Callable[[], Sketch], more: Callable[[Tensor], Tensor]) -> bool:
+        """Make the basis of ``weight``, and the gradient of A with it, later in the current backward pass.
 
-        If not, it has just got a basis from another use of its Linear, and this use has to add its own gradient.
+        Returns False if the weight has just got a basis from another use of its Linear. The caller then computes the
+        gradient of this use.
 
         Args:
             weight: a `ProjectedWeight`.

@@ -163,7 +163,7 @@ class ProjectedWeight:
             return of_gradient(rows.T, features, columns, self._dtype)
 
         if self.basis is None and self._kind == "randomized":
-            if self._maker.takes(self, lambda: self._sketch(rows, features), low):
+            if self._maker.defer(self, lambda: self._sketch(rows, features), low):
                 return None
         elif self.basis is None:
             with self.clock("basis"):

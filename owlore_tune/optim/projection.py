@@ -68,7 +68,7 @@ def _pieces(grad: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass
 class Sketch:
-    """What a basis is made from. w is its rank plus `OVERSAMPLING`, or less for small weights.
+    """The products of a gradient that give a basis. w is its rank plus `OVERSAMPLING`, or less for small weights.
 
     Attributes:
         columns: (n, w), orthonormal.
@@ -86,7 +86,7 @@ class Sketch:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What sketches have in common whose bases `truncate` can make together."""
+        """`truncate` makes the bases of sketches of one kind together."""
         return self.gram.shape, self.gram.device, self.columns.dtype
 
 
@@ -103,12 +103,6 @@ class Basis:
     columns: Tensor
     low: Tensor
     is_given: Tensor
-
-
-def range_finder(left: Tensor, right: Tensor, rank: int, *, world: World = ALONE, **options: Any) -> Basis:
-    """The basis of one gradient, see `sketch` and `truncate`."""
-    (basis,) = truncate([sketch(left, right, rank, world=world, **options)], rank, world)
-    return basis
 
 
 def sketch(
@@ -185,7 +179,7 @@ def truncate(sketches: list[Sketch], rank: int, world: World = ALONE) -> Iterato
         one = sketches.pop(0)
         columns = one.columns @ some
         columns = world.from_first_(columns.mul_(signs(columns)))
-        yield Basis(columns, one.low @ (one.columns.T @ columns), is_given)
+        yield Basis(columns, one.low @ (one.columns.T @ columns), is_given)  # of rank 0's columns, not of the own ones
 
 
 def _eigh(grams: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +194,7 @@ def _eigh(grams: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def svd_basis(grad: Tensor, rank: int, right: bool = True) -> tuple[Tensor, Tensor]:
-    """`range_finder` with the exact basis, from a full SVD (slow). Signs are those of LAPACK, as in GaLore."""
+    """The exact basis of a gradient, from a full SVD (slow), and whether it has one. Signs are as in GaLore."""
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     is_finite = grad.isfinite().all()
     left_vectors, singular, right_vectors = torch.linalg.svd(torch.where(is_finite, grad, 0.0), full_matrices=False)

@@ -7,12 +7,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from owlore_tune.data.builders import mmlu_dev_dataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.smollm2 import smollm2_135m
-from owlore_tune.optim.projection import OVERSAMPLING, is_right, of_gradient, signs, sketch, svd_basis, truncate
-from owlore_tune.optim.projection import range_finder as range_finder_of_product
+from owlore_tune.optim.projection import OVERSAMPLING, Basis, is_right, of_gradient, signs, sketch, svd_basis, truncate
 
 
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def range_finder_of_product(left: torch.Tensor, right: torch.Tensor, rank: int, **options) -> Basis:
+    (basis,) = truncate([sketch(left, right, rank, **options)], rank)
+    return basis
 
 
 def range_finder(grad: torch.Tensor, rank: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,6 +68,17 @@ def test_the_largest_entry_of_each_column_is_positive():
     basis, _ = range_finder(decaying(30, 20), 5, generator=generator())
     assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
     assert torch.equal(signs(basis), torch.ones(5)) and torch.equal(signs(-basis), -torch.ones(5))
+    for dtype in (torch.float32, torch.float64):
+        tied = torch.tensor([[0.6, -0.3], [-0.6, 0.3]], dtype=dtype)
+        assert torch.equal(signs(tied).abs(), torch.ones(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_with_one_value_that_is_not_finite_has_no_basis(value):
+    grad = torch.randn(30, 20, generator=generator())
+    grad[3, 4] = value
+    for start in (None, torch.linalg.qr(torch.randn(20, 5, generator=generator())).Q):
+        assert not range_finder(grad, 5, generator=generator(), start=start)[1]
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
