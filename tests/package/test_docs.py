@@ -34,7 +34,8 @@ NOT_RUN = {
 }
 # Overrides by command prefix. docs/settings.md documents them as a way to shorten a run.
 SHORT_RUN = [
-    "max_steps_per_epoch=1", "gradient_accumulation_steps=1", "owlore.calibration_batches=1", "dataset_val=null",
+    "max_steps_per_epoch=1", "batch_size=2", "gradient_accumulation_steps=1", "owlore.calibration_batches=1",
+    "dataset_val=null",
 ]  # fmt: skip
 SHORT_EVAL = ["limit=2", "tasks=[mmlu_dev]", "num_fewshot=0"]
 SHORT = {
@@ -45,10 +46,10 @@ SHORT = {
     "tune run owlore_full_finetune --config llama2": None,  # the model of the trial run, see `shortened`
     "tune run --nproc_per_node 2 owlore_full_finetune --config llama2": None,
     "tune run --nproc_per_node 2 owlore_full_finetune --config smollm2": SHORT_RUN,
-    "tune run lora_finetune_single_device": ["max_steps_per_epoch=1"],
+    "tune run lora_finetune_single_device": ["max_steps_per_epoch=1", "batch_size=2"],
     "tune run owlore_eval": SHORT_EVAL,
     "tune run --nproc_per_node 2 owlore_eval": SHORT_EVAL,
-    "owlore score": ["owlore.calibration_batches=1"],
+    "owlore score": ["owlore.calibration_batches=1", "batch_size=2"],
     "tune run generate": ["max_new_tokens=4"],
 }
 
