@@ -1,103 +1,140 @@
-"""Held-out loss and accuracy of OwLore and other methods on SmolLM2, with tuned learning rates and several seeds.
+"""Held-out loss of OwLore and other methods on SmolLM2 after the same training time, and after the same steps.
 
-    python benchmarks/quality.py --data DIR [--workers N] [--losses-only]
+    python benchmarks/quality.py --data DIR --costs [--methods NAME ...]
+    python benchmarks/quality.py --data DIR [--budgets 100 ...] [--workers N] [--methods NAME ...]
+    python benchmarks/quality.py --data DIR --row NAME LR SEED STEPS
+    python benchmarks/quality_report.py
 
-DIR holds math/ in LLM-Adapters' format. All methods train on the same packed rows in the same order:
-512 tokens per step, cosine schedule with a warmup of 10 steps, gradients clipped to 1 (OwLore: after projection), no
-weight decay, float32 weights with products in bfloat16 (see lib/bf16_products.py). The seed shuffles the data and
-seeds the draws. OwLore draws layers every 50 steps; with all layers, it makes new bases every 50 steps. BAdam changes
-its layer so that every layer trains once, which is its authors' rule, but at most every 3 steps. GaLore refreshes its
-projections every 50 steps.
+DIR holds math/ in LLM-Adapters' format. A budget is the time of so many steps of torchtune's full fine-tuning in
+float32. Each method trains as many steps as it takes in this time, and also as many as the budget. No row of data
+repeats. lib/study_runs.py has the schedule and the settings that all methods share. OwLore has weights in bfloat16 or
+int8.
 
-Learning rates are tuned on 100 held-out arithmetic problems in runs of 40 steps with one seed. The grid is extended
-until its best value is not at the edge. With γ=5, OwLore has the learning rate of its config. Final runs take 100
-steps, all methods with one seed, then with the next.
-Held-out loss is computed from the saved weights with the same function for all methods. After final runs it is over 300
-problems, which include those of the tuning. Accuracy is exact match of the last number in answers to the test problems,
-which are decoded greedily in bfloat16.
+--costs measures the mean step and the memory of each method, with all cores. It runs in turn with the reference: ten
+seconds of one, then of the other, so that changes of the machine's speed do not change the ratio of their mean steps.
 
-Every finished run is a line of quality.jsonl and is not repeated. After a change of a method's settings, delete its
-lines.
+Three sets of problems are disjoint, and none has a problem of the training data: learning rates are tuned on the first,
+other settings are chosen on the second, both with seed 0, and the third is reported. A learning rate is tuned with runs
+of the same number of steps, and the grid is extended until its best value is not at the edge. Each run also has two
+measures of what the model forgets, see lib/study_losses.py.
+
+Every finished run is a line of quality.jsonl. It is repeated only if the code that it depends on has changed. --row
+trains one run, also if it has a line, and prints the losses of both.
 """
 
 import argparse
 import json
 import math
 import os
+import platform
 import random
-import subprocess
-import sys
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import torch
-from methods import INT8, NF4
-from omegaconf import OmegaConf
-from tqdm import tqdm
+from lib.code import digest_of_code
+from lib.study_losses import divergence, general_loss, held_out_loss
+from lib.study_runs import RESAMPLE_EVERY, Method, Prepared, Run, prepare
+from lib.turns import run_for, run_in_turn, step_times
+from methods import INT8
 
 from owlore_evals.jsonl import append_line, read_lines
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.config_files import load_config
-from owlore_tune.data.builders import instruction_dataset, read_file
-from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.loss import LinearCrossEntropyLoss
-from owlore_tune.models.smollm2 import fetch, smollm2_135m
+from owlore_tune.data.builders import read_file
 from owlore_tune.run.manifest import versions
 
+ROOT = Path(__file__).parents[1]
 ROWS = Path(__file__).with_name("quality.jsonl")
-HELD_OUT, HELD_OUT_OF_TUNING = 300, 100  # problems; the latter are the first of the former
-SEQ_LEN, BATCH_SIZE = 512, 1
-TUNING_STEPS, STEPS = 40, 100
-RESAMPLE_EVERY = 50
-BADAM_BLOCKS = 32  # the model's layers, and what is outside them
+BUDGETS = (100,)
 SEEDS = (0, 1, 2)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as in lib/peers.py
-MATH_TESTS = ("AddSub_test", "SingleEq_test", "MultiArith_test")
+LONG = 1000  # steps of the reference, which ends only when costs of all methods are measured
+STEPS_WITHOUT_REFRESH = 22  # in which costs are measured if no step takes longer than the others
+SETS = {"tuning": 100, "choosing": 100, "reported": 300}  # problems
 STEP_OF_GRID = 10**0.5
+# Folders and files of the training code. Peers only use the first.
+CODE_OF_DATA = ("owlore_tune/data", "owlore_tune/models/smollm2.py", "benchmarks/lib/peers.py")
+CODE = (
+    "owlore_tune/kernels", "owlore_tune/layers", "owlore_tune/models", "owlore_tune/optim", "owlore_tune/quantized",
+    "owlore_tune/loss.py", "owlore_tune/run/build.py", "recipes/owlore_full_finetune.py",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to train, with the learning rates to begin its tuning with."""
-
-    runner: str  # torchtune: a recipe of torchtune; peer: lib/peers.py; owlore: our recipe
-    settings: dict[str, Any]  # overrides of the config, or arguments of the runner
-    lrs: tuple[float, ...] = ()  # a single one is not tuned
-    tuned_as: str | None = None  # the method whose tuned learning rate is used instead
+BF16 = {"dtype": "bf16"}
 
 
-ALL_LAYERS = "OwLore, all layers, r=64, int8"
-_ALL = {"owlore.num_active_layers": None, "owlore.score": "uniform", "owlore.update_gap": 50}
+def ours(num_active: int | None, rank: int, lrs: tuple[float, ...], **settings: Any) -> Method:
+    """OwLore with uniform draws."""
+    chosen = {"owlore.num_active_layers": num_active, "owlore.rank": rank, "owlore.update_gap": RESAMPLE_EVERY}
+    chosen["loss.chunk_size"] = 128  # less memory than with 256 positions at a time
+    return Method("owlore", BF16 | {"owlore.score": "uniform"} | chosen | settings, lrs)
+
+
+REFERENCE, OURS = "torchtune full, fp32", "OwLore, all layers, r=64"
+FULL, LORA = {"recipe": "full_finetune_single_device"}, {"recipe": "lora_finetune_single_device"}
+GALORE = {"method": "galore", "every": RESAMPLE_EVERY}
 METHODS = {
-    "torchtune full": Method("torchtune", {"recipe": "full_finetune_single_device"}, (1e-5, 3e-5, 1e-4, 3e-4)),
-    "torchtune LoRA, r=16": Method("torchtune", {"recipe": "lora_finetune_single_device"}, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "galore-torch, r=128": Method("peer", {"method": "galore", "every": 50}, (1e-5, 3e-5, 1e-4, 3e-4)),
-    "BAdam": Method("peer", {"method": "badam"}, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "OwLore, γ=5, r=128": Method("owlore", {}, (1e-3,)),
-    ALL_LAYERS: Method("owlore", _ALL | INT8 | {"owlore.rank": 64}, (1e-4, 3e-4, 1e-3)),
-    "OwLore, all layers, r=64": Method("owlore", _ALL | {"owlore.rank": 64}, tuned_as=ALL_LAYERS),
-    "OwLore, all layers, r=128, int8": Method("owlore", _ALL | INT8, tuned_as=ALL_LAYERS),
-    "OwLore, all layers, r=128, NF4": Method("owlore", _ALL | NF4, tuned_as=ALL_LAYERS),
+    REFERENCE: Method("torchtune", FULL, (3e-5, 1e-4, 3e-4)),
+    "torchtune full, bf16": Method("torchtune", FULL | BF16, (3e-5, 1e-4, 3e-4)),
+    "torchtune LoRA, r=16, fp32": Method("torchtune", LORA, (3e-4, 1e-3, 3e-3)),
+    "torchtune LoRA, r=16, bf16": Method("torchtune", LORA | BF16, (3e-4, 1e-3, 3e-3)),
+    "galore-torch, r=128, fp32": Method("peer", GALORE, (1e-5, 3e-5, 1e-4)),
+    "galore-torch, r=128, bf16": Method("peer", GALORE | BF16, (1e-5, 3e-5, 1e-4)),
+    "BAdam, fp32": Method("peer", {"method": "badam"}, (1e-4, 3e-4, 1e-3)),
+    "BAdam, bf16": Method("peer", {"method": "badam"} | BF16, (1e-4, 3e-4, 1e-3)),
+    OURS: ours(None, 64, (1e-4, 3e-4, 1e-3)),
+    "OwLore, all layers, r=64, int8": ours(None, 64, (1e-4, 3e-4, 1e-3), **INT8),
+    "OwLore, γ=15, r=128": ours(15, 128, (3e-4, 1e-3)),
+    "OwLore, γ=10, r=128": ours(10, 128, (3e-4, 1e-3)),
+    "OwLore, γ=5, r=128": ours(5, 128, (3e-4, 1e-3)),
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """The values that identify a run, together with the settings of its method."""
+def code_of(method: str) -> str:
+    """The digest of the code that a method's losses depend on."""
+    paths = CODE_OF_DATA + (CODE if METHODS[method].runner == "owlore" else ())
+    found = [[ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("*.py") for path in paths]
+    return digest_of_code({file for files in found for file in files})
 
-    method: str
-    lr: float
-    seed: int
-    steps: int = STEPS
 
-    @property
-    def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+def processor() -> str:
+    """The name of the processor, which decides how products are rounded."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def costs_of(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The newest costs by method."""
+    return {row["method"]: row for row in rows if "losses" not in row}
+
+
+def steps_in(budget: int, method: str, costs: dict[str, dict[str, Any]]) -> int:
+    """The steps that a method takes in the time of ``budget`` steps of the reference."""
+    return budget if method == REFERENCE else round(budget / costs[method]["ratio"])
+
+
+def split(rows: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """Training rows in the order of ``seed``, and the held-out sets. All rows of a problem are in one of them."""
+    of_problem: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of_problem.setdefault(row["instruction"], []).append(row)
+    problems = list(of_problem.values())
+    random.Random(0).shuffle(problems)
+    sets, first = {}, 0
+    for name, count in SETS.items():
+        sets[name] = [rows_of[0] for rows_of in problems[first : first + count]]
+        first += count
+    train = [row for rows_of in problems[first:] for row in rows_of]
+    random.Random(seed).shuffle(train)
+    return train, sets
 
 
 class Study:
@@ -106,204 +143,88 @@ class Study:
     Args:
         data: directory with math/.
         threads: threads per run.
-        answers: whether final runs answer the test problems.
-        methods: by name.
-        results: the results file.
     """
 
-    def __init__(
-        self, data: Path, threads: int, answers: bool, methods: dict[str, Method] = METHODS, results: Path = ROWS
-    ) -> None:
-        self._data = data
-        self._methods = methods
-        self._answers = answers
-        self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        self._environment["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(__file__).with_name("lib")), os.environ.get("PYTHONPATH", "")]
-        )
+    def __init__(self, data: Path, threads: int) -> None:
+        self._problems = read_file(data / "math" / "train.json", "--data")
+        self._threads = threads
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("medium")  # as in lib/bf16_products.py
-        self._results = results
-        self.rows = {row["key"]: row for row in read_lines(results)}
+        self.rows = {row["key"]: row for row in read_lines(ROWS)}
+        self.costs = costs_of(self.rows.values())
 
     def row(self, run: Run) -> dict[str, Any]:
         """Return the row of ``run``. Execute the run if there is none."""
-        if not self._has(run):
-            print(f"{time.strftime('%H:%M:%S')} {run.key}", flush=True)
-            with tempfile.TemporaryDirectory() as scratch:
-                self.rows[run.key] = self._run(run, Path(scratch))
-            append_line(self._results, self.rows[run.key])
+        if not self.has(run):
+            self.rows[run.key] = self.execute(run)
+            append_line(ROWS, self.rows[run.key])
         return self.rows[run.key]
 
-    def _has(self, run: Run) -> bool:
-        return run.key in self.rows
+    def has(self, run: Run) -> bool:
+        return self.rows.get(run.key, {}).get("code") == code_of(run.method)
 
-    def _run(self, run: Run, scratch: Path) -> dict[str, Any]:
-        started = time.perf_counter()
-        train, held_out = self._split(run.seed, run.steps, scratch)
-        config, weights = self._train(run, train, scratch)
-        seconds = time.perf_counter() - started
-        row = {"key": run.key, **asdict(run), "config": config, "train_seconds": seconds, "versions": versions()}
-        row["held_out_loss"] = held_out_loss(weights, held_out)
-        if run.steps != TUNING_STEPS and self._answers:
-            row["correct"] = self._accuracy(weights, scratch)
-        return row
-
-    def _split(self, seed: int, steps: int, scratch: Path) -> tuple[Path, list[dict[str, Any]]]:
-        """Return a file of training rows, shuffled by the seed, and the held-out rows."""
-        rows = read_file(self._data / "math" / "train.json", "--data")
-        random.Random(0).shuffle(rows)
-        train = rows[HELD_OUT:]
-        random.Random(seed).shuffle(train)
-        file = scratch / "train.json"
-        file.write_text(json.dumps(train))
-        return file, rows[: HELD_OUT_OF_TUNING if steps == TUNING_STEPS else HELD_OUT]
-
-    def _train(self, run: Run, train: Path, scratch: Path) -> tuple[Any, Path]:
-        """Train, and return the config and the directory of the weights."""
-        command, config, weights = self._prepare(run, train, scratch)
-        self._call(command, scratch)
-        return config, weights
-
-    def _prepare(self, run: Run, train: Path, scratch: Path) -> tuple[list[str], Any, Path]:
-        """The command of a run, its config, and the directory for the weights. The log is scratch/steps.jsonl."""
-        method = self._methods[run.method]
-        settings, output = method.settings, scratch / "run"
-        if method.runner == "peer":
-            every = settings.get("every", max(3, run.steps // BADAM_BLOCKS))
-            command = [
-                str(Path(__file__).with_name("lib") / "peers.py"), settings["method"], f"--model={fetch()}",
-                f"--data={train}", f"--lr={run.lr}", f"--steps={run.steps}", f"--seed={run.seed}", f"--save={output}",
-                "--warmup=10", "--clip=1.0", f"--batch-size={BATCH_SIZE}", f"--seq-len={SEQ_LEN}",
-                f"--resample-every={every}", f"--output={scratch / 'steps.jsonl'}",
-                f"--dtype={settings.get('dtype', 'fp32')}",
-            ]  # fmt: skip
-            shown = command[1:2] + [part for part in command[3:] if str(scratch) not in part]
-            return command, {"command": shown}, output
-        make = owlore_config if method.runner == "owlore" else torchtune_config
-        config = make(run, settings, train, output)
-        OmegaConf.save(OmegaConf.create(config), scratch / "config.yaml")
-        recipe = settings.get("recipe", "owlore_full_finetune")
-        command = ["tune", "run", recipe, "--config", str(scratch / "config.yaml")]
-        weights = output / (f"step_{run.steps}" if method.runner == "owlore" else "epoch_0")
-        return command, json.loads(json.dumps(config).replace(str(scratch), "SCRATCH")), weights
-
-    def _accuracy(self, weights: Path, scratch: Path) -> dict[str, list[int]]:
-        """Return [correct, total] for each test file."""
-        output = scratch / "eval"
-        command = ["tune", "run", "owlore_eval", "--config", "eval/local_math", f"output_dir={output}", "dtype=bf16"]
-        command += [f"checkpointer.checkpoint_dir={weights}", f"tokenizer.path={fetch()}", "batch_size=64"]
-        command += [f"data_files.{name}={self._data / 'math' / name}.json" for name in MATH_TESTS]
-        self._call(command, scratch)
-        (file,) = output.glob("results_*.json")
-        results = json.loads(file.read_text())
-        counts = {}
-        for name in MATH_TESTS:
-            total = results["n-samples"][name]["effective"]
-            counts[name] = [round(results["results"][name]["acc,none"] * total), total]
-        return counts
-
-    def _call(self, command: list[str], scratch: Path) -> None:
-        process = self._start(command, scratch)
-        process.wait()
-        self._check(process, scratch)
-
-    def _start(self, command: list[str], scratch: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(Path(__file__).with_name("lib") / "bf16_products.py"), *command]
-        with (scratch / "log.txt").open("w") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
-
-    def _check(self, process: subprocess.Popen[bytes], scratch: Path) -> None:
-        if process.returncode:
-            command = " ".join(map(str, process.args))
-            sys.exit(f"{command} failed:\n{(scratch / 'log.txt').read_text()[-3000:]}")
-
-    def before(self) -> None:
-        """Add a row for the model before training."""
-        key = "before"
-        if key in self.rows:
-            return
-        row: dict[str, Any] = {"key": key, "method": "before", "versions": versions()}
+    def execute(self, run: Run) -> dict[str, Any]:
+        print(f"{time.strftime('%H:%M:%S')} {run.key}", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
-            _, held_out = self._split(0, STEPS, Path(scratch))
-            row["held_out_loss"] = held_out_loss(fetch(), held_out)
-            row["correct"] = self._accuracy(fetch(), Path(scratch))
-        self.rows[key] = row
-        append_line(ROWS, row)
+            return self._execute(run, Path(scratch))
 
-    def tuned(self, method: str) -> float:
-        """Return the learning rate with the lowest held-out loss."""
-        lrs = METHODS[method].lrs
-        if len(lrs) == 1:
-            return lrs[0]
-        return best_of_grid(lrs, lambda lr: self.row(Run(method, lr, 0, steps=TUNING_STEPS))["held_out_loss"])
+    def _execute(self, run: Run, scratch: Path) -> dict[str, Any]:
+        code, started = code_of(run.method), time.perf_counter()
+        train, sets = split(self._problems, run.seed)
+        prepared = prepare(run, METHODS[run.method], train, scratch, self._threads)
+        process = prepared.start()
+        process.wait()
+        prepared.check(process)
+        row = {"key": run.key, **asdict(run), "code": code, "config": prepared.config}
+        row["seconds_of_this_run"] = time.perf_counter() - started
+        row |= {"machine": processor(), "versions": versions()}
+        used = sets if run.seed == SEEDS[0] else {"reported": sets["reported"]}
+        row["losses"] = {name: held_out_loss(prepared.weights, rows) for name, rows in used.items()}
+        row["general_loss"] = general_loss(prepared.weights)
+        return row | {"divergence": divergence(prepared.weights, sets["tuning"][:50])}
 
+    def tuned(self, method: str, steps: int) -> float:
+        """The learning rate with the lowest loss on the first set."""
+        return best_of_grid(
+            METHODS[method].lrs, lambda lr: self.row(Run(method, lr, SEEDS[0], steps))["losses"]["tuning"]
+        )
 
-def common_config(run: Run, train: Path, output: Path) -> dict[str, Any]:
-    """Return the fields that our config and torchtune's config share."""
-    return {
-        "output_dir": str(output),
-        "tokenizer": {
-            "_component_": "owlore_tune.data.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}",
-            "max_seq_len": SEQ_LEN,
-        },
-        "dataset": {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(train), "packed": True},
-        "batch_size": BATCH_SIZE, "gradient_accumulation_steps": 1, "shuffle": False, "seed": run.seed, "epochs": 1,
-        "max_steps_per_epoch": run.steps, "clip_grad_norm": 1.0, "device": DEVICE, "dtype": "fp32",
-        "lr_scheduler": {
-            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 10,
-        },
-        "metric_logger": {"_component_": "step_logger.StepLogger", "path": str(output.with_name("steps.jsonl"))},
-    }  # fmt: skip
+    def measure(self, methods: Iterable[str]) -> None:
+        """Add a row with the mean step and the peak memory of each method, from one refresh to after the next."""
+        with self._started(REFERENCE, LONG) as (reference, log):
+            run_for(40, reference)  # until it trains
+            for method in methods:
+                row = self._cost(method, reference, log.log)
+                append_line(ROWS, row)
+                print(f"{method}: {row['ratio']:.3f}, {row['seconds']:.3f} s, {row['memory']:.2f} GB", flush=True)
 
+    def _cost(self, method: str, reference: Popen[bytes], log: Path) -> dict[str, Any]:
+        refreshes = METHODS[method].runner == "owlore" or "every" in METHODS[method].settings
+        with self._started(method, RESAMPLE_EVERY + 2 if refreshes else STEPS_WITHOUT_REFRESH) as (process, prepared):
+            turns = run_in_turn(process, reference)
+            prepared.check(process)
+            lines = list(read_lines(prepared.log))
+        ends, since = [line["seconds"] for line in lines[1:]], turns.of_other[0][0]
+        seconds = step_times(ends, turns.of_process)
+        ends_of_reference = [line["seconds"] for line in read_lines(log) if line["seconds"] > since]
+        own, full = (statistics.fmean(times) for times in (seconds, step_times(ends_of_reference, turns.of_other)))
+        row = {"key": f"cost of {method}", "method": method, "ratio": own / full, "seconds": own, "reference": full}
+        row |= {"quartiles": statistics.quantiles(seconds, n=4), "memory": lines[-1]["peak_memory"]}
+        return row | {"code": code_of(method), "cores": os.cpu_count(), "machine": processor(), "versions": versions()}
 
-def owlore_config(run: Run, settings: dict[str, Any], train: Path, output: Path) -> dict[str, Any]:
-    config = OmegaConf.merge(load_config("smollm2/135M_owlore"), {"dataset_val": None})
-    plain = OmegaConf.to_container(config, resolve=False) | common_config(run, train, output)
-    changed = OmegaConf.create(plain)
-    for key, value in {"optimizer.lr": run.lr, "owlore.resample_every": RESAMPLE_EVERY, **settings}.items():
-        OmegaConf.update(changed, key, value)
-    return OmegaConf.to_container(changed, resolve=False)
-
-
-def torchtune_config(run: Run, settings: dict[str, Any], train: Path, output: Path) -> dict[str, Any]:
-    config = OmegaConf.to_container(load_config("smollm2/135M_lora"), resolve=False)
-    if settings["recipe"].startswith("full"):
-        del config["save_adapter_weights_only"]
-        config["model"] = {"_component_": "owlore_tune.models.smollm2_135m"}
-        config["optimizer_in_bwd"] = False
-    config |= common_config(run, train, output)
-    config["dtype"] = settings.get("dtype", config["dtype"])
-    config["optimizer"]["lr"] = run.lr
-    return config
-
-
-@torch.no_grad()
-def held_out_loss(weights: Path, rows: list[dict[str, Any]], batch_size: int = 8) -> float:
-    """Return the mean loss over the trained tokens of ``rows``, with one sample per row."""
-    tokenizer = HFChatTokenizer(str(fetch()), SEQ_LEN)
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(rows, file)
-        file.flush()
-        dataset = instruction_dataset(tokenizer, data_files=file.name)
-    samples = sorted((dataset[i] for i in range(len(dataset))), key=lambda sample: len(sample["tokens"]))
-    with torch.device("meta"):
-        model = smollm2_135m()
-    HFCheckpointer(str(weights), "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=torch.device(DEVICE))
-    model.eval()
-    loss_fn = LinearCrossEntropyLoss()  # applies the head only to trained positions
-    loss_fn.set_model_output(model)
-    total = count = 0.0
-    for start in tqdm(range(0, len(samples), batch_size), desc="Held-out loss", leave=False):
-        some = samples[start : start + batch_size]
-        longest = max(len(sample["tokens"]) for sample in some)
-        tokens = torch.tensor([sample["tokens"] + [0] * (longest - len(sample["tokens"])) for sample in some])
-        labels = torch.tensor([sample["labels"] + [-100] * (longest - len(sample["labels"])) for sample in some])
-        tokens, labels = tokens.to(DEVICE), labels.to(DEVICE)
-        num_trained = (labels[:, 1:] != -100).sum().item()
-        total += loss_fn(model(tokens)[:, :-1], labels[:, 1:]).item() * num_trained
-        count += num_trained
-    return total / count
+    @contextmanager
+    def _started(self, method: str, steps: int) -> Iterator[tuple[Popen[bytes], Prepared]]:
+        """A process that trains so many steps. It is killed in the end."""
+        with tempfile.TemporaryDirectory() as directory:
+            run = Run(method, METHODS[method].lrs[0], SEEDS[0], steps)
+            train = split(self._problems, run.seed)[0]
+            prepared = prepare(run, METHODS[method], train, Path(directory), self._threads)
+            process = prepared.start()
+            try:
+                yield process, prepared
+            finally:
+                process.kill()
+                process.wait()
 
 
 def best_of_grid(lrs: Sequence[float], loss_of: Callable[[float], float]) -> float:
@@ -321,20 +242,49 @@ def rounded(lr: float) -> float:
     return float(f"{3 if half_decades % 2 else 1}e{half_decades // 2}")
 
 
+def repeat(study: Study, run: Run) -> None:
+    """Train a run, and print its losses, and those of its line if it has one. If not, it gets one."""
+    known = study.rows.get(run.key)
+    row = study.execute(run)
+    if not study.has(run):
+        append_line(ROWS, row)
+    for title, shown in {"now": row, "line": known}.items():
+        if shown is not None:
+            print(f"{title:6}{json.dumps(shown['losses'])}, code {shown['code']}, {shown['machine']}", flush=True)
+
+
+def run_all(study: Study, methods: list[str], budgets: list[int], workers: int) -> None:
+    """Tune all methods and numbers of steps, then train the other seeds."""
+    in_time = [(method, steps_in(budget, method, study.costs)) for budget in budgets for method in methods]
+    wanted = list(dict.fromkeys(in_time + [(method, budget) for budget in budgets for method in methods]))
+    with ThreadPoolExecutor(workers) as pool:
+        lrs = dict(zip(wanted, pool.map(lambda pair: study.tuned(*pair), wanted), strict=True))
+        runs = [Run(method, lrs[method, steps], seed, steps) for seed in SEEDS for method, steps in wanted]
+        list(pool.map(study.row, runs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory with math/")
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, metavar="STEPS")
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
-    parser.add_argument("--losses-only", action="store_true", help="do not answer the test problems")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--costs", action="store_true", help="measure step times and memory, and no losses")
+    parser.add_argument("--row", nargs=4, metavar=("NAME", "LR", "SEED", "STEPS"), help="train this run alone")
     args = parser.parse_args()
-    study = Study(args.data.resolve(), args.threads, not args.losses_only)
-    study.before()
-    with ThreadPoolExecutor(args.workers) as pool:
-        tuned = [name for name, method in METHODS.items() if not method.tuned_as]
-        lrs = dict(zip(tuned, pool.map(study.tuned, tuned), strict=True))
-        lrs |= {name: lrs[method.tuned_as] for name, method in METHODS.items() if method.tuned_as}
-        list(pool.map(study.row, [Run(method, lrs[method], seed) for seed in SEEDS for method in METHODS]))
+    study = Study(args.data.resolve(), (os.cpu_count() or 1) if args.costs else args.threads)
+    if args.costs:
+        study.measure(args.methods)
+    elif args.row:
+        name, lr, seed, steps = args.row
+        if name not in METHODS:
+            parser.error(f"{name!r} is not one of {', '.join(METHODS)}")
+        repeat(study, Run(name, float(lr), int(seed), int(steps)))
+    elif unknown := {REFERENCE, *args.methods} - study.costs.keys():
+        parser.error(f"run it with --costs first, for {', '.join(sorted(unknown))}")
+    else:
+        run_all(study, args.methods, args.budgets, args.workers)
 
 
 if __name__ == "__main__":

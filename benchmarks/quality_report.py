@@ -2,182 +2,190 @@
 
     python benchmarks/quality_report.py
 
-Reads quality.jsonl and, for step time and memory, methods.md. Writes quality.md and quality.png beside them.
+Reads quality.jsonl. Writes quality.md and quality.png beside it. Only rows of a method's last code count, and methods
+whose learning rate is not tuned yet are left out.
 """
 
 import itertools
-import math
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from quality import METHODS, ROWS, SEEDS, SEQ_LEN, STEPS, TUNING_STEPS
+from quality import METHODS, OURS, REFERENCE, ROWS, SEEDS, costs_of, steps_in
 
 from owlore_evals.jsonl import read_lines
 from owlore_tune.run.plots import BLUE, ORANGE
 
 Row = dict[str, Any]
-# Rows of methods.md whose step time and memory are those of a method here.
-MEASURED_AS = {
-    "galore-torch, r=128": "galore-torch",
-    "OwLore, γ=5, r=128": "OwLore, γ=5",
-    "OwLore, all layers, r=64": "OwLore, all layers, rank 64",
-    "OwLore, all layers, r=64, int8": "OwLore, all layers, rank 64, int8",
-}
+HEAD = (
+    "| | step time | steps | lr | seeds | held-out loss | difference | peak memory, GB |",
+    "|---|---|---|---|---|---|---|---|",
+)
+MEMORIES = (2.3, 2.7, 3.2, 4.0)  # GB
+FORGETTING = ("| | steps | lr | held-out loss | loss on MMLU | KL, nats |", "|---|---|---|---|---|---|")
 
 
-def report(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
-    """The lines of quality.md.
-
-    Args:
-        measured: rows of methods.md by name, see `read_table`.
-    """
+def report(rows: list[Row]) -> list[str]:
+    """The lines of quality.md."""
+    costs, runs = costs_of(rows), runs_that_count(rows)
+    machines = sorted({f"{row['machine']}, {row['cores']} cores" for row in costs.values()})
     lines = [
-        "# Accuracy of OwLore and other methods",
+        "# Held-out loss after the same training time",
         "",
-        f"SmolLM2-135M-Instruct, {STEPS} steps of {SEQ_LEN} packed tokens, float32 with products in bfloat16. (The "
-        "final runs of all layers with r=64 in int8, and those with r=128 and the first seed, were on a machine "
-        "without instructions for them, where products are in float32. Rows of OwLore were made before a change in the "
-        "rounding of bases: after it, all layers with r=64 in int8 ended at 0.5384 and 0.5364 with the first two "
-        "seeds, before at 0.5399 and 0.5347.) Learning "
-        f"rates are tuned with runs of {TUNING_STEPS} steps on held-out problems. For losses, ± is the standard "
-        "deviation over seeds. For correct answers, it is the standard error of the share; all runs answer the same "
-        "242 problems, and those of OwLore have not done so yet. Step time and peak memory are from "
-        "[methods.md](methods.md), with 2 × 512 tokens per step, float32 products and draws every 10 steps. Command: "
-        "`make quality DATA=DIR`. The docstring of [quality.py](quality.py) describes the method, and "
-        f"[quality.jsonl](quality.jsonl) has a row for each run, {len(rows)} in all.",
+        "SmolLM2-135M-Instruct on arithmetic problems, 512 packed tokens per step, products in bfloat16. fp32 and bf16 "
+        "are the types of weights; OwLore has them in bf16 or int8, and trains A in float32. A step time of 1 is that "
+        f"of {REFERENCE}, which ran in turn with each method on one machine ({'; '.join(machines)}). Its own value "
+        f"shows the noise. ± is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
+        "problems, ± their standard error. Commands: `python benchmarks/quality.py --data DIR`, whose docstring "
+        "describes the study, and `python benchmarks/quality_report.py`.",
+        "",
+        "![Loss by steps and by time](quality.png)",
     ]
-    finals = [row for row in rows if row["key"] == "before" or row["steps"] == STEPS]
-    lines += _section("Methods", _methods_table(finals, measured))
-    lines += _section("Tuning of learning rates: held-out loss, and the best one in bold", _tuning_table(rows))
+    for budget in sorted({row["steps"] for row in runs if row["method"] == REFERENCE}):
+        in_time = {name: steps_in(budget, name, costs) for name in METHODS if name in costs}
+        lines += _section(f"In the time of {budget} steps of torchtune's full fine-tuning", in_time, runs, costs)
+        lines += _memory_table(in_time, runs, costs)
+        lines += _section(f"After {budget} steps", dict.fromkeys(METHODS, budget), runs, costs)
+    return lines + _tuning_table(runs) + _forgetting_table(runs)
+
+
+def runs_that_count(rows: list[Row]) -> list[Row]:
+    """Rows of runs with a method's last code, one for each run."""
+    runs = [row for row in rows if "losses" in row]
+    newest = {row["method"]: row["code"] for row in runs}
+    return list({row["key"]: row for row in runs if row["code"] == newest[row["method"]]}.values())
+
+
+def _section(title: str, steps: dict[str, int], runs: list[Row], costs: dict[str, Any]) -> list[str]:
+    """A table with a line for each method that has rows after its number of steps."""
+    finals = {name: final_rows(name, count, runs) for name, count in steps.items()}
+    first, lines = finals.get(OURS, {}), ["", f"## {title}", "", *HEAD]
+    for name, found in finals.items():
+        if found:
+            cost, one = costs.get(name), next(iter(found.values()))
+            cells = [name, f"{cost['ratio']:.2f}" if cost else "", str(one["steps"]), f"{one['lr']:g}"]
+            cells += [str(len(found)), _mean([row["losses"]["reported"] for row in found.values()])]
+            cells += ["" if name == OURS else _difference(found, first), f"{cost['memory']:.2f}" if cost else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines if any(finals.values()) else []
+
+
+def _memory_table(steps: dict[str, int], runs: list[Row], costs: dict[str, Any]) -> list[str]:
+    """For each memory of the whole process, the methods that fit, the one with the lowest loss first."""
+    finals = {name: final_rows(name, count, runs) for name, count in steps.items()}
+    losses = {name: _mean_loss(found) for name, found in finals.items() if found}
+    if not losses:
+        return []
+    lines = ["", "| whole process, GB | held-out loss of the methods that fit |", "|---|---|"]
+    for most in MEMORIES:
+        fitting = sorted((loss, name) for name, loss in losses.items() if costs[name]["memory"] <= most)
+        lines.append(f"| {most} | {'; '.join(f'{name}: {loss:.4f}' for loss, name in fitting)} |")
     return lines
 
 
-def _section(title: str, table: list[str]) -> list[str]:
-    return ["", f"## {title}", "", *table] if table else []
+def _mean_loss(found: dict[int, Row]) -> float:
+    return statistics.fmean(row["losses"]["reported"] for row in found.values())
 
 
-def loss_of(rows: list[Row]) -> str:
-    return mean_of([row["held_out_loss"] for row in rows])
+def _tuning_table(runs: list[Row]) -> list[str]:
+    lines = ["", "## Tuning: losses on the first set with seed 0", "", "| | steps | lr: loss |", "|---|---|---|"]
+    for name in METHODS:
+        for steps in _steps_of(name, runs):
+            cells = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in _tuning(name, steps, runs).items())
+            lines.append(f"| {name} | {steps} | {cells} |")
+    return lines
 
 
-def mean_of(losses: list[float]) -> str:
+def _forgetting_table(runs: list[Row]) -> list[str]:
+    """All methods, rates and steps, by their loss: an advantage counts only at the same loss."""
+    groups: dict[tuple[str, int, float], list[tuple[float, float, float]]] = {}
+    for row in runs:
+        if "divergence" in row:
+            figures = row["losses"]["reported"], row["general_loss"], row["divergence"]
+            groups.setdefault((row["method"], row["steps"], row["lr"]), []).append(figures)
+    if not groups:
+        return []
+    lines = [
+        "", "## Forgetting, by held-out loss",
+        "",
+        "Means over seeds. Loss on MMLU: over all tokens of 45 questions of MMLU dev and their worked answers. KL: "
+        "from the model before training to the trained one, over the tokens of 50 prompts. No run trains on these "
+        "tokens.",
+        "", *FORGETTING,
+    ]  # fmt: skip
+    means = {group: [statistics.fmean(some) for some in zip(*own, strict=True)] for group, own in groups.items()}
+    for (name, steps, lr), mean in sorted(means.items(), key=lambda item: item[1]):
+        lines.append(f"| {name} | {steps} | {lr:g} | {' | '.join(f'{figure:.4f}' for figure in mean)} |")
+    return lines
+
+
+def _steps_of(method: str, runs: list[Row]) -> list[int]:
+    return sorted({row["steps"] for row in runs if row["method"] == method})
+
+
+def _tuning(method: str, steps: int, runs: list[Row]) -> dict[float, float]:
+    """Losses on the first set by learning rate."""
+    own = (row for row in runs if (row["method"], row["steps"], row["seed"]) == (method, steps, SEEDS[0]))
+    return {row["lr"]: row["losses"]["tuning"] for row in sorted(own, key=lambda row: row["lr"])}
+
+
+def final_rows(method: str, steps: int, runs: list[Row]) -> dict[int, Row]:
+    """The rows by seed with the learning rate that has the lowest loss on the first set. Empty if it is not tuned yet:
+    there has to be a higher and a lower one."""
+    losses = _tuning(method, steps, runs)
+    best = min(losses, key=lambda lr: losses[lr], default=None)
+    if best in (min(losses, default=None), max(losses, default=None)):
+        return {}
+    own = [row for row in runs if (row["method"], row["steps"], row["lr"]) == (method, steps, best)]
+    return {row["seed"]: row for row in sorted(own, key=lambda row: row["seed"])}
+
+
+def _mean(losses: list[float]) -> str:
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
     return f"{statistics.fmean(losses):.4f}{spread}"
 
 
-def correct_of(rows: list[Row]) -> str:
-    """Correct answers of all test files and seeds together, and their share with its standard error."""
-    counts = [count for row in rows for count in row.get("correct", {}).values()]
-    if not counts:
+def _difference(found: dict[int, Row], first: dict[int, Row]) -> str:
+    """The mean paired difference, with its standard error if there are several pairs."""
+    paired = [found[seed]["losses"]["reported"] - first[seed]["losses"]["reported"] for seed in found if seed in first]
+    if not paired:
         return ""
-    correct, total = (sum(numbers) for numbers in zip(*counts, strict=True))
-    share = correct / total
-    return f"{correct} of {total}: {100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / total):.1f} %"
+    error = f" ± {statistics.stdev(paired) / len(paired) ** 0.5:.4f}" if len(paired) > 1 else ""
+    return f"{statistics.fmean(paired):+.4f}{error}"
 
 
-_SUMMARY: dict[str, Callable[[list[Row]], str]] = {
-    "seeds": lambda rows: str(len(rows)),
-    "held-out loss": loss_of,
-    "correct answers": correct_of,
-}
+def points(rows: list[Row]) -> dict[str, list[tuple[int, float, float]]]:
+    """For each tuned method with a measured step: (steps, their time in steps of the reference, mean loss)."""
+    costs, runs = costs_of(rows), runs_that_count(rows)
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for name in METHODS:
+        for steps in _steps_of(name, runs):
+            finals = final_rows(name, steps, runs)
+            if finals and name in costs:
+                time = steps * (1.0 if name == REFERENCE else costs[name]["ratio"])
+                found.setdefault(name, []).append((steps, time, _mean_loss(finals)))
+    return found
 
 
-def _table(groups: dict[str, list[Row]], columns: dict[str, Callable[[list[Row]], str]]) -> list[str]:
-    """One line for each group that has rows."""
-    lines = [" | ".join(["|", *columns, ""]).strip(), "|---" * (len(columns) + 1) + "|"]
-    for name, rows in groups.items():
-        if rows:
-            lines.append(f"| {name} | " + " | ".join(column(rows) for column in columns.values()) + " |")
-    return lines
-
-
-def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    return {name: [row for row in rows if row["method"] == name] for name in ("before", *METHODS)}
-
-
-def _methods_table(rows: list[Row], measured: dict[str, dict[str, str]]) -> list[str]:
-    def figure(column: str) -> Callable[[list[Row]], str]:
-        return lambda rows: measured.get(measured_name(rows[0]["method"]), {}).get(column, "")
-
-    columns: dict[str, Callable[[list[Row]], str]] = {
-        "lr": lambda rows: f"{rows[0]['lr']:g}" if "lr" in rows[0] else "",
-        **_SUMMARY,
-        "step, s": figure("mean step, s"),
-        "peak memory, GB": figure("peak memory, GB"),
-    }
-    return _table(_by_method(rows), columns)
-
-
-def measured_name(method: str) -> str:
-    return MEASURED_AS.get(method, method)
-
-
-def _tuning_table(rows: list[Row]) -> list[str]:
-    tuning = [row for row in rows if row.get("steps") == TUNING_STEPS]
-    if not tuning:
-        return []
-    lrs = sorted({row["lr"] for row in tuning})
-    lines = [" | ".join(["|", *(f"{lr:g}" for lr in lrs), ""]).strip(), "|---" * (len(lrs) + 1) + "|"]
-    for method, found in _by_method(tuning).items():
-        losses = {row["lr"]: row["held_out_loss"] for row in found}
-        best = min(losses, key=lambda lr: losses[lr], default=None)
-        cells = (f"{losses[lr]:.4f}" if lr in losses else "" for lr in lrs)
-        is_inside = bool(losses) and best not in (min(losses), max(losses))
-        marked = (f"**{cell}**" if lr == best and is_inside else cell for lr, cell in zip(lrs, cells, strict=True))
-        if found:
-            lines.append(f"| {method} | {' | '.join(marked)} |")
-    return lines
-
-
-def read_table(file: Path) -> dict[str, dict[str, str]]:
-    """The rows of the first Markdown table in ``file``, first cell → column → cell."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in file.read_text().splitlines() if "|" in line]
-    head, _, *body = [row for row in cells if row]
-    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in body}
-
-
-def pareto(points: dict[str, tuple[float, float]]) -> list[str]:
-    """The names of the points that no other point beats in both coordinates, by the first one."""
-    front = [
-        name
-        for name, (x, y) in points.items()
-        if not any(u <= x and v <= y and (u, v) != (x, y) for u, v in points.values())
-    ]
-    return sorted(front, key=lambda name: points[name])
-
-
-def draw(rows: list[Row], measured: dict[str, dict[str, str]]) -> Figure | None:
-    """Held-out loss against step time and against peak memory. None while there are no final runs."""
-    finals = [row for row in rows if row.get("steps") == STEPS]
-    losses = {
-        name: statistics.fmean(row["held_out_loss"] for row in found)
-        for name, found in _by_method(finals).items()
-        if found
-    }
-    known = [name for name in losses if measured_name(name) in measured]
-    if not known:
-        return None
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, column in zip(figure.subplots(1, 2, sharey=True), ("mean step, s", "peak memory, GB"), strict=True):
-        points = {name: (float(measured[measured_name(name)][column]), losses[name]) for name in known}
-        front = pareto(points)
-        axes.plot(*zip(*(points[name] for name in front), strict=True), "--", color="gray", label="Pareto front")
-        for (name, point), marker in zip(points.items(), itertools.cycle("os^DvPX*<>h"), strict=False):
-            axes.plot(*point, marker, color=ORANGE if name.startswith("OwLore") else BLUE, label=name)
-        axes.set_xlabel(column)
+def draw(rows: list[Row]) -> Figure:
+    """Held-out loss against steps and against time."""
+    figure, of_method = Figure(figsize=(10, 4), layout="constrained"), points(rows)
+    labels = ("steps of 512 tokens", "time, in steps of torchtune's full fine-tuning")
+    for index, (axes, label) in enumerate(zip(figure.subplots(1, 2, sharey=True), labels, strict=True)):
+        for (name, own), marker in zip(of_method.items(), itertools.cycle("os^DvPX*<>h"), strict=False):
+            color = ORANGE if name.startswith("OwLore") else BLUE
+            line = [(point[index], point[2]) for point in own]
+            axes.plot(*zip(*line, strict=True), f"{marker}-", color=color, label=name)
+        axes.set_xlabel(label)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-    figure.axes[0].set_ylabel(f"held-out loss, mean of up to {len(SEEDS)} seeds")
+    figure.axes[0].set_ylabel("held-out loss, mean over seeds")
     return figure
 
 
 def main() -> None:
-    rows, measured = read_lines(ROWS), read_table(ROWS.with_name("methods.md"))
-    ROWS.with_suffix(".md").write_text("\n".join(report(rows, measured)) + "\n")
-    if figure := draw(rows, measured):
-        figure.savefig(ROWS.with_suffix(".png"), dpi=110)
+    rows = list(read_lines(ROWS))
+    ROWS.with_suffix(".md").write_text("\n".join(report(rows)) + "\n")
+    draw(rows).savefig(ROWS.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":
