@@ -42,10 +42,10 @@ def report(rows: list[Row]) -> list[str]:
         "![Loss by steps and by time](quality.png)",
     ]
     for budget in sorted({row["steps"] for row in runs if row["method"] == REFERENCE}):
-        in_time = {name: steps_in(budget, name, costs) for name in METHODS if name in costs}
-        lines += _section(f"In the time of {budget} steps of torchtune's full fine-tuning", in_time, runs, costs)
-        lines += _memory_table(in_time, runs, costs)
-        lines += _section(f"After {budget} steps", dict.fromkeys(METHODS, budget), runs, costs)
+        in_time = {name: final_rows(name, steps_in(budget, name, costs), runs) for name in METHODS if name in costs}
+        lines += _section(f"In the time of {budget} steps of torchtune's full fine-tuning", in_time, costs)
+        lines += _memory_table(in_time, costs)
+        lines += _section(f"After {budget} steps", {name: final_rows(name, budget, runs) for name in METHODS}, costs)
     return lines + _tuning_table(runs) + _forgetting_table(runs)
 
 
@@ -56,9 +56,8 @@ def runs_that_count(rows: list[Row]) -> list[Row]:
     return list({row["key"]: row for row in runs if row["code"] == newest[row["method"]]}.values())
 
 
-def _section(title: str, steps: dict[str, int], runs: list[Row], costs: dict[str, Any]) -> list[str]:
-    """A table with a line for each method that has rows after its number of steps."""
-    finals = {name: final_rows(name, count, runs) for name, count in steps.items()}
+def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any]) -> list[str]:
+    """A table with a line for each method that has final rows, which are given by method and seed."""
     first, lines = finals.get(OURS, {}), ["", f"## {title}", "", *HEAD]
     for name, found in finals.items():
         if found:
@@ -70,9 +69,8 @@ def _section(title: str, steps: dict[str, int], runs: list[Row], costs: dict[str
     return lines if any(finals.values()) else []
 
 
-def _memory_table(steps: dict[str, int], runs: list[Row], costs: dict[str, Any]) -> list[str]:
+def _memory_table(finals: dict[str, dict[int, Row]], costs: dict[str, Any]) -> list[str]:
     """For each memory of the whole process, the methods that fit, the one with the lowest loss first."""
-    finals = {name: final_rows(name, count, runs) for name, count in steps.items()}
     losses = {name: _mean_loss(found) for name, found in finals.items() if found}
     if not losses:
         return []
@@ -108,9 +106,9 @@ def _forgetting_table(runs: list[Row]) -> list[str]:
     lines = [
         "", "## Forgetting, by held-out loss",
         "",
-        "Means over seeds. Loss on MMLU: over all tokens of 45 questions of MMLU dev and their worked answers. KL: "
-        "from the model before training to the trained one, over the tokens of 50 prompts. No run trains on these "
-        "tokens.",
+        "Means over the seeds that have these measures. Loss on MMLU: over all tokens of 45 questions of MMLU dev and "
+        "their worked answers. KL: from the model before training to the trained one, over the tokens of 50 prompts. "
+        "No run trains on these tokens.",
         "", *FORGETTING,
     ]  # fmt: skip
     means = {group: [statistics.fmean(some) for some in zip(*own, strict=True)] for group, own in groups.items()}

@@ -5,37 +5,36 @@ Products are computed from bfloat16 copies, as in training.
 
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lib.study_runs import DEVICE, SEQ_LEN
-from torch import Tensor
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 from tqdm import tqdm
 
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.data.builders import instruction_dataset, mmlu_dev_rows
+from owlore_tune.data.loader import HeldOutData
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.models.smollm2 import fetch, smollm2_135m
+from owlore_tune.run import validation
 
-IGNORED = -100
+Sample = dict[str, list[int]]  # tokens and labels
 
 
-@torch.no_grad()
 def held_out_loss(weights: Path, rows: list[dict[str, Any]]) -> float:
     """The mean loss over the tokens of the answers."""
     return _mean_loss(weights, _samples(rows))
 
 
-@torch.no_grad()
 def general_loss(weights: Path) -> float:
     """The mean loss over all tokens of 45 MMLU dev questions and their worked answers, which no run trains on."""
     tokenizer = HFChatTokenizer(str(fetch()), SEQ_LEN)
     texts = [f"{row['instruction']}\n{row['output']}" for row in mmlu_dev_rows("held_out")]
-    return _mean_loss(weights, [(ids, ids) for ids in (tokenizer.encode(text)[:SEQ_LEN] for text in texts)])
+    return _mean_loss(weights, [_text(tokenizer.encode(text)[:SEQ_LEN]) for text in texts])
 
 
 @torch.no_grad()
@@ -43,23 +42,36 @@ def divergence(weights: Path, rows: list[dict[str, Any]]) -> float:
     """KL(p₀ ‖ p) in nats, where p₀ is the model before training: the mean over the tokens of the prompts, which no run
     trains on."""
     models = [_model(directory) for directory in (fetch(), weights)]
-    prompts = [tokens[: [label != IGNORED for label in labels].index(True)] for tokens, labels in _samples(rows)]
     total, count = 0.0, 0
-    for tokens, labels in _batches([(ids, ids) for ids in prompts], "KL"):
-        kept = labels != IGNORED
-        before, after = (F.log_softmax(model(tokens)[kept].float(), dim=-1) for model in models)
+    for batch, _ in tqdm(_data([_prompt(sample) for sample in _samples(rows)]), desc="KL", leave=False):
+        tokens, is_token = batch["tokens"].to(DEVICE), batch["labels"].to(DEVICE) != CROSS_ENTROPY_IGNORE_IDX
+        before, after = (F.log_softmax(model(tokens)[is_token].float(), dim=-1) for model in models)
         total += F.kl_div(after, before, reduction="sum", log_target=True).item()
         count += len(before)
     return total / count
 
 
-def _samples(rows: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
-    """Tokens and labels of each row."""
+def _samples(rows: list[dict[str, Any]]) -> list[Sample]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(rows, file)
         file.flush()
         dataset = instruction_dataset(HFChatTokenizer(str(fetch()), SEQ_LEN), data_files=file.name)
-    return [(sample["tokens"], sample["labels"]) for sample in (dataset[i] for i in range(len(dataset)))]
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def _text(tokens: list[int]) -> Sample:
+    """A sample with a label at every token."""
+    return {"tokens": tokens, "labels": tokens}
+
+
+def _prompt(sample: Sample) -> Sample:
+    """The tokens before the first label."""
+    return _text(sample["tokens"][: [label != CROSS_ENTROPY_IGNORE_IDX for label in sample["labels"]].index(True)])
+
+
+def _data(samples: list[Sample]) -> HeldOutData:
+    """Batches of rows of similar lengths."""
+    return HeldOutData(sorted(samples, key=lambda sample: len(sample["tokens"])), padded_collate_sft, batch_size=8)
 
 
 def _model(weights: Path) -> Any:
@@ -69,25 +81,7 @@ def _model(weights: Path) -> Any:
     return model.eval()
 
 
-def _batches(
-    samples: list[tuple[list[int], list[int]]], name: str, batch_size: int = 8
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Padded tokens and labels, (b, s) each, of rows of similar lengths."""
-    samples = sorted(samples, key=lambda sample: len(sample[0]))
-    for start in tqdm(range(0, len(samples), batch_size), desc=name, leave=False):
-        some = samples[start : start + batch_size]
-        longest = len(some[-1][0])
-        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in some])
-        labels = torch.tensor([own + [IGNORED] * (longest - len(own)) for _, own in some])
-        yield tokens.to(DEVICE), labels.to(DEVICE)
-
-
-def _mean_loss(weights: Path, samples: list[tuple[list[int], list[int]]]) -> float:
+def _mean_loss(weights: Path, samples: list[Sample]) -> float:
     model, loss_fn = _model(weights), LinearCrossEntropyLoss()  # applies the head only to positions with a label
     loss_fn.set_model_output(model)
-    total, count = 0.0, 0
-    for tokens, labels in _batches(samples, "Held-out loss"):
-        some = int((labels[:, 1:] != IGNORED).sum())
-        total += loss_fn(model(tokens)[:, :-1], labels[:, 1:]).item() * some
-        count += some
-    return total / count
+    return validation.held_out_loss(model, loss_fn, _data(samples), torch.device(DEVICE))[0]

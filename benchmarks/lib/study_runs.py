@@ -23,6 +23,7 @@ from owlore_tune.config_files import load_config
 from owlore_tune.models.smollm2 import fetch
 
 LIB = Path(__file__).parent
+LOG = "steps.jsonl"
 SEQ_LEN, BATCH_SIZE = 512, 1
 RESAMPLE_EVERY = 50
 BADAM_BLOCKS = 32  # the model's layers, and what is outside them
@@ -65,7 +66,7 @@ class Prepared:
     @property
     def log(self) -> Path:
         """A line for each step, see step_logger.py."""
-        return self.scratch / "steps.jsonl"
+        return self.scratch / LOG
 
     def start(self) -> subprocess.Popen[bytes]:
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
@@ -95,14 +96,15 @@ def _of_peer(run: Run, method: Method, data: Path, scratch: Path) -> tuple[list[
         str(LIB / "peers.py"), settings["method"], f"--model={fetch()}", f"--data={data}", f"--lr={run.lr}",
         f"--steps={run.steps}", f"--seed={run.seed}", f"--save={output}", "--warmup=10", "--clip=1.0",
         f"--batch-size={BATCH_SIZE}", f"--seq-len={SEQ_LEN}", f"--resample-every={every}",
-        f"--output={scratch / 'steps.jsonl'}", f"--dtype={settings.get('dtype', 'fp32')}",
+        f"--output={scratch / LOG}", f"--dtype={settings.get('dtype', 'fp32')}",
     ]  # fmt: skip
     return command, {"command": command[1:2] + [part for part in command[3:] if str(scratch) not in part]}, output
 
 
 def _of_recipe(run: Run, method: Method, data: Path, scratch: Path) -> tuple[list[str], Any, Path]:
     make: Callable[..., dict[str, Any]] = _owlore_config if method.runner == "owlore" else _torchtune_config
-    config, file, output = make(run, method.settings, data, scratch / "run"), scratch / "config.yaml", scratch / "run"
+    file, output = scratch / "config.yaml", scratch / "run"
+    config = make(run, method.settings, data, output)
     OmegaConf.save(OmegaConf.create(config), file)
     recipe = method.settings.get("recipe", "owlore_full_finetune")
     weights = output / (f"step_{run.steps}" if method.runner == "owlore" else "epoch_0")
@@ -124,7 +126,7 @@ def _common(run: Run, data: Path, output: Path) -> dict[str, Any]:
         "lr_scheduler": {
             "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 10,
         },
-        "metric_logger": {"_component_": "step_logger.StepLogger", "path": str(output.with_name("steps.jsonl"))},
+        "metric_logger": {"_component_": "step_logger.StepLogger", "path": str(output.with_name(LOG))},
     }  # fmt: skip
 
 

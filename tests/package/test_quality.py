@@ -115,6 +115,9 @@ def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(qua
         f"| {ours} | 0.50 | 100 | 0.0003 | 1 | 0.5500 |  | 2.50 |",
     ]
     assert f"| {ours} | 200 | 0.0001: 1.6500, 0.0003: 1.5000, 0.001: 1.6000 |" in lines
+    assert quality_report.points(rows) == {full: [(100, 100.0, 0.535)], ours: [(100, 50.0, 0.55), (200, 100.0, 0.49)]}
+    by_time = quality_report.draw(rows).axes[1]
+    assert {line.get_label(): list(line.get_xdata()) for line in by_time.lines} == {full: [100], ours: [50, 100]}
 
 
 def test_the_time_of_a_step_is_that_in_which_its_process_ran(quality):
@@ -181,9 +184,11 @@ def test_a_model_before_training_has_forgotten_nothing(quality, smollm2_dir, tmp
     assert general_loss(tmp_path / "other") != general_loss(smollm2_dir)
 
 
-def test_a_run_of_an_unknown_method_is_refused(tmp_path):
+def test_a_run_of_an_unknown_method_is_refused(quality, tmp_path, monkeypatch, capsys):
     (tmp_path / "math").mkdir()
     (tmp_path / "math" / "train.json").write_text('[{"instruction": "1", "input": "", "output": "1"}]')
-    command = [sys.executable, BENCHMARKS / "quality.py", "--data", tmp_path, "--row", "LoRa", "1e-4", "0", "100"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "'LoRa' is not one of torchtune full, fp32, " in done.stderr
+    arguments = ["quality.py", "--data", str(tmp_path), "--row", "LoRa", "1e-4", "0", "100"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="2"):
+        quality.main()
+    assert "'LoRa' is not one of torchtune full, fp32, " in capsys.readouterr().err
