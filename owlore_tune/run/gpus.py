@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from owlore_tune.errors import ConfigError
 from owlore_tune.memory.plan import MemoryPlan
 from owlore_tune.models.decoder import find_layers
 from owlore_tune.quantized.formats import FORMATS
+from owlore_tune.quantized.linear import quantizable_outside
 from owlore_tune.run.build import build_model
 from owlore_tune.run.planning import format_overrides, formats, plan_run
 from owlore_tune.run.settings import TrainingSettings
@@ -22,6 +24,7 @@ SEQ_LEN = 512
 # Overrides of a step with the least memory; optimizer steps of all configs have several rows
 SMALLEST_STEP = ("batch_size=1", "gradient_accumulation_steps=2", "enable_activation_checkpointing=true")
 FREE_SHARE = 0.9  # of a card's memory; the rest is for the CUDA context and fragmentation
+CHUNK_SIZES = (2048, 1024, 512)  # of the loss; the default is 256
 
 
 def savings() -> list[tuple[tuple[str, ...], float]]:
@@ -78,6 +81,7 @@ class Setting(NamedTuple):
     accumulation: int
     checkpointing: bool
     format: str
+    chunk_size: int | None = None  # of the loss; None: as in the config
 
     def overrides(self) -> list[str]:
         return [
@@ -85,6 +89,7 @@ class Setting(NamedTuple):
             f"gradient_accumulation_steps={self.accumulation}",
             f"enable_activation_checkpointing={str(self.checkpointing).lower()}",
             *format_overrides(self.format),
+            *([] if self.chunk_size is None else [f"loss.chunk_size={self.chunk_size}"]),
         ]
 
 
@@ -108,6 +113,8 @@ def settings_of_step(settings: TrainingSettings, seq_len: int) -> list[Setting]:
 def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> dict[float, tuple[Setting, MemoryPlan]]:
     """The fastest of `settings_of_step` whose plan leaves a tenth of a card free, and its plan, for each card.
 
+    A quantized output head is dequantized for each chunk of the loss. Its chunks are as large as the card allows.
+
     Args:
         cards: bytes of each card. A card that no setting fits has no entry in the result.
 
@@ -115,6 +122,12 @@ def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> 
         ConfigError: if nothing fits any card.
     """
     settings = TrainingSettings.from_config(cfg)
+    sizes = _larger_chunks(settings)
+
+    @cache
+    def plan_of(setting: Setting) -> MemoryPlan:
+        return plan_run(TrainingSettings.from_config(override(cfg, setting.overrides())), seq_len, gpu=True)
+
     found: dict[float, tuple[Setting, MemoryPlan]] = {}
     plans: list[tuple[Setting, MemoryPlan]] = []
     for setting in tqdm(settings_of_step(settings, seq_len), desc="Planning", unit="setting", leave=False):
@@ -123,9 +136,12 @@ def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> 
             break
         if any(_least(setting, *planned) > max(limits.values()) for planned in plans):
             continue
-        plan = plan_run(TrainingSettings.from_config(override(cfg, setting.overrides())), seq_len, gpu=True)
-        plans.append((setting, plan))
-        found |= {card: (setting, plan) for card, limit in limits.items() if plan.total <= limit}
+        plans.append((setting, plan := plan_of(setting)))
+        for card in (card for card, limit in limits.items() if plan.total <= limit):
+            larger = [setting._replace(chunk_size=size) for size in sizes if size <= setting.batch_size * seq_len]
+            possible = [setting] if setting.format == "full" else [*larger, setting]
+            chosen = next(each for each in possible if plan_of(each).total <= limits[card])
+            found[card] = chosen, plan_of(chosen)
     if not found:
         smallest, plan = min(plans, key=lambda each: each[1].total)
         raise ConfigError(
@@ -133,6 +149,13 @@ def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> 
             f"with {' '.join(smallest.overrides())}. Set a smaller owlore.num_active_layers or tokenizer.max_seq_len"
         )
     return found
+
+
+def _larger_chunks(settings: TrainingSettings) -> list[int]:
+    """Those of `CHUNK_SIZES` above the config's, if the loss has chunks and the output head can be quantized."""
+    loss, model = build_model(settings)
+    quantizable = model.output in quantizable_outside(model) and not settings.owlore.train_output
+    return [size for size in CHUNK_SIZES if quantizable and size > getattr(loss, "chunk_size", size)]
 
 
 def _least(setting: Setting, other: Setting, plan: MemoryPlan) -> int:

@@ -261,12 +261,15 @@ def plain_key(cfg) -> tuple:
     return cfg.batch_size, cfg.gradient_accumulation_steps, cfg.enable_activation_checkpointing, owlore.weights
 
 
-def test_the_fastest_settings_that_fit_a_card(tiny_config, monkeypatch):
-    small = {
-        "model": tiny_config["model"] | {"num_layers": 1},
-        "owlore": tiny_config["owlore"] | {"num_active_layers": 1},
-    }
-    cfg = OmegaConf.create(tiny_config | small | {"batch_size": 1, "gradient_accumulation_steps": 2, "dtype": "bf16"})
+@pytest.fixture
+def one_layer(tiny_config) -> dict:
+    """A config in bf16 whose plans take little time."""
+    small = {"model": {"num_layers": 1}, "owlore": {"num_active_layers": 1}}
+    return tiny_config | {key: tiny_config[key] | value for key, value in small.items()} | {"dtype": "bf16"}
+
+
+def test_the_fastest_settings_that_fit_a_card(one_layer, monkeypatch):
+    cfg = OmegaConf.create(one_layer | {"batch_size": 1, "gradient_accumulation_steps": 2})
     every = settings_of_step(TrainingSettings.from_config(cfg), 64)
     assert every == sorted(every) and len(every) == 2 * 2 * 3  # batches of 1 and 2 rows
     assert {each.batch_size * each.accumulation for each in every} == {2}
@@ -284,3 +287,20 @@ def test_the_fastest_settings_that_fit_a_card(tiny_config, monkeypatch):
         assert fastest_that_fits(cfg, 64, [card]) == {card: (setting, plan)}
     with pytest.raises(ConfigError, match="nothing fits 0.0001 GB .*the smallest plan is .*batch_size=1"):
         fastest_that_fits(cfg, 64, [1e5])
+
+
+def test_chunks_of_the_loss_are_as_large_as_a_card_allows(one_layer):
+    """If they dequantize an output head. 16 rows have 1,024 positions."""
+    cfg = OmegaConf.create(one_layer | {"batch_size": 16, "gradient_accumulation_steps": 1})
+
+    def fit(card, *overrides):
+        return fastest_that_fits(override(cfg, overrides), 64, [card])[card]
+
+    setting, plan = fit(1e12)
+    assert setting.format == "int8" and setting.overrides()[-1] == "loss.chunk_size=1024"
+    shorter = setting._replace(chunk_size=None)
+    least = plan_run(TrainingSettings.from_config(override(cfg, shorter.overrides())), 64, gpu=True)
+    assert least.total < plan.total
+    assert fit(plan.total / FREE_SHARE) == (setting, plan)
+    assert fit(least.total / FREE_SHARE) == (shorter, least)
+    assert fit(1e12, "loss.chunk_size=1024")[0] == fit(1e12, "owlore.train_output=true")[0] == shorter
