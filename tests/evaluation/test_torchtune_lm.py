@@ -219,8 +219,9 @@ def test_rolling_log_likelihoods_equal_the_harness(which, request):
         pytest.param("transformers", True, marks=pytest.mark.slow), ("windows", False),
     ],
 )  # fmt: skip
-def test_greedy_text_equals_the_harness(which, chat, request):
+def test_greedy_text_equals_the_harness(which, chat, request, monkeypatch):
     ours, theirs = request.getfixturevalue(which)
+    monkeypatch.setattr(theirs, "batch_size_per_gpu", len(PROMPTS))
     options = {"until": ["\n\n", "Question:"], "max_gen_toks": 24, "do_sample": False}
     contexts = PROMPTS
     if chat:

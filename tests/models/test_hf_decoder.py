@@ -101,7 +101,8 @@ def test_smollm2_trains_as_torchtunes_decoder(rank, basis, most, smollm2_dir, tm
     }  # fmt: skip
     cfg["checkpointer"]["checkpoint_dir"] = str(smollm2_dir)
     cfg["tokenizer"]["max_seq_len"] = 128
-    cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "rank": rank, "basis": basis}
+    cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "calibration_batches": 2}
+    cfg["owlore"] |= {"rank": rank, "basis": basis}
     cfg["optimizer"] |= {"lr": 3e-4, "eps": 1e-3}
     other = variant(cfg, "transformers", checkpointer__model_type="HF")
     other["model"] = {"_component_": HF, "path": str(smollm2_dir)}
