@@ -137,11 +137,12 @@ def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> 
         if any(_least(setting, *planned) > max(limits.values()) for planned in plans):
             continue
         plans.append((setting, plan := plan_of(setting)))
-        for card in (card for card, limit in limits.items() if plan.total <= limit):
-            larger = [setting._replace(chunk_size=size) for size in sizes if size <= setting.batch_size * seq_len]
-            possible = [setting] if setting.format == "full" else [*larger, setting]
-            chosen = next(each for each in possible if plan_of(each).total <= limits[card])
-            found[card] = chosen, plan_of(chosen)
+        usable = [] if setting.format == "full" else [size for size in sizes if size <= setting.batch_size * seq_len]
+        possible = [*(setting._replace(chunk_size=size) for size in usable), setting]
+        for card, limit in limits.items():
+            if plan.total <= limit:
+                chosen = next(each for each in possible if plan_of(each).total <= limit)
+                found[card] = chosen, plan_of(chosen)
     if not found:
         smallest, plan = min(plans, key=lambda each: each[1].total)
         raise ConfigError(
