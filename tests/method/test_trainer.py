@@ -304,7 +304,7 @@ def recipe_config(weights: str, smollm2_dir: Path, directory: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "kinds"), [("full", ["Trainer", "SFTTrainer"]), ("int8", ["Trainer"])])
 def test_trainers_on_smollm2_are_as_good_as_the_recipe(weights, kinds, smollm2_dir, tmp_path):
-    """The same rows, draws and settings, killed and resumed.
+    """The same rows, draws and settings, also resumed.
 
     Random sketches differ, because torchtune has other names of weights. Products are in full precision: with int8
     products, differences of 1e-6 between the two decoders move inputs to the next of 255 values, and losses by 1 %.
@@ -319,7 +319,7 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(weights, kinds, smollm2_d
     data = Dataset.from_list([{"input_ids": sample["tokens"], "labels": sample["labels"]} for sample in samples])
     options = {key: value for key, value in cfg["optimizer"].items() if key != "_component_"}
 
-    def build_trainer(kind, name, *callbacks):
+    def build_trainer(kind, name):
         model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
         layers = ProjectedLayers(model, rank=32, seed=3)
         optimizer = torch.optim.AdamW(layers.parameter_groups(), **options)
@@ -334,7 +334,7 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(weights, kinds, smollm2_d
         return watch, type("InOrder", (InOrder, trainer_class), {})(
             model, arguments, train_dataset=data.select(range(30)), optimizers=(optimizer, None),
             data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer,
-            callbacks=[OwLoreCallback(model, schedule), watch, *callbacks],
+            callbacks=[OwLoreCallback(model, schedule), watch],
         )  # fmt: skip
 
     def train(kind):
@@ -343,10 +343,6 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(weights, kinds, smollm2_d
         assert [set(active) for active in watch.active] == watch.changed
         assert watch.active[::2] == draws
         assert len(set(watch.state_bytes)) == 1
-        _, broken = build_trainer(kind, "broken", Die(5))
-        with pytest.raises(Killed):
-            broken.train()
-        del broken  # its weights and state, before the next model loads
         _, resumed = build_trainer(kind, "resumed")
         resumed.train(resume_from_checkpoint=str(tmp_path / kind / "checkpoint-3"))
         assert_same_weights(whole.model, resumed.model)
