@@ -13,6 +13,7 @@ what the card's vendor states, and the host launches a kernel in 5 µs. The larg
 Graphs are those of a small model on a CPU, in 24 draws with validation after each.
 """
 
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +27,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torchtune import training
 from torchtune.models.llama2 import llama2, llama2_7b
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule
+from owlore_tune.layers.grouped import group_experts
 from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
 from owlore_tune.models import fused
 from owlore_tune.models.decoder import find_layers, find_linears
 from owlore_tune.models.fused import fuse_parts
+from owlore_tune.models.hf_experts import split_experts
 from owlore_tune.optim import projection
+from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.quantized import formats
-from owlore_tune.quantized.linear import attach
+from owlore_tune.quantized.linear import attach, set_value
 from owlore_tune.run.compiled import RECOMPILE_LIMIT, compile_parts
 
 META = torch.device("meta")
@@ -153,10 +158,8 @@ def count(num_active: int, rank: int | None, weights: str, products: str) -> lis
         model = llama2_7b()
         fuse_parts(model, torch.device("cuda"))
         layers = ProjectedLayers(model, rank=rank)
-    for layer in find_layers(model) if weights != "full" else ():
-        for _, linear in find_linears(layer):
-            quantized = formats.format_of(linear.weight.shape, weights).empty(linear.weight.shape, META)
-            attach(linear, quantized, products, torch.bfloat16)
+    for layer in find_layers(model):
+        quantize_empty(layer, weights, products)
     loss_fn = LinearCrossEntropyLoss()
     loss_fn.set_model_output(model)
     layers.activate([0, *range(32 - num_active + 1, 32)])
@@ -168,6 +171,38 @@ def count(num_active: int, rank: int | None, weights: str, products: str) -> lis
             mean_loss(model, loss_fn, {"tokens": tokens}, labels, META).backward()
         found.append(counts)
     return found
+
+
+def count_experts(weights: str, *, trains: bool, together: bool) -> Counts:
+    """Counts of forward and backward of the experts of one layer, with bases if they train."""
+    sizes = dict(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_hidden_layers=1)
+    with META, training.set_default_dtype(torch.bfloat16):
+        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, dtype="bfloat16"))
+        split_experts(model)
+        model.requires_grad_(False)
+        experts = model.model.layers[0].mlp.experts
+        quantize_empty(experts, weights, "full")
+        for _, linear in find_linears(experts) if trains else ():
+            weight = ProjectedWeight(linear, 64, generator=lambda device: None)
+            weight.engage()
+            weight.basis = torch.empty(weight.shape[1], 64)
+        x = torch.empty(4096, 2048, requires_grad=True)
+        choices, shares = torch.zeros(4096, 8, dtype=torch.long), torch.empty(4096, 8)
+    experts._counts = lambda choices: [len(choices) // 128] * 128  # without values, which meta tensors lack
+    if together:
+        group_experts(model, torch.device("cuda"))
+    with Counts() as counts:
+        experts(x, choices, shares).sum().backward()
+    counts.waits += not together  # for the number of tokens of each expert
+    return counts
+
+
+def quantize_empty(module: torch.nn.Module, weights: str, products: str) -> None:
+    """Give the Linears of ``module`` quantized weights without values, and free their own."""
+    for _, linear in find_linears(module) if weights != "full" else ():
+        quantized = formats.format_of(linear.weight.shape, weights).empty(linear.weight.shape, META)
+        attach(linear, quantized, products, torch.bfloat16)
+        set_value(linear.weight, linear.weight.new_empty(0))
 
 
 def count_graphs(lengths: tuple[int, ...]) -> int:
@@ -220,6 +255,18 @@ def main() -> None:
             *(f"{1e3 * second.bound(card):.1f}" for card in CARDS),
         ]
         lines.append(f"| {name} | {' | '.join(map(str, figures))} |")
+        print(lines[-1], flush=True)
+    lines += [
+        "",
+        "The experts of one layer of Qwen3-30B-A3B, 8 × 512 tokens, forward and backward:",
+        "",
+        "| weights | kernels, one expert after the other | together | waits, one after the other | together |",
+        "|---|---|---|---|---|",
+    ]
+    for weights, trains in itertools.product(("full", "int8", "nf4"), (False, True)):
+        apart, joint = (count_experts(weights, trains=trains, together=together) for together in (False, True))
+        name = f"{weights}, {'trained, rank 64' if trains else 'frozen'}"
+        lines.append(f"| {name} | {apart.kernels} | {joint.kernels} | {apart.waits} | {joint.waits} |")
         print(lines[-1], flush=True)
     lines += [
         "",

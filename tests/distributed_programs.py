@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from families import group_on_cpu
 from lm_eval.api.instance import Instance
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,7 @@ from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world, local
+from owlore_tune.layers.grouped import group_experts
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.optim.projection import sketch, truncate
 from owlore_tune.quantized.background import BackgroundStore
@@ -37,12 +39,16 @@ class SlowStore(BackgroundStore):
 
 
 def train(*files: str) -> None:
-    """Train recipes, one after the other. Those in a directory named ``…_background`` have the store of a GPU."""
+    """Train recipes, one after the other.
+
+    Those in a directory named ``…_background`` have the store of a GPU, and those in ``…_grouped`` its experts.
+    """
     configs = [DictConfig(OmegaConf.load(file)) for file in files]
     offloads = any(cfg.get("fsdp_cpu_offload") and cfg.device != "cpu" for cfg in configs)
     with process_group(torch.device(configs[0].device), configs[0].get("dist_timeout_s", 600), cpu_offload=offloads):
         for cfg in configs:
             run_weights.LayerStore = SlowStore if cfg.output_dir.endswith("_background") else LayerStore
+            run_weights.group_experts = group_on_cpu if cfg.output_dir.endswith("_grouped") else group_experts
             finetune(cfg)
 
 

@@ -24,6 +24,8 @@ from transformers import (
 )  # fmt: skip
 
 from owlore_tune.config_files import load_config
+from owlore_tune.layers.grouped import GroupedExperts
+from owlore_tune.models.hf_experts import Experts
 
 SIZES = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -144,3 +146,10 @@ def family_config(family: str, source: Path, data: Path) -> dict:
     cfg["owlore"] |= {"num_active_layers": 2, "resample_every": 2, "outlier_threshold": 2.0}
     cfg["owlore"]["rank"] = 8
     return cfg
+
+
+def group_on_cpu(model: torch.nn.Module, device: torch.device, *, sharded: bool = False) -> None:
+    """Let experts compute together, as `owlore_tune.layers.grouped.group_experts` does on a GPU."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.together = GroupedExperts(module, sharded=sharded)

@@ -113,9 +113,8 @@ def plan_memory(
     """
     num_layers = len(find_layers(model))
     active = [0, *range(num_layers - (method.num_active or num_layers) + 1, num_layers)]
-    step = PlannedStep(
-        model, loss_fn, shape, device, _quantized(model, method, active) if shape.weights != "full" else set()
-    )
+    quantized = _quantized(model, method, active) if shape.weights != "full" else set()
+    step = PlannedStep(model, loss_fn, shape, device, quantized, sharded=sharding is not None)
     with step.running():
         with META:
             layers = ProjectedLayers(step.model, **method.options)

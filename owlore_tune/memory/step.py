@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune import training
 
+from owlore_tune.layers.grouped import group_experts
 from owlore_tune.models.decoder import Decoder, find_layers, init_rope
 from owlore_tune.models.fused import fuse_parts
 from owlore_tune.models.hf_experts import Experts
@@ -43,13 +44,21 @@ class PlannedStep:
     Args:
         model: on the meta device; it is not modified.
         quantized: its modules whose weights are quantized.
+        sharded: whether FSDP2 shards the weights.
     """
 
     def __init__(
-        self, model: Decoder, loss_fn: Any, shape: StepShape, device: torch.device, quantized: set[nn.Module]
+        self,
+        model: Decoder,
+        loss_fn: Any,
+        shape: StepShape,
+        device: torch.device,
+        quantized: set[nn.Module],
+        *,
+        sharded: bool = False,
     ) -> None:
         self._source, self._loss_fn, self._shape, self._device = model, copy.copy(loss_fn), shape, device
-        self._quantized = quantized
+        self._quantized, self._sharded = quantized, sharded
         self.model = copy.deepcopy(model)
         fuse_parts(self.model, device)
         with torch.device("cpu"):
@@ -65,6 +74,7 @@ class PlannedStep:
         """Have tensors without data in the block."""
         with _attention_is_fused(), self.tracker:
             _materialize(self.model, self._source, self._shape, self._quantized)
+            group_experts(self.model, self._device, sharded=self._sharded)
             self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
             if self._shape.checkpointing:
                 layer_types = {type(layer) for layer in find_layers(self.model)}

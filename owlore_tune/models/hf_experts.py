@@ -4,8 +4,6 @@ transformers keeps the experts of a layer in two parameters with three dimension
 a Linear with its name in checkpoints, so it is scored, projected, quantized and saved as any other.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +23,9 @@ class Experts(nn.ModuleList):
         gate, up, down: names of an expert's Linears.
 
     Attributes:
+        names: of an expert's Linears, in this order.
+        together: computes all experts at once while it can; see `owlore_tune.layers.grouped`. None computes them one
+            after the other.
         even_routing: for a memory plan, which has no data: the experts that train share all tokens evenly.
         tokens: (t,) long, the tokens, of the flattened batch, that the current expert gets during `forward`.
     """
@@ -37,31 +38,14 @@ class Experts(nn.ModuleList):
             for halves, last in ((both.chunk(2), last) for both, last in zip(gates_ups, downs, strict=True))
         )
         del fused.gate_up_proj, fused.down_proj
-        self._fused = [fused]  # for its activation and `stack`; in a list, to not be registered
-        self._names = names
-        self._together: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self._fused = [fused]  # in a list, to not be registered
+        self.names = names
+        self.together: Any = None
         self.even_routing = False
         self.tokens: Tensor | None = None
 
-    @torch.no_grad()
-    def stack(self) -> None:
-        """Keep the weights of all experts side by side, as transformers does.
-
-        While none trains, transformers' grouped products then compute all experts, and the host does not wait for the
-        number of tokens of each. Call it once weights are loaded, and change them in place only.
-        """
-        from transformers.integrations.moe import grouped_mm_experts_forward
-
-        experts: list[Any] = list(self)
-        *gate_up, down = self._names
-        gates_ups = [expert[name].weight for expert in experts for name in gate_up]
-        downs = [expert[down].weight for expert in experts]
-        first, last = torch.stack(gates_ups), torch.stack(downs)
-        for weight, own in zip((*gates_ups, *downs), (*first, *last), strict=True):
-            weight.data = own
-        fused = self._fused[0]
-        fused.gate_up_proj, fused.down_proj = first.unflatten(0, (-1, 2)).flatten(1, 2), last
-        self._together = partial(grouped_mm_experts_forward, fused)
+    def activation(self, gate_up: Tensor) -> Tensor:  # (t, 2 h) → (t, h)
+        return self._fused[0]._apply_gate(gate_up)
 
     @torch.compiler.disable  # the number of tokens per expert changes in every step
     def forward(
@@ -70,12 +54,17 @@ class Experts(nn.ModuleList):
         top_k_index: Tensor,  # (n, k) experts of each token
         top_k_weights: Tensor,  # (n, k)
     ) -> Tensor:  # (n, d)
-        if self._together is not None and not _trains(self):
-            return self._together(hidden_states, top_k_index, top_k_weights)
         num_tokens, top_k = top_k_index.shape
-        choices = top_k_index.flatten()
-        order = choices.argsort(stable=True)
+        choices, order = top_k_index.flatten().sort(stable=True)
         tokens = order // top_k
+        if self.together is not None and self.together.can_compute():
+            outputs = self.together(hidden_states[tokens], choices)
+        else:
+            outputs = self._one_by_one(hidden_states, tokens, choices)
+        weighted = outputs[order.argsort()].view(num_tokens, top_k, -1) * top_k_weights[..., None]
+        return weighted.sum(dim=1).to(hidden_states.dtype)
+
+    def _one_by_one(self, hidden_states: Tensor, tokens: Tensor, choices: Tensor) -> Tensor:
         counts = self._counts(choices)
         outputs = []
         for expert, own, x in zip(self, tokens.split(counts), hidden_states[tokens].split(counts), strict=True):
@@ -84,8 +73,7 @@ class Experts(nn.ModuleList):
                 self.tokens = own
                 outputs.append(self._of_expert(expert, x))
         self.tokens = None
-        weighted = torch.cat(outputs)[order.argsort()].view(num_tokens, top_k, -1) * top_k_weights[..., None]
-        return weighted.sum(dim=1).to(hidden_states.dtype)
+        return torch.cat(outputs)
 
     def _counts(self, choices: Tensor) -> list[int]:
         """The number of tokens of each expert."""
@@ -96,20 +84,8 @@ class Experts(nn.ModuleList):
         return choices.bincount(minlength=len(self)).tolist()
 
     def _of_expert(self, expert: Any, x: Tensor) -> Tensor:
-        gate, up, down = (expert[name] for name in self._names)
-        return down(self._fused[0]._apply_gate(torch.cat([gate(x), up(x)], dim=-1)))
-
-
-def stack_experts(model: nn.Module, device: torch.device) -> None:
-    """Let the experts of layers that do not train compute together on a GPU, see `Experts.stack`.
-
-    Only for bfloat16, because torch has no such product of other types on a GPU.
-    """
-    if device.type != "cuda" or next(model.parameters()).dtype != torch.bfloat16:
-        return
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.stack()
+        gate, up, down = (expert[name] for name in self.names)
+        return down(self.activation(torch.cat([gate(x), up(x)], dim=-1)))
 
 
 def _trains(module: nn.Module) -> bool:

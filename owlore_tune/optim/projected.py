@@ -25,6 +25,17 @@ _TENSORS = ("basis", "is_given", "turn", "start", "correction")
 _MOVED = 2**22  # values of a 16-bit weight that a merge changes at once
 
 
+def stacked_update(weights: "list[ProjectedWeight]", dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The updates of weights that all have a basis, the same c and the same settings, such as those of experts.
+
+    Returns:
+        c, None if it is 1; and two factors in ``dtype``, (e, n, r) and (e, r, m), whose product is (s · A Pᵀ)ᵀ.
+    """
+    trained, bases, corrections = zip(*[(w.trained, w.basis, w.correction) for w in weights], strict=True)
+    correction = None if corrections[0] is None else torch.stack(corrections)
+    return weights[0]._decay, *weights[0]._factors(torch.stack(trained), torch.stack(bases), correction, dtype)
+
+
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype in which a parameter is trained: float32, or float64 for float64 parameters."""
     return torch.promote_types(parameter.dtype, torch.float32)
@@ -144,12 +155,18 @@ class ProjectedWeight:
         The gradient of A is that of s = 1, so that clipping and eps do not depend on s.
         """
         assert self.basis is not None
-        factor = self.trained if self._scale == 1.0 else self.trained + (self._scale - 1) * self.trained.detach()
-        if self.correction is not None:
-            factor = factor + self.correction
-        factor, basis = factor.to(x.dtype), self.basis.to(x.dtype)
-        first, second = (basis, factor.T) if self.right else (factor.T, basis.T)
+        first, second = self._factors(self.trained, self.basis, self.correction, x.dtype)
         return product.addmm_((x @ first).to(product.dtype), second.to(product.dtype))  # autocast may round products
+
+    def _factors(
+        self, trained: Tensor, basis: Tensor, correction: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The two factors of (s · A Pᵀ)ᵀ, also of several such weights whose tensors are stacked."""
+        factor = trained if self._scale == 1.0 else trained + (self._scale - 1) * trained.detach()
+        if correction is not None:
+            factor = factor + correction
+        factor, basis = factor.to(dtype), basis.to(dtype)
+        return (basis, factor.mT) if self.right else (factor.mT, basis.mT)
 
     def make_basis(self, x: Tensor, grad: Tensor) -> Tensor | None:  # (t, n), (t, m) → the gradient of A
         """Make the basis from the Linear's input and its output's gradient, unless there is one already.

@@ -33,7 +33,7 @@ NF4_LEVELS = (
 
 
 class QuantizedWeight:
-    """A weight (m, n) in few bits: a frozen dataclass of tensors.
+    """A weight (m, n) in few bits: a frozen dataclass of tensors, each with one row for each row of the weight.
 
     Attributes:
         name: of the format in a config.

@@ -9,11 +9,11 @@ import torch
 from owlore_tune.checkpoints.checkpointer import weight_files
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.layers.grouped import group_experts
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.scores import Score, score_each
 from owlore_tune.layers.scores_file import LayerScores
 from owlore_tune.models.decoder import Decoder, find_layers, init_rope
-from owlore_tune.models.hf_experts import stack_experts
 from owlore_tune.quantized.background import BackgroundStore
 from owlore_tune.quantized.layers import QuantizedLayers
 from owlore_tune.quantized.store import OUTSIDE, LayerStore
@@ -71,6 +71,7 @@ def load_and_score(
         with report.timed("load"):
             quantized = _open_store(loading)
             values = _load_and_quantize(loading, quantized, None if known else score_of(settings))
+            group_experts(model, settings.device)
         return quantized, known or with_origin(settings, values, fingerprint, loading.world)
     with report.timed("load"):
         inputs.checkpointer.load_checkpoint(
@@ -82,8 +83,7 @@ def load_and_score(
         )
     with report.timed("score"):
         scores = known or score_layers(settings, model, inputs.data, fingerprint, loading.world)
-    if loading.sharding is None:
-        stack_experts(model, settings.device)
+    group_experts(model, settings.device, sharded=loading.sharding is not None)
     return None, scores
 
 

@@ -163,6 +163,7 @@ def test_other_settings_train_alike(family, changes, tmp_path, tiny_data):
 
 @pytest.mark.slow
 def test_families_resume_bit_for_bit_and_train_on_two_ranks_as_on_one(tmp_path, tiny_data):
+    """On two ranks, experts compute together, as on GPUs."""
     singles, pairs = [], []
     for family in OF_TRANSFORMERS:
         source = hf_model(FAMILIES[family][-1], tmp_path / family.replace(" ", "_"))
@@ -177,10 +178,19 @@ def test_families_resume_bit_for_bit_and_train_on_two_ranks_as_on_one(tmp_path, 
         resumed = weights(broken)
         assert all(torch.equal(weight, resumed[name]) for name, weight in weights(cfg).items()), family
         singles.append(cfg)
-        pairs.append(variant(cfg, "pair", batch_size=2))
+        pairs.append(variant(cfg, "pair_grouped" if family in EXPERTS else "pair", batch_size=2))
     train_together(2, *pairs)
     for one, two in zip(singles, pairs, strict=True):
         assert furthest(one, two) < 1e-6, two["output_dir"]
+
+
+@pytest.mark.slow
+def test_sharded_experts_in_the_projected_form_compute_together(tmp_path, tiny_data):
+    source = hf_model(FAMILIES["mixtral"][-1], tmp_path / "source")
+    apart = variant(family_config("mixtral", source, tiny_data), "apart", batch_size=2)
+    together = variant(apart, "grouped")
+    train_together(2, apart, together)
+    assert 0 < furthest(apart, together) < 1e-6
 
 
 @pytest.mark.parametrize(

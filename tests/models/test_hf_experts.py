@@ -2,20 +2,26 @@
 
 import pytest
 import torch
-from families import FAMILIES, SIZES, family_config, hf_model
+from families import FAMILIES, SIZES, family_config, group_on_cpu, hf_model
 from live_bytes import LiveBytes
 from schedules import setup
 from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
 
 from owlore_tune.layers import Outlier, layer_scores
+from owlore_tune.layers.grouped import GroupedExperts
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.memory.plan import Method, plan_memory
 from owlore_tune.memory.step import StepShape
 from owlore_tune.models.decoder import find_linears
 from owlore_tune.models.hf_experts import Experts, split_experts
 from owlore_tune.models.hf_model import HFDecoder, hf_decoder
-from owlore_tune.quantized.linear import quantize
+from owlore_tune.optim.basis_maker import BasisMaker
+from owlore_tune.optim.projected import ProjectedWeight
+from owlore_tune.quantized.formats import format_of
+from owlore_tune.quantized.linear import attach, in_full_precision, quantize, requantize, restore, set_value
 from runs import assert_weights, finetune, finetune_until, variant, weights
+
+META, DTYPE = torch.device("meta"), torch.bfloat16
 
 
 def model_with_experts(config) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -42,7 +48,7 @@ def test_separate_experts_have_the_outputs_and_gradients_of_fused_ones(config, a
     torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-5)
     expected.loss.backward()
     got.loss.backward()
-    fused, (gate, up, down) = theirs.model.layers[1].mlp.experts, ours.model.layers[1].mlp.experts._names
+    fused, (gate, up, down) = theirs.model.layers[1].mlp.experts, ours.model.layers[1].mlp.experts.names
     used = []
     for index, expert in enumerate(ours.model.layers[1].mlp.experts):
         both = torch.cat([expert[gate].weight.grad, expert[up].weight.grad])
@@ -117,68 +123,139 @@ def test_a_step_without_data_holds_what_a_real_one_holds():
     )
 
 
-@pytest.mark.parametrize("num_experts", [4, 80], ids=["all used", "more experts than tokens"])
-def test_experts_that_do_not_train_compute_together(num_experts):
-    """As they do one after the other, also after a change of their weights in place."""
-    _, causal = model_with_experts(MixtralConfig(**SIZES, num_local_experts=num_experts, num_experts_per_tok=2))
+def mixtral_experts(num_experts: int, weights: str) -> Experts:
+    """Frozen experts whose sizes suit all formats."""
+    sizes = SIZES | dict(hidden_size=64, intermediate_size=128)
+    _, causal = model_with_experts(MixtralConfig(**sizes, num_local_experts=num_experts, num_experts_per_tok=2))
     experts = causal.model.layers[0].mlp.experts.requires_grad_(False)
-    x = torch.randn(24, SIZES["hidden_size"], requires_grad=True)
-    choices, shares = torch.randint(num_experts, (24, 2)), torch.rand(24, 2)
+    if weights != "full":
+        for _, linear in find_linears(experts):
+            quantize(linear, weights)
+    return experts
+
+
+def routed(num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(24, 64, requires_grad=True)
+    return x, torch.randint(num_experts, (24, 2)), torch.rand(24, 2)
+
+
+def assert_alike_together(experts: Experts, inputs: tuple, trained: list[torch.Tensor]) -> None:
+    """Outputs and gradients of experts that compute together are those of experts that compute one by one."""
+    results = []
+    for together in (None, GroupedExperts(experts)):
+        experts.together = together
+        assert together is None or together.can_compute()
+        y = experts(*inputs)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [inputs[0], *trained])])
+    experts.together = None
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["full", "int8", "nf4"])
+@pytest.mark.parametrize("num_experts", [4, 80], ids=["all used", "more experts than tokens"])
+def test_experts_that_do_not_train_compute_together(num_experts, weights):
+    """Also after a change of their weights, in place or not, and with the names of before."""
+    experts = mixtral_experts(num_experts, weights)
     names = list(experts.state_dict())
-
-    def outputs_and_gradient() -> list[torch.Tensor]:
-        y = experts(x, choices, shares)
-        return [y, *torch.autograd.grad(y.square().sum(), x)]
-
-    for _ in range(2):
-        expected = outputs_and_gradient()
-        experts.stack()
-        torch.testing.assert_close(outputs_and_gradient(), expected, atol=1e-4, rtol=1e-5)
-        experts._together = None
-        for parameter in experts.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    inputs = routed(num_experts)
+    assert_alike_together(experts, inputs, [])
+    for _, linear in find_linears(experts):
+        value = torch.randn(linear.out_features, linear.in_features) * 0.3
+        linear.weight.copy_(value) if weights == "full" else requantize(linear, value)
+    assert_alike_together(experts, inputs, [])
+    for _, linear in find_linears(experts):
+        restore(linear, torch.randn(linear.out_features, linear.in_features) * 0.3)
+    assert_alike_together(experts, inputs, [])
     assert list(experts.state_dict()) == names
 
 
-def test_the_host_does_not_wait_for_experts_that_do_not_train():
+@pytest.mark.parametrize("side", ["right", "shape"])
+@pytest.mark.parametrize("weights", ["full", "nf4"])
+def test_experts_in_the_projected_form_compute_together(weights, side):
+    """With decay, a scale and corrections. One that has to make a basis computes on its own, as do all with it."""
+    experts = mixtral_experts(4, weights)
+    maker = BasisMaker()
+    projected = [
+        ProjectedWeight(linear, 8, generator=lambda device: None, side=side, scale=0.5, maker=maker)
+        for _, linear in find_linears(experts)
+    ]
+    for weight in projected:
+        weight.engage()
+    inputs = routed(4)
+    experts.together = GroupedExperts(experts)
+    assert not experts.together.can_compute()
+    experts(*inputs).square().sum().backward()
+    for weight in projected:
+        torch.nn.init.normal_(weight.trained, std=0.1)
+        weight.decay_by(0.9)
+        if weights == "nf4":
+            weight.correction = torch.randn(weight.size) * 0.1
+    assert_alike_together(experts, inputs, [weight.trained for weight in projected])
+    if weights == "nf4":
+        with in_full_precision({weight.linear: torch.randn(weight.shape) * 0.3 for weight in projected}):
+            assert_alike_together(experts, inputs, [])  # as they are, without updates
+        assert_alike_together(experts, inputs, [weight.trained for weight in projected])
+    projected[5].give_up_basis()
+    assert not GroupedExperts(experts).can_compute()
+
+
+@pytest.mark.parametrize("form", ["full", "int8", "nf4", "projected"])
+def test_the_host_does_not_wait_for_experts_that_compute_together(form):
     """Tensors of the meta device have no values to read."""
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=4))
         split_experts(causal)
         experts = causal.model.layers[0].mlp.experts.bfloat16().requires_grad_(False)
-        x = torch.empty(24, SIZES["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
-        inputs = x, torch.zeros(24, 2, dtype=torch.long), torch.empty(24, 2, dtype=torch.bfloat16)
+        for _, linear in find_linears(experts):
+            if form == "projected":
+                weight = ProjectedWeight(linear, 8, generator=lambda device: None)
+                weight.engage()
+                weight.basis = torch.empty(weight.shape[1], 8, dtype=torch.bfloat16)
+            elif form != "full":
+                attach(linear, format_of(linear.weight.shape, form).empty(linear.weight.shape, META), "full", DTYPE)
+                set_value(linear.weight, torch.empty(0, dtype=DTYPE))
+        x = torch.empty(24, SIZES["hidden_size"], dtype=DTYPE, requires_grad=True)
+        inputs = x, torch.zeros(24, 2, dtype=torch.long), torch.empty(24, 2, dtype=DTYPE)
         with pytest.raises(RuntimeError, match="bincount"):
             experts(*inputs)
-        experts.stack()
+        experts.together = GroupedExperts(experts)
         experts(*inputs).sum().backward()
+        assert x.grad.shape == x.shape
         experts.requires_grad_(True)
-        with pytest.raises(RuntimeError, match="bincount"):
-            experts(*inputs)
-    assert x.grad.shape == x.shape
+        if form == "full":
+            with pytest.raises(RuntimeError, match="bincount"):
+                experts(*inputs)
 
 
-@pytest.mark.parametrize("rank", [8, None])
+@pytest.mark.parametrize("changes", [{}, {"owlore__rank": None}, {"owlore__weights": "int8"}], ids=str)
 def test_a_run_whose_experts_compute_together_trains_alike_and_resumes_to_the_same_bits(
-    rank, tmp_path, tiny_data, monkeypatch
+    changes, tmp_path, tiny_data, monkeypatch
 ):
     """As on a GPU. Weights of all experts share memory there, also when they are saved."""
     source = hf_model(FAMILIES["olmoe"][-1], tmp_path / "source")
-    cfg = variant(family_config("olmoe", source, tiny_data), "apart", owlore__rank=rank)
-    finetune(cfg)
-    stacked = []
-
-    def stack(model, device):
-        stacked.extend(module for module in model.modules() if isinstance(module, Experts))
-        for experts in stacked:
-            experts.stack()
-
-    monkeypatch.setattr("owlore_tune.run.weights.stack_experts", stack)
+    cfg = variant(family_config("olmoe", source, tiny_data), "apart", **changes)
+    apart = finetune(cfg)
+    products = count_grouped_products(monkeypatch)
     together, resumed = variant(cfg, "together"), variant(cfg, "resumed")
-    finetune(together)
-    assert len(stacked) == 4
+    recipe = finetune(together)
+    assert len(products) > 4 * 2 * 3  # at least those of frozen layers
     finetune_until(resumed, 3)
     finetune(resumed | {"resume_from_checkpoint": True})
     assert_weights(resumed, weights(together))
     for name, weight in weights(cfg).items():
         torch.testing.assert_close(weights(together)[name], weight, atol=1e-5, rtol=0)
+    for when, loss in apart.report.records.losses.items():
+        assert recipe.report.records.losses[when] == pytest.approx(loss, abs=1e-5)
+
+
+def count_grouped_products(monkeypatch) -> list:
+    """Let experts of runs compute together on a CPU, and record their products from now on."""
+    products, of_torch = [], torch.nn.functional.grouped_mm
+
+    def product(x: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        products.append(x.shape)
+        return of_torch(x, weights, offs=offs)
+
+    monkeypatch.setattr("owlore_tune.run.weights.group_experts", group_on_cpu)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", product)
+    return products
