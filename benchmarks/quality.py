@@ -273,13 +273,13 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true", help="measure step times and memory, and no losses")
     parser.add_argument("--row", nargs=4, metavar=("NAME", "LR", "SEED", "STEPS"), help="train this run alone")
     args = parser.parse_args()
+    if args.row and args.row[0] not in METHODS:
+        parser.error(f"{args.row[0]!r} is not one of {', '.join(METHODS)}")
     study = Study(args.data.resolve(), (os.cpu_count() or 1) if args.costs else args.threads)
     if args.costs:
         study.measure(args.methods)
     elif args.row:
         name, lr, seed, steps = args.row
-        if name not in METHODS:
-            parser.error(f"{name!r} is not one of {', '.join(METHODS)}")
         repeat(study, Run(name, float(lr), int(seed), int(steps)))
     elif unknown := {REFERENCE, *args.methods} - study.costs.keys():
         parser.error(f"run it with --costs first, for {', '.join(sorted(unknown))}")

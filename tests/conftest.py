@@ -86,9 +86,10 @@ def harness_index():
 
 
 @pytest.fixture(autouse=True)
-def return_memory():
-    """Return the memory of a large test to the system, which glibc keeps for reuse."""
+def leave_no_traces():
+    """Check that products of later tests are in float32. Return the memory of a large test, which glibc keeps."""
     yield
+    assert torch.get_float32_matmul_precision() == "highest"
     if resident_bytes() > 2 * 10**9:
         gc.collect()
         return_freed_memory(torch.device("cpu"))

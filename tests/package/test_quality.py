@@ -184,10 +184,9 @@ def test_a_model_before_training_has_forgotten_nothing(quality, smollm2_dir, tmp
     assert general_loss(tmp_path / "other") != general_loss(smollm2_dir)
 
 
-def test_a_run_of_an_unknown_method_is_refused(quality, tmp_path, monkeypatch, capsys):
-    (tmp_path / "math").mkdir()
-    (tmp_path / "math" / "train.json").write_text('[{"instruction": "1", "input": "", "output": "1"}]')
-    arguments = ["quality.py", "--data", str(tmp_path), "--row", "LoRa", "1e-4", "0", "100"]
+def test_a_run_of_an_unknown_method_is_refused(quality, monkeypatch, capsys):
+    """Before any data is read."""
+    arguments = ["quality.py", "--data", "missing", "--row", "LoRa", "1e-4", "0", "100"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match="2"):
         quality.main()
