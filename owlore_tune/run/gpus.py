@@ -14,6 +14,7 @@ from owlore_tune.config_files import load_config, override
 from owlore_tune.errors import ConfigError
 from owlore_tune.memory.plan import MemoryPlan
 from owlore_tune.models.decoder import find_layers
+from owlore_tune.models.hf_experts import Experts
 from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.quantized.linear import quantizable_outside
 from owlore_tune.run.build import build_model
@@ -71,6 +72,7 @@ _FLOPS = 1.5e14  # per second, of bf16 products
 _LAUNCH = 5e-6  # seconds of a kernel
 _KERNELS = 90  # of a layer in a micro-batch; see benchmarks/gpu_counts.md
 _SPEED = {"full": 1.0, "int8": 1.6, "nf4": 0.8}  # of products with a format, with its fastest products
+_DEQUANTIZED = 0.8  # of products of experts with any other format than full
 
 
 class Setting(NamedTuple):
@@ -99,12 +101,15 @@ def settings_of_step(settings: TrainingSettings, seq_len: int) -> list[Setting]:
     layers = find_layers(model)
     weights = sum(parameter.numel() for parameter in layers.parameters())
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
+    speeds = _SPEED
+    if any(isinstance(module, Experts) for module in layers.modules()):
+        speeds = {"full": 1.0} | dict.fromkeys(FORMATS, _DEQUANTIZED)
     kinds = ("full",) if settings.cfg.fsdp else ("full", *FORMATS)  # FSDP2 does not shard quantized weights
     found = []
     for batch_size in (size for size in range(1, rows + 1) if rows % size == 0):
         for checkpointing, kind in itertools.product((False, True), kinds):
             passes = 3 if checkpointing else 2  # forward, its repetition, and the products of backward
-            products = 2 * passes * weights * rows * seq_len / _FLOPS / _SPEED.get(kind, 1.0)
+            products = 2 * passes * weights * rows * seq_len / _FLOPS / speeds.get(kind, 1.0)
             launches = rows // batch_size * passes / 2 * len(layers) * _KERNELS * _LAUNCH
             found.append(Setting(products + launches, batch_size, rows // batch_size, checkpointing, kind))
     return sorted(found)

@@ -14,7 +14,7 @@ from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.config_files import override
+from owlore_tune.config_files import load_config, override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.loss import LinearCrossEntropyLoss
@@ -287,6 +287,16 @@ def test_the_fastest_settings_that_fit_a_card(one_layer, monkeypatch):
         assert fastest_that_fits(cfg, 64, [card]) == {card: (setting, plan)}
     with pytest.raises(ConfigError, match="nothing fits 0.0001 GB .*the smallest plan is .*batch_size=1"):
         fastest_that_fits(cfg, 64, [1e5])
+
+
+def test_full_precision_is_fastest_for_experts():
+    """Which dequantize other formats."""
+    formats = {}
+    for name in ("olmoe/1B_7B_owlore", "llama3_2/1B_owlore"):
+        settings = TrainingSettings.from_config(load_config(name, ["device=cpu", "dtype=bf16"]))
+        formats[name] = [setting.format for setting in settings_of_step(settings, 512)]
+    assert [found[0] for found in formats.values()] == ["full", "int8"]
+    assert all(set(found) == {"full", "int8", "nf4"} for found in formats.values())
 
 
 def test_chunks_of_the_loss_are_as_large_as_a_card_allows(one_layer):
