@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+from families import SIZES
 from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from owlore_tune.config_files import load_config
+from owlore_tune.layers.grouped import group_experts
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
 from owlore_tune.models.decoder import find_layers, find_linears
 from owlore_tune.models.fused import fuse_parts
+from owlore_tune.models.hf_experts import split_experts
+from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.quantized.linear import quantize
 from runs import finetune, prepare, read_weights, variant, weights
 
@@ -64,6 +69,38 @@ def test_the_host_does_not_wait_in_forward_and_backward(name):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(parameter.grad.isfinite().all() for parameter in layers.trained().values())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_compute_together_without_a_wait(name):
+    """In the projected form, and as one after the other within the rounding of bf16."""
+    device = torch.device("cuda")
+    sizes = SIZES | dict(hidden_size=64, intermediate_size=128, dtype="bfloat16")
+    causal = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_local_experts=4))
+    split_experts(causal)
+    experts = causal.model.layers[0].mlp.experts.to(device).requires_grad_(False)
+    weights = []
+    for _, linear in find_linears(experts):
+        if name != "full":
+            quantize(linear, name)
+        weights.append(ProjectedWeight(linear, 8, generator=lambda device: None))
+        weights[-1].engage()
+    x = torch.randn(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    inputs = x, torch.randint(4, (64, 2), device=device), torch.rand(64, 2, device=device, dtype=torch.bfloat16)
+    experts(*inputs).sum().backward()  # makes the bases
+    for weight in weights:
+        torch.nn.init.normal_(weight.trained, std=0.1)
+    results = []
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            y = experts(*inputs)
+            results.append([y, *torch.autograd.grad(y.sum(), [x, *(weight.trained for weight in weights)])])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        group_experts(experts, device)
+    for one, together in zip(*results, strict=True):
+        assert (one - together).norm() <= 0.02 * one.norm()
 
 
 def test_a_layer_is_written_as_it_was_and_read_ahead_into_pinned_memory(tiny_config):
