@@ -153,3 +153,4 @@ def group_on_cpu(model: torch.nn.Module, device: torch.device, *, sharded: bool 
     for module in model.modules():
         if isinstance(module, Experts):
             module.together = GroupedExperts(module, sharded=sharded)
+            module.together.join()

@@ -3,10 +3,11 @@
 The model's own forward and backward run on torch's meta device: each operation returns a tensor with shape and dtype,
 but no data. Operations are those of a CPU, in a plan for a GPU too. A GPU has larger pieces of a quantized weight in
 full precision at once, see `owlore_tune.quantized.formats.pieces`; the plan leaves out the difference, 0.06 GB at most
-in bfloat16. The layers that train are in the projected form, as in a run: one step makes their bases, and one uses
-them. A dispatch mode counts live bytes and keeps the peak. The plan works for any model, loss and dtype that the step
-supports, and takes seconds for 7B weights. With many small experts it takes longer, because each of their matrices is
-an operation.
+in bfloat16. For experts in NF4 it is too large, by the size of one matrix of all experts of a layer.
+
+The layers that train are in the projected form, as in a run: one step makes their bases, and one uses them. A dispatch
+mode counts live bytes and keeps the peak. The plan works for any model, loss and dtype that the step supports, and
+takes seconds for 7B weights. With many small experts it takes longer, because each of their matrices is an operation.
 """
 
 from collections.abc import Callable, Mapping

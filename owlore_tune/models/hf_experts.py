@@ -24,6 +24,7 @@ class Experts(nn.ModuleList):
 
     Attributes:
         names: of an expert's Linears, in this order.
+        activation: of the outputs of gate and up, side by side.
         together: computes all experts at once while it can; see `owlore_tune.layers.grouped`. None computes them one
             after the other.
         even_routing: for a memory plan, which has no data: the experts that train share all tokens evenly.
@@ -38,14 +39,11 @@ class Experts(nn.ModuleList):
             for halves, last in ((both.chunk(2), last) for both, last in zip(gates_ups, downs, strict=True))
         )
         del fused.gate_up_proj, fused.down_proj
-        self._fused = [fused]  # in a list, to not be registered
+        self.activation = fused._apply_gate  # (t, 2 h) → (t, h)
         self.names = names
         self.together: Any = None
         self.even_routing = False
         self.tokens: Tensor | None = None
-
-    def activation(self, gate_up: Tensor) -> Tensor:  # (t, 2 h) → (t, h)
-        return self._fused[0]._apply_gate(gate_up)
 
     @torch.compiler.disable  # the number of tokens per expert changes in every step
     def forward(

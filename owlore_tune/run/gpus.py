@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -72,7 +72,7 @@ _FLOPS = 1.5e14  # per second, of bf16 products
 _LAUNCH = 5e-6  # seconds of a kernel
 _KERNELS = 90  # of a layer in a micro-batch; see benchmarks/gpu_counts.md
 _SPEED = {"full": 1.0, "int8": 1.6, "nf4": 0.8}  # of products with a format, with its fastest products
-_DEQUANTIZED = 0.8  # of products of experts with any other format than full
+_DEQUANTIZE = 1.3e-12  # seconds of a value of experts, which are dequantized in every pass
 
 
 class Setting(NamedTuple):
@@ -100,19 +100,29 @@ def settings_of_step(settings: TrainingSettings, seq_len: int) -> list[Setting]:
     model = build_model(settings)[1]
     layers = find_layers(model)
     weights = sum(parameter.numel() for parameter in layers.parameters())
+    in_experts, used = _weights_of_experts(model)
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
-    speeds = _SPEED
-    if any(isinstance(module, Experts) for module in layers.modules()):
-        speeds = {"full": 1.0} | dict.fromkeys(FORMATS, _DEQUANTIZED)
     kinds = ("full",) if settings.cfg.fsdp else ("full", *FORMATS)  # FSDP2 does not shard quantized weights
     found = []
     for batch_size in (size for size in range(1, rows + 1) if rows % size == 0):
         for checkpointing, kind in itertools.product((False, True), kinds):
             passes = 3 if checkpointing else 2  # forward, its repetition, and the products of backward
-            products = 2 * passes * weights * rows * seq_len / _FLOPS / speeds.get(kind, 1.0)
-            launches = rows // batch_size * passes / 2 * len(layers) * _KERNELS * _LAUNCH
-            found.append(Setting(products + launches, batch_size, rows // batch_size, checkpointing, kind))
+            speed = 1.0 if in_experts else _SPEED.get(kind, 1.0)
+            products = 2 * passes * (weights - in_experts + used) * rows * seq_len / _FLOPS / speed
+            of_batch = passes / 2 * len(layers) * _KERNELS * _LAUNCH
+            of_batch += passes * in_experts * _DEQUANTIZE * (kind != "full")
+            accumulation = rows // batch_size
+            found.append(Setting(products + accumulation * of_batch, batch_size, accumulation, checkpointing, kind))
     return sorted(found)
+
+
+def _weights_of_experts(model: Any) -> tuple[int, int]:
+    """The number of weights in experts, and about how many of them a token uses."""
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    if not experts:
+        return 0, 0
+    number = sum(parameter.numel() for module in experts for parameter in module.parameters())
+    return number, number * getattr(model.config, "num_experts_per_tok", 1) // len(experts[0])
 
 
 def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> dict[float, tuple[Setting, MemoryPlan]]:

@@ -8,7 +8,7 @@ from schedules import setup
 from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
 
 from owlore_tune.layers import Outlier, layer_scores
-from owlore_tune.layers.grouped import GroupedExperts
+from owlore_tune.layers.grouped import GroupedExperts, without_empty
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.memory.plan import Method, plan_memory
 from owlore_tune.memory.step import StepShape
@@ -22,6 +22,7 @@ from owlore_tune.quantized.linear import attach, in_full_precision, quantize, re
 from runs import assert_weights, finetune, finetune_until, variant, weights
 
 META, DTYPE = torch.device("meta"), torch.bfloat16
+WIDE = SIZES | dict(hidden_size=64, intermediate_size=128)  # NF4 takes multiples of 64
 
 
 def model_with_experts(config) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -125,8 +126,7 @@ def test_a_step_without_data_holds_what_a_real_one_holds():
 
 def mixtral_experts(num_experts: int, weights: str) -> Experts:
     """Frozen experts whose sizes suit all formats."""
-    sizes = SIZES | dict(hidden_size=64, intermediate_size=128)
-    _, causal = model_with_experts(MixtralConfig(**sizes, num_local_experts=num_experts, num_experts_per_tok=2))
+    _, causal = model_with_experts(MixtralConfig(**WIDE, num_local_experts=num_experts, num_experts_per_tok=2))
     experts = causal.model.layers[0].mlp.experts.requires_grad_(False)
     if weights != "full":
         for _, linear in find_linears(experts):
@@ -192,18 +192,33 @@ def test_experts_in_the_projected_form_compute_together(weights, side):
             weight.correction = torch.randn(weight.size) * 0.1
     assert_alike_together(experts, inputs, [weight.trained for weight in projected])
     if weights == "nf4":
-        with in_full_precision({weight.linear: torch.randn(weight.shape) * 0.3 for weight in projected}):
+        values = {weight.linear: torch.randn(weight.shape) * 0.3 for weight in projected}
+        with in_full_precision(values):
             assert_alike_together(experts, inputs, [])  # as they are, without updates
+            for linear, value in values.items():
+                assert linear.weight.data_ptr() == value.data_ptr()  # no copies of all of them
         assert_alike_together(experts, inputs, [weight.trained for weight in projected])
+    inputs[1].fill_(2)  # the others have no tokens, and zero gradients, though some GPUs write nothing there
+    assert_alike_together(experts, inputs, [weight.trained for weight in projected])
+    hook = experts[3]["w1"].register_forward_pre_hook(lambda *_: None)
+    assert not GroupedExperts(experts).can_compute()
+    hook.remove()
+    assert GroupedExperts(experts).can_compute()
     projected[5].give_up_basis()
     assert not GroupedExperts(experts).can_compute()
+
+
+def test_an_expert_without_rows_gets_no_gradient_of_what_the_memory_was():
+    grad = without_empty(torch.tensor([2, 2, 5], dtype=torch.int32), torch.full((3, 4, 2), torch.nan))
+    assert [part.isnan().all().item() for part in grad] == [True, False, True]
+    assert not grad[1].any()
 
 
 @pytest.mark.parametrize("form", ["full", "int8", "nf4", "projected"])
 def test_the_host_does_not_wait_for_experts_that_compute_together(form):
     """Tensors of the meta device have no values to read."""
     with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=4))
+        causal = AutoModelForCausalLM.from_config(MixtralConfig(**WIDE, num_local_experts=4))
         split_experts(causal)
         experts = causal.model.layers[0].mlp.experts.bfloat16().requires_grad_(False)
         for _, linear in find_linears(experts):
@@ -214,7 +229,7 @@ def test_the_host_does_not_wait_for_experts_that_compute_together(form):
             elif form != "full":
                 attach(linear, format_of(linear.weight.shape, form).empty(linear.weight.shape, META), "full", DTYPE)
                 set_value(linear.weight, torch.empty(0, dtype=DTYPE))
-        x = torch.empty(24, SIZES["hidden_size"], dtype=DTYPE, requires_grad=True)
+        x = torch.empty(24, 64, dtype=DTYPE, requires_grad=True)
         inputs = x, torch.zeros(24, 2, dtype=torch.long), torch.empty(24, 2, dtype=DTYPE)
         with pytest.raises(RuntimeError, match="bincount"):
             experts(*inputs)
@@ -239,6 +254,7 @@ def test_a_run_whose_experts_compute_together_trains_alike_and_resumes_to_the_sa
     together, resumed = variant(cfg, "together"), variant(cfg, "resumed")
     recipe = finetune(together)
     assert len(products) > 4 * 2 * 3  # at least those of frozen layers
+    assert any(shape[-1] == 8 for shape in products) == (cfg["owlore"]["rank"] == 8)  # the update
     finetune_until(resumed, 3)
     finetune(resumed | {"resume_from_checkpoint": True})
     assert_weights(resumed, weights(together))
