@@ -174,8 +174,10 @@ def _lie_in_one_block(tensors: list[Tensor]) -> bool:
 
 def without_empty(ends: Tensor, grad: Tensor) -> Tensor:  # (e,), (e, n, r)
     """The gradient of weights for each group, 0 for groups without rows, which some cards leave as memory is."""
-    is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-    return grad.masked_fill(is_empty[:, None, None], 0)
+    is_empty = (ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None]
+    if grad.is_contiguous():
+        return grad.masked_fill(is_empty, 0)
+    return grad.mT.masked_fill(is_empty, 0).mT  # with its strides, or each A would copy its own gradient
 
 
 class _GroupedProduct(torch.autograd.Function):
