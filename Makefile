@@ -36,11 +36,11 @@ PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2
 test: install
 	$(PYTEST) -m 'not slow'
 
-# Also the slow tests: documented commands, the wheel, kills, and real models on several ranks. Tests of one
-# `xdist_group` run on one worker, in order. CI sets COVERAGE, which takes time.
+# Also the slow tests: documented commands, the wheel, kills, and real models on several ranks. The slow tests of a file
+# run on one worker, because documented commands use files that earlier ones wrote. CI sets COVERAGE, which takes time.
 check: lint
 	$(PYTEST) -m 'not slow' $(COVERAGE)
-	$(PYTEST) -m slow --dist loadgroup --durations 20
+	$(PYTEST) -m slow --dist loadfile --no-loadscope-reorder --durations 20
 
 lint: install
 	ruff check .

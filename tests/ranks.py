@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import distributed_programs
-import pytest
 import torch
 from omegaconf import OmegaConf
 
@@ -19,7 +18,6 @@ from runs import variant, weights
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SECONDS = 400
-SEVERAL_RANKS = pytest.mark.xdist_group("several ranks")  # slow tests; two at a time would wait for each other
 # Processes are forked from one that has imported everything, and done nothing else.
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(["owlore_full_finetune", "owlore_evals.torchtune_lm"])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from distributed_programs import SentBytes
 from near import assert_same_shares
 from omegaconf import OmegaConf
-from ranks import ENVIRONMENT, SEVERAL_RANKS, furthest, on_ranks, run_ranks, torchrun, train_together, write
+from ranks import ENVIRONMENT, furthest, on_ranks, run_ranks, torchrun, train_together, write
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -31,7 +31,6 @@ from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.settings import TrainingSettings
 from runs import finetune, other_model, recipe_of, variant, weights
 
-pytestmark = SEVERAL_RANKS
 ALL_TRAINED = {"owlore__train_embeddings": True, "owlore__train_output": True, "owlore__train_norm": True}
 CASES = {
     # On a CPU both offload settings are accepted and have no effect.

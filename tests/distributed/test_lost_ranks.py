@@ -16,13 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from ranks import ENVIRONMENT, SEVERAL_RANKS, free_port, furthest, on_ranks, torchrun, train_together, write
+from ranks import ENVIRONMENT, free_port, furthest, on_ranks, torchrun, train_together, write
 from torch.distributed import HashStore
 
 from owlore_tune.distributed.launch import let_gloo_finish
 from owlore_tune.run.directory import RunDirectory
-
-pytestmark = SEVERAL_RANKS
 
 
 def start_ranks(*configs: dict) -> list[subprocess.Popen]:

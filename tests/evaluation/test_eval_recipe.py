@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from ranks import SEVERAL_RANKS, run_ranks
+from ranks import run_ranks
 from tiny import TINY_MODEL
 from torchtune.data import Message
 
@@ -487,7 +487,6 @@ def tune(*arguments: str, cwd: Path) -> str:
 
 
 @pytest.mark.slow
-@SEVERAL_RANKS
 def test_two_ranks_give_the_results_of_one(make_config, choices_file, tmp_path):
     """Log-likelihoods and generation with few-shot examples under torchrun; each rank processes half."""
     values, texts = [], []

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, HF, SIZES, family_config, hf_logits, hf_model
 from near import assert_same_shares
 from omegaconf import OmegaConf
-from ranks import SEVERAL_RANKS, furthest, train_together
+from ranks import furthest, train_together
 from transformers import (
     CodeGenConfig,
     CohereConfig,
@@ -162,7 +162,6 @@ def test_other_settings_train_alike(family, changes, tmp_path, tiny_data):
 
 
 @pytest.mark.slow
-@SEVERAL_RANKS
 def test_families_resume_bit_for_bit_and_train_on_two_ranks_as_on_one(tmp_path, tiny_data):
     """On two ranks, experts compute together, as on GPUs."""
     singles, pairs = [], []
@@ -186,7 +185,6 @@ def test_families_resume_bit_for_bit_and_train_on_two_ranks_as_on_one(tmp_path, 
 
 
 @pytest.mark.slow
-@SEVERAL_RANKS
 def test_sharded_experts_in_the_projected_form_compute_together(tmp_path, tiny_data):
     source = hf_model(FAMILIES["mixtral"][-1], tmp_path / "source")
     apart = variant(family_config("mixtral", source, tiny_data), "apart", batch_size=2)

@@ -136,11 +136,7 @@ def test_the_docs_name_what_shortens_a_run():
         assert override in settings
 
 
-DOCUMENTED = pytest.mark.xdist_group("documented commands")  # some use files that earlier ones wrote
-
-
 @pytest.mark.slow
-@DOCUMENTED
 @pytest.mark.parametrize("command", [command for command in commands() if is_run(command)])
 def test_a_command_of_the_docs_runs(command, place):
     if "resume_from_checkpoint=true" in command:  # continues the first run of its page
@@ -156,7 +152,6 @@ def test_a_command_of_the_docs_runs(command, place):
 
 
 @pytest.mark.slow
-@DOCUMENTED
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("tune run") and not is_run(c)])
 def test_a_command_that_is_not_run_is_valid(command, place):
     overrides = [word for word in command.split() if "=" in word]

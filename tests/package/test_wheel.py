@@ -9,7 +9,7 @@ import pytest
 
 from owlore_tune.catalog import RECIPES, packaged_configs
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # one worker builds it
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
