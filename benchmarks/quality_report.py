@@ -42,6 +42,8 @@ def report(rows: list[Row]) -> list[str]:
         "![Loss by steps and by time](quality.png)",
     ]
     for budget in sorted({row["steps"] for row in runs if row["method"] == REFERENCE}):
+        if not final_rows(REFERENCE, budget, runs):
+            continue  # there is nothing to compare with yet
         in_time = {name: final_rows(name, steps_in(budget, name, costs), runs) for name in METHODS if name in costs}
         lines += _section(f"In the time of {budget} steps of torchtune's full fine-tuning", in_time, costs)
         lines += _memory_table(in_time, costs)
