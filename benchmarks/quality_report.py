@@ -41,14 +41,17 @@ def report(rows: list[Row]) -> list[str]:
         "",
         "![Loss by steps and by time](quality.png)",
     ]
-    for budget in sorted({row["steps"] for row in runs if row["method"] == REFERENCE}):
-        if not final_rows(REFERENCE, budget, runs):
-            continue  # there is nothing to compare with yet
+    for budget in budgets(runs):
         in_time = {name: final_rows(name, steps_in(budget, name, costs), runs) for name in METHODS if name in costs}
         lines += _section(f"In the time of {budget} steps of torchtune's full fine-tuning", in_time, costs)
         lines += _memory_table(in_time, costs)
         lines += _section(f"After {budget} steps", {name: final_rows(name, budget, runs) for name in METHODS}, costs)
     return lines + _tuning_table(runs) + _forgetting_table(runs)
+
+
+def budgets(runs: list[Row]) -> list[int]:
+    """The steps of the reference, ascending, for which it is tuned. Without it there is nothing to compare with."""
+    return [steps for steps in _steps_of(REFERENCE, runs) if final_rows(REFERENCE, steps, runs)]
 
 
 def runs_that_count(rows: list[Row]) -> list[Row]:
@@ -155,13 +158,15 @@ def _difference(found: dict[int, Row], first: dict[int, Row]) -> str:
 
 
 def points(rows: list[Row]) -> dict[str, list[tuple[int, float, float]]]:
-    """For each tuned method with a measured step: (steps, their time in steps of the reference, mean loss)."""
+    """For each tuned method with a measured step: (steps, their time in steps of the reference, mean loss).
+
+    The steps are those of the tables: of each of the `budgets`, and in its time.
+    """
     costs, runs = costs_of(rows), runs_that_count(rows)
     found: dict[str, list[tuple[int, float, float]]] = {}
-    for name in METHODS:
-        for steps in _steps_of(name, runs):
-            finals = final_rows(name, steps, runs)
-            if finals and name in costs:
+    for name in (name for name in METHODS if name in costs):
+        for steps in sorted({steps for budget in budgets(runs) for steps in (budget, steps_in(budget, name, costs))}):
+            if finals := final_rows(name, steps, runs):
                 time = steps * (1.0 if name == REFERENCE else costs[name]["ratio"])
                 found.setdefault(name, []).append((steps, time, _mean_loss(finals)))
     return found

@@ -24,7 +24,7 @@ class Experts(nn.ModuleList):
 
     Attributes:
         names: of an expert's Linears, in this order.
-        activation: of the outputs of gate and up, side by side.
+        activation: takes the outputs of gate and up, side by side.
         together: computes all experts at once while it can; see `owlore_tune.layers.grouped`. None computes them one
             after the other.
         even_routing: for a memory plan, which has no data: the experts that train share all tokens evenly.
@@ -58,14 +58,14 @@ class Experts(nn.ModuleList):
         if self.together is not None and self.together.can_compute():
             outputs = self.together(hidden_states[tokens], choices)
         else:
-            outputs = self._one_by_one(hidden_states, tokens, choices)
+            outputs = self._one_by_one(hidden_states[tokens], tokens, choices)
         weighted = outputs[order.argsort()].view(num_tokens, top_k, -1) * top_k_weights[..., None]
         return weighted.sum(dim=1).to(hidden_states.dtype)
 
-    def _one_by_one(self, hidden_states: Tensor, tokens: Tensor, choices: Tensor) -> Tensor:
+    def _one_by_one(self, rows: Tensor, tokens: Tensor, choices: Tensor) -> Tensor:
         counts = self._counts(choices)
         outputs = []
-        for expert, own, x in zip(self, tokens.split(counts), hidden_states[tokens].split(counts), strict=True):
+        for expert, own, x in zip(self, tokens.split(counts), rows.split(counts), strict=True):
             # All processes must have a gradient for the same parameters. It is zero without tokens.
             if len(x) or (torch.is_grad_enabled() and _trains(expert)):
                 self.tokens = own

@@ -290,7 +290,7 @@ def test_the_fastest_settings_that_fit_a_card(one_layer, monkeypatch):
 
 
 def test_full_precision_is_fastest_for_experts():
-    """Which dequantize other formats."""
+    """Experts in other formats are dequantized in every pass."""
     formats = {}
     for name in ("olmoe/1B_7B_owlore", "llama3_2/1B_owlore"):
         settings = TrainingSettings.from_config(load_config(name, ["device=cpu", "dtype=bf16"]))
