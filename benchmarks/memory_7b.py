@@ -39,10 +39,11 @@ CARDS = (6, 8, 12, 16, 24, 48, 80)  # GB of common GPUs
 
 
 def plans() -> dict[str, MemoryPlan]:
-    settings = {name: TrainingSettings.from_config(load_config(CONFIG, [*RUN, *some])) for name, some in OWN.items()}
-    peers = plans_of_config(settings["OwLore, γ=5, bf16"], SEQ_LEN, gpu=True)
+    configs = {name: load_config(CONFIG, [*RUN, *some]) for name, some in OWN.items()}
+    settings = {name: TrainingSettings.from_config(cfg).for_gpu() for name, cfg in configs.items()}
+    peers = plans_of_config(settings["OwLore, γ=5, bf16"], SEQ_LEN)
     del peers["this config"]
-    return peers | {name: plan_run(some, SEQ_LEN, gpu=True) for name, some in settings.items()}
+    return peers | {name: plan_run(some, SEQ_LEN) for name, some in settings.items()}
 
 
 def main() -> None:

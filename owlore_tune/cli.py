@@ -128,7 +128,8 @@ def memory(args: argparse.Namespace) -> None:
     settings = TrainingSettings.from_config(cfg)
     if args.fit is not None:
         return _fit(settings, args)
-    found = plans_of_config(settings, args.seq_len, args.world_size, gpu=args.gpu)
+    settings = settings.for_gpu() if args.gpu else settings
+    found = plans_of_config(settings, args.seq_len, args.world_size)
     plans = {name: vars(plan) for name, plan in found.items()}
     if picture is not None:
         plot_memory(picture, plans, cfg.get("device_memory_limit"))
@@ -140,7 +141,7 @@ def memory(args: argparse.Namespace) -> None:
         "GaLore and LISA train the same weights outside the layers as this config (owlore.train_embeddings, "
         "train_output and train_norm); full trains all."
     )
-    if args.gpu or settings.device.type == "cuda":
+    if settings.device.type == "cuda":
         print("The CUDA context, and NCCL on several GPUs, take more than this plan. Leave a tenth of the memory free.")
     if picture is not None:
         print(picture)

@@ -28,6 +28,11 @@ from owlore_tune.memory.measure import resident_bytes
 from owlore_tune.models import smollm2
 
 
+def pytest_collection_modifyitems(items):
+    """Start the documented commands first: one worker runs all of them, and would end long after the other."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
+
+
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Disable plots, which take seconds, except in tests marked ``pictures``."""
@@ -53,13 +58,13 @@ def plans_of_runs():
         for key in ("resample_every", "update_gap", "score", "scores_file", "calibration_batches", "draw")
     }
 
-    def make_once(settings, seq_len, sharding=None, framework=None, *, parts=None, gpu=False):
+    def make_once(settings, seq_len, sharding=None, framework=None, *, parts=None):
         config = OmegaConf.to_container(settings.cfg)
         config |= {f"owlore.{key}": value for key, value in config.pop("owlore").items()}
         config = {key: value for key, value in config.items() if key not in not_in_memory}
-        key = json.dumps(config), seq_len, sharding, framework, parts and str(parts.model), gpu
+        key = json.dumps(config), settings.device, seq_len, sharding, framework, parts and str(parts.model)
         if key not in made:
-            made[key] = make(settings, seq_len, sharding, framework, parts=parts, gpu=gpu)
+            made[key] = make(settings, seq_len, sharding, framework, parts=parts)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -16,13 +16,14 @@ _BUCKET = 2**24  # values that are sent at once
 def sum_grads(parameters: Iterable[Tensor], world: World) -> None:
     """Replace the gradients of parameters that every process has with their sums. Call it once, after accumulation.
 
-    FSDP2 sums those of the parameters that it shards. Nothing else is sent: 4 bytes for each value.
+    FSDP2 sums those of the parameters that it shards. Nothing else is sent: 4 bytes for each value, also of 16 bits.
     """
     if world.size == 1:
         return
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for bucket in _buckets([grad for grad in grads if not isinstance(grad, DTensor)]):
-        flat = world.sum_(torch.cat([grad.flatten() for grad in bucket]))
+        values = torch.cat([grad.flatten() for grad in bucket])
+        flat = world.sum_(values.to(torch.promote_types(values.dtype, torch.float32)))
         sizes = [grad.numel() for grad in bucket]
         for grad, summed in zip(bucket, flat.split(sizes), strict=True):
             grad.copy_(summed.view_as(grad))

@@ -91,6 +91,7 @@ class Schedule:
         self.last_moved: list[int] = []
         self.refresh_seconds = 0.0
         self.is_changing = False
+        self._is_loaded = False  # whether optimizer state of inactive layers may be on the device
         self._has_returned = False  # whether a layer came back with its bases, whose corrections no longer hold
         self._moved: set[int] = set()  # active layers known to have changed since the draw
         optimizer.register_step_pre_hook(lambda *_: self._settle())
@@ -112,6 +113,7 @@ class Schedule:
             DivergedError: if the weights of a quantized layer are not finite.
         """
         self._settle()  # of a step that was skipped
+        self._put_idle_away()
         steps = self.layers.num_steps
         is_due = self.drawn_at is None or steps - self.drawn_at >= self._resample_every
         if is_due:
@@ -153,6 +155,13 @@ class Schedule:
     @property
     def _keeps_state(self) -> bool:
         return self._inactive_state != "drop"
+
+    def _put_idle_away(self) -> None:
+        """After a resume, with ``offload``: torch loads the optimizer's state to the device."""
+        if self._is_loaded and self._inactive_state == "offload":
+            for index in set(range(len(self.layers.layers))).difference(self.active):
+                self._put_away(index)
+        self._is_loaded = False
 
     def _put_away(self, index: int) -> None:
         for parameter in self.layers.layers[index].trained().values():
@@ -274,4 +283,5 @@ class Schedule:
         self.sampler.load_state_dict(state_dict["sampler"])
         self.layers.load_state_dict(state_dict["layers"])
         self._moved = set(state_dict["moved"])
+        self._is_loaded = True
         self.drawn_at = state_dict["drawn_at"]

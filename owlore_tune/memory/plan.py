@@ -1,9 +1,9 @@
 """Plan the memory of a run by running training steps on tensors without data.
 
 The model's own forward and backward run on torch's meta device: each operation returns a tensor with shape and dtype,
-but no data. Operations are those of a CPU, in a plan for a GPU too. A GPU has larger pieces of a quantized weight in
-full precision at once, see `owlore_tune.quantized.formats.pieces`; the plan leaves out the difference, 0.06 GB at most
-in bfloat16. For experts in NF4 it is too large, by the size of one matrix of all experts of a layer.
+but no data. A GPU has larger pieces of a quantized weight in full precision at once than a tensor without data, see
+`owlore_tune.quantized.formats.pieces`; the plan leaves out the difference, 0.06 GB at most in bfloat16. For experts in
+NF4 it is too large, by the size of one matrix of all experts of a layer.
 
 The layers that train are in the projected form, as in a run: one step makes their bases, and one uses them. A dispatch
 mode counts live bytes and keeps the peak. The plan works for any model, loss and dtype that the step supports, and
@@ -11,7 +11,7 @@ takes seconds for 7B weights. With many small experts it takes longer, because e
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -52,10 +52,6 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         return sum(vars(self).values())
-
-    def on_gpu(self) -> "MemoryPlan":
-        """The same step on a GPU, which counts only torch's allocations."""
-        return replace(self, framework=0, allocator=0)
 
 
 CATEGORIES = tuple(field.name for field in fields(MemoryPlan))

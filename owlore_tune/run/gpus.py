@@ -56,7 +56,7 @@ def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
         # The others need no plan. A plan takes seconds, and longer with many experts.
         possible = [name for name in sizes if sizes[name] > largest and least * sizes[name] <= FREE_SHARE * card_bytes]
         for name in tqdm(sorted(possible, key=lambda name: -sizes[name]), desc="Planning", unit="model", leave=False):
-            plan = plan_run(_settings(name, (*SMALLEST_STEP, *overrides)), SEQ_LEN, gpu=True)
+            plan = plan_run(_settings(name, (*SMALLEST_STEP, *overrides)).for_gpu(), SEQ_LEN)
             if plan.total <= FREE_SHARE * card_bytes:
                 yield Fit(name, overrides, plan.total)
                 largest = sizes[name]
@@ -141,7 +141,7 @@ def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> 
 
     @cache
     def plan_of(setting: Setting) -> MemoryPlan:
-        return plan_run(TrainingSettings.from_config(override(cfg, setting.overrides())), seq_len, gpu=True)
+        return plan_run(TrainingSettings.from_config(override(cfg, setting.overrides())).for_gpu(), seq_len)
 
     found: dict[float, tuple[Setting, MemoryPlan]] = {}
     plans: list[tuple[Setting, MemoryPlan]] = []

@@ -49,16 +49,14 @@ def plan_run(
     framework: int | None = None,
     *,
     parts: Parts | None = None,
-    gpu: bool = False,
 ) -> MemoryPlan:
-    """The plan of a run.
+    """The plan of a run on the device of ``settings``; see `TrainingSettings.for_gpu`.
 
     Args:
         seq_len: tokens of the longest row.
         sharding: plan for one of several devices.
         framework: bytes; the current `owlore_tune.memory.plan.framework_bytes` if omitted.
         parts: parts of ``settings``, without weights; built if omitted.
-        gpu: plan for a GPU, even on a machine without one.
 
     Raises:
         ConfigError: if the model does not take rows of ``seq_len`` tokens, or its parts are incompatible.
@@ -69,7 +67,7 @@ def plan_run(
             f"rows can have {seq_len} tokens, and the model takes {parts.model.max_seq_len}; set tokenizer.max_seq_len"
         )
     owlore = settings.owlore
-    offloads_state = owlore.inactive_state == "offload" and (gpu or settings.device.type != "cpu")
+    offloads_state = owlore.inactive_state == "offload" and settings.device.type != "cpu"
     try:
         per_value = state_per_value(partial(build_optimizer, settings))
     except Exception as error:  # of any optimizer
@@ -83,8 +81,8 @@ def plan_run(
         holds_all_state=owlore.inactive_state != "drop" and not offloads_state,
     )
     shape = _step_shape(settings.cfg, seq_len)
-    has_masks = shape.packed and (gpu or not attends_by_sample(settings))
-    plan = plan_memory(
+    has_masks = shape.packed and not attends_by_sample(settings)
+    return plan_memory(
         parts.model,
         parts.loss_fn,
         method,
@@ -93,15 +91,14 @@ def plan_run(
         framework=framework,
         sharding=sharding,
     )
-    return plan.on_gpu() if gpu else plan
 
 
 def plan_with_peers(
-    settings: TrainingSettings, seq_len: int, sharding: Sharding | None = None, *, gpu: bool = False
+    settings: TrainingSettings, seq_len: int, sharding: Sharding | None = None
 ) -> dict[str, MemoryPlan]:
     """`plan_run` as ``this config``, and the plans of other methods on the same model and data."""
     parts = build_parts(settings)
-    own = plan_run(settings, seq_len, sharding, parts=parts, gpu=gpu)
+    own = plan_run(settings, seq_len, sharding, parts=parts)
     peers = peer_plans(
         parts.model,
         parts.loss_fn,
@@ -112,8 +109,7 @@ def plan_with_peers(
         train_outside=settings.owlore.train_outside(),
         sharding=sharding,
     )
-    named = tqdm(peers, desc="Planning other methods", unit="method", leave=False)
-    return {"this config": own} | {name: plan.on_gpu() if gpu else plan for name, plan in named}
+    return {"this config": own} | dict(tqdm(peers, desc="Planning other methods", unit="method", leave=False))
 
 
 def longest_row(settings: TrainingSettings, seq_len: int | None) -> int:
@@ -133,18 +129,17 @@ def longest_row(settings: TrainingSettings, seq_len: int | None) -> int:
 
 
 def plans_of_config(
-    settings: TrainingSettings, seq_len: int | None = None, world_size: int = 1, *, gpu: bool = False
+    settings: TrainingSettings, seq_len: int | None = None, world_size: int = 1
 ) -> dict[str, MemoryPlan]:
     """The plan of the config's run and those of other methods, without weights.
 
     Args:
         seq_len: see `longest_row`.
         world_size: devices that the model is sharded over. The plan is for one of them.
-        gpu: plan for GPUs, even on a machine without one.
     """
     seq_len = longest_row(settings, seq_len)
-    sharding = settings.sharding(world_size, gpu=gpu) if world_size > 1 and settings.shards() else None
-    return plan_with_peers(settings, seq_len, sharding, gpu=gpu)
+    sharding = settings.sharding(world_size) if world_size > 1 and settings.shards() else None
+    return plan_with_peers(settings, seq_len, sharding)
 
 
 def checked_plan(

@@ -1,6 +1,6 @@
 """The settings of a training run: the fields of its config, checked and parsed once."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,10 @@ class TrainingSettings:
         clip_grad_norm = float("inf") if cfg.clip_grad_norm is None else float(cfg.clip_grad_norm)
         return cls(cfg, owlore, device, dtype, Path(cfg.output_dir).absolute(), clip_grad_norm)
 
+    def for_gpu(self) -> "TrainingSettings":
+        """The same settings on a GPU, to plan for one on any machine."""
+        return replace(self, device=torch.device("cuda"))
+
     def check_log_directories(self) -> None:
         """Raise ConfigError if the metric logger or the profiler could not write. They are built after weights load."""
         nodes = {"metric_logger.log_dir": self.cfg.metric_logger}
@@ -219,7 +223,7 @@ class TrainingSettings:
         """Whether a run on several devices shards the weights. Else each device has all of them."""
         return self.owlore.weights == "full" if self.cfg.fsdp is None else self.cfg.fsdp
 
-    def sharding(self, world_size: int, *, gpu: bool = False) -> Sharding:
-        """FSDP2 settings for ``world_size`` devices; for GPUs if ``gpu``, even on a machine without one."""
-        offload = self.cfg.fsdp_cpu_offload and (gpu or self.device.type != "cpu")  # a CPU only has host memory
+    def sharding(self, world_size: int) -> Sharding:
+        """FSDP2 settings for ``world_size`` devices."""
+        offload = self.cfg.fsdp_cpu_offload and self.device.type != "cpu"  # a CPU only has host memory
         return Sharding(world_size, offload, self.cfg.fsdp_reshard_after_forward)

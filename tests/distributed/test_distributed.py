@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from owlore_tune.checkpoints.state import load_state
 from owlore_tune.distributed.fsdp import Sharding, shard_model
+from owlore_tune.distributed.grads import sum_grads
 from owlore_tune.distributed.world import current_world, shard_like
 from owlore_tune.errors import ConfigError
 from owlore_tune.models.decoder import init_rope
@@ -334,6 +335,16 @@ def test_gradients_of_16_bits_are_summed_in_float32(fake_ranks):
     values = sum(parameter.numel() for parameter in model.parameters())
     assert sent.counts["_reduce_scatter_base_"] == 4 * (values + values // 2)  # all gradients, and this rank's half
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_gradients_of_16_bits_that_every_rank_has_are_summed_in_float32(fake_ranks):
+    parameter = torch.nn.Parameter(torch.zeros(5, 3, dtype=torch.bfloat16))
+    parameter.grad = torch.full_like(parameter, 1 / 3)
+    before = parameter.grad.clone()
+    with SentBytes() as sent:
+        sum_grads([parameter], current_world())
+    assert sum(sent.counts.values()) == 4 * 15
+    assert torch.equal(parameter.grad, before)  # the fake sum changes nothing
 
 
 def test_rows_of_other_ranks_never_reach_the_device(fake_ranks):

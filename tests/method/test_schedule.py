@@ -145,6 +145,25 @@ def test_state_of_a_layer_that_leaves(tokens, inactive):
     assert layers.layers[1 - seen[-1]].age == age + 1
 
 
+def test_after_a_resume_state_of_inactive_layers_is_in_host_memory(tokens, monkeypatch):
+    """Here, the device is the CPU, and the host is a device without data."""
+    options = {"num_active": 1, "every": 5, "inactive_state": "offload"}
+    model = tiny_llama(num_layers=3)
+    _, optimizer, schedule = parts = setup(model, **options)
+    train(model, parts, tokens, num_steps=8)
+    assert len(optimizer.state) > 2 * len(schedule.layers.layers[0].weights)  # of two layers
+    layers, resumed, other = setup(model, **options)
+    other.load_state_dict(schedule.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    monkeypatch.setattr("owlore_tune.layers.schedule.HOST", torch.device("meta"))
+    other.begin_step()
+    for index, layer in enumerate(layers.layers):
+        expected = {"cpu"} if index in layers.active else {"meta"}
+        places = {resumed.state[p]["exp_avg"].device.type for p in layer.trained().values() if p in resumed.state}
+        places |= {weight.basis.device.type for weight in layer.weights.values() if weight.basis is not None}
+        assert places in (expected, set())
+
+
 def test_what_is_trained_outside_the_layers(tokens):
     model = tiny_llama()
     parts = setup(model, outside={"train_embeddings": True, "train_norm": True})

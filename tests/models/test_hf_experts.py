@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, SIZES, family_config, group_on_cpu, hf_model
 from live_bytes import LiveBytes
+from omegaconf import OmegaConf
 from schedules import setup
 from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
 
@@ -19,6 +20,8 @@ from owlore_tune.optim.basis_maker import BasisMaker
 from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.quantized.formats import format_of
 from owlore_tune.quantized.linear import attach, in_full_precision, quantize, requantize, restore, set_value
+from owlore_tune.run.planning import plan_run
+from owlore_tune.run.settings import TrainingSettings
 from runs import assert_weights, finetune, finetune_until, variant, weights
 
 META, DTYPE = torch.device("meta"), torch.bfloat16
@@ -262,6 +265,17 @@ def test_a_run_whose_experts_compute_together_trains_alike_and_resumes_to_the_sa
         torch.testing.assert_close(weights(together)[name], weight, atol=1e-5, rtol=0)
     for when, loss in apart.report.records.losses.items():
         assert recipe.report.records.losses[when] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_plan_for_a_gpu_has_experts_that_compute_together(tmp_path, tiny_data, monkeypatch):
+    source = hf_model(FAMILIES["olmoe"][-1], tmp_path / "source")
+    cfg = family_config("olmoe", source, tiny_data) | {"dtype": "bf16"}
+    settings = TrainingSettings.from_config(OmegaConf.create(cfg))
+    products, planned = count_grouped_products(monkeypatch), torch.Size([4 * 64 * 2, 32])  # two experts for each token
+    plan_run(settings, 64)
+    assert planned not in products
+    plan_run(settings.for_gpu(), 64)
+    assert planned in products
 
 
 def count_grouped_products(monkeypatch) -> list:

@@ -48,10 +48,10 @@ def test_every_config_is_in_the_table_of_planned_memory():
 )
 def test_the_table_of_planned_memory(row):
     name, num_gpus, batch_size, seq_len, told = row
-    settings = TrainingSettings.from_config(load_config(name, ["device=cpu"]))
+    settings = TrainingSettings.from_config(load_config(name, ["device=cpu"])).for_gpu()
     assert (int(batch_size), int(seq_len)) == (settings.cfg.batch_size, settings.cfg.tokenizer.max_seq_len)
     sharding = settings.sharding(int(num_gpus)) if int(num_gpus) > 1 else None
-    plan = plan_run(settings, int(seq_len), sharding, gpu=True)
+    plan = plan_run(settings, int(seq_len), sharding)
     assert plan.total / 1e9 == pytest.approx(float(told), abs=0.06)
 
 

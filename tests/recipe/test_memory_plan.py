@@ -222,7 +222,7 @@ def test_rows_longer_than_the_model_takes_are_refused(tiny_config):
 def test_a_plan_for_gpus_counts_what_they_offload_wherever_it_is_made(tiny_config):
     config = tiny_config | {"device": "cpu", "owlore": tiny_config["owlore"] | {"inactive_state": "offload"}}
     settings = TrainingSettings.from_config(OmegaConf.create(config))
-    here, there = (plans_of_config(settings, 64, gpu=gpu)["this config"] for gpu in (False, True))
+    here, there = (plans_of_config(each, 64)["this config"] for each in (settings, settings.for_gpu()))
     assert here.moments == 2 * there.moments  # 4 layers against 2
     assert there.framework == there.allocator == 0
 
@@ -232,7 +232,8 @@ def test_offloaded_weights_leave_low_rank_state_on_the_gpu(rank, stays, tiny_con
     config = tiny_config | {"device": "cpu", "fsdp_cpu_offload": True}
     config["owlore"] = config["owlore"] | {"rank": rank}
     settings = TrainingSettings.from_config(OmegaConf.create(config))
-    here, there = (plans_of_config(settings, 64, world_size=2, gpu=gpu)["this config"] for gpu in (False, True))
+    both = settings, settings.for_gpu()
+    here, there = (plans_of_config(each, 64, world_size=2)["this config"] for each in both)
     assert here.weights > there.weights
     assert (there.moments > 0) == stays
     assert here.bases == there.bases and here.moments > there.moments
@@ -274,10 +275,10 @@ def test_the_fastest_settings_that_fit_a_card(one_layer, monkeypatch):
     assert every == sorted(every) and len(every) == 2 * 2 * 3  # batches of 1 and 2 rows
     assert {each.batch_size * each.accumulation for each in every} == {2}
     plans = {
-        each: plan_run(TrainingSettings.from_config(override(cfg, each.overrides())), 64, gpu=True) for each in every
+        each: plan_run(TrainingSettings.from_config(override(cfg, each.overrides())).for_gpu(), 64) for each in every
     }
     known = {plain_key(override(cfg, each.overrides())): plan for each, plan in plans.items()}
-    monkeypatch.setattr("owlore_tune.run.gpus.plan_run", lambda settings, seq_len, gpu: known[plain_key(settings.cfg)])
+    monkeypatch.setattr("owlore_tune.run.gpus.plan_run", lambda settings, seq_len: known[plain_key(settings.cfg)])
     cards = [plan.total / FREE_SHARE for plan in plans.values()]
     found = fastest_that_fits(cfg, 64, [1e5, *cards])  # nothing fits the first one
     assert found.keys() == set(cards)
@@ -309,7 +310,7 @@ def test_chunks_of_the_loss_are_as_large_as_a_card_allows(one_layer):
     setting, plan = fit(1e12)
     assert setting.format == "int8" and setting.overrides()[-1] == "loss.chunk_size=1024"
     shorter = setting._replace(chunk_size=None)
-    least = plan_run(TrainingSettings.from_config(override(cfg, shorter.overrides())), 64, gpu=True)
+    least = plan_run(TrainingSettings.from_config(override(cfg, shorter.overrides())).for_gpu(), 64)
     assert least.total < plan.total
     assert fit(plan.total / FREE_SHARE) == (setting, plan)
     assert fit(least.total / FREE_SHARE) == (shorter, least)
