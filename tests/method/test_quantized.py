@@ -269,13 +269,6 @@ def test_only_the_named_files_are_read(tiny_config, tiny_dir, tmp_path):
         prepare(variant(config, "both"))
 
 
-def test_a_model_with_fewer_layers_than_its_files_is_refused(tiny_config):
-    config = quantized_config(tiny_config, "nf4")
-    config["model"]["num_layers"] = 3
-    with pytest.raises(ConfigError, match="builder has num_hidden_layers=3, and config.json has 4"):
-        prepare(config)
-
-
 def test_weights_that_are_not_finite_are_not_kept(tiny_config):
     config = quantized_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=2)
     recipe = prepare(config)

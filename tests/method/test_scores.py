@@ -105,11 +105,3 @@ def test_a_file_of_another_score_or_threshold_is_refused(tmp_path, asked):
         ValueError, match=f"holds outlier scores with {{'threshold': 13.0}}, the config asks for {asked.name}"
     ):
         LayerScores.load(path, num_layers=2, fingerprint="abc", score=asked)
-
-
-def test_a_missing_or_broken_score_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="none.json cannot be read"):
-        LayerScores.load(tmp_path / "none.json", num_layers=2, fingerprint="abc", score=Outlier())
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
-        LayerScores.load(tmp_path / "broken.json", num_layers=2, fingerprint="abc", score=Outlier())

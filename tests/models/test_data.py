@@ -65,27 +65,6 @@ def test_real_commonsense_files(tokenizer, task):
     assert "the correct answer is" in texts([dataset[0]], tokenizer)[0]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "does not exist"),
-        ("", "is empty"),
-        ("[]", "is empty"),
-        ("[1", "is not JSON"),
-        ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 1 has no text in field 'output'"),
-        ('[{"instruction": 3, "output": "b"}]', "row 0 has no text in field 'instruction'"),
-        ('[{"instruction": " ", "output": "b"}]', "is empty"),
-        ("[3]", "row 0 has no text in field 'instruction'"),
-    ],
-)
-def test_bad_files_are_refused(tokenizer, tmp_path, content, message):
-    file = tmp_path / "data.json"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(ValueError, match=f"data_files=.*data.json.*{message}"):
-        instruction_dataset(tokenizer, data_files=str(file))
-
-
 def test_blank_rows_are_left_out_and_counted(tokenizer, tmp_path, caplog):
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}]
     (tmp_path / "data.json").write_text(json.dumps(rows))

@@ -100,24 +100,12 @@ def test_templates_in_other_places_and_special_tokens_as_objects(tmp_path):
     assert HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0])) == expected
 
 
-def test_what_cannot_work_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"tokenizer\.path=.* has no tokenizer\.json; download"):
-        HFChatTokenizer(str(tmp_path))
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     save_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="max_seq_len=0"):
-        HFChatTokenizer(str(tmp_path), max_seq_len=0)
     rewriting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    for template, message in [
-        (None, "no chat template"),
-        ("{{ raise_exception('roles must alternate') }}", "rejects these messages: roles must alternate"),
-        (rewriting, "rewrites earlier turns"),
-    ]:
-        change_config(tmp_path, chat_template=template)
-        with pytest.raises(ValueError, match=message):
-            HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0]))
-    change_config(tmp_path, eos_token="<nope>")
-    with pytest.raises(ValueError, match=r"eos_token '<nope>' of tokenizer_config\.json is not in the vocabulary"):
-        HFChatTokenizer(str(tmp_path))
+    change_config(tmp_path, chat_template=rewriting)
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0]))
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -197,8 +185,3 @@ def test_marks_around_the_assistants_words_change_nothing(tmp_path):
         change_config(tmp_path, chat_template=template + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
         rendered.append(HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0])))
     assert rendered[0] == rendered[1]
-
-
-def test_an_unknown_chat_template_is_refused(tiny_dir):
-    with pytest.raises(ValueError, match="tokenizer.chat_template=llama; choose one of model, plain"):
-        HFChatTokenizer(str(tiny_dir), chat_template="llama")

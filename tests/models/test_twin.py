@@ -25,7 +25,6 @@ from transformers import (
     Qwen3Config,
 )  # fmt: skip
 
-from owlore_eval import OwLoreEvalRecipe
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.checkpoints.layouts import converters
 from owlore_tune.config_files import load_config
@@ -236,20 +235,6 @@ def test_models_of_the_same_shape_are_told_apart(model):
         built_model = tune_config.instantiate(cfg.model)
     with pytest.raises(ValueError, match="has rope_theta|computes something else than|cannot be compared"):
         check(PUBLISHED[name] | changes, built_model, cfg.checkpointer.model_type)
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-def test_training_and_evaluation_compare(quantized, tiny_config, tmp_path):
-    tiny_config["model"] |= {"num_heads": 2, "num_kv_heads": 1}
-    if quantized:
-        tiny_config["owlore"]["weights"] = "int8"
-    with pytest.raises(ConfigError, match="builder has num_attention_heads=2, and config.json has 4"):
-        prepare(tiny_config)
-    evaluation = OmegaConf.to_container(load_config("eval/mmlu_dev"), resolve=False)
-    evaluation |= {"output_dir": str(tmp_path / "eval"), "model": tiny_config["model"], "device": "cpu"}
-    evaluation["checkpointer"] = tiny_config["checkpointer"]
-    with pytest.raises(ConfigError, match="builder has num_attention_heads=2, and config.json has 4"):
-        OwLoreEvalRecipe(OmegaConf.create(evaluation)).setup()
 
 
 # A head of its own, and a builder that ties it

