@@ -33,7 +33,7 @@ def report(rows: list[Row]) -> list[str]:
         "# Held-out loss after the same training time",
         "",
         "SmolLM2-135M-Instruct on arithmetic problems, 512 packed tokens per step, products in bfloat16. fp32 and bf16 "
-        "are the types of weights; OwLore has them in bf16 or int8, and trains A in float32. A step time of 1 is that "
+        "are the types of weights; OwLore has them in bf16, and trains A in float32. A step time of 1 is that "
         f"of {REFERENCE}, which ran in turn with each method on one machine ({'; '.join(machines)}). Its own value "
         f"shows the noise. ± is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
         "problems, ± their standard error. Commands: `python benchmarks/quality.py --data DIR`, whose docstring "
