@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 from lm_eval.api.group import Group
-from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -163,39 +161,6 @@ def _repository(manager: TaskManager, name: str) -> str:
         first = next(iter(children), None)
         entry = manager.task_index.get(first.get("task") if isinstance(first, dict) else first)
     return entry.cfg["dataset_path"] if entry is not None and entry.cfg else "OWNER/NAME"
-
-
-def evaluate(
-    lm: LM,
-    tasks: list[Task | Group],
-    *,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    apply_chat_template: bool = False,
-    fewshot_as_multiturn: bool = True,
-    use_cache: str | None = None,
-    log_samples: bool = True,
-) -> dict[str, Any]:
-    """Run ``lm_eval.simple_evaluate`` with the harness's seeds; add ``averages`` of each metric over the named tasks.
-
-    Args:
-        use_cache: path of the request cache, without suffix. Different models need different paths.
-    """
-    results = lm_eval.simple_evaluate(
-        lm,
-        tasks=list(tasks),
-        task_manager=TaskManager(include_defaults=False),  # the tasks are already loaded
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        fewshot_as_multiturn=fewshot_as_multiturn,
-        use_cache=use_cache,
-        log_samples=log_samples,
-    )
-    assert results is not None
-    named = [task.name if isinstance(task, Group) else task.task_name for task in tasks]
-    results["averages"] = averages({name: results["results"][name] for name in named})
-    return results
 
 
 def averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

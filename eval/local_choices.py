@@ -5,12 +5,13 @@ solution1/…, ending1/…). The field ``answer`` is one of them.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
+from owlore_evals.local_files import local_task
 from owlore_tune.data.rows import read_rows, row_prompt
 from owlore_tune.data.tokenizer import plain_prompt
 
@@ -31,29 +32,16 @@ def local_choices_task(name: str, file: Path, scoring: str, plain: bool = False)
     Raises:
         ValueError: if the file cannot be read, or a row has no options or an answer that is not one of them.
     """
-    docs = [_doc(file, number, row, plain) for number, row in enumerate(read_rows(file, "data_files", ["instruction"]))]
-    config = {
-        "task": name,
-        "custom_dataset": lambda **metadata: {"test": Dataset.from_list(docs)},
-        "test_split": "test",
-        "fewshot_split": "test",  # the harness leaves the question itself out
-        "doc_to_text": "{{prompt}}",
-        "target_delimiter": "",  # it is part of the sentences
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0, "file": str(file), "scoring": scoring},
-    }
+    rows = read_rows(file, "data_files", ["instruction"])
+    docs = [_doc(file, number, row, plain) for number, row in enumerate(rows)]
+    build = partial(local_task, name, file, docs, {"scoring": scoring})
     if scoring == "loglikelihood":
-        choices = {"output_type": "multiple_choice", "doc_to_choice": "sentences", "doc_to_target": "gold"}
-        return ConfigurableTask(config=config | choices)
-    generation = {"until": [], "max_gen_toks": 32, "do_sample": False}
-    return ConfigurableTask(
-        config=config
-        | {
-            "output_type": "generate_until",
-            "doc_to_target": "{{options[gold]}}",
-            "generation_kwargs": generation,
-            "process_results": lambda doc, results: {"acc": first_option(doc["options"], results[0]) == doc["gold"]},
-        }
+        return build(output_type="multiple_choice", doc_to_choice="sentences", doc_to_target="gold")
+    return build(
+        output_type="generate_until",
+        doc_to_target="{{options[gold]}}",
+        generation_kwargs={"until": [], "max_gen_toks": 32, "do_sample": False},
+        process_results=lambda doc, results: {"acc": first_option(doc["options"], results[0]) == doc["gold"]},
     )
 
 

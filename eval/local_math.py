@@ -7,9 +7,9 @@ import math
 import re
 from pathlib import Path
 
-from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
+from owlore_evals.local_files import local_task
 from owlore_tune.data.rows import read_rows, row_prompt
 from owlore_tune.data.tokenizer import plain_prompt
 
@@ -38,21 +38,14 @@ def local_math_task(name: str, file: Path, plain: bool = False) -> ConfigurableT
             ) from None
         prompt = row_prompt(file, number, row)
         docs.append({"prompt": plain_prompt(prompt)[0] if plain else prompt, "answer": answer})
-    return ConfigurableTask(
-        config={
-            "task": name,
-            "custom_dataset": lambda **metadata: {"test": Dataset.from_list(docs)},
-            "test_split": "test",
-            "fewshot_split": "test",  # the harness leaves the question itself out
-            "output_type": "generate_until",
-            "doc_to_text": "{{prompt}}",
-            "doc_to_target": "{{answer}}",
-            "target_delimiter": "",
-            "generation_kwargs": {"until": [], "max_gen_toks": 192, "do_sample": False},
-            "process_results": lambda doc, results: {"acc": is_right(results[0], doc["answer"])},
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0, "file": str(file)},
-        }
+    return local_task(
+        name,
+        file,
+        docs,
+        output_type="generate_until",
+        doc_to_target="{{answer}}",
+        generation_kwargs={"until": [], "max_gen_toks": 192, "do_sample": False},
+        process_results=lambda doc, results: {"acc": is_right(results[0], doc["answer"])},
     )
 
 

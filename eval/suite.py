@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lm_eval
+from lm_eval.api.group import Group
 from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 from omegaconf import DictConfig, ListConfig
 
-from owlore_evals.harness import check_fewshot, evaluate, leaf_tasks, load_tasks
+from owlore_evals.harness import averages, check_fewshot, leaf_tasks, load_tasks
 from owlore_evals.judge import JudgeConfig, check_url
 from owlore_evals.mt_bench import MT_BENCH, MTBench
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
@@ -115,7 +118,8 @@ class Suite:
     def run_tasks(
         self, lm: LM, model_id: str, directory: Path, *, use_cache: bool = False, log_samples: bool = True
     ) -> dict[str, Any]:
-        """Return the results of the harness's tasks and local files in the harness's format, and ``averages``.
+        """Return the results of the harness's tasks and local files in the harness's format, with the harness's seeds,
+        and ``averages`` of each metric over the named tasks.
 
         Args:
             model_id: identifies the model and its settings; key of the request cache.
@@ -124,9 +128,10 @@ class Suite:
         """
         if not self._tasks:
             return {"averages": {}}
-        return evaluate(
+        results = lm_eval.simple_evaluate(
             lm,
-            self._tasks,
+            tasks=list(self._tasks),
+            task_manager=TaskManager(include_defaults=False),  # the tasks are already loaded
             num_fewshot=self.cfg.num_fewshot,
             limit=self.cfg.limit,
             apply_chat_template=self.apply_chat_template,
@@ -134,6 +139,10 @@ class Suite:
             use_cache=str(directory / f"requests_{model_id}") if use_cache else None,
             log_samples=log_samples,
         )
+        assert results is not None
+        named = [task.name if isinstance(task, Group) else task.task_name for task in self._tasks]
+        results["averages"] = averages({name: results["results"][name] for name in named})
+        return results
 
     def run_mt_bench(self, lm: LM, model_id: str, directory: Path) -> dict[str, Any]:
         """Return the results of MT-Bench in the harness's format; empty if it is not one of the tasks.

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
 from owlore_evals.generation import NOT_FINITE, Prompts, generate
-from owlore_evals.ranks import Ranks
+from owlore_evals.ranks import patient_world, share
 from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
@@ -71,12 +71,13 @@ class TorchtuneLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.model = model.eval()
-        self._ranks = Ranks()
+        self._world = patient_world()
         self.tokenizer = tokenizer
         parameter = next(model.parameters())
         self._dtype = parameter.dtype
         self.max_length = min(max_length or model.max_seq_len, model.max_seq_len)
-        self._free = self._ranks.smallest(free_bytes(parameter.device))
+        free = free_bytes(parameter.device)
+        self._free = None if free is None else -self._world.largest(-free)  # the smallest of all ranks
         self.batch_tokens = batch_tokens or tokens_at_once(model, self._free)
         self.batch_size = batch_size
         self._fitting_batch_size: int | None = None  # of the last `generate_until`
@@ -96,26 +97,26 @@ class TorchtuneLM(TemplateLM):
             "generation_batch_size": self.batch_size or self._fitting_batch_size,
             "generation_seed": self._seed,
             "generation_config": self.tokenizer.generation_config,
-            "world_size": self._ranks.world_size,
+            "world_size": self._world.size,
             "tokenizer_sha": self.tokenizer.digest(),
         }
 
     def serve(self) -> None:
         """On ranks other than 0: process work until rank 0 calls `dismiss`."""
-        while (work := self._ranks.from_driver(None)) is not None:
+        while (work := self._world.share(None)) is not None:
             method, items = work
-            self._ranks.share(getattr(self, method), items)
+            share(self._world, getattr(self, method), items)
 
     def dismiss(self) -> None:
         """On rank 0: make `serve` return on the other ranks."""
-        self._ranks.from_driver(None)
+        self._world.share(None)
 
     def _on_all_ranks(self, method: str, items: list[Any]) -> Iterator[Any]:
         """Yield ``method(item)`` for each of ``items``, in order, computed on all ranks."""
-        for start in range(0, len(items), self._ranks.world_size):
-            together = items[start : start + self._ranks.world_size]
-            self._ranks.from_driver((method, together))
-            yield from self._ranks.share(getattr(self, method), together)
+        for start in range(0, len(items), self._world.size):
+            together = items[start : start + self._world.size]
+            self._world.share((method, together))
+            yield from share(self._world, getattr(self, method), together)
 
     @property
     def eot_token_id(self) -> int:

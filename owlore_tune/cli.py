@@ -13,10 +13,6 @@ from owlore_tune.errors import ConfigError, errors_in_one_line
 from owlore_tune.paths import user_path
 from owlore_tune.run.signals import obey_signals
 
-TORCHTUNE_BUILDS = (  # the components that torchtune's recipes build
-    "model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "loss", "metric_logger", "profiler",
-)  # fmt: skip
-
 
 def ls(args: argparse.Namespace) -> None:
     """list recipes and configs, one line each"""
@@ -63,7 +59,7 @@ def random(args: argparse.Namespace) -> None:
 
 def validate(args: argparse.Namespace) -> None:
     """check a config and its components, without loading weights or data"""
-    from owlore_tune.config import check_components
+    from owlore_tune.config import COMPONENTS, check_components
     from owlore_tune.config_files import load_config
 
     cfg = load_config(args.config, args.overrides)
@@ -81,7 +77,7 @@ def validate(args: argparse.Namespace) -> None:
             raise ConfigError(f"{args.config} has no owlore block, no tasks and no model: no recipe takes it")
         from owlore_tune.run.settings import SUPPLIED
 
-        for key in cfg.keys() - set(TORCHTUNE_BUILDS):
+        for key in cfg.keys() - COMPONENTS:
             del cfg[key]
         check_components(cfg, SUPPLIED)
     print(f"{args.config} is valid")

@@ -56,6 +56,18 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that is an object.
+
+    Raises:
+        ValueError: if it cannot be read, or is none.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
+
+
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a number that float64 holds. A bool is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
@@ -119,9 +131,8 @@ def cache_directory() -> Path:
 
 def _read_cache(file: Path) -> dict[str, str]:
     try:
-        known = json.loads(file.read_text())
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
+        return read_object(file)
+    except ValueError:
         return {}
 
 

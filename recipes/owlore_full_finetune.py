@@ -137,7 +137,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "schedule": self.schedule,
             "optimizer": OptimizerState(self.optimizer, self._world),
             "lr_scheduler": self._lr_scheduler,
-            "report": self.report,
+            "report": self.report.records,
             "rng": RngState(self._world),
         }
         return {name: part for name, part in parts.items() if part is not None}

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.settings import TrainingSettings
 
@@ -31,6 +32,11 @@ def finetune(config: dict) -> OwLoreFullFinetuneRecipe:
     recipe.train()
     recipe.cleanup()
     return recipe
+
+
+def save(checkpointer: HFCheckpointer, model: torch.nn.Module, directory: Path, **options) -> None:
+    directory.mkdir()
+    checkpointer.write(model, directory, **options)
 
 
 class Killed(BaseException):

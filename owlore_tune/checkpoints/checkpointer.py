@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 from weakref import WeakSet
 
 import torch
@@ -18,11 +17,10 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from owlore_tune.checkpoints.layouts import Convert, StateDict, converters
-from owlore_tune.checkpoints.sealed import sealed_directory
 from owlore_tune.checkpoints.weight_files import check_readable, leads_outside, read_tensors, weight_files
 from owlore_tune.distributed.world import ALONE, World, full, shard_like
 from owlore_tune.errors import ConfigError
-from owlore_tune.files import files_digest, read_json
+from owlore_tune.files import files_digest, read_object
 from owlore_tune.models.decoder import init_rope, plain_name
 from owlore_tune.models.hf_model import HFDecoder, check_config
 from owlore_tune.models.twin import check_builder
@@ -70,9 +68,7 @@ class HFCheckpointer:
                 "download the model first (see the top of the config)"
             )
         try:
-            self.config = read_json(self.checkpoint_dir / "config.json")
-            if not isinstance(self.config, dict):
-                raise ValueError("it is not a JSON object")
+            self.config = read_object(self.checkpoint_dir / "config.json")
         except ValueError as error:
             raise ValueError(f"no readable config.json in {self.checkpoint_dir}: {error}") from error
         if self.config.get("quantization_config") is not None:
@@ -199,23 +195,6 @@ class HFCheckpointer:
             check_tied_copy(shard_like(copy, embeddings).to(embeddings), embeddings.detach(), directory)
         with torch.device(device):
             init_rope(model)
-
-    def save_checkpoint(self, model: nn.Module, directory: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-        """Write ``model`` in Hugging Face's layout, with the tokenizer and config files of ``checkpoint_dir``.
-
-        The directory gets its name only when it is complete, checksummed and on disk.
-
-        Args:
-            directory: must not exist.
-            shard_bytes: split the weights into files of about this size.
-
-        Raises:
-            CheckpointError: if ``directory`` exists or cannot be written, for example on a full disk.
-        """
-        num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        Path(directory).parent.mkdir(parents=True, exist_ok=True)
-        with sealed_directory(Path(directory), num_bytes, run_id=uuid4().hex) as partial_dir:
-            self.write(model, partial_dir, shard_bytes=shard_bytes)
 
     def write(
         self,

@@ -57,7 +57,7 @@ class World:
     def from_first_(self, tensor: Tensor) -> Tensor:
         """Replace ``tensor`` with that of rank 0."""
         if self.size > 1:
-            dist.broadcast(tensor, src=dist.get_global_rank(self._group, 0), group=self.group)
+            dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
     def share(self, value: T) -> T:
@@ -65,7 +65,7 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=dist.get_global_rank(self._group, 0), group=self.group)
+        dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
 
     def gather(self, value: T) -> list[T]:
@@ -98,11 +98,6 @@ class World:
         if failed:
             raise RankError(f"rank {failed[0][0]} failed: {failed[0][1]}")
         return result
-
-    @property
-    def _group(self) -> dist.ProcessGroup:
-        assert self.group is not None
-        return self.group
 
 
 ALONE = World()

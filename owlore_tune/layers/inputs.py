@@ -34,7 +34,7 @@ def input_norms(
             inputs = dict(batch)
             valid = inputs.pop("valid", None)
             for layer in layers:
-                layer.valid = valid
+                layer.mark(valid)
             model(**inputs)
             num_batches += 1
     finally:
@@ -46,11 +46,7 @@ def input_norms(
 
 
 class InputSquares:
-    """Sums the squared inputs of a layer's Linears over the forward passes of the layer, until `remove`.
-
-    Attributes:
-        valid: (b, s) bool, positions of the next forward pass that count; None for all.
-    """
+    """Sums the squared inputs of a layer's Linears over the forward passes of the layer, until `remove`."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._linears = dict(find_linears(layer))
@@ -65,12 +61,8 @@ class InputSquares:
         ]
         self._handles.append(layer.register_forward_hook(self._forget))
 
-    @property
-    def valid(self) -> Tensor | None:
-        return self._positions
-
-    @valid.setter
-    def valid(self, valid: Tensor | None) -> None:
+    def mark(self, valid: Tensor | None) -> None:
+        """Measure only these positions of the next forward pass, (b, s) bool; None for all."""
         self._positions = None if valid is None or valid.all() else valid.flatten()
 
     def _measure(self, name: str, linear: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from owlore_tune.files import read_json
+from owlore_tune.files import read_object
 from owlore_tune.models.hf_attention import CURRENT, register_attention
 from owlore_tune.models.hf_experts import split_experts
 from owlore_tune.models.hf_parts import Logits, Recorder, TiedHead
@@ -227,12 +227,9 @@ def _make_causal(config: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
 def _read_config(path: str) -> dict[str, Any]:
     file = user_path(path) / "config.json"
     try:
-        fields = read_json(file)
-        if not isinstance(fields, dict):
-            raise ValueError("it is not a JSON object")
+        return read_object(file)
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}; download the model first") from error
-    return fields
 
 
 def part_names(causal: Any) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The layers of a model with quantized weights on the device, and full-precision weights in a store."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -131,22 +131,18 @@ class QuantizedLayers:
                 error = rounding_error(modules[name], value, weight.basis, weight.right)
                 weight.correction = error.to(weight.basis.dtype)
 
-    @contextmanager
-    def in_full_precision(self, index: int, weights: dict[str, Tensor]) -> Iterator[None]:
+    def in_full_precision(self, index: int, weights: dict[str, Tensor]) -> AbstractContextManager[None]:
         """Have the full-precision ``weights``, by name, in a layer during the block."""
         modules = {name: module for name, module in self._modules(index).items() if is_quantized(module)}
-        with in_full_precision({module: weights[name].to(self._device(index)) for name, module in modules.items()}):
-            yield
+        return in_full_precision({module: weights[name].to(self._device(index)) for name, module in modules.items()})
 
-    @contextmanager
-    def whole_outside(self) -> Iterator[None]:
+    def whole_outside(self) -> AbstractContextManager[None]:
         """Have everything outside the layers in full precision during the block."""
         quantized = [module for module in quantizable_outside(self._model) if is_quantized(module)]
         weights = self.store.read(OUTSIDE) if quantized else {}
         names = {id(parameter): name for name, parameter in self._outside()}
         values = {module: weights[names[id(module.weight)]].to(module.weight.device) for module in quantized}
-        with in_full_precision(values):
-            yield
+        return in_full_precision(values)
 
     def fill_store(self) -> None:
         """Copy the model directory's layers to the store; see `LayerStore.fill`."""

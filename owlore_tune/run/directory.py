@@ -37,6 +37,7 @@ class RunDirectory:
         run_id: id of the run that owns the directory; a new id if none does.
         parent: id of the run that this one resumed from in another directory, if any.
         resumed_from: checkpoint of ``parent`` that this run resumed from.
+        is_known: whether the directory belongs to a run already.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -45,7 +46,7 @@ class RunDirectory:
         self.run_id = uuid4().hex
         self.parent: str | None = None
         self.resumed_from: str | None = None
-        self._is_known = False
+        self.is_known = False
         self._place: tuple[int, int] | None = None
 
     def claim(self) -> None:
@@ -57,13 +58,13 @@ class RunDirectory:
         self._lock()
         self._place = _place(self.path)
         self._read()
-        if self._is_known:  # before anyone looks for the newest checkpoint: a complete one may get its name only now
+        if self.is_known:  # before anyone looks for the newest checkpoint: a complete one may get its name only now
             remove_leftovers(self.path, self.run_id)
 
     @classmethod
-    def existing(cls, path: Path, kind: str = "training") -> "RunDirectory":
-        """The directory of a run for reading, without a lock."""
-        run = cls(path, kind)
+    def existing(cls, path: Path) -> "RunDirectory":
+        """The directory of a training run for reading, without a lock."""
+        run = cls(path, "training")
         run._read()
         return run
 
@@ -88,7 +89,7 @@ class RunDirectory:
             ) from error
         if kind != self._kind:
             raise ConfigError(f"output_dir={self.path} holds the {kind} of {self.run_id[:8]}; choose another directory")
-        self._is_known = True
+        self.is_known = True
 
     def _lock(self) -> None:
         """The kernel frees the lock when the process ends, however it ends."""
@@ -143,21 +144,16 @@ class RunDirectory:
         Raises:
             ConfigError: naming the first checkpoint or file that the run did not make.
         """
-        steps = self.steps.foreign() if self._is_known else self.steps.all()
-        taken = [] if self._is_known else [name for name in names if os.path.lexists(self.path / name)]
+        steps = self.steps.foreign() if self.is_known else self.steps.all()
+        taken = [] if self.is_known else [name for name in names if os.path.lexists(self.path / name)]
         if found := [*(directory.name for directory in steps), *taken]:
             raise ConfigError(
                 f"output_dir={self.path} has {found[0]}, which this run did not make; choose another directory"
             )
 
-    @property
-    def is_known(self) -> bool:
-        """Whether the directory belonged to a run when it was claimed."""
-        return self._is_known
-
     def start(self) -> None:
         """Mark the directory as this run's, and remove leftovers of an interruption."""
-        if not self._is_known:
+        if not self.is_known:
             content = {
                 "kind": self._kind, "run_id": self.run_id, "parent": self.parent, "resumed_from": self.resumed_from
             }  # fmt: skip
@@ -165,7 +161,7 @@ class RunDirectory:
                 if _PARTIAL_RUN_FILE.fullmatch(leftover.name):
                     leftover.unlink()
             write_json(self.path / RUN_FILE, content, self.run_id)
-            self._is_known = True
+            self.is_known = True
 
     def resume_from(self, directory: Path) -> None:
         """Verify a checkpoint, of this or another run, and record that the run resumes from it.
@@ -176,7 +172,7 @@ class RunDirectory:
         seal = verify(directory)
         if seal["run_id"] == self.run_id:
             return
-        if self._is_known and self.parent != seal["run_id"]:
+        if self.is_known and self.parent != seal["run_id"]:
             raise ConfigError(
                 f"resume_from_checkpoint={directory} is of run {seal['run_id'][:8]}, and output_dir={self.path} "
                 f"belongs to run {self.run_id[:8]}; choose another output_dir"

@@ -93,25 +93,6 @@ def plan_run(
     )
 
 
-def plan_with_peers(
-    settings: TrainingSettings, seq_len: int, sharding: Sharding | None = None
-) -> dict[str, MemoryPlan]:
-    """`plan_run` as ``this config``, and the plans of other methods on the same model and data."""
-    parts = build_parts(settings)
-    own = plan_run(settings, seq_len, sharding, parts=parts)
-    peers = peer_plans(
-        parts.model,
-        parts.loss_fn,
-        _step_shape(settings.cfg, seq_len),
-        device=settings.device,
-        rank=settings.owlore.rank or 128,
-        framework=own.framework,
-        train_outside=settings.owlore.train_outside(),
-        sharding=sharding,
-    )
-    return {"this config": own} | dict(tqdm(peers, desc="Planning other methods", unit="method", leave=False))
-
-
 def longest_row(settings: TrainingSettings, seq_len: int | None) -> int:
     """Tokens of the longest row: ``seq_len``, or read from the config's data if omitted.
 
@@ -131,7 +112,7 @@ def longest_row(settings: TrainingSettings, seq_len: int | None) -> int:
 def plans_of_config(
     settings: TrainingSettings, seq_len: int | None = None, world_size: int = 1
 ) -> dict[str, MemoryPlan]:
-    """The plan of the config's run and those of other methods, without weights.
+    """The plan of the config's run as ``this config``, and those of other methods on the same model and data.
 
     Args:
         seq_len: see `longest_row`.
@@ -139,7 +120,19 @@ def plans_of_config(
     """
     seq_len = longest_row(settings, seq_len)
     sharding = settings.sharding(world_size) if world_size > 1 and settings.shards() else None
-    return plan_with_peers(settings, seq_len, sharding)
+    parts = build_parts(settings)
+    own = plan_run(settings, seq_len, sharding, parts=parts)
+    peers = peer_plans(
+        parts.model,
+        parts.loss_fn,
+        _step_shape(settings.cfg, seq_len),
+        device=settings.device,
+        rank=settings.owlore.rank or 128,
+        framework=own.framework,
+        train_outside=settings.owlore.train_outside(),
+        sharding=sharding,
+    )
+    return {"this config": own} | dict(tqdm(peers, desc="Planning other methods", unit="method", leave=False))
 
 
 def checked_plan(

@@ -204,12 +204,6 @@ class Report:
         if self._logger is not None:
             self._logger.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.records.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.records.load_state_dict(state_dict)
-
 
 def measured_bytes(
     model: nn.Module, layers: ProjectedLayers, optimizer: Optimizer, peak: PeakMemory, device: torch.device

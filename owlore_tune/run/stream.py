@@ -88,10 +88,6 @@ def loaded_layers(
 
 def _norms(layer: nn.Module, run: Run, world: World) -> InputNorms:
     inputs = InputSquares(layer)
-
-    def before(batch: Batch) -> None:
-        inputs.valid = batch.get("valid")
-
-    run(before)
+    run(lambda batch: inputs.mark(batch.get("valid")))
     inputs.remove()
     return inputs.norms(world)

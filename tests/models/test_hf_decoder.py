@@ -35,7 +35,7 @@ from owlore_tune.layers import layer_scores
 from owlore_tune.models import hf_decoder, smollm2_135m
 from owlore_tune.models.attention import attend_by_sample
 from owlore_tune.models.decoder import hidden_states, layer_inputs
-from runs import checkpoints, finetune, finetune_until, prepare, read_weights, variant, weights
+from runs import checkpoints, finetune, finetune_until, prepare, read_weights, save, variant, weights
 
 OF_TRANSFORMERS = [family for family, (_, builder, *_) in FAMILIES.items() if builder == HF]
 
@@ -234,7 +234,7 @@ def test_other_names_and_kinds_of_parts(config, tmp_path):
     tokens = torch.arange(2, 32)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), hf_logits(source, tokens), atol=2e-4, rtol=0)
-    HFCheckpointer(str(source), "HF").save_checkpoint(model, tmp_path / "saved")
+    save(HFCheckpointer(str(source), "HF"), model, tmp_path / "saved")
     torch.testing.assert_close(hf_logits(tmp_path / "saved", tokens), hf_logits(source, tokens))
 
 

@@ -336,7 +336,7 @@ def test_a_command_is_stopped_in_one_line(monkeypatch, capsys, tiny_config, tmp_
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(planning, "plan_with_peers", interrupted)
+    monkeypatch.setattr(planning, "peer_plans", interrupted)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
     monkeypatch.setattr(sys, "argv", ["owlore", "memory", "--config", str(tmp_path / "config.yaml")])
     with pytest.raises(SystemExit) as stop:

@@ -8,6 +8,7 @@ import pytest
 
 PROGRAM = """
 import json, sys, torch
+from pathlib import Path
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.models.smollm2 import smollm2_135m
 
@@ -26,10 +27,11 @@ with torch.device("meta"):
     model = smollm2_135m()
 checkpointer = HFCheckpointer(sys.argv[1], "LLAMA3_2")
 checkpointer.check_model(model)  # imports transformers, which stays
-cpu = torch.device("cpu")
+cpu, saved = torch.device("cpu"), Path(sys.argv[2])
+saved.mkdir()
 peaks = {
     "load": peak_of(lambda: checkpointer.load_checkpoint(model, dtype=torch.float32, device=cpu)),
-    "save": peak_of(lambda: checkpointer.save_checkpoint(model, sys.argv[2], shard_bytes=10**8)),
+    "save": peak_of(lambda: checkpointer.write(model, saved, shard_bytes=10**8)),
 }
 print(json.dumps(peaks | {"weights": sum(p.nbytes for p in model.parameters())}))
 """
