@@ -36,7 +36,8 @@ def report(rows: list[Row]) -> list[str]:
         "are the types of weights; OwLore has them in bf16, and trains A in float32. A step time of 1 is that "
         f"of {REFERENCE}, which ran in turn with each method on one machine ({'; '.join(machines)}). Its own value "
         f"shows the noise. ± is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
-        "problems, ± their standard error. Commands: `python benchmarks/quality.py --data DIR`, whose docstring "
+        "problems, ± their standard error. A method is in a table once its learning rate is tuned for its number of "
+        "steps. Commands: `python benchmarks/quality.py --data DIR`, whose docstring "
         "describes the study, and `python benchmarks/quality_report.py`.",
         "",
         "![Loss by steps and by time](quality.png)",
@@ -62,7 +63,7 @@ def runs_that_count(rows: list[Row]) -> list[Row]:
 
 
 def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any]) -> list[str]:
-    """A table with a line for each method that has final rows, which are given by method and seed."""
+    """A table with a line for each method that has final rows, by method and seed; none for a single method."""
     first, lines = finals.get(OURS, {}), ["", f"## {title}", "", *HEAD]
     for name, found in finals.items():
         if found:
@@ -71,14 +72,17 @@ def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any
             cells += [str(len(found)), _mean([row["losses"]["reported"] for row in found.values()])]
             cells += ["" if name == OURS else _difference(found, first), f"{cost['memory']:.2f}" if cost else ""]
             lines.append(f"| {' | '.join(cells)} |")
-    return lines if any(finals.values()) else []
+    return lines if len([found for found in finals.values() if found]) > 1 else []
 
 
 def _memory_table(finals: dict[str, dict[int, Row]], costs: dict[str, Any]) -> list[str]:
-    """For each memory of the whole process, the methods that fit, the one with the lowest loss first."""
-    losses = {name: _mean_loss(found) for name, found in finals.items() if found}
-    if not losses:
+    """For each memory of the whole process, the methods that fit, the one with the lowest loss first.
+
+    None before all methods have final rows.
+    """
+    if not all(finals.values()):
         return []
+    losses = {name: _mean_loss(found) for name, found in finals.items()}
     lines = ["", "| whole process, GB | held-out loss of the methods that fit |", "|---|---|"]
     for most in MEMORIES:
         fitting = sorted((loss, name) for name, loss in losses.items() if costs[name]["memory"] <= most)

@@ -102,13 +102,14 @@ def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(qua
     assert lines[in_time + 4 : after - 1] == [
         f"| {full} | 1.02 | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | +0.0450 ± 0.0050 | 1.00 |",
         f"| {ours} | 0.50 | 200 | 0.0003 | 2 | 0.4900 ± 0.0141 |  | 2.50 |",
-        "",
-        "| whole process, GB | held-out loss of the methods that fit |",
-        "|---|---|",
-        f"| 2.3 | {full}: 0.5350 |",
-        f"| 2.7 | {ours}: 0.4900; {full}: 0.5350 |",
-        f"| 3.2 | {ours}: 0.4900; {full}: 0.5350 |",
-        f"| 4.0 | {ours}: 0.4900; {full}: 0.5350 |",
+    ]
+    lines_with_lora = quality_report.report([*rows, row(lora, 3e-3, 0, 0.52, 100), row(lora, 1e-3, 0, 0.405, 100)])
+    first = lines_with_lora.index("| whole process, GB | held-out loss of the methods that fit |")
+    assert lines_with_lora[first + 2 : first + 6] == [
+        f"| 2.3 | {lora}: 0.4050; {full}: 0.5350 |",
+        f"| 2.7 | {lora}: 0.4050; {ours}: 0.4900; {full}: 0.5350 |",
+        f"| 3.2 | {lora}: 0.4050; {ours}: 0.4900; {full}: 0.5350 |",
+        f"| 4.0 | {lora}: 0.4050; {ours}: 0.4900; {full}: 0.5350 |",
     ]
     assert lines[after + 4 : after + 6] == [
         f"| {full} | 1.02 | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | -0.0100 | 1.00 |",
