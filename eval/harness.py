@@ -1,4 +1,4 @@
-"""Load lm-evaluation-harness tasks by name, from the hub or from local copies, and run them."""
+"""Load lm-evaluation-harness tasks by name, from the hub or from local copies."""
 
 import logging
 from collections import Counter

@@ -19,7 +19,7 @@ def local_task(
     return ConfigurableTask(
         config={
             "task": name,
-            "custom_dataset": lambda **metadata: {"test": Dataset.from_list(docs)},
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
             "test_split": "test",
             "fewshot_split": "test",  # the harness leaves the question itself out
             "doc_to_text": "{{prompt}}",
