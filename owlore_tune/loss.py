@@ -86,7 +86,9 @@ class _ChunkedHead(torch.autograd.Function):
             if added := min(missing(hidden, count), chunk_size - count):
                 chunk = F.pad(chunk, (0, 0, 0, added))
             with torch.set_grad_enabled(wants_grad):
-                logits = head(chunk.requires_grad_(wants_grad))[:count]
+                logits = head(chunk.requires_grad_(wants_grad))
+                if added:  # a slice of all rows would also cost a copy in backward
+                    logits = logits[:count]
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 loss = F.cross_entropy(logits, labels[rows], reduction="sum")
             total += loss.detach()
