@@ -163,12 +163,12 @@ class NF4Weight(QuantizedWeight):
         return cls(codes, scale)
 
     def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = ALL, columns: slice = ALL) -> Tensor:
-        """Four values at a time, from a table of all fours."""
+        """Two values at a time, from a table of all 256 pairs."""
         codes, scale = self.codes[rows, _divided(columns, 2)], self.scale[rows, _divided(columns, BLOCK)]
         if has_kernels(codes.device):
             return dequantize_nf4(codes, scale, _levels(dtype, codes.device))
-        fours = codes.reshape(-1).view(torch.uint16).int()
-        values = _table(dtype, codes.device).index_select(0, fours).view(dtype)
+        pairs = _pairs(dtype, codes.device)
+        values = pairs.index_select(0, codes.reshape(-1).int()).view(dtype)
         return values.view(-1, BLOCK).mul_(scale.reshape(-1, 1).to(dtype)).view(len(codes), -1)
 
     @property
@@ -176,8 +176,8 @@ class NF4Weight(QuantizedWeight):
         return torch.Size((self.codes.shape[0], 2 * self.codes.shape[1]))
 
 
-# A number as large as four values
-_FOUR = {torch.bfloat16: torch.int64, torch.float16: torch.int64, torch.float32: torch.complex128}
+# An integer as large as two values
+_PAIR = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}
 
 
 @cache  # a copy from the host makes it wait for a GPU
@@ -187,13 +187,12 @@ def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @cache
-def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(65536,) for each two bytes of codes, their four values in ``dtype``, as one number."""
+def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(256,) for each byte of codes, its two values in ``dtype``, as one integer."""
     with torch.inference_mode(False):
         levels = _levels(dtype, device)
-        pairs = torch.cartesian_prod(levels, levels)  # of each byte
-        fours = torch.cat([pairs.repeat(256, 1), pairs.repeat_interleave(256, dim=0)], dim=1)  # the first byte is low
-        return fours.view(_FOUR[dtype]).view(-1)
+        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+        return pairs.view(_PAIR[dtype]).view(-1)
 
 
 def _takes_int8(num_rows: int, shape: torch.Size, device: torch.device) -> bool:
