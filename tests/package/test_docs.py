@@ -122,7 +122,10 @@ def owlore(place, monkeypatch, capsys):
     def run_here(command: str) -> str:
         monkeypatch.chdir(place)
         monkeypatch.setattr(sys, "argv", shlex.split(command))
-        cli.main()
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert end.code == 0
         return capsys.readouterr().out
 
     return run_here
