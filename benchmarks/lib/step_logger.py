@@ -11,7 +11,7 @@ from torchtune.training.metric_logging import MetricLoggerInterface
 
 from owlore_tune.memory.measure import peak_memory_bytes
 
-KEPT = ("loss", "floor_seconds", "optimizer_state_gb")
+KEPT = ("loss", "optimizer_state_gb")
 
 
 class StepLogger(MetricLoggerInterface):
