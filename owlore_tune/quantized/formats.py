@@ -165,7 +165,7 @@ class NF4Weight(QuantizedWeight):
     def dequantize(self, dtype: torch.dtype, rows: slice | Tensor = ALL, columns: slice = ALL) -> Tensor:
         """Two values at a time, from a table of all 256 pairs.
 
-        A table of all fours is faster alone, but slower in a training step, after which its 1 MB is not in the cache.
+        A table of all fours is faster when it stays in the cache, but it makes training steps slower on a CPU.
         """
         codes, scale = self.codes[rows, _divided(columns, 2)], self.scale[rows, _divided(columns, BLOCK)]
         if has_kernels(codes.device):
