@@ -19,7 +19,7 @@ EVALUATE = tune run owlore_eval --config eval/mmlu_dev tasks=[mmlu_dev_held_out,
 demo: install  # evaluate a real model, fine-tune it, evaluate it again
 	owlore download smollm2
 	$(EVALUATE) output_dir=$(RUN)/eval/before
-	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN) max_steps_per_epoch=40
+	tune run owlore_full_finetune --config smollm2/135M_owlore output_dir=$(RUN) max_steps_per_epoch=40 batch_size=2
 	$(EVALUATE) output_dir=$(RUN)/eval/after checkpointer.checkpoint_dir=$(RUN)/step_40
 	owlore compare --answers 1 $(RUN)/eval/before $(RUN)/eval/after
 

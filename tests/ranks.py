@@ -1,6 +1,5 @@
 """Several processes on this machine that train together."""
 
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -11,16 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import distributed_programs
-import torch
-from omegaconf import OmegaConf
+from forks import fork
 
-from runs import variant, weights
+from runs import variant, weights, write
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SECONDS = 400
-# Processes are forked from one that has imported everything, and done nothing else.
-_FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["owlore_full_finetune", "owlore_evals.torchtune_lm"])
 
 
 class Ranks(NamedTuple):
@@ -38,15 +33,13 @@ def free_port() -> int:
 
 def run_ranks(num_ranks: int, program: str, *arguments: object) -> Ranks:
     """Run a program of distributed_programs.py on several ranks. Kill those that go on 20 seconds after one failed."""
-    port, texts = free_port(), tuple(map(str, arguments))
+    places = places_of(num_ranks)
     with tempfile.TemporaryDirectory() as logs:
         files = [Path(logs) / str(rank) for rank in range(num_ranks)]
         ranks = [
-            _FORK.Process(target=_rank, args=(rank, num_ranks, port, file, program, texts))
-            for rank, file in enumerate(files)
+            fork(getattr(distributed_programs, program), *map(str, arguments), output=file, environment=place)
+            for place, file in zip(places, files, strict=True)
         ]
-        for process in ranks:
-            process.start()
         end = time.monotonic() + SECONDS
         while any(process.is_alive() for process in ranks) and time.monotonic() < end:
             if any(process.exitcode for process in ranks):
@@ -58,16 +51,11 @@ def run_ranks(num_ranks: int, program: str, *arguments: object) -> Ranks:
         return Ranks([process.exitcode for process in ranks], "\n".join(file.read_text() for file in files))
 
 
-def _rank(rank: int, num_ranks: int, port: int, log: Path, program: str, arguments: tuple[str, ...]) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    getattr(distributed_programs, program)(*arguments)
+def places_of(num_ranks: int) -> list[dict[str, str]]:
+    """The environment of each rank, as torchrun sets it."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
 
 
 def torchrun(num_ranks: int, *arguments: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -81,12 +69,6 @@ def train_together(num_ranks: int, *configs: dict) -> None:
     """Train each of ``configs`` on ``num_ranks`` ranks, one after the other."""
     codes, output = run_ranks(num_ranks, "train", *map(write, configs))
     assert not any(codes), output[-3000:]
-
-
-def write(config: dict) -> Path:
-    file = Path(f"{config['output_dir']}.yaml")
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    return file
 
 
 def furthest(one: dict, other: dict) -> float:

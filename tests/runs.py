@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Command
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -32,6 +33,18 @@ def finetune(config: dict) -> OwLoreFullFinetuneRecipe:
     recipe.train()
     recipe.cleanup()
     return recipe
+
+
+def write(config: dict) -> Path:
+    file = Path(f"{config['output_dir']}.yaml")
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    return file
+
+
+def start(config: dict, *overrides: str, environment: Mapping[str, str] | None = None) -> Command:
+    """Train in a process of its own."""
+    command = ("tune", "run", "owlore_full_finetune", "--config", str(write(config)), *overrides)
+    return Command(*command, environment=environment)
 
 
 def save(checkpointer: HFCheckpointer, model: torch.nn.Module, directory: Path, **options) -> None:

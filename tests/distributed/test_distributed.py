@@ -1,18 +1,16 @@
 """The recipe on several ranks against one process: weights, resuming and communication."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed_programs import SentBytes
+from forks import run_command
 from near import assert_same_shares
 from omegaconf import OmegaConf
-from ranks import ENVIRONMENT, furthest, on_ranks, run_ranks, torchrun, train_together, write
+from ranks import furthest, on_ranks, run_ranks, torchrun, train_together
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -30,7 +28,7 @@ from owlore_tune.optim.projection import OVERSAMPLING
 from owlore_tune.run.build import build_inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.settings import TrainingSettings
-from runs import finetune, other_model, recipe_of, variant, weights
+from runs import finetune, other_model, recipe_of, variant, weights, write
 
 ALL_TRAINED = {"owlore__train_embeddings": True, "owlore__train_output": True, "owlore__train_norm": True}
 CASES = {
@@ -384,9 +382,6 @@ def test_smollm2_on_two_ranks_trains_as_in_one_process(smollm2_dir, tmp_path):
     one = ["tune", "run", "owlore_full_finetune", "--config", "smollm2/135M_owlore", "batch_size=2"]
     two = ["tune", "run", "--nproc_per_node", "2", "owlore_full_finetune", "--config"]
     two += ["smollm2/135M_owlore", "batch_size=1"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for name, command in (("one", one), ("two", two)):
-        command = [*command, *overrides, f"output_dir={tmp_path / name}"]
-        result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | {"PATH": path})
-        assert result.returncode == 0, result.stderr[-3000:]
+        run_command(*command, *overrides, f"output_dir={tmp_path / name}")
     assert furthest({"output_dir": tmp_path / "one"}, {"output_dir": tmp_path / "two"}) < 5e-6

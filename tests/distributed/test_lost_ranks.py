@@ -15,24 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forks import Command
 from omegaconf import OmegaConf
-from ranks import ENVIRONMENT, free_port, furthest, on_ranks, torchrun, train_together, write
+from ranks import ENVIRONMENT, free_port, furthest, on_ranks, places_of, torchrun, train_together
 from torch.distributed import HashStore
 
 from owlore_tune.distributed.launch import let_gloo_finish
 from owlore_tune.run.directory import RunDirectory
+from runs import start, write
 
 
-def start_ranks(*configs: dict) -> list[subprocess.Popen]:
+def start_ranks(*configs: dict) -> list[Command]:
     """Start one rank per config without torchrun, so no agent stops the other ranks."""
-    port = str(free_port())
-    processes = []
-    for rank, file in enumerate(map(write, configs)):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(configs)), "MASTER_PORT": port}
-        command = [sys.executable, "-m", "owlore_full_finetune", "--config", str(file)]
-        environment = ENVIRONMENT | place | {"MASTER_ADDR": "127.0.0.1"}
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    return processes
+    places = places_of(len(configs))
+    return [start(config, environment=place) for config, place in zip(configs, places, strict=True)]
 
 
 def start_torchrun(
@@ -73,7 +69,7 @@ def test_when_a_rank_is_lost_the_others_end_and_the_run_goes_on(how, config):
     assert ranks[0].returncode == 1
     last = errors.strip().splitlines()[-1]
     assert last.startswith("error: ") and "resume_from_checkpoint=true" in last, errors[-2000:]
-    ranks[1].kill()
+    ranks[1].send_signal(signal.SIGKILL)
     ranks[1].communicate()
     newest = RunDirectory.existing(output_dir).steps.newest()
     assert newest is not None
@@ -101,7 +97,7 @@ def test_sigterm_to_one_rank_saves_and_stops_all(config):
     config = on_ranks(2, config, "stopped", epochs=40, save_every_n_steps=3)
     ranks = start_ranks(config, config)
     wait_for(Path(config["output_dir"]), "step_3")
-    ranks[1].terminate()
+    ranks[1].send_signal(signal.SIGTERM)
     for rank in ranks:
         _, errors = rank.communicate(timeout=60)
         assert rank.returncode == 128 + signal.SIGTERM, errors[-2000:]

@@ -5,12 +5,12 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_command
 from omegaconf import OmegaConf
 from ranks import run_ranks
 from tiny import TINY_MODEL
@@ -461,14 +461,6 @@ def test_the_manifest_of_a_training_run_is_not_written_over(tiny_config, make_co
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
 
 
-def tune(*arguments: str, cwd: Path) -> str:
-    command = [str(Path(sys.executable).parent / "tune"), "run", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_two_ranks_give_the_results_of_one(make_config, choices_file, tmp_path):
     """Log-likelihoods and generation with few-shot examples under torchrun; each rank processes half."""
@@ -482,7 +474,7 @@ def test_two_ranks_give_the_results_of_one(make_config, choices_file, tmp_path):
             file = tmp_path / "config.yaml"
             OmegaConf.save(OmegaConf.create(config), file)
             launch = ["--nproc_per_node", "2"] if ranks == 2 else []
-            tune(*launch, "owlore_eval", "--config", str(file), cwd=tmp_path)
+            run_command("tune", "run", *launch, "owlore_eval", "--config", str(file), cwd=tmp_path)
         (samples,) = (output / "loglikelihood").glob("samples_mmlu_dev_*")
         rows = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
         values.append(torch.tensor([[float(pair[0]) for pair in row] for row in rows]))

@@ -454,10 +454,13 @@ def test_bos_is_added_once_if_asked_for(real):
 
 @pytest.mark.slow
 def test_300_log_likelihoods_of_real_questions_equal_the_harness(real, transformers):
-    """MMLU dev questions in ARC format, and in MMLU format with 5 examples: all choices agree, with both decoders."""
+    """MMLU dev questions in ARC format, the shortest ones of all subjects, and in MMLU format with 5 examples.
+
+    All choices agree, with both decoders.
+    """
     (ours, theirs), (of_transformers, _) = real, transformers
     (task,) = load_tasks(["mmlu_dev"])
-    docs = list(task.test_docs())[:75]
+    docs = sorted(task.test_docs(), key=lambda doc: len(doc["question"] + "".join(doc["choices"])))[:75]
     pairs = [(f"Question: {d['question']}\nAnswer:", f" {choice}") for d in docs for choice in d["choices"]]
     task.set_config("num_fewshot", 5)
     task.build_all_requests(limit=8, rank=0, world_size=1)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-
-from owlore_tune import cli
+from forks import run_command
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]  # docs/ first, for the trial run's model
@@ -37,8 +36,8 @@ NOT_RUN = {
 }
 # Overrides by command prefix. docs/settings.md documents them as a way to shorten a run.
 SHORT_RUN = [
-    "max_steps_per_epoch=1", "batch_size=2", "gradient_accumulation_steps=1", "owlore.calibration_batches=1",
-    "dataset_val=null",
+    "max_steps_per_epoch=1", "batch_size=2", "gradient_accumulation_steps=1", "tokenizer.max_seq_len=192",
+    "owlore.calibration_batches=1", "dataset_val=null",
 ]  # fmt: skip
 SHORT_EVAL = ["limit=2", "tasks=[mmlu_dev]", "num_fewshot=0"]
 SHORT = {
@@ -49,10 +48,10 @@ SHORT = {
     "tune run owlore_full_finetune --config llama2": None,  # the model of the trial run, see `shortened`
     "tune run --nproc_per_node 2 owlore_full_finetune --config llama2": None,
     "tune run --nproc_per_node 2 owlore_full_finetune --config smollm2": SHORT_RUN,
-    "tune run lora_finetune_single_device": ["max_steps_per_epoch=1", "batch_size=2"],
+    "tune run lora_finetune_single_device": ["max_steps_per_epoch=1", "batch_size=2", "tokenizer.max_seq_len=192"],
     "tune run owlore_eval": SHORT_EVAL,
     "tune run --nproc_per_node 2 owlore_eval": SHORT_EVAL,
-    "owlore score": ["owlore.calibration_batches=1", "batch_size=2"],
+    "owlore score": ["owlore.calibration_batches=1", "batch_size=2", "tokenizer.max_seq_len=192"],
     "tune run generate": ["max_new_tokens=4"],
 }
 
@@ -107,28 +106,16 @@ def place(tmp_path_factory, smollm2_dir) -> Path:
     return place
 
 
-def run(command: str, place: Path) -> None:
+def run(command: str, place: Path) -> str:
+    """Run ``command``, which must succeed, and return its output."""
+    if command.startswith(("tune", "owlore")):
+        return run_command(*shlex.split(command), cwd=place)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     result = subprocess.run(
         command, shell=True, cwd=place, capture_output=True, text=True, env=environment, timeout=300
     )
     assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-2000:]}"
-
-
-@pytest.fixture
-def owlore(place, monkeypatch, capsys):
-    """Run an ``owlore`` command in this process, which has imported torch already; returns what it prints."""
-
-    def run_here(command: str) -> str:
-        monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "argv", shlex.split(command))
-        try:
-            cli.main()
-        except SystemExit as end:
-            assert end.code == 0
-        return capsys.readouterr().out
-
-    return run_here
+    return result.stdout
 
 
 def planned(text: str) -> list[str]:
@@ -157,28 +144,25 @@ def test_the_docs_name_what_shortens_a_run():
 @pytest.mark.slow
 @pytest.mark.pictures
 @pytest.mark.parametrize("command", [command for command in commands() if is_run(command)])
-def test_a_command_of_the_docs_runs(command, place, owlore):
+def test_a_command_of_the_docs_runs(command, place):
     if "resume_from_checkpoint=true" in command:  # continues the first run of its page
         run(shortened(command.replace(" resume_from_checkpoint=true", "")) + " output_dir=runs/resumed", place)
         command += " output_dir=runs/resumed"
     elif "tune run owlore_full_finetune" in command and "output_dir=" not in command:
         command += f" output_dir=runs/{abs(hash(command))}"
-    if command.startswith("owlore"):
-        printed = owlore(shortened(command))
-        if command == PLAN_COMMAND:
-            assert planned(printed) == planned((ROOT / "docs" / "memory.md").read_text())
-    else:
-        run(shortened(command), place)
+    printed = run(shortened(command), place)
+    if command == PLAN_COMMAND:
+        assert planned(printed) == planned((ROOT / "docs" / "memory.md").read_text())
     if "--nproc_per_node 2 owlore_full_finetune --config smollm2" in command:  # its page resumes a step of a longer run
         (place / "runs" / "smollm2_owlore" / "step_40").symlink_to("step_1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("tune run") and not is_run(c)])
-def test_a_command_that_is_not_run_is_valid(command, owlore):
+def test_a_command_that_is_not_run_is_valid(command, place):
     overrides = [word for word in command.split() if "=" in word]
     name = command.split("--config ")[1].split()[0]
-    assert owlore(" ".join(["owlore validate --config", name, *overrides])).endswith(f"{name} is valid\n")
+    assert run(" ".join(["owlore validate --config", name, *overrides]), place).endswith(f"{name} is valid\n")
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])

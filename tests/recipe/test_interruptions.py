@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from runs import (
     prepare,
     recipe_of,
     scale_loss,
+    start,
     unbroken_weights,
     variant,
     weights,
@@ -181,13 +181,12 @@ def test_a_row_that_is_too_long_is_named(tiny_config, tmp_path, monkeypatch):
     assert [d.name for d in checkpoints(config)] == [f"step_{recipe.progress.step}"]
 
 
-def test_a_run_that_diverges_fails(tiny_config, tmp_path):
+def test_a_run_that_diverges_fails(tiny_config):
     """Regression: at lr=1e30 nine of ten steps were skipped, and the run succeeded with NaN in its manifest."""
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
-    command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml", "optimizer.lr=1e30"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1
-    last = result.stderr.strip().splitlines()[-1]
+    run = start(tiny_config, "optimizer.lr=1e30")
+    _, errors = run.communicate()
+    assert run.returncode == 1
+    last = errors.strip().splitlines()[-1]
     assert last.startswith("error: ") and "optimizer.lr" in last
     run = Path(tiny_config["output_dir"])
     manifest = json.loads((run / "manifest.json").read_text(), parse_constant=pytest.fail)
@@ -463,17 +462,16 @@ def test_a_foreign_checkpoint_runs_no_code(tiny_config, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_secrets_of_the_environment_stay_there(tiny_config, tmp_path, monkeypatch):
+def test_secrets_of_the_environment_stay_there(tiny_config, monkeypatch):
     monkeypatch.setenv("MY_SECRET", "hunter2hunter2")
     monkeypatch.setenv("MY_MODEL", tiny_config["checkpointer"]["checkpoint_dir"])
     config = variant(tiny_config, "secret", dataset_val=None, max_steps_per_epoch=2)
     config["checkpointer"]["checkpoint_dir"] = "${oc.env:MY_MODEL}"
     config["profiler"]["output_dir"] = "${oc.env:MY_SECRET}"  # the profiler is disabled
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    printed = result.stdout + result.stderr
+    run = start(config)
+    output, errors = run.communicate()
+    assert run.returncode == 0, errors[-2000:]
+    printed = output + errors
     assert "oc.env:MY_SECRET" in (Path(config["output_dir"]) / "manifest.json").read_text()
     written = b"".join(file.read_bytes() for file in Path(config["output_dir"]).rglob("*") if file.is_file())
     assert "hunter2" not in printed and b"hunter2" not in written

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forks import Command
 from live_bytes import LiveBytes
 from omegaconf import OmegaConf
 from tiny import tiny_llama
@@ -170,17 +171,17 @@ def test_a_plan_within_the_limit_runs(tiny_config):
 
 def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
     """The model is not downloaded, so rows have the tokenizer's maximum length."""
-    command = [
+    command = Command(
         "owlore", "memory", "--config", "llama2/7B_owlore", "--output", str(tmp_path / "plan.png"), "device=cpu",
         f"output_dir={tmp_path / 'run'}", "checkpointer.checkpoint_dir=/nowhere", "model.num_layers=2",
         "model._component_=torchtune.models.llama2.llama2", "model.vocab_size=100", "model.num_heads=2",
         "model.num_kv_heads=2", "model.embed_dim=64", "model.max_seq_len=512", "owlore.num_active_layers=1",
         "owlore.rank=8",
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "Planning for rows of tokenizer.max_seq_len=512" in result.stderr + result.stdout
-    first_words = [line.split()[0] for line in result.stdout.splitlines()]
+    )  # fmt: skip
+    output, errors = command.communicate()
+    assert command.returncode == 0, errors
+    assert "Planning for rows of tokenizer.max_seq_len=512" in errors + output
+    first_words = [line.split()[0] for line in output.splitlines()]
     wanted = [
         "weights",
         "projected",

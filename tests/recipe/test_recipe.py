@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Command, run_command
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,7 @@ from owlore_tune.layers.scores import Outlier
 from owlore_tune.layers.scores_file import LayerScores
 from owlore_tune.run.scoring import score_model
 from owlore_tune.run.settings import TrainingSettings
-from runs import changed_by_draw, finetune, prepare, read_weights, variant, weights
+from runs import changed_by_draw, finetune, prepare, read_weights, start, variant, weights
 
 
 def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
@@ -55,14 +56,13 @@ def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
     assert not torch.allclose(exported(ids).logits, before(ids).logits, atol=1e-4)
 
 
-def test_a_bad_config_ends_in_one_line(tiny_config, tmp_path):
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
-    command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml", "owlore.num_active_layers=40"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1
-    last = result.stderr.strip().splitlines()[-1]
+def test_a_bad_config_ends_in_one_line(tiny_config):
+    run = start(tiny_config, "owlore.num_active_layers=40")
+    _, errors = run.communicate()
+    assert run.returncode == 1
+    last = errors.strip().splitlines()[-1]
     assert last == "error: owlore.num_active_layers=40; the model has 4 layers"
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
@@ -298,10 +298,9 @@ def test_the_docs_transformers_example_runs(smollm2_dir, capsys):
 
 
 def test_torchtunes_generate_runs_on_a_checkpoint(smollm2_dir, tmp_path):
-    """torchtune's recipe with the docs' config, in a subprocess. Greedy text equals that of transformers."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    subprocess.run(["owlore", "cp", "smollm2/135M_generate", "g.yaml"], cwd=tmp_path, env=environment, check=True)
-    command = ["tune", "run", "generate", "--config", "g.yaml", f"checkpointer.checkpoint_dir={smollm2_dir}"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "The capital of France is Paris." in result.stderr + result.stdout
+    """torchtune's recipe with the docs' config, in a process of its own. Greedy text equals that of transformers."""
+    run_command("owlore", "cp", "smollm2/135M_generate", "g.yaml", cwd=tmp_path)
+    words = ("tune", "run", "generate", "--config", "g.yaml", f"checkpointer.checkpoint_dir={smollm2_dir}")
+    command = Command(*words, cwd=tmp_path)
+    printed = "".join(command.communicate())
+    assert command.returncode == 0 and "The capital of France is Paris." in printed, printed[-2000:]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
+from forks import Command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +29,7 @@ from runs import (
     finetune_until,
     poison,
     prepare,
+    start,
     unbroken_weights,
     variant,
     weights,
@@ -227,32 +228,26 @@ def test_rng_states_come_back(tmp_path):
     assert expected[2] == again[2]
 
 
-def start(config: dict, directory: Path, *overrides: str) -> subprocess.Popen:
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml", *overrides]
-    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_step(config: dict, process: subprocess.Popen) -> None:
+def wait_for_step(config: dict, process: Command) -> None:
     while not list(Path(config["output_dir"]).glob("step_*[0-9]")):
-        assert process.poll() is None, process.stdout.read()
+        assert process.returncode is None, process.communicate()
         time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config, tmp_path):
+def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config):
     config = variant(tiny_config, "signal", epochs=10, save_every_n_steps=20, keep_last_n=1)
-    process = start(config, tmp_path)
+    process = start(config)
     wait_for_step(config, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    last = output.strip().splitlines()[-1]
+    last = errors.strip().splitlines()[-1]
     saved = checkpoints(config)[-1]
     assert last.startswith(
         f"{number.name}: stopped after step {saved.name[5:]}, saved in {saved}. To continue, resume with the sa"
     )
-    assert "Traceback" not in output
+    assert "Traceback" not in output + errors
     finetune(config | {"resume_from_checkpoint": True})
     assert_weights(config, unbroken_weights(tiny_config, epochs=10, keep_last_n=1))
 

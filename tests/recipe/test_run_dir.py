@@ -3,28 +3,22 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from owlore_tune.checkpoints.sealed import read_seal
 from owlore_tune.errors import ConfigError
 from owlore_tune.run.directory import LOCK_FILE, RUN_FILE, RunDirectory
-from runs import checkpoints, finetune, finetune_until, prepare, recipe_of, variant, weights
+from runs import checkpoints, finetune, finetune_until, prepare, recipe_of, start, variant, weights
 
 
 def content(directory: Path) -> dict[str, bytes]:
     return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
-
-
-def start(config: dict, directory: Path) -> subprocess.Popen:
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    command = [sys.executable, "-m", "owlore_full_finetune", "--config", "config.yaml"]
-    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_directory_in_use_is_refused_and_free_again_after_a_kill(tmp_path):
@@ -45,21 +39,19 @@ def test_a_directory_in_use_is_refused_and_free_again_after_a_kill(tmp_path):
     run.release()
 
 
-def test_the_second_of_two_runs_is_refused_in_one_line(tiny_config, tmp_path):
+def test_the_second_of_two_runs_is_refused_in_one_line(tiny_config):
     config = variant(tiny_config, "twice", epochs=1000, dataset_val=None)
-    first = start(config, tmp_path)
+    first = start(config)
     while not (Path(config["output_dir"]) / "steps.jsonl").exists():
-        assert first.poll() is None, first.stderr.read()
+        assert first.returncode is None, first.communicate()
         time.sleep(0.02)  # leaves the processor to it
-    other = tmp_path / "other"
-    other.mkdir()
-    _, errors = start(config | {"resume_from_checkpoint": True}, other).communicate(timeout=60)
+    _, errors = start(config | {"resume_from_checkpoint": True}).communicate(timeout=60)
     assert (
         errors.strip()
         .splitlines()[-1]
         .startswith(f"error: output_dir={config['output_dir']} is in use by process {first.pid} on ")
     )
-    first.terminate()
+    first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
     assert [d.name for d in Path(config["output_dir"]).glob("*.partial")] == []
 
