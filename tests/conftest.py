@@ -152,7 +152,8 @@ def tiny_config(tiny_dir, tiny_data, tmp_path) -> dict:
     return config | {
         "output_dir": str(tmp_path / "run"), "model": dict(TINY_MODEL),
         "checkpointer": config["checkpointer"] | {"checkpoint_dir": str(tiny_dir), "model_type": "LLAMA2"},
-        "dataset": dict(data), "dataset_val": dict(data), "batch_size": 4, "epochs": 1, "device": "cpu",
+        "dataset": dict(data), "dataset_val": dict(data), "batch_size": 4, "batch_size_val": 20, "epochs": 1,
+        "device": "cpu",
         "owlore": config["owlore"] | {"num_active_layers": 2, "resample_every": 3, "outlier_threshold": 3.0, "rank": 8},
         "optimizer": config["optimizer"] | {"lr": 3e-4}, "lr_scheduler": None,
     }  # fmt: skip

@@ -37,7 +37,8 @@ def fork(
         cwd: its directory; default: this process's.
         environment: variables besides those of this process.
     """
-    place = (str(output), str(errors or output), str(cwd or Path.cwd()), {**os.environ, **(environment or {})})
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}  # also for processes that it starts
+    place = (str(output), str(errors or output), str(cwd or Path.cwd()), variables)
     process = _FORK.Process(target=_enter, args=(*place, function, arguments))
     process.start()
     return process

@@ -1,9 +1,6 @@
 """Several processes on this machine that train together."""
 
-import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,7 +11,6 @@ from forks import fork
 
 from runs import variant, weights, write
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SECONDS = 400
 
 
@@ -56,13 +52,6 @@ def places_of(num_ranks: int) -> list[dict[str, str]]:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-
-
-def torchrun(num_ranks: int, *arguments: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    return subprocess.run(
-        [*command, *options, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=SECONDS
-    )
 
 
 def train_together(num_ranks: int, *configs: dict) -> None:

@@ -1,11 +1,11 @@
 """The LLaMA-2-7B config from checkpoint to checkpoint, with a small model of the same layout."""
 
 import json
-import subprocess
 
 import torch
+from forks import Command, run_command
 
-RANDOM = ["owlore", "random", "--config", "llama2/7B_owlore", "--output"]
+RANDOM = ("owlore", "random", "--config", "llama2/7B_owlore", "--output")
 SMALL = [
     "model._component_=torchtune.models.llama2.llama2", "model.vocab_size=2000", "model.num_layers=3",
     "model.num_heads=4", "model.num_kv_heads=4", "model.embed_dim=64", "model.intermediate_dim=96",
@@ -17,19 +17,17 @@ def test_random_weights_train_by_the_7b_config_and_load_in_transformers(tmp_path
     from transformers import AutoModelForCausalLM
 
     weights, output = tmp_path / "weights", tmp_path / "run"
-    subprocess.run([*RANDOM, weights, *SMALL], check=True)
+    run_command(*RANDOM, str(weights), *SMALL)
     index = json.loads((weights / "model.safetensors.index.json").read_text())
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= index["weight_map"].keys()
-    command = [
+    run_command(
         "tune", "run", "owlore_full_finetune", "--config", "llama2/7B_owlore", f"output_dir={output}", *SMALL,
         f"checkpointer.checkpoint_dir={weights}", "dataset=owlore_tune.data.mmlu_dev_dataset",
         "~dataset.source", "~dataset.data_files",
         "dataset.packed=true", "tokenizer.max_seq_len=128", "gradient_accumulation_steps=2", "max_steps_per_epoch=3",
         "owlore.num_active_layers=2", "owlore.resample_every=2", "owlore.rank=16", "lr_scheduler=null",
         "device=cpu",
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    )  # fmt: skip
     manifest = json.loads((output / "manifest.json").read_text())
 
     before = AutoModelForCausalLM.from_pretrained(weights)
@@ -45,5 +43,6 @@ def test_random_weights_train_by_the_7b_config_and_load_in_transformers(tmp_path
 
 
 def test_an_existing_directory_is_not_overwritten(tmp_path):
-    result = subprocess.run([*RANDOM, tmp_path, *SMALL], capture_output=True, text=True)
-    assert result.returncode != 0 and "exists" in result.stderr
+    command = Command(*RANDOM, str(tmp_path), *SMALL)
+    _, errors = command.communicate()
+    assert command.returncode != 0 and "exists" in errors
