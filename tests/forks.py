@@ -1,4 +1,4 @@
-"""Commands as processes that are forked from one that has imported everything, which takes each seconds."""
+"""Commands in processes of their own, forked from one that has imported everything, which saves seconds for each."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ _FORK.set_forkserver_preload(
         "owlore_eval",
         "owlore_tune.cli",
         "torchtune._cli.tune",
-        # imported late
+        # Commands import these when they need them.
         "lm_eval.tasks",
         "matplotlib.pyplot",
         "torchtune.models.llama3_2",
@@ -39,7 +39,7 @@ def fork(
     """
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}  # also for processes that it starts
     place = (str(output), str(errors or output), str(cwd or Path.cwd()), variables)
-    process = _FORK.Process(target=_enter, args=(*place, function, arguments))
+    process = _FORK.Process(target=_enter, args=(*place, function, arguments), daemon=True)  # ends with the tests
     process.start()
     return process
 
@@ -63,14 +63,14 @@ def _run_script(*words: str) -> None:
 
 
 class Command:
-    """A running command, such as ``tune run …`` or ``owlore …``. Methods are those of `subprocess.Popen`."""
+    """A running command, such as ``tune run …``. Its methods are those of `subprocess.Popen` that tests use."""
 
     def __init__(self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory()
         self._files = [Path(self._directory.name) / name for name in ("output", "errors")]
         output, errors = self._files
         self._process = fork(_run_script, *words, output=output, errors=errors, cwd=cwd, environment=environment)
-        self.pid: int = self._process.pid  # type: ignore[assignment]
+        self.pid = self._process.pid
 
     @property
     def returncode(self) -> int | None:

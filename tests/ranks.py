@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import distributed_programs
-from forks import fork
+from forks import Command, fork
 
 from runs import variant, weights, write
 
@@ -52,6 +52,11 @@ def places_of(num_ranks: int) -> list[dict[str, str]]:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+
+
+def torchrun(config: dict, *options: str) -> Command:
+    """Start torchrun, which trains ``config`` on the ranks that ``options`` describe."""
+    return Command("torchrun", *options, "-m", "owlore_full_finetune", "--config", str(write(config)))
 
 
 def train_together(num_ranks: int, *configs: dict) -> None:

@@ -10,7 +10,7 @@ from distributed_programs import SentBytes
 from forks import run_command
 from near import assert_same_shares
 from omegaconf import OmegaConf
-from ranks import furthest, on_ranks, run_ranks, train_together
+from ranks import furthest, on_ranks, run_ranks, torchrun, train_together
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -145,8 +145,9 @@ def test_one_rank_under_torchrun_is_the_single_device_recipe_bit_for_bit(config)
     config |= {"enable_activation_checkpointing": True, "clip_grad_norm": 0.1}
     finetune(config)
     rank = variant(config, "rank")
-    one = ("torchrun", "--standalone", "--nproc_per_node=1")
-    run_command(*one, "-m", "owlore_full_finetune", "--config", str(write(rank)))
+    agent = torchrun(rank, "--standalone", "--nproc_per_node=1")
+    _, errors = agent.communicate()
+    assert agent.returncode == 0, errors[-3000:]
     assert furthest(config, rank) == 0
 
 

@@ -15,25 +15,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from forks import Command
-from omegaconf import OmegaConf
-from ranks import free_port, furthest, on_ranks, places_of, train_together
+from ranks import free_port, furthest, on_ranks, places_of, torchrun, train_together
 from torch.distributed import HashStore
 
 from owlore_tune.distributed.launch import let_gloo_finish
 from owlore_tune.run.directory import RunDirectory
-from runs import start, write
+from runs import start
 
-TWO_RANKS = ("--standalone", "--nproc_per_node=2")  # of torchrun
+TWO_RANKS = ("--standalone", "--nproc_per_node=2")  # options for torchrun
 
 
 def start_ranks(*configs: dict) -> list[Command]:
     """Start one rank per config without torchrun, so no agent stops the other ranks."""
     places = places_of(len(configs))
     return [start(config, environment=place) for config, place in zip(configs, places, strict=True)]
-
-
-def start_torchrun(config: dict, *options: str) -> Command:
-    return Command("torchrun", *options, "-m", "owlore_full_finetune", "--config", str(write(config)))
 
 
 def ranks_of(agent: Command) -> list[int]:
@@ -79,7 +74,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(config):
     unbroken = on_ranks(2, config, "unbroken")
     train_together(2, unbroken)
     restarted = on_ranks(2, config, "restarted", save_every_n_steps=1, resume_from_checkpoint=True)
-    agent = start_torchrun(restarted, *TWO_RANKS, "--max-restarts=2")
+    agent = torchrun(restarted, *TWO_RANKS, "--max-restarts=2")
     wait_for(Path(restarted["output_dir"]), "step_[3-9]")
     os.kill(random.choice(ranks_of(agent)), signal.SIGKILL)
     _, errors = agent.communicate(timeout=120)
@@ -108,7 +103,7 @@ def test_two_nodes_train_as_two_ranks_of_one(config):
     train_together(2, together)
     port = free_port()
     nodes = [
-        start_torchrun(apart, "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}", f"--master_port={port}")
+        torchrun(apart, "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}", f"--master_port={port}")
         for rank in range(2)
     ]
     for node in nodes:
@@ -122,7 +117,7 @@ def test_two_nodes_train_as_two_ranks_of_one(config):
 def test_a_signal_to_torchrun_and_its_ranks_alike_is_one_request(number, config):
     """Like a scheduler's signal: torchrun forwards it, so each rank gets it twice."""
     config = on_ranks(2, config, "stopped", epochs=400, save_every_n_steps=3)
-    agent = start_torchrun(config, *TWO_RANKS)
+    agent = torchrun(config, *TWO_RANKS)
     wait_for(Path(config["output_dir"]), "step_3")
     for pid in (*ranks_of(agent), agent.pid):
         os.kill(pid, number)
@@ -134,11 +129,8 @@ def test_a_signal_to_torchrun_and_its_ranks_alike_is_one_request(number, config)
 
 @pytest.mark.slow
 def test_a_full_disk_ends_all_ranks_with_its_message(config, small_disk):
-    run = on_ranks(2, config | {"output_dir": str(small_disk / "run")}, "full", save_every_n_steps=1)
-    run["output_dir"] = str(small_disk / "run")
-    file = Path(config["output_dir"]).with_suffix(".yaml")
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(run | {"dataset_val": None})))
-    agent = Command("torchrun", *TWO_RANKS, "-m", "owlore_full_finetune", "--config", str(file))
+    config["output_dir"] = str(small_disk / "run")
+    agent = torchrun(on_ranks(2, config, "full", save_every_n_steps=1, dataset_val=None), *TWO_RANKS)
     _, errors = agent.communicate(timeout=100)
     assert agent.returncode == 1
     assert re.search(r"error: cannot save .*step_\d+, which needs .* bytes", errors), errors[-2000:]

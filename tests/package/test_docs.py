@@ -1,12 +1,10 @@
 """Every command in the README and docs/ runs. Long runs are shortened with overrides that the docs mention."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -107,15 +105,7 @@ def place(tmp_path_factory, smollm2_dir) -> Path:
 
 
 def run(command: str, place: Path) -> str:
-    """Run ``command``, which must succeed, and return its output."""
-    if command.startswith(("tune", "owlore")):
-        return run_command(*shlex.split(command), cwd=place)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(
-        command, shell=True, cwd=place, capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-2000:]}"
-    return result.stdout
+    return run_command(*shlex.split(command), cwd=place)
 
 
 def planned(text: str) -> list[str]:

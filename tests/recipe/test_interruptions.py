@@ -183,9 +183,9 @@ def test_a_row_that_is_too_long_is_named(tiny_config, tmp_path, monkeypatch):
 
 def test_a_run_that_diverges_fails(tiny_config):
     """Regression: at lr=1e30 nine of ten steps were skipped, and the run succeeded with NaN in its manifest."""
-    run = start(tiny_config, "optimizer.lr=1e30")
-    _, errors = run.communicate()
-    assert run.returncode == 1
+    process = start(tiny_config, "optimizer.lr=1e30")
+    _, errors = process.communicate()
+    assert process.returncode == 1
     last = errors.strip().splitlines()[-1]
     assert last.startswith("error: ") and "optimizer.lr" in last
     run = Path(tiny_config["output_dir"])
