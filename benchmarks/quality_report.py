@@ -29,11 +29,13 @@ def report(rows: list[Row]) -> list[str]:
     """The lines of quality.md."""
     costs, runs = costs_of(rows), runs_that_count(rows)
     machines = sorted({f"{row['machine']}, {row['cores']} cores" for row in costs.values()})
+    processors = sorted({row["machine"] for row in runs})
     lines = [
         "# Held-out loss after the same training time",
         "",
-        "SmolLM2-135M-Instruct on arithmetic problems, 512 packed tokens per step, products in bfloat16. fp32 and bf16 "
-        "are the types of weights; OwLore has them in bf16, and trains A in float32. A step time of 1 is that "
+        "SmolLM2-135M-Instruct on arithmetic problems, 512 packed tokens per step. fp32 and bf16 are the types of "
+        "weights; OwLore has them in bf16, and trains A in float32. On CPUs with AMX, products of fp32 weights are in "
+        f"bfloat16 too. The runs used these CPUs: {'; '.join(processors)}. A step time of 1 is that "
         f"of {REFERENCE}, which ran in turn with each method on one machine ({'; '.join(machines)}). Its own value "
         f"shows the noise. ± is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
         "problems, ± their standard error. A method is in a table once its learning rate is tuned for its number of "

@@ -2,8 +2,8 @@
 
     python benchmarks/lib/bf16_products.py PROGRAM [ARGUMENT ...]
 
-PROGRAM is a Python file or a Python command such as tune. Weights, gradients and optimizer state stay float32. A CPU
-without bfloat16 instructions ignores the setting.
+PROGRAM is a Python file or a Python command such as tune. Weights, gradients and optimizer state stay float32. On a CPU
+without AMX, oneDNN ignores the setting, and these products are computed in float32.
 """
 
 import runpy

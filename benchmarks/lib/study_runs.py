@@ -1,10 +1,10 @@
 """Training runs of the accuracy study: how each method is configured, started and checked.
 
 All methods train on the same packed rows in the same order: 512 tokens per step, cosine schedule with a warmup of 10
-steps, gradients clipped to 1 (OwLore: after projection), no weight decay, products in bfloat16 (see bf16_products.py).
-The seed shuffles the data and seeds the draws. OwLore draws layers every 50 steps; with all layers, it makes new bases
-every 50 steps. BAdam changes its layer so that every layer trains once, which is its authors' rule, but at most every 3
-steps. GaLore refreshes its projections every 50 steps.
+steps, gradients clipped to 1 (OwLore: after projection), no weight decay. On CPUs with AMX, all products are in
+bfloat16, see bf16_products.py. The seed shuffles the data and seeds the draws. OwLore draws layers every 50 steps, or
+makes new bases if all layers train. BAdam changes its layer so that every layer trains once, which is its authors'
+rule, but at most every 3 steps. GaLore refreshes its projections every 50 steps.
 """
 
 import json

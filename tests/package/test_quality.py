@@ -80,7 +80,7 @@ def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(qua
         losses = {"tuning": loss + 1, "choosing": 0.0, "reported": loss}
         return {
             "key": f"{method} {lr} {seed} {steps}", "method": method, "lr": lr, "seed": seed, "steps": steps,
-            "code": code, "losses": losses,
+            "code": code, "losses": losses, "machine": f"the CPU of {code} rows",
         }  # fmt: skip
 
     def cost(method, ratio, memory=1.0):
@@ -96,6 +96,7 @@ def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(qua
         cost(ours, 9.0), cost(ours, 0.5, 2.5), cost(full, 1.02), cost(lora, 1.0),
     ]  # fmt: skip
     lines = quality_report.report(rows)
+    assert "The runs used these CPUs: the CPU of new rows. " in lines[2]
     in_time, after = (
         next(i for i, line in enumerate(lines) if title in line) for title in ("## In the time", "## Aft")
     )
