@@ -10,6 +10,7 @@ import torch.distributed as dist
 from families import group_on_cpu
 from lm_eval.api.instance import Instance
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +24,7 @@ from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world, local
 from owlore_tune.layers.grouped import group_experts
 from owlore_tune.optim.moments import state_bytes
+from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.optim.projection import sketch, truncate
 from owlore_tune.quantized.background import BackgroundStore
 from owlore_tune.quantized.store import LayerStore
@@ -94,12 +96,14 @@ def count(output: str, file: str) -> None:
                     "sent": sent.counts,
                     "state_bytes": state,
                     "trained_bytes": sum(map(sent_bytes, trained)),
+                    "weights": [local(parameter).double().sum().item() for parameter in self.model.parameters()],
                 }
             )
             return outcome
 
     cfg = DictConfig(OmegaConf.load(file))
-    with process_group(torch.device(cfg.device), 600):
+    # torchao's optimizers compile themselves.
+    with process_group(torch.device(cfg.device), 600), torch.compiler.set_stance("force_eager"):
         finetune(cfg, Counting)
         Path(output).with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(records))
 
@@ -138,6 +142,22 @@ def fail_alone() -> None:
         generator = torch.Generator().manual_seed(0)
         basis = next(truncate([sketch(left, right, 4, generator=generator, world=world)], 4, world))
         ours, first = world.gather((basis.columns, basis.is_given.item()))
+        assert torch.equal(ours[0], first[0]) and ours[1] is first[1] is True, (ours, first)
+
+
+def turn_alone() -> None:
+    """Make a basis with an SVD that has other signs on the last rank."""
+    with process_group(torch.device("cpu"), 600):
+        world = current_world()
+        if world.rank == 1:
+            svd = torch.linalg.svd
+            torch.linalg.svd = lambda *args, **kwargs: [-part for part in svd(*args, **kwargs)]
+        torch.manual_seed(0)
+        linear = nn.Linear(12, 16, bias=False)
+        weight = ProjectedWeight(linear, 4, generator=lambda device: None, basis="svd", world=world)
+        weight.engage()
+        linear(torch.randn(20, 12)).square().sum().backward()
+        ours, first = world.gather((weight.basis, weight.is_given.item()))
         assert torch.equal(ours[0], first[0]) and ours[1] is first[1] is True, (ours, first)
 
 

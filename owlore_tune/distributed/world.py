@@ -1,6 +1,7 @@
 """The processes that train together, and the local part of sharded tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -75,6 +76,17 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    @contextmanager
+    def same_random_numbers(self, seed: int) -> Iterator[None]:
+        """Let torch draw the same random numbers on all processes during the block, and go on as before after it."""
+        if self.size == 1:
+            yield
+            return
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            yield
 
     def attempt(self, action: Callable[[], T], *, first_alone: bool = False) -> T | None:
         """Run ``action`` on every process, or only on rank 0. An error on one rank is raised on all.

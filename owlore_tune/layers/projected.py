@@ -298,9 +298,9 @@ class ProjectedLayers:
             "weights": {
                 name: weight.state_dict()
                 for name, weight in self._all_weights()
-                if weight.trained.numel() or weight.basis is not None
+                if weight.trained.numel() or weight.nbytes
             },
-            "others": {name: self._gathered(other.trained) for name, other in self._not_in_weights()},
+            "others": {name: self._gathered(other.trained) for name, other in self._not_in_weights().items()},
             "base": base if self.masters is None else {},
         }  # fmt: skip
 
@@ -310,15 +310,20 @@ class ProjectedLayers:
             return value
         return value.cpu() if self.world.rank == 0 else value.new_empty(0)
 
-    def _not_in_weights(self) -> Iterator[tuple[str, WholeParameter]]:
-        """Parameters that train as they are and are not in the weights, which are loaded before the state.
+    def _not_in_weights(self) -> dict[str, WholeParameter]:
+        """Parameters that train as they are and are not in the weights, which are loaded before the state, by name.
 
-        These are copies in float32 and, with quantized weights, all of active layers, whose masters are older.
+        These are copies in float32, also of layers that have trained before, and, with quantized weights, all of active
+        layers, whose masters are older.
         """
-        for part in (*(self.layers[index].others for index in self.active), self.outside):
-            for name, other in part.items():
-                if other.trained is not other.parameter or (self.masters is not None and part is not self.outside):
-                    yield name, other
+        found = {name: other for name, other in self._others() if other.is_copied and not other.trained.is_meta}
+        for index in () if self.masters is None else self.active:
+            found |= self.layers[index].others
+        return found
+
+    def _others(self) -> Iterator[tuple[str, WholeParameter]]:
+        for part in (*(layer.others for layer in self.layers), self.outside):
+            yield from part.items()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -334,6 +339,7 @@ class ProjectedLayers:
             parameter.copy_(shard_like(base.to(parameter.dtype), parameter))
         for name, state in state_dict["weights"].items():
             weights[name].load_state_dict(state)
-        for name, other in self._not_in_weights():
-            other.trained.copy_(shard_like(state_dict["others"][name], other.trained))
-            other.write_back()
+        others = dict(self._others())
+        for name, value in state_dict["others"].items():
+            others[name].load(shard_like(value, others[name].parameter))
+        self.write_back()

@@ -11,6 +11,7 @@ for batch in batches:
 layers.merge()
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ HOST = torch.device("cpu")
 class Schedule:
     """Draws the layers that train every K steps, and ends their bases every ``update_gap`` steps (algorithm 1).
 
-    It follows the optimizer's steps by hooks: weight decay, which must be decoupled, acts on the full weight, and
-    moments are carried over to new bases.
+    It follows the optimizer's steps by hooks: weight decay, which must be decoupled, acts on the full weight, moments
+    are carried over to new bases, and processes that train together draw the same random numbers.
 
     If all layers train and their weights are quantized, their bases end in different steps, so that no step waits for
     the whole model.
@@ -94,7 +95,8 @@ class Schedule:
         self._is_loaded = False  # whether optimizer state of inactive layers may be on the device
         self._has_returned = False  # whether a layer came back with its bases, whose corrections no longer hold
         self._moved: set[int] = set()  # active layers known to have changed since the draw
-        optimizer.register_step_pre_hook(lambda *_: self._settle())
+        self._step = ExitStack()  # what ends after an optimizer step
+        optimizer.register_step_pre_hook(lambda *_: self._before_step())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
 
     @property
@@ -225,7 +227,14 @@ class Schedule:
         weight.turn = weight.start = None
         weight.is_new = False
 
+    def _before_step(self) -> None:
+        self._settle()
+        self._step.close()  # of a step that failed
+        if (generator := self.layers.generator("optimizer", HOST)) is not None:  # an optimizer may round stochastically
+            self._step.enter_context(self.layers.world.same_random_numbers(generator.initial_seed()))
+
     def _after_step(self) -> None:
+        self._step.close()
         layers = self.layers
         factor_of = {
             parameter: 1 - float(group["lr"]) * group.get("weight_decay", 0.0)
@@ -283,5 +292,5 @@ class Schedule:
         self.sampler.load_state_dict(state_dict["sampler"])
         self.layers.load_state_dict(state_dict["layers"])
         self._moved = set(state_dict["moved"])
-        self._is_loaded = True
+        self._is_loaded = self._has_returned = True
         self.drawn_at = state_dict["drawn_at"]

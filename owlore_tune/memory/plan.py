@@ -22,7 +22,7 @@ from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.memory.measure import resident_bytes
 from owlore_tune.memory.step import META, PlannedStep, StepShape
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, model_parts
-from owlore_tune.optim.moments import state_bytes
+from owlore_tune.optim.moments import carry_moments, state_bytes
 from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.quantized.linear import is_quantized, quantizable_outside, weight_of
 
@@ -74,18 +74,21 @@ class Method:
     holds_all_state: bool = False
 
 
-def state_per_value(build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> float:
+def state_per_value(build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], moments: str = "keep") -> float:
     """Bytes of an optimizer's state for each value that it trains, from a step of its own on a few values.
 
     Args:
         build: returns the optimizer over parameter groups.
+        moments: see `owlore_tune.optim.moments.carry_moments`, which is tried too.
     """
     sample = nn.Parameter(torch.zeros(512, 128, device="cpu"))
     optimizer = build([{"params": [sample]}])
     sample.grad = torch.zeros_like(sample)
     with torch.compiler.set_stance("force_eager"):  # torchao's optimizers compile themselves
         optimizer.step()
-    return state_bytes(optimizer) / sample.numel()
+    found = state_bytes(optimizer) / sample.numel()
+    carry_moments(optimizer, sample, torch.eye(128), moments, right=True)
+    return found
 
 
 def plan_memory(

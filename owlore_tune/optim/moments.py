@@ -36,14 +36,15 @@ def carry_moments(optimizer: Optimizer, parameter: Tensor, turn: Tensor, moments
 def check_decay(optimizer: Optimizer) -> None:
     """
     Raises:
-        ValueError: if the optimizer adds weight decay to the gradient, where it would act on A and not on the weight.
+        ValueError: if the optimizer has weight decay that is not known to be decoupled. It could act on A, and
+            not on the weight.
     """
     for group in optimizer.param_groups:
         is_decoupled = group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
         if group.get("weight_decay", 0.0) and not is_decoupled:
             raise ValueError(
-                f"weight_decay={group['weight_decay']}; {type(optimizer).__name__} adds it to the gradient: set it "
-                "to 0, or use AdamW"
+                f"weight_decay={group['weight_decay']}; that of {type(optimizer).__name__} is not known to be "
+                "decoupled: set it to 0, or use AdamW"
             )
 
 

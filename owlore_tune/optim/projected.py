@@ -145,7 +145,7 @@ class ProjectedWeight:
             product = product * self._decay if bias is None else (product - bias) * self._decay + bias
         if self.basis is not None:
             product = self._with_update(product, rows)
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() and (len(rows) or self.world.size > 1):  # other processes may have rows
             product = _WithNewBasis.apply(product, rows.detach(), self.trained, self)
         return product.view(*x.shape[:-1], product.shape[-1])
 
@@ -185,7 +185,8 @@ class ProjectedWeight:
         elif self.basis is None:
             with self.clock("basis"):
                 whole = self.world.sum_(times(grad.T, x.to(self._dtype)))
-                self._begin(*svd_basis(whole, self.rank, self.right))
+                basis, is_given = svd_basis(whole, self.rank, self.right)  # which processes may round differently
+                self._begin(self.world.from_first_(basis), self.world.from_first_(is_given))
         assert self.basis is not None
         return low(self.basis) if self.right else low(self.basis).T
 
@@ -286,8 +287,8 @@ class ProjectedWeight:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load it after `engage`, or into a Linear that is not engaged but keeps its basis."""
         state = dict(state_dict)
-        if (trained := state.pop("trained")).numel():
-            self.trained.data = trained.to(self.trained.device, copy=True)
+        # An optimizer loads its state to the device of A, also if A is empty.
+        self.trained.data = state.pop("trained").to(self.device, copy=True)
         for key, value in state.items():
             setattr(self, key, value.to(self.device, copy=True) if torch.is_tensor(value) else value)
         if self.decay != 1.0:

@@ -69,10 +69,10 @@ def plan_run(
     owlore = settings.owlore
     offloads_state = owlore.inactive_state == "offload" and settings.device.type != "cpu"
     try:
-        per_value = state_per_value(partial(build_optimizer, settings))
+        per_value = state_per_value(partial(build_optimizer, settings), owlore.moments)
     except Exception as error:  # of any optimizer
         raise ConfigError(
-            f"optimizer._component_={settings.cfg.optimizer._component_} fails in a step: {error}"
+            f"optimizer._component_={settings.cfg.optimizer._component_} cannot be used: {error}"
         ) from error
     method = Method(
         {**owlore.projection(), **owlore.train_outside()},

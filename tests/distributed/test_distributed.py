@@ -310,9 +310,19 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_named_by_the_first(con
     assert all(weight.isfinite().all() for weight in weights(config).values())
 
 
-def test_ranks_get_one_basis_if_an_algorithm_fails_on_one_of_them():
-    done = run_ranks(2, "fail_alone")
+@pytest.mark.parametrize("program", ["fail_alone", "turn_alone"])
+def test_ranks_get_one_basis_if_an_algorithm_differs_on_one_of_them(program):
+    done = run_ranks(2, program)
     assert not any(done.codes), done.output[-3000:]
+
+
+def test_replicas_round_alike(config, tmp_path):
+    """torch's random numbers differ on every rank, and the optimizer rounds with them."""
+    changes = {"fsdp": False, "dtype": "bf16", "owlore__rank": None, "max_steps_per_epoch": 2, "dataset_val": None}
+    config["optimizer"] = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3, "bf16_stochastic_round": True}
+    first, second = count(2, on_ranks(2, config, "replicas", **ALL_TRAINED | changes), tmp_path)
+    assert [step["weights"] for step in first] == [step["weights"] for step in second]
+    assert first[0]["weights"] != first[1]["weights"]
 
 
 @pytest.fixture

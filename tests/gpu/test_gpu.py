@@ -16,7 +16,7 @@ from owlore_tune.models.fused import fuse_parts
 from owlore_tune.models.hf_experts import split_experts
 from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.quantized.linear import quantize
-from runs import finetune, prepare, read_weights, variant, weights
+from runs import finetune, finetune_until, prepare, read_weights, variant, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FORMATS = {"full": "full", "int8": "int8", "nf4": "full"}  # with their products
@@ -103,6 +103,16 @@ def test_experts_compute_together_without_a_wait(name):
         group_experts(experts, device)
     for one, together in zip(*results, strict=True):
         assert (one - together).norm() <= 0.02 * one.norm()
+
+
+def test_offloaded_state_goes_on_after_a_resume(tiny_config):
+    """A fused optimizer has its step counters on the GPU, also those of layers that do not train at the resume."""
+    changes = {"owlore__num_active_layers": 1, "owlore__resample_every": 1, "owlore__inactive_state": "offload"}
+    changes |= {"device": "cuda", "optimizer__fused": True, "save_every_n_steps": 1, "epochs": 4}
+    config = variant(tiny_config, "run", **changes)
+    finetune_until(config, 6)
+    recipe = finetune(config | {"resume_from_checkpoint": True})
+    assert recipe.progress.step == recipe.inputs.data.num_steps > 16 and not recipe.progress.skipped_steps
 
 
 def test_a_layer_is_written_as_it_was_and_read_ahead_into_pinned_memory(tiny_config):

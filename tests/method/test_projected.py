@@ -226,6 +226,16 @@ def test_a_gradient_without_a_basis_leaves_the_weight_and_a_later_one_gives_it(v
     assert weight.is_given and weight.trained.grad.isfinite().all()
 
 
+def test_an_expert_gets_its_basis_from_its_first_tokens():
+    """Its first micro-batch has none."""
+    linear = linear_of(torch.randn(24, 16, generator=seeded()))
+    weight, x = projected_of(linear, 4), torch.randn(9, 16, generator=seeded(), requires_grad=True)
+    linear(x[:0]).square().sum().backward()
+    assert weight.basis is None and weight.trained.grad is None
+    linear(x).square().sum().backward()
+    assert weight.is_given and weight.trained.grad.any()
+
+
 def bases_of_a_pass(makers: list[BasisMaker], is_nested: bool = False) -> list[torch.Tensor]:
     """Bases and gradients of three Linears, the second of which is used twice."""
     linears = [linear_of(torch.randn(16, 16, generator=seeded())) for _ in makers]

@@ -24,6 +24,7 @@ from runs import (
     finetune,
     finetune_until,
     other_model,
+    poison,
     prepare,
     read_weights,
     variant,
@@ -138,6 +139,20 @@ def test_a_resumed_run_equals_the_unbroken_one(kind, state, tiny_config):
     finetune(broken | {"resume_from_checkpoint": True})
     for name, weight in weights(config).items():
         assert torch.equal(weight, weights(broken)[name]), name
+
+
+def test_a_layer_that_returned_in_a_skipped_step_is_corrected_after_a_resume(tiny_config, tmp_path):
+    changes = {"owlore__inactive_state": "keep", "owlore__resample_every": 1, "epochs": 2, "dataset_val": None}
+    config = quantized_config(tiny_config, "nf4", "unbroken", save_every_n_steps=1, keep_last_n=100, **changes)
+    config = wide(config, tmp_path)
+    recipe = prepare(config)
+    poison(recipe, {9})
+    recipe.train()
+    assert recipe.progress.skipped_steps == 1
+    again = variant(config, "again", resume_from_checkpoint=f"{config['output_dir']}/step_10")
+    finetune(again)
+    for name, weight in weights(config).items():
+        assert torch.equal(weight, weights(again)[name]), name
 
 
 LOSSES = ("owlore_tune.loss.LinearCrossEntropyLoss", "torchtune.modules.loss.CEWithChunkedOutputLoss")

@@ -273,6 +273,21 @@ def test_vectors_in_16_bits_train_in_float32(tokens):
     assert all(torch.equal(parameters[name], copy.bfloat16()) for name, copy in copies.items())
 
 
+def test_vectors_in_16_bits_keep_their_updates_over_many_draws(tokens):
+    """What a norm learns in one draw is a fortieth of the distance between two values."""
+    model = tiny_llama(dtype=torch.bfloat16)
+    parts = layers, _, _ = setup(model, num_active=1, lr=1e-4, every=1)
+    train(model, parts, tokens, num_steps=60)
+    for index, layer in enumerate(layers.layers):
+        for name in (f"layers.{index}.sa_norm.scale", f"layers.{index}.mlp_norm.scale"):
+            assert (layer.others[name].trained - 1).abs().max() > 5e-4, name
+    with torch.no_grad():
+        scale = model.layers[0].sa_norm.scale.fill_(2.0)  # other weights are loaded
+    layers.activate([])
+    layers.activate([0])
+    assert torch.equal(layers.layers[0].others["layers.0.sa_norm.scale"].trained, scale.float())
+
+
 def test_projecting_the_moments_of_an_optimizer_without_them_is_refused(tokens):
     model = tiny_llama()
     parts = setup(model, moments="project", update_gap=1, build=torch.optim.SGD, momentum=0.9)
@@ -282,7 +297,8 @@ def test_projecting_the_moments_of_an_optimizer_without_them_is_refused(tokens):
 
 @pytest.mark.parametrize("build", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
 def test_weight_decay_that_is_not_decoupled_is_refused(build):
-    with pytest.raises(ValueError, match=f"weight_decay=0.1; {build.__name__} adds it to the gradient: set it to 0"):
+    message = f"weight_decay=0.1; that of {build.__name__} is not known to be decoupled: set it to 0, or use AdamW"
+    with pytest.raises(ValueError, match=message):
         setup(tiny_llama(), build=build, weight_decay=0.1)
 
 
