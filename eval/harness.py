@@ -143,6 +143,8 @@ def _load(manager: TaskManager, name: str, data_root: str | None) -> list[Task |
             f"tasks: the data of {name} is neither {where} nor available from the hub ({error}). With hub access, "
             f"run hf download --repo-type dataset {repository} --local-dir DIR/{repository}; then set data_root=DIR"
         ) from error
+    except Exception as error:  # tasks and scripts that today's versions of the harness and datasets no longer load
+        raise ConfigError(f"tasks: {name} cannot be loaded: {error!r}; choose another task") from error
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise ConfigError(f"tasks: {task.task_name} runs code that the model writes, or needs more than text")
@@ -159,7 +161,10 @@ def _repository(manager: TaskManager, name: str) -> str:
         if not isinstance(children, list):  # a tag
             children = [n for n, e in manager.task_index.items() if entry.name in e.tags]
         first = next(iter(children), None)
-        entry = manager.task_index.get(first.get("task") if isinstance(first, dict) else first)
+        while isinstance(first, dict):  # a task with other settings, or a group within the group
+            first = first.get("task")
+            first = next(iter(first), None) if isinstance(first, list) else first
+        entry = manager.task_index.get(first)
     return entry.cfg["dataset_path"] if entry is not None and entry.cfg else "OWNER/NAME"
 
 

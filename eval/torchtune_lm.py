@@ -81,7 +81,8 @@ class TorchtuneLM(TemplateLM):
         self.batch_tokens = batch_tokens or tokens_at_once(model, self._free)
         self.batch_size = batch_size
         self._fitting_batch_size: int | None = None  # of the last `generate_until`
-        self.add_bos = tokenizer.adds_bos if add_bos is None else add_bos
+        bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+        self._prefix = tokenizer.prefix if add_bos is None else bos
         self.max_gen_toks = max_gen_toks
         self._seed = seed
 
@@ -91,7 +92,7 @@ class TorchtuneLM(TemplateLM):
             "model_library": "transformers" if isinstance(self.model, HFDecoder) else "torchtune",
             "scoring": "shared_prefix",
             "model_dtype": str(self._dtype),
-            "add_bos": self.add_bos,
+            "add_bos": self.tokenizer.bos_id in self._prefix,
             "max_length": self.max_length,
             "batch_tokens": self.batch_tokens,
             "generation_batch_size": self.batch_size or self._fitting_batch_size,
@@ -133,10 +134,8 @@ class TorchtuneLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         tokens = self.tokenizer.encode(string, add_bos=False, add_eos=False)
-        bos_id = self.tokenizer.bos_id
-        wanted = self.add_bos if add_special_tokens is None else add_special_tokens
-        has_it = add_special_tokens is None and tokens[:1] == [bos_id]
-        return [bos_id, *tokens] if wanted and not has_it and bos_id is not None else tokens
+        prefix = [] if add_special_tokens is False else self._prefix
+        return tokens if tokens[: len(prefix)] == prefix else prefix + tokens
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation. Without a generation prompt, the text ends with the last message, to be continued.

@@ -127,8 +127,6 @@ def memory(args: argparse.Namespace) -> None:
     settings = settings.for_gpu() if args.gpu else settings
     found = plans_of_config(settings, args.seq_len, args.world_size)
     plans = {name: vars(plan) for name, plan in found.items()}
-    if picture is not None:
-        plot_memory(picture, plans, cfg.get("device_memory_limit"))
     print("GB".ljust(14) + "".join(name.rjust(16) for name in plans))
     for category in (c for c in CATEGORIES if any(plan[c] for plan in plans.values())):
         print(category.ljust(14) + "".join(f"{plan[category] / 1e9:16.2f}" for plan in plans.values()))
@@ -140,6 +138,8 @@ def memory(args: argparse.Namespace) -> None:
     if settings.device.type == "cuda":
         print("The CUDA context, and NCCL on several GPUs, take more than this plan. Leave a tenth of the memory free.")
     if picture is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        plot_memory(picture, plans, cfg.get("device_memory_limit"))
         print(picture)
 
 

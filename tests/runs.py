@@ -10,6 +10,7 @@ import torch
 from forks import Command
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torchtune.training.metric_logging import save_config
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
@@ -19,6 +20,19 @@ from owlore_tune.run.settings import TrainingSettings
 
 def recipe_of(config: dict) -> OwLoreFullFinetuneRecipe:
     return OwLoreFullFinetuneRecipe(TrainingSettings.from_config(OmegaConf.create(config)))
+
+
+class SavingLogger:
+    """A logger that writes the config to its output_dir."""
+
+    def log_config(self, config) -> None:
+        save_config(config)
+
+    def log_dict(self, payload, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def prepare(config: dict) -> OwLoreFullFinetuneRecipe:

@@ -255,7 +255,9 @@ class HFCheckpointer:
         return list(tensors)
 
     def copy_companions(self, directory: Path, dtype: torch.dtype) -> None:
-        files = [self.tokenizer_dir / name for name in TOKENIZER_FILES]
+        # torchtune's format of conversations is not that of a template.
+        names = [name for name in TOKENIZER_FILES if not (self.tokenizer_files and name.startswith("chat_template"))]
+        files = [self.tokenizer_dir / name for name in names]
         for file in [*files, *self.tokenizer_files, *(self.checkpoint_dir / name for name in LICENSES)]:
             if not file.is_file():
                 continue
@@ -263,6 +265,10 @@ class HFCheckpointer:
                 log.warning(f"{file} is a link to {file.resolve()}, outside the model directory; it is not copied.")
                 continue
             shutil.copyfile(file, directory / file.name)
+        if self.tokenizer_files and (copy := directory / "tokenizer_config.json").is_file():
+            copy.write_text(
+                json.dumps({k: v for k, v in read_object(copy).items() if k != "chat_template"}, indent=2) + "\n"
+            )
         # transformers loads in the dtype that config.json names, which is now the run's.
         key = "dtype" if "dtype" in self.config else "torch_dtype"
         config = {**self.config, key: str(dtype).removeprefix("torch.")}

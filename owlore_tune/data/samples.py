@@ -36,7 +36,7 @@ def check_samples(key: str, dataset: Any, collate: Callable[[list[Any]], Any], c
 def check_labels(key: str, dataset: Any, max_seq_len: int | None) -> None:
     """Raise ValueError if none of up to `MOST_ROWS` rows has a token to train."""
     for index in range(0, len(dataset), math.ceil(len(dataset) / MOST_ROWS)):
-        if any(int(label) != CROSS_ENTROPY_IGNORE_IDX for label in dataset[index]["labels"][1:]):
+        if any(int(label) != CROSS_ENTROPY_IGNORE_IDX for label in read_sample(dataset, index)["labels"][1:]):
             return
     raise ValueError(
         f"{key}: no row has a token to train: every answer is cut off or masked; raise tokenizer.max_seq_len, which is "
@@ -58,7 +58,16 @@ def longest_row(dataset: Any, max_seq_len: int | None) -> int:
     """
     if max_seq_len is not None and len(dataset) > MOST_ROWS:
         return max_seq_len
-    return max(len(dataset[i]["tokens"]) for i in range(0, len(dataset), math.ceil(len(dataset) / MOST_ROWS)))
+    step = math.ceil(len(dataset) / MOST_ROWS)
+    return max(len(read_sample(dataset, index)["tokens"]) for index in range(0, len(dataset), step))
+
+
+def read_sample(dataset: Any, index: int) -> dict[str, Any]:
+    """The sample of a row. Raise ValueError if the row does not fit a dataset that is not ours."""
+    try:
+        return dataset[index]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"row {index} does not fit the dataset's component: {error!r}") from error
 
 
 def dataset_digest(dataset: Any) -> str:
@@ -78,7 +87,7 @@ def dataset_digest(dataset: Any) -> str:
     else:
         rows = getattr(dataset, "_data", None)
         if rows is None:
-            rows = [dataset[i] for i in range(0, len(dataset), math.ceil(len(dataset) / MOST_ROWS))]
+            rows = [read_sample(dataset, i) for i in range(0, len(dataset), math.ceil(len(dataset) / MOST_ROWS))]
         for row in rows:
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,14 @@ class HFChatTokenizer:
         path: a model directory with ``tokenizer.json``, ``tokenizer_config.json`` and a chat template (in the config
             or as ``chat_template.jinja``).
         max_seq_len: cut longer token lists to this length; null for no limit.
-        chat_template: ``model`` for instruct models: the directory's template. ``plain`` for base models: BOS if the
-            model's tokenizer adds it, the prompt, its answer and EOS.
+        chat_template: ``model`` for instruct models: the directory's template. ``plain`` for base models: what the
+            model's tokenizer puts before a text, such as BOS, the prompt, its answer and EOS.
         enable_thinking: passed to the chat template. For data or evaluations with reasoning blocks.
 
     Raises:
         ValueError: if the directory lacks ``tokenizer.json``, a file cannot be read, ``max_seq_len`` is not positive,
-            ``chat_template`` is unknown, or a special token in the config is not in the vocabulary.
+            ``chat_template`` is unknown, a special token in the config is not in the vocabulary, or there is no EOS for
+            ``plain``.
     """
 
     def __init__(
@@ -82,7 +84,10 @@ class HFChatTokenizer:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises no narrower type
             raise ValueError(f"{file} cannot be read: {error}") from error
-        self._config = _read_json(directory / "tokenizer_config.json")
+        self._tokenizer.no_truncation()  # the file may have that of its last use, which transformers ignores too
+        self._tokenizer.no_padding()
+        files = ("special_tokens_map.json", "tokenizer_config.json")  # the first one only in older directories
+        self._config = {key: value for name in files for key, value in _read_json(directory / name).items()}
         self.special_tokens: dict[str, int] = {
             token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         }
@@ -101,12 +106,17 @@ class HFChatTokenizer:
         self.now = datetime.now()  # for templates that print the date; a resumed run keeps its start date
 
     def _plain(self) -> str:
-        return ("{{ bos_token }}" if self.adds_bos else "") + _PLAIN
+        if self.eos_id is None:
+            raise ValueError(f"tokenizer.chat_template=plain ends answers with EOS, and {self.directory} names none")
+        start = "".join(str(self._tokenizer.id_to_token(index)) for index in self.prefix)
+        return f"{{{{ {json.dumps(start, ensure_ascii=False)} }}}}{_PLAIN}"
 
     @property
-    def adds_bos(self) -> bool:
-        """Whether the model's tokenizer adds BOS to a text by default, as in transformers."""
-        return self.bos_id is not None and self._tokenizer.encode("a").ids[:1] == [self.bos_id]
+    def prefix(self) -> list[int]:
+        """Ids that the model's tokenizer puts before a text by default, as in transformers: most often BOS, or none."""
+        encoding = self._tokenizer.encode("a")
+        added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return [index for index, _ in takewhile(lambda pair: pair[1], added)]
 
     @property
     def vocab_size(self) -> int:
@@ -136,7 +146,7 @@ class HFChatTokenizer:
     def digests(self) -> dict[str, str]:
         """Digests of the tokenizer with its special tokens, and of the chat template."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        special = [[self._special_token(name) for name in names], self.adds_bos, self.pad_id, self.stop_tokens]
+        special = [[self._special_token(name) for name in names], self.prefix, self.pad_id, self.stop_tokens]
         contents = {
             "tokenizer": self._tokenizer.to_str() + json.dumps(special), "chat template": self._prompt_format()
         }  # fmt: skip
@@ -209,7 +219,8 @@ class HFChatTokenizer:
         spans = self._assistant_spans(messages, text)
         tokens, mask = encoding.ids, [True] * len(encoding.ids)
         for i, (start, end) in enumerate(encoding.offsets):
-            mask[i] = not any(first <= start and end <= last and start < last for first, last in spans)
+            # A special token may contain the whitespace after it.
+            mask[i] = not any(first <= start < last and not text[last:end].strip() for first, last in spans)
         return tokens[: self.max_seq_len], mask[: self.max_seq_len]
 
     def _assistant_spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
@@ -244,7 +255,10 @@ class HFChatTokenizer:
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         sample = dict(sample)
-        tokens, mask = self.tokenize_messages(sample.pop("messages"), add_end_tokens=not inference)
+        messages = sample.pop("messages")
+        if not inference and any(message.role == "user" and not message.masked for message in messages):
+            raise ValueError("a user's message is not masked, and only answers are trained; set train_on_input=false")
+        tokens, mask = self.tokenize_messages(messages, add_end_tokens=not inference)
         return {**sample, "tokens": tokens, "mask": mask}
 
 

@@ -14,11 +14,11 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from torchtune import config
 from torchtune.models import convert_weights
 from tqdm import tqdm
 
 from owlore_tune.checkpoints.checkpointer import shards
+from owlore_tune.config import build
 from owlore_tune.data.builders import mmlu_dev_rows
 from owlore_tune.errors import ConfigError
 from owlore_tune.models.decoder import find_layers
@@ -30,16 +30,17 @@ def write_random(cfg: DictConfig, directory: Path) -> None:
     """Write a model directory for the model of a training config. config.json comes last: it marks a complete one.
 
     Raises:
-        ConfigError: if ``directory`` exists, because it may hold real weights, or the layout is not known.
+        ConfigError: if ``directory`` exists, because it may hold real weights, the layout is not known, or the model
+            cannot be built.
     """
     model_type = cfg.checkpointer.model_type
     if model_type not in ARCHITECTURES:
         raise ConfigError(f"checkpointer.model_type={model_type}; random weights need {', '.join(ARCHITECTURES)}")
     if directory.exists():
         raise ConfigError(f"{directory} exists; choose another directory, or remove it first")
-    directory.mkdir(parents=True)
     with torch.device("meta"):
-        model = config.instantiate(cfg.model)
+        model = build("model", cfg.model)
+    directory.mkdir(parents=True)
     write_weights(model, directory)
     write_tokenizer(directory)
     (directory / "config.json").write_text(json.dumps(hf_config(model, model_type), indent=2))

@@ -75,13 +75,15 @@ class Report:
         with redirect_stdout(StringIO()):  # some print their path; docs/runs.md documents it
             self._logger = build_with("metric_logger", cfg.metric_logger, LOGGER_METHODS)
         # Other loggers resolve the config before they send it elsewhere, but environment variables may be secret.
-        keeps_interpolations = isinstance(self._logger, DiskLogger | StdoutLogger | TensorBoardLogger)
-        self._logger.log_config(cfg if keeps_interpolations else printable(cfg))
+        if not isinstance(self._logger, DiskLogger | StdoutLogger | TensorBoardLogger):
+            cfg = printable(cfg)
+            cfg.output_dir = str(self._directory)  # the logger writes a file there
+        self._logger.log_config(cfg)
         self._plan, self.measure_memory = plan, measure_memory
         self._facts = {
             "versions": versions(),
             "machine": machine(settings.device),
-            "config": plain(cfg),
+            "config": plain(settings.cfg),
             "seed": cfg.seed,
             "probabilities": probabilities,
         }

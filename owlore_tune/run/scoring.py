@@ -11,7 +11,7 @@ from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.layers.scores import SCORES, Score, layer_scores
 from owlore_tune.layers.scores_file import LayerScores
 from owlore_tune.models.decoder import Decoder
-from owlore_tune.run.build import build_inputs, build_model
+from owlore_tune.run.build import build_inputs, build_model, check_model
 from owlore_tune.run.settings import TrainingSettings
 
 
@@ -84,6 +84,6 @@ def score_model(settings: TrainingSettings) -> LayerScores:
     """Load the config's model on one device and score its layers, without training."""
     inputs = build_inputs(settings)
     _, model = build_model(settings)
-    inputs.checkpointer.check_model(model)
+    check_model(inputs, model)
     inputs.checkpointer.load_checkpoint(model, dtype=settings.dtype, device=settings.device)
     return score_layers(settings, model, inputs.data, inputs.checkpointer.fingerprint())

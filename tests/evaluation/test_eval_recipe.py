@@ -233,6 +233,8 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
         ({"tasks": ["piqa"]}, "the data of piqa is neither named by data_root .*hf download .* baber/piqa"),
         ({"tasks": ["mmlu_dev"], "data_files": {"mmlu_dev": "CHOICES"}}, "tasks: mmlu_dev would run twice"),
         ({"tasks": ["mmlu"]}, "the data of mmlu is neither .*hf download .* cais/mmlu"),
+        ({"tasks": ["mmlu_continuation"]}, "the data of mmlu_continuation is neither .*hf download .* cais/mmlu"),
+        ({"tasks": ["logiqa"], "data_root": "SCRIPT"}, "logiqa cannot be loaded: .*scripts .*; choose another task"),
         ({"tasks": ["humaneval"]}, "humaneval (runs code that the model writes|needs a package|is neither)"),
         ({"max_length": 20, "scoring": "generate", "data_files": "CHOICES"}, "max_gen_toks=32 leaves no room in 20"),
         ({"judge": {"base_url": "http://x", "model": "m", "api_key_env": None, "retries": 1}, "data_dir": "/nowhere",
@@ -240,7 +242,11 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
         ({"tokenizer": {"_component_": "torchtune.models.llama2.llama2_tokenizer", "path": "x"}}, 'tokenizer: .*"x"'),
     ],
 )  # fmt: skip
-def test_bad_values_are_refused_before_weights_load(make_config, choices_file, monkeypatch, changes, message):
+def test_bad_values_are_refused_before_weights_load(make_config, choices_file, tmp_path, monkeypatch, changes, message):
+    if "data_root" in changes:
+        (tmp_path / "EleutherAI" / "logiqa").mkdir(parents=True)
+        (tmp_path / "EleutherAI" / "logiqa" / "logiqa.py").touch()
+        changes = changes | {"data_root": str(tmp_path)}
     if changes.get("data_files") == "CHOICES":
         changes = changes | {"data_files": {"mine": str(choices_file)}}
     elif changes.get("data_files") == {"mmlu_dev": "CHOICES"}:

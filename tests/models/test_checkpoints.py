@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.smollm2 import smollm2_135m
 from runs import save
 
@@ -164,3 +165,11 @@ def test_links_into_a_hub_cache_are_followed(tmp_path):
     (snapshot / "merges.txt").symlink_to("/etc/hostname")
     assert not leads_outside(snapshot / "tokenizer.json")
     assert leads_outside(snapshot / "merges.txt")
+
+
+def test_checkpoints_of_a_run_in_the_format_of_torchtune_have_no_chat_template(tiny_dir, tmp_path):
+    checkpointer = HFCheckpointer(str(tiny_dir), "LLAMA2")
+    checkpointer.take_tokenizer(tiny_dir / "tokenizer.json")  # as with a tokenizer of torchtune
+    checkpointer.copy_companions(tmp_path, torch.float32)
+    assert HFChatTokenizer(str(tiny_dir)).is_chat and not HFChatTokenizer(str(tmp_path)).is_chat
+    assert HFChatTokenizer(str(tmp_path)).eos_id == HFChatTokenizer(str(tiny_dir)).eos_id

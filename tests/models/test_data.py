@@ -9,6 +9,8 @@ from owlore_tune.data import gsm8k_dataset, instruction_dataset, mmlu_dev_datase
 from owlore_tune.data.loader import TrainingData
 from owlore_tune.data.samples import MOST_ROWS, longest_row
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.errors import ConfigError
+from runs import prepare
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "commonsense"
 
@@ -198,6 +200,15 @@ def test_reading_ahead_changes_no_step():
         ahead.seek(step)
         assert ahead.micro_batches()[0]["tokens"].tolist() == expected[step]
         ahead.read_ahead(GPU)
+
+
+def test_a_row_that_does_not_fit_is_named_while_memory_is_planned(tiny_config, tmp_path):
+    rows = [{"input": "a b", "output": "c"}, {"input": "a b", "output": None}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    dataset = {"_component_": "torchtune.datasets.instruct_dataset", "source": "json", "split": "train"}
+    config = tiny_config | {"batch_size": 1, "dataset": dataset | {"data_files": str(tmp_path / "rows.json")}}
+    with pytest.raises(ConfigError, match="row 1 does not fit the dataset's component: TypeError"):
+        prepare(config)
 
 
 def test_a_row_that_cannot_be_read_ends_its_own_step():

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from tiny import TEMPLATE, save_tokenizer, tiny_llama
+from tokenizers import AddedToken, Tokenizer, processors
 from torchtune.data import Message
 from transformers import AutoTokenizer
 
@@ -108,27 +109,74 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
         HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0]))
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-@pytest.mark.parametrize(("prompt", "between"), [("Is it so?", "\n"), ("Is it so?\nAnswer:", " ")])
-def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(adds_bos, prompt, between, tmp_path):
-    """The tokens are those of the evaluation adapter for prompt and answer, followed by EOS."""
-    from tokenizers import Tokenizer, processors
+def change_tokenizer(directory, change) -> None:
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    change(tokenizer)
+    tokenizer.save(str(directory / "tokenizer.json"))
 
+
+def test_truncation_and_padding_of_the_file_have_no_effect(tmp_path):
+    """transformers writes those of the last call there, and ignores them in the next one."""
+    save_tokenizer(tmp_path)
+    expected = HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[1]))
+    change_tokenizer(tmp_path, lambda tokenizer: tokenizer.enable_truncation(8))
+    assert HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[1])) == expected
+    change_tokenizer(tmp_path, lambda tokenizer: (tokenizer.no_truncation(), tokenizer.enable_padding(length=500)))
+    assert HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[1])) == expected
+
+
+def test_an_end_token_that_takes_the_whitespace_after_it_is_trained(tmp_path):
+    """As in Phi-3, whose template writes a line break after it."""
+    save_tokenizer(tmp_path)
+    end = AddedToken("<|end|>", special=True, rstrip=True)
+    change_tokenizer(tmp_path, lambda tokenizer: tokenizer.add_special_tokens([end]))
+    tokenizer = HFChatTokenizer(str(tmp_path))
+    tokens, mask = tokenizer.tokenize_messages(messages(CONVERSATIONS[1]))
+    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
+    assert tokenizer.decode(trained, skip_special_tokens=False) == "Hello!<|end|>Ciao 👋 né<|end|>"
+
+
+def test_special_tokens_of_older_directories(tmp_path):
+    save_tokenizer(tmp_path)
+    names = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": names.pop("eos_token")}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    assert HFChatTokenizer(str(tmp_path), chat_template="plain").eos_id == 0
+    (tmp_path / "special_tokens_map.json").unlink()
+    with pytest.raises(ValueError, match=f"chat_template=plain ends answers with EOS, and {tmp_path} names none"):
+        HFChatTokenizer(str(tmp_path), chat_template="plain")
+
+
+def test_a_user_message_that_should_be_trained_is_refused(tiny_dir):
+    tokenizer, turns = HFChatTokenizer(str(tiny_dir)), messages(CONVERSATIONS[0])
+    turns[0].masked = False
+    with pytest.raises(
+        ValueError, match="a user's message is not masked, and only answers .* set train_on_input=false"
+    ):
+        tokenizer({"messages": turns})
+    assert tokenizer({"messages": turns[:1]}, inference=True)["tokens"]
+
+
+@pytest.mark.parametrize("start", ["", "<|system|>", "<|user|><|system|>"])  # nothing, BOS, and as in GLM
+@pytest.mark.parametrize(("prompt", "between"), [("Is it so?", "\n"), ("Is it so?\nAnswer:", " ")])
+def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(start, prompt, between, tmp_path):
+    """The tokens are those of the evaluation adapter for prompt and answer, followed by EOS."""
     from owlore_evals.torchtune_lm import TorchtuneLM
 
+    def begin(tokenizer: Tokenizer) -> None:
+        special = [(name, tokenizer.token_to_id(name)) for name in ("<|user|>", "<|system|>")]
+        single = f"{start.replace('><', '> <')} $A"
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+
     save_tokenizer(tmp_path)
-    if adds_bos:
-        tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-        bos = tokenizer.token_to_id("<|system|>")
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|system|> $A", special_tokens=[("<|system|>", bos)]
-        )
-        tokenizer.save(str(tmp_path / "tokenizer.json"))
-        config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": "<|system|>"}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if start:
+        change_tokenizer(tmp_path, begin)
+        change_config(tmp_path, bos_token="<|system|>")
     tokenizer = HFChatTokenizer(str(tmp_path), chat_template="plain")
     assert not tokenizer.is_chat and HFChatTokenizer(str(tmp_path)).is_chat
     tokens, mask = tokenizer.tokenize_messages(messages([("user", prompt), ("assistant", "the fox")]))
+    assert tokenizer.decode(tokens, skip_special_tokens=False).startswith(start + prompt)
+    assert tokens[:-1] == AutoTokenizer.from_pretrained(tmp_path)(f"{prompt}{between}the fox")["input_ids"]
     lm = TorchtuneLM(tiny_llama(vocab_size=300), tokenizer)
     assert tokens == [*lm.tok_encode(f"{prompt}{between}the fox"), tokenizer.eos_id]
     trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]

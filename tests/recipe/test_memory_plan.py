@@ -171,8 +171,9 @@ def test_a_plan_within_the_limit_runs(tiny_config):
 
 def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
     """The model is not downloaded, so rows have the tokenizer's maximum length."""
+    picture = tmp_path / "new" / "plan.png"
     command = Command(
-        "owlore", "memory", "--config", "llama2/7B_owlore", "--output", str(tmp_path / "plan.png"), "device=cpu",
+        "owlore", "memory", "--config", "llama2/7B_owlore", "--output", str(picture), "device=cpu",
         f"output_dir={tmp_path / 'run'}", "checkpointer.checkpoint_dir=/nowhere", "model.num_layers=2",
         "model._component_=torchtune.models.llama2.llama2", "model.vocab_size=100", "model.num_heads=2",
         "model.num_kv_heads=2", "model.embed_dim=64", "model.max_seq_len=512", "owlore.num_active_layers=1",
@@ -196,7 +197,7 @@ def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
         "total",
     ]
     assert [word for word in first_words if word in wanted] == wanted
-    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert picture.stat().st_size > 10_000
 
 
 def test_rows_longer_than_the_model_takes_are_refused(tiny_config):

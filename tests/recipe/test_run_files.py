@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from test_resume import assert_same_bits
 from tiny import TINY_MODEL, save_tokenizer
 
@@ -15,6 +16,8 @@ from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.files import partial_name, write_json
 from owlore_tune.run.directory import RUN_FILE
+from owlore_tune.run.scoring import score_model
+from owlore_tune.run.settings import TrainingSettings
 from runs import Killed, after_step, checkpoints, finetune, prepare, variant
 
 
@@ -187,8 +190,19 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tiny_confi
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 290}))
     tiny_config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "model")
     tiny_config["model"] = TINY_MODEL | {"vocab_size": 290}
-    with pytest.raises(ConfigError, match="token ids up to 299, and the model has embeddings for 290 tokens"):
-        prepare(tiny_config)
+    for start in (prepare, lambda config: score_model(TrainingSettings.from_config(OmegaConf.create(config)))):
+        with pytest.raises(ConfigError, match="token ids up to 299, and the model has embeddings for 290 tokens"):
+            start(tiny_config)
+
+
+def test_a_logger_that_writes_the_config_writes_it_to_the_run(tiny_config, tmp_path, monkeypatch):
+    """As torchtune's loggers of services do. The values of environment variables stay out of the file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLACE_OF_A_TEST", str(tmp_path / "secret"))
+    output_dir, logger = "${oc.env:PLACE_OF_A_TEST}/run", {"_component_": "runs.SavingLogger"}
+    prepare(tiny_config | {"output_dir": output_dir, "metric_logger": logger}).cleanup()
+    config = (tmp_path / "secret" / "run" / "torchtune_config.yaml").read_text()
+    assert "max_steps_per_epoch" in config and [path.name for path in tmp_path.glob("$*")] == []
 
 
 def test_a_tied_head_that_alone_should_train_is_refused(tiny_config):

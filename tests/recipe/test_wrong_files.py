@@ -327,6 +327,10 @@ COMMANDS: dict[str, tuple[Callable[[], object], list[str], str]] = {
     ),
     "cp below a file": (lambda: None, ["cp", "smollm2/135M_owlore", "train.json/x.yaml"], "train.json/x.yaml: "),
     "cp to a long name": (lambda: None, ["cp", "smollm2/135M_owlore", 300 * "x"], "File name too long"),
+    "random of a model with an unknown field": (
+        lambda: None, ["random", "--config", "train.yaml", "--output", "tiny", "model.vocab_siz=300"],
+        "model: llama2() got an unexpected keyword argument 'vocab_siz'",
+    ),
     "memory of no tokens": (lambda: None, ["memory", "--config", "train.yaml", "--seq-len", "0"], "--seq-len=0"),
     "memory on no device": (
         lambda: None, ["memory", "--config", "train.yaml", "--world-size", "0"], "--world-size=0; it must be"
@@ -424,6 +428,6 @@ COMMANDS: dict[str, tuple[Callable[[], object], list[str], str]] = {
 def test_a_wrong_command(case, place, capsys, monkeypatch):
     spoil, arguments, message = COMMANDS[case]
     spoil()
-    before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    before = {path: path.is_file() and path.read_bytes() for path in place.rglob("*")}
     assert message in refused(cli.main, arguments, capsys, monkeypatch)
-    assert all(file.read_bytes() == content for file, content in before.items())
+    assert {path: path.is_file() and path.read_bytes() for path in place.rglob("*")} == before
