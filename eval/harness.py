@@ -65,6 +65,8 @@ def load_tasks(
     for task in leaf_tasks(loaded):
         _check_name(task.task_name)
     counts = Counter(task.task_name for task in leaf_tasks(loaded))
+    groups = [group for group in loaded if isinstance(group, Group)]
+    counts.update(each.name for group in groups for each in (group, *group.get_all_groups()))
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ConfigError(f"tasks: {', '.join(twice)} would run twice; results have one place for each name")
     return loaded

@@ -87,9 +87,13 @@ class MTBench:
         plot_radar(directory / "mt_bench.png", categories, highest=10)
         return _as_results(scores, self._samples(answers, judgments))
 
-    def answer(self, lm: LM, model_id: str, file: Path) -> dict[int, list[str]]:
-        """Return both answers by question id. Each category is saved to ``file`` before the next one starts."""
-        answers: dict[int, list[str]] = {}
+    def check_saved(self, model_id: str, directory: Path) -> None:
+        """Raise ConfigError if `run` cannot continue from what is in ``directory``."""
+        self._saved_answers(model_id, directory / "answers.jsonl")
+        _rated(directory / "judgments.jsonl")
+
+    def _saved_answers(self, model_id: str, file: Path) -> dict[int, list[str]]:
+        answers = {}
         asks = {question.question_id: _digest(question.turns) for question in self._questions}
         for row in _read(file, ("question_id", "question", "model_id", "max_new_tokens", "choices")):
             if (row["model_id"], row["max_new_tokens"]) != (model_id, self._max_new_tokens):
@@ -99,6 +103,12 @@ class MTBench:
                 )
             if row["question"] == asks.get(row["question_id"]):
                 answers[row["question_id"]] = row["choices"][0]["turns"]
+        return answers
+
+    def answer(self, lm: LM, model_id: str, file: Path) -> dict[int, list[str]]:
+        """Return both answers by question id. Each category is saved to ``file`` before the next one starts."""
+        answers = self._saved_answers(model_id, file)
+        asks = {question.question_id: _digest(question.turns) for question in self._questions}
         for category in dict.fromkeys(question.category for question in self._questions):
             asked = [q for q in self._questions if q.category == category and q.question_id not in answers]
             if not asked:
@@ -138,9 +148,7 @@ class MTBench:
         """
         config = self._judge_config
         assert config is not None
-        # Judgments without a rating are requested again, like failed ones.
-        rated = [row for row in _read(file, ("judge", "request", "repeat", "score")) if row["score"] is not None]
-        known = {(row["judge"], row["request"], row["repeat"]): row for row in rated}
+        known = {(row["judge"], row["request"], row["repeat"]): row for row in _rated(file)}
         judgments, missing = {}, []
         for question in self._questions:
             for turn in (1, 2):
@@ -274,6 +282,11 @@ def _read(file: Path, fields: Iterable[str]) -> list[dict[str, Any]]:
                 "output_dir"
             )
     return rows
+
+
+def _rated(file: Path) -> list[dict[str, Any]]:
+    """Read judgments. Those without a rating are requested again, like failed ones."""
+    return [row for row in _read(file, ("judge", "request", "repeat", "score")) if row["score"] is not None]
 
 
 def _digest(content: Any) -> str:

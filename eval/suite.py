@@ -76,8 +76,14 @@ class Suite:
         data_files = dict(cfg.data_files or {})
         if not names and not data_files:
             raise ConfigError("nothing to evaluate; set tasks or data_files")
+        if tokenizer.eos_id is None and tokenizer.bos_id is None:
+            raise ConfigError(
+                f"tokenizer.path={tokenizer.directory} names no eos_token; add it to tokenizer_config.json"
+            )
         self._mt_bench = None
         if MT_BENCH in names:
+            if MT_BENCH in data_files:
+                raise ConfigError(f"data_files.{MT_BENCH}: the task of this name runs too; choose another name")
             self._mt_bench = MTBench(
                 cfg.data_dir,
                 judge=None if cfg.judge is None else JudgeConfig.from_config(cfg.judge),
@@ -114,6 +120,11 @@ class Suite:
                 generation_options(kwargs, length, defaults=defaults)
             except ValueError as error:
                 raise ConfigError(f"tasks: {name}: {error}") from error
+
+    def check_saved(self, model_id: str, directory: Path) -> None:
+        """Raise ConfigError if ``directory`` has answers or judgments of MT-Bench that `run_mt_bench` would refuse."""
+        if self._mt_bench is not None:
+            self._mt_bench.check_saved(model_id, directory)
 
     def run_tasks(
         self, lm: LM, model_id: str, directory: Path, *, use_cache: bool = False, log_samples: bool = True

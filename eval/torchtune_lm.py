@@ -93,6 +93,8 @@ class TorchtuneLM(TemplateLM):
             "scoring": "shared_prefix",
             "model_dtype": str(self._dtype),
             "add_bos": self.tokenizer.bos_id in self._prefix,
+            "prefix": self._prefix,
+            "stop_tokens": self.tokenizer.stop_tokens,
             "max_length": self.max_length,
             "batch_tokens": self.batch_tokens,
             "generation_batch_size": self.batch_size or self._fitting_batch_size,
@@ -259,7 +261,8 @@ class TorchtuneLM(TemplateLM):
                 and this number, not on the other requests.
         """
         options = self._options(chunk[0][1])
-        eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        eos_id = self.tokenizer.eos_id
+        eos = None if eos_id is None else self.tokenizer.decode([eos_id], skip_special_tokens=False)
         seeds = []
         for context, _ in chunk:
             text = f"{self._seed} {asked[context]} {context}"

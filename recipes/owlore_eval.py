@@ -74,7 +74,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             self._run_dir.check_free(OUTPUT_FILES)
         tokenizer = build_ours("tokenizer", cfg.tokenizer, HFChatTokenizer)
         checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
-        self._fingerprint = checkpointer.fingerprint()
+        self._fingerprint, self._model_config = checkpointer.fingerprint(), checkpointer.config
         check_output_dir(self._output_dir, self._fingerprint)
         model = self._setup_model()
         checkpointer.check_model(model)
@@ -105,6 +105,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             return
         started = time.perf_counter()
         cfg, model = self._cfg, (self.lm, self._model_id(), self._output_dir)
+        self.suite.check_saved(*model[1:])
         results = self.suite.run_tasks(*model, use_cache=cfg.use_cache, log_samples=cfg.log_samples)
         try:
             for key, values in self.suite.run_mt_bench(*model).items():
@@ -135,8 +136,8 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
     def _model_id(self) -> str:
         """Return the fingerprint of the weights and of all settings that affect an answer."""
         info = self.lm.get_model_info()
-        names = ("model_dtype", "add_bos", "max_length", "generation_seed", "generation_config", "tokenizer_sha")
-        settings = [info[name] for name in names]
+        names = ("model_dtype", "prefix", "max_length", "generation_seed", "generation_config", "tokenizer_sha")
+        settings = [info[name] for name in names] + [self._model_config]
         settings += [OmegaConf.to_container(self._cfg.model, resolve=True), self._cfg.checkpointer.model_type]
         return f"{self._fingerprint}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 

@@ -86,8 +86,9 @@ class HFChatTokenizer:
             raise ValueError(f"{file} cannot be read: {error}") from error
         self._tokenizer.no_truncation()  # the file may have that of its last use, which transformers ignores too
         self._tokenizer.no_padding()
-        files = ("special_tokens_map.json", "tokenizer_config.json")  # the first one only in older directories
-        self._config = {key: value for name in files for key, value in _read_json(directory / name).items()}
+        self._config = _read_json(directory / "tokenizer_config.json")
+        if "added_tokens_decoder" not in self._config:  # an older directory; transformers has the same rule
+            self._config |= _read_json(directory / "special_tokens_map.json")
         self.special_tokens: dict[str, int] = {
             token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         }
@@ -95,21 +96,21 @@ class HFChatTokenizer:
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._pad_id()
         generation = _read_json(directory / "generation_config.json")
+        if not (directory / "generation_config.json").is_file():  # as in transformers
+            generation = {"eos_token_id": _read_json(directory / "config.json").get("eos_token_id")}
         self.stop_tokens = self._stop_tokens(generation)
         self.generation_config = {  # the model's defaults for generated text
             name: generation[name] for name in _GENERATION if isinstance(generation.get(name), int | float)
         }
         # Jinja source; None if there is none
-        self.chat_template = _chat_template(directory, self._config) if chat_template == "model" else self._plain()
+        self.chat_template = _chat_template(directory, self._config) if chat_template == "model" else _PLAIN
         self.is_chat = chat_template == "model" and self.chat_template is not None
+        if chat_template == "plain" and self.eos_id is None:
+            raise ValueError(f"tokenizer.chat_template=plain ends answers with EOS, and {path} names none")
+        self._start = self.prefix if chat_template == "plain" else []  # a model's template writes its own
+        self.num_embeddings: int | None = None  # of the model, once it is known
         self._template = None if self.chat_template is None else _compile_template(self.chat_template)
         self.now = datetime.now()  # for templates that print the date; a resumed run keeps its start date
-
-    def _plain(self) -> str:
-        if self.eos_id is None:
-            raise ValueError(f"tokenizer.chat_template=plain ends answers with EOS, and {self.directory} names none")
-        start = "".join(str(self._tokenizer.id_to_token(index)) for index in self.prefix)
-        return f"{{{{ {json.dumps(start, ensure_ascii=False)} }}}}{_PLAIN}"
 
     @property
     def prefix(self) -> list[int]:
@@ -122,6 +123,14 @@ class HFChatTokenizer:
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    def largest_needed_id(self) -> int:
+        """The largest id of the vocabulary without added tokens, and of the tokens that the model's files name.
+
+        A text model's tokenizer can have more added tokens than the model, such as those for images in Gemma 3.
+        """
+        named = [index for index in (self.bos_id, self.eos_id, self.pad_id) if index is not None]
+        return max([*self._tokenizer.get_vocab(with_added_tokens=False).values(), *named, *self.stop_tokens])
 
     def _pad_id(self) -> int:
         # Many models pad with the token that ends a turn. torchtune's generate treats every pad token in a prompt as
@@ -139,9 +148,8 @@ class HFChatTokenizer:
         return list(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *more]))
 
     def digest(self) -> str:
-        """A digest of vocabulary, merges, added tokens, chat template and its thinking mode."""
-        content = self._tokenizer.to_str() + self._prompt_format()
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        """A digest of all that `digests` covers."""
+        return hashlib.sha256(json.dumps(self.digests()).encode()).hexdigest()[:16]
 
     def digests(self) -> dict[str, str]:
         """Digests of the tokenizer with its special tokens, and of the chat template."""
@@ -170,7 +178,7 @@ class HFChatTokenizer:
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Token ids of plain text, with BOS and EOS if requested and the model has them."""
-        tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+        tokens = self._known(self._tokenizer.encode(text, add_special_tokens=False).ids)
         bos = [self.bos_id] if add_bos and self.bos_id is not None else []
         eos = [self.eos_id] if add_eos and self.eos_id is not None else []
         return [*bos, *tokens, *eos]
@@ -217,11 +225,17 @@ class HFChatTokenizer:
         text = self.render(messages, add_generation_prompt=not add_end_tokens)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         spans = self._assistant_spans(messages, text)
-        tokens, mask = encoding.ids, [True] * len(encoding.ids)
-        for i, (start, end) in enumerate(encoding.offsets):
+        tokens, mask = self._start + self._known(encoding.ids), [True] * len(self._start + encoding.ids)
+        for i, (start, end) in enumerate(encoding.offsets, start=len(self._start)):
             # A special token may contain the whitespace after it.
             mask[i] = not any(first <= start < last and not text[last:end].strip() for first, last in spans)
         return tokens[: self.max_seq_len], mask[: self.max_seq_len]
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        if self.num_embeddings is not None and max(tokens, default=0) >= self.num_embeddings:
+            token = self._tokenizer.id_to_token(max(tokens))
+            raise ValueError(f"a text has the token {token!r}, for which the model has no embedding; remove it")
+        return tokens
 
     def _assistant_spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
         """(start, end) of the assistant's unmasked turns in the rendered text; a turn starts at its answer."""
@@ -265,8 +279,11 @@ class HFChatTokenizer:
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """Raise ConfigError if a torchtune ``tokenizer`` has token ids that the embeddings of a decoder lack."""
     num_embeddings = model.tok_embeddings.weight.shape[0]
-    special = getattr(tokenizer, "special_tokens", None) or {}
-    most = max([getattr(tokenizer, "vocab_size", 0) - 1, *special.values(), tokenizer.pad_id or 0])
+    if isinstance(tokenizer, HFChatTokenizer):
+        most, tokenizer.num_embeddings = tokenizer.largest_needed_id(), num_embeddings
+    else:
+        special = getattr(tokenizer, "special_tokens", None) or {}
+        most = max([getattr(tokenizer, "vocab_size", 0) - 1, *special.values(), tokenizer.pad_id or 0])
     if most >= num_embeddings:
         raise ConfigError(
             f"the tokenizer has token ids up to {most}, and the model has embeddings for {num_embeddings} tokens; "

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from tiny import TINY_MODEL
 from torchtune.data import Message
 
 from owlore_eval import OwLoreEvalRecipe
-from owlore_evals import torchtune_lm
+from owlore_evals import harness, torchtune_lm
 from owlore_evals.harness import load_tasks
 from owlore_evals.local_choices import first_option
 from owlore_evals.results import compare, read_scores, show_answers
@@ -205,6 +206,29 @@ def test_answers_are_kept_and_not_asked_again(make_config, monkeypatch):
         assert calls, change
 
 
+def test_what_ends_an_answer_and_what_the_model_computes_are_part_of_its_id(make_config, tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    config = make_config("eval/mmlu_dev")
+    config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "model")
+
+    def model_id() -> str:
+        recipe = OwLoreEvalRecipe(OmegaConf.create(config))
+        recipe.setup()
+        recipe.cleanup()
+        return recipe._model_id()
+
+    ids = [model_id(), model_id()]
+    for name, change in {
+        "generation_config.json": {"eos_token_id": [0, 5]},
+        "tokenizer_config.json": {"eos_token": "<|user|>"},
+        "config.json": {"of_no_builder": 5},
+    }.items():
+        file = tmp_path / "model" / name
+        file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | change))
+        ids.append(model_id())
+    assert ids[0] == ids[1] and len(set(ids)) == 4
+
+
 def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
     """Simulate a small GPU: the model raises an out-of-memory error above 600 positions."""
     config = make_config("eval/mmlu_dev", limit=30, batch_tokens=4000)
@@ -232,11 +256,12 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
         ({"tasks": ["mmlu_dve"]}, "tasks: no task, group or tag named mmlu_dve; did you mean .*mmlu_dev"),
         ({"tasks": ["piqa"]}, "the data of piqa is neither named by data_root .*hf download .* baber/piqa"),
         ({"tasks": ["mmlu_dev"], "data_files": {"mmlu_dev": "CHOICES"}}, "tasks: mmlu_dev would run twice"),
+        ({"tasks": ["mt_bench"], "data_files": {"mt_bench": "CHOICES"}}, "data_files.mt_bench: the task of this name"),
         ({"tasks": ["mmlu"]}, "the data of mmlu is neither .*hf download .* cais/mmlu"),
         ({"tasks": ["mmlu_continuation"]}, "the data of mmlu_continuation is neither .*hf download .* cais/mmlu"),
         ({"tasks": ["logiqa"], "data_root": "SCRIPT"}, "logiqa cannot be loaded: .*scripts .*; choose another task"),
         ({"tasks": ["humaneval"]}, "humaneval (runs code that the model writes|needs a package|is neither)"),
-        ({"max_length": 20, "scoring": "generate", "data_files": "CHOICES"}, "max_gen_toks=32 leaves no room in 20"),
+        ({"max_length": 20, "scoring": "generate", "data_files": {"a": "CHOICES"}}, "max_gen_toks=32 leaves no room"),
         ({"judge": {"base_url": "http://x", "model": "m", "api_key_env": None, "retries": 1}, "data_dir": "/nowhere",
           "tasks": ["mt_bench"]}, r"unknown key judge\.retries"),
         ({"tokenizer": {"_component_": "torchtune.models.llama2.llama2_tokenizer", "path": "x"}}, 'tokenizer: .*"x"'),
@@ -247,13 +272,20 @@ def test_bad_values_are_refused_before_weights_load(make_config, choices_file, t
         (tmp_path / "EleutherAI" / "logiqa").mkdir(parents=True)
         (tmp_path / "EleutherAI" / "logiqa" / "logiqa.py").touch()
         changes = changes | {"data_root": str(tmp_path)}
-    if changes.get("data_files") == "CHOICES":
-        changes = changes | {"data_files": {"mine": str(choices_file)}}
-    elif changes.get("data_files") == {"mmlu_dev": "CHOICES"}:
-        changes = changes | {"data_files": {"mmlu_dev": str(choices_file)}}
+    if "data_files" in changes:
+        changes = changes | {"data_files": {name: str(choices_file) for name in changes["data_files"]}}
     monkeypatch.setattr(OwLoreEvalRecipe, "_load_weights", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=message):
         OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", **changes))).setup()
+
+
+def test_a_file_that_is_named_as_a_group_is_refused(choices_file, tmp_path, monkeypatch):
+    """The harness has one place in the results for both."""
+    shutil.copytree(harness.OWN_TASKS, tmp_path / "tasks")
+    (tmp_path / "tasks" / "mine.yaml").write_text("{group: mine, task: [mmlu_dev_held_out]}")
+    monkeypatch.setattr(harness, "OWN_TASKS", tmp_path / "tasks")
+    with pytest.raises(ConfigError, match="tasks: mine would run twice"):
+        load_tasks(["mine"], data_files={"mine": str(choices_file)})
 
 
 def test_arithmetic_problems_are_right_by_their_last_number(make_config, tmp_path, monkeypatch):

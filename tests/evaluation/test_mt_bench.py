@@ -379,6 +379,18 @@ def test_fastchats_own_answers_are_refused(bench, lm, tmp_path):
         bench("http://127.0.0.1:9").run(lm, "model", tmp_path)
 
 
+def test_saved_answers_of_another_setting_are_refused_first(make_config, data_dir, monkeypatch):  # noqa: F811
+    """Before tasks that may take hours."""
+    tasks = {"tasks": ["mmlu_dev", "mt_bench"], "limit": 1, "data_dir": str(data_dir), "judge": None}
+    run(make_config("eval/mt_bench", max_new_tokens=4, **tasks))
+    recipe = OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mt_bench", max_new_tokens=5, **tasks)))
+    recipe.setup()
+    monkeypatch.setattr(recipe.suite, "run_tasks", lambda *_, **__: pytest.fail("tasks ran"))
+    with pytest.raises(ConfigError, match=r"answers\.jsonl has answers of .* max_new_tokens=4, .*another output_dir"):
+        recipe.evaluate()
+    recipe.cleanup()
+
+
 def test_a_judge_that_fails_does_not_lose_the_other_results(make_config, data_dir, tmp_path):  # noqa: F811
     judge = {"base_url": "http://127.0.0.1:9", "model": "gpt-4", "api_key_env": None, "max_retries": 1}
     tasks = {"tasks": ["mmlu_dev", "mt_bench"], "limit": 1, "data_dir": str(data_dir), "max_new_tokens": 4}

@@ -2,11 +2,11 @@ import json
 
 import pytest
 from tiny import TEMPLATE, save_tokenizer, tiny_llama
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 from torchtune.data import Message
 from transformers import AutoTokenizer
 
-from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
 
 CONVERSATIONS = [
     [("user", "What is the capital of France?"), ("assistant", "Paris.")],
@@ -138,13 +138,40 @@ def test_an_end_token_that_takes_the_whitespace_after_it_is_trained(tmp_path):
 
 def test_special_tokens_of_older_directories(tmp_path):
     save_tokenizer(tmp_path)
-    names = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": names.pop("eos_token")}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
-    assert HFChatTokenizer(str(tmp_path), chat_template="plain").eos_id == 0
-    (tmp_path / "special_tokens_map.json").unlink()
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|user|>", "bos_token": "<|system|>"}))
+    for change in ({}, {"eos_token": None}, {"added_tokens_decoder": {}}, {"eos_token": "<|user|>"}):
+        change_config(tmp_path, **change)
+        ours, theirs = HFChatTokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+        assert (ours.eos_id, ours.bos_id) == (theirs.eos_token_id, theirs.bos_token_id), change
+
+
+def test_answers_that_would_have_no_end_are_refused(tmp_path):
+    save_tokenizer(tmp_path)
+    change_config(tmp_path, eos_token=None)
     with pytest.raises(ValueError, match=f"chat_template=plain ends answers with EOS, and {tmp_path} names none"):
         HFChatTokenizer(str(tmp_path), chat_template="plain")
+
+
+def test_what_ends_an_answer_is_in_config_json_if_there_is_no_generation_config(tmp_path):
+    save_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [0, 7]}))
+    assert HFChatTokenizer(str(tmp_path)).stop_tokens == [0, 7]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert HFChatTokenizer(str(tmp_path)).stop_tokens == [0, 9]
+
+
+def test_added_tokens_without_an_embedding_are_refused_only_in_a_text(tmp_path):
+    """Gemma 3's tokenizer has one for images, which its text models lack."""
+    save_tokenizer(tmp_path)
+    change_tokenizer(tmp_path, lambda tokenizer: tokenizer.add_special_tokens(["<|image|>"]))
+    tokenizer, model = HFChatTokenizer(str(tmp_path)), tiny_llama(vocab_size=300)
+    assert tokenizer.vocab_size == 301
+    check_vocabulary(tokenizer, model)
+    tokenizer.tokenize_messages(messages(CONVERSATIONS[0]))
+    with pytest.raises(ValueError, match="a text has the token '<|image|>', for which the model has no embedding"):
+        tokenizer.encode("a picture <|image|>")
+    with pytest.raises(ValueError, match="a text has the token"):
+        tokenizer.tokenize_messages(messages([("user", "<|image|>"), ("assistant", "a cat")]))
 
 
 def test_a_user_message_that_should_be_trained_is_refused(tiny_dir):
@@ -158,8 +185,11 @@ def test_a_user_message_that_should_be_trained_is_refused(tiny_dir):
 
 
 @pytest.mark.parametrize("start", ["", "<|system|>", "<|user|><|system|>"])  # nothing, BOS, and as in GLM
+@pytest.mark.parametrize("marks_first", [False, True])  # as LLaMA-2's tokenizer, which marks a text's first word
 @pytest.mark.parametrize(("prompt", "between"), [("Is it so?", "\n"), ("Is it so?\nAnswer:", " ")])
-def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(start, prompt, between, tmp_path):
+def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(
+    start, marks_first, prompt, between, tmp_path
+):
     """The tokens are those of the evaluation adapter for prompt and answer, followed by EOS."""
     from owlore_evals.torchtune_lm import TorchtuneLM
 
@@ -168,19 +198,26 @@ def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(sta
         single = f"{start.replace('><', '> <')} $A"
         tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
 
+    def mark(tokenizer: Tokenizer) -> None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace("~", "first"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+
     save_tokenizer(tmp_path)
+    if marks_first:
+        change_tokenizer(tmp_path, mark)
     if start:
         change_tokenizer(tmp_path, begin)
         change_config(tmp_path, bos_token="<|system|>")
     tokenizer = HFChatTokenizer(str(tmp_path), chat_template="plain")
     assert not tokenizer.is_chat and HFChatTokenizer(str(tmp_path)).is_chat
     tokens, mask = tokenizer.tokenize_messages(messages([("user", prompt), ("assistant", "the fox")]))
-    assert tokenizer.decode(tokens, skip_special_tokens=False).startswith(start + prompt)
     assert tokens[:-1] == AutoTokenizer.from_pretrained(tmp_path)(f"{prompt}{between}the fox")["input_ids"]
     lm = TorchtuneLM(tiny_llama(vocab_size=300), tokenizer)
     assert tokens == [*lm.tok_encode(f"{prompt}{between}the fox"), tokenizer.eos_id]
     trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
-    assert tokenizer.decode(trained, skip_special_tokens=False) == f"{between.strip(chr(10))}the fox<|end|>"
+    answer = tokenizer.decode(trained, skip_special_tokens=False).replace("~", " ")
+    assert answer == f"{between.strip(chr(10))}the fox<|end|>"
 
 
 def test_a_template_with_thinking_modes_asks_for_no_reasoning(tmp_path):
