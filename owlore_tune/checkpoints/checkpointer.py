@@ -16,7 +16,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
 from tqdm import tqdm
 
-from owlore_tune.checkpoints.layouts import Convert, StateDict, converters
+from owlore_tune.checkpoints.layouts import HF, Convert, StateDict, converters
 from owlore_tune.checkpoints.weight_files import check_readable, leads_outside, read_tensors, weight_files
 from owlore_tune.distributed.world import ALONE, World, full, shard_like
 from owlore_tune.errors import ConfigError
@@ -77,9 +77,9 @@ class HFCheckpointer:
                 f"({_kind_of_quantization(self.config)}), and quantized weights cannot be trained; use the model in "
                 "full precision"
             )
-        self.files = self._weight_files(checkpoint_files)
         self._model_type = model_type
         self._to_tune, self._to_hf = converters(model_type, self.config)
+        self.files = self._weight_files(checkpoint_files)
         self._checked: WeakSet[nn.Module] = WeakSet()  # models that `check_model` has accepted
         self.tokenizer_dir = self.checkpoint_dir
         self.tokenizer_files: list[Path] = []  # of one of torchtune's
@@ -91,13 +91,17 @@ class HFCheckpointer:
             raise ValueError(f"weights missing in {self.checkpoint_dir}: {', '.join(missing) or '*.safetensors'}")
         places: dict[str, Path] = {}
         for file in files:
-            for name in check_readable(file):
+            for name in check_readable(file, self._is_weight):
                 if (other := places.setdefault(name, file)) != file:
                     raise ValueError(
                         f"{name} is in {other.name} and in {file.name} of {self.checkpoint_dir}; choose with "
                         f"checkpointer.checkpoint_files, such as [{max(other.name, file.name, key=_looks_whole)}]"
                     )
         return files
+
+    def _is_weight(self, name: str) -> bool:
+        # Other layouts have no tensors that transformers leaves out.
+        return self._model_type != HF or bool(self._to_tune({name: torch.empty(0)}))
 
     def take_tokenizer(self, path: Path, others: Sequence[Path] = ()) -> None:
         """Write the tokenizer that trains into checkpoints, instead of the model directory's.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchtune.models import convert_weights
 from torchtune.training.checkpointing import ModelType
 
-from owlore_tune.models.hf_model import Rename, disk_names
+from owlore_tune.models.hf_model import disk_names
 
 StateDict = dict[str, Tensor]
 Convert = Callable[[StateDict], StateDict]
@@ -79,5 +79,5 @@ def converters(model_type: str, config: dict[str, Any]) -> tuple[Convert, Conver
     return partial(convert_weights.hf_to_tune, **heads), partial(convert_weights.tune_to_hf, **heads)
 
 
-def _renamed(rename: Rename, weights: StateDict) -> StateDict:
-    return {rename(name): weight for name, weight in weights.items()}
+def _renamed(rename: Callable[[str], str | None], weights: StateDict) -> StateDict:
+    return {new: weight for name, weight in weights.items() if (new := rename(name)) is not None}

@@ -1,7 +1,7 @@
 """The files of a model directory: which ones hold the weights, and their tensors."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,11 @@ def leads_outside(file: Path) -> bool:
     return not any(file.resolve().is_relative_to(home) for home in homes)
 
 
-def check_readable(file: Path) -> list[str]:
+def check_readable(file: Path, is_weight: Callable[[str], bool] = lambda name: True) -> list[str]:
     """The names of the tensors in a weight file.
+
+    Args:
+        is_weight: whether the model has a weight for a name. Other tensors may have any type.
 
     Raises:
         ValueError: if it cannot be opened or is truncated, or has values that are not weights in full precision.
@@ -58,7 +61,7 @@ def check_readable(file: Path) -> list[str]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-            if bad := [name for name, dtype in dtypes.items() if dtype not in _WEIGHT_DTYPES]:
+            if bad := [name for name, dtype in dtypes.items() if dtype not in _WEIGHT_DTYPES and is_weight(name)]:
                 raise ValueError(_not_full_precision(bad[0], file, dtypes[bad[0]]))
             return list(dtypes)
         tensors = _load_pickled(file)
@@ -67,7 +70,8 @@ def check_readable(file: Path) -> list[str]:
                 raise ValueError(f"{file} has a {type(tensor).__name__} at {name}, not a tensor; convert it first")
             if tensor.layout != torch.strided or tensor.device.type != "cpu":
                 raise ValueError(f"{file} has a tensor without plain values at {name}; convert it first")
-            if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            is_whole = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+            if not is_whole and is_weight(name):
                 raise ValueError(_not_full_precision(name, file, tensor.dtype))
         return list(tensors)
     except (OSError, SafetensorError) as error:

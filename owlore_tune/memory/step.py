@@ -3,9 +3,10 @@
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class PlannedStep:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Have tensors without data in the block."""
-        with _attention_is_fused(), self.tracker:
+        with _attention_as_on(self._device), self.tracker:
             _materialize(self.model, self._source, self._shape, self._quantized)
             group_experts(self.model, self._device, sharded=self._sharded)
             self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
@@ -154,20 +155,22 @@ def _materialize(copied: nn.Module, model: nn.Module, shape: StepShape, quantize
 
 
 @contextmanager
-def _attention_is_fused() -> Iterator[None]:
-    """In the block, tensors without data have fused attention, as on a CPU or GPU. torch would give them none.
+def _attention_as_on(device: torch.device) -> Iterator[None]:
+    """In the block, tensors without data have fused attention where ``device`` has it. torch would give them none.
 
     A function mode is not enough, because layers that are computed again in backward do not see it.
     """
     of_torch = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _fused_attention  # type: ignore[assignment]
+    F.scaled_dot_product_attention = partial(_attention, of_torch, device)
     try:
         yield
     finally:
         F.scaled_dot_product_attention = of_torch
 
 
-def _fused_attention(
+def _attention(
+    of_torch: Callable[..., Tensor],
+    device: torch.device,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -175,10 +178,17 @@ def _fused_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,  # the fused operation takes fewer heads of keys as they are
+    enable_gqa: bool = False,  # the fused operations take fewer heads of keys as they are
 ) -> Tensor:
+    is_even = value.shape[-1] == query.shape[-1]  # it is not in latent attention
+    if device.type == "cpu" and (dropout_p or not is_even):  # which a CPU cannot fuse
+        return of_torch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # it adds 0 or -inf
         attn_mask = torch.where(attn_mask, query.new_zeros(()), query.new_zeros(()))
+    if not is_even:
+        mask = None if attn_mask is None else attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        fused = torch.ops.aten._scaled_dot_product_efficient_attention
+        return fused(query, key, value, mask, True, dropout_p, is_causal, scale=scale)[0]
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

@@ -101,7 +101,7 @@ def cached_values(model: Decoder) -> int:
     """Numbers per token in a key-value cache of all layers."""
     if isinstance(model, HFDecoder):
         config = model.config
-        heads = config.num_key_value_heads or config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * heads * width * len(model.layers)
     attention: list[Any] = [layer.attn for layer in model.layers]

@@ -6,6 +6,7 @@ transformers computes masks and attention with functions that are registered und
 
 from contextvars import ContextVar
 from functools import cache
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -52,7 +53,6 @@ def _attention_by_sample(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,  # (b, 1, s, s)
-    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -65,6 +65,14 @@ def _attention_by_sample(
     if attention_mask is None or attention_mask.shape[-1] != attention_mask.shape[-2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     all_lengths = sample_lengths(attention_mask[:, 0])
-    if sliding_window is not None and max(map(max, all_lengths)) > sliding_window:
+    if not _sees_starts(attention_mask[:, 0], all_lengths):  # a sample is longer than the layer's window
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return by_sample(attend, query, key, value, all_lengths, dim=1), None
+
+
+def _sees_starts(mask: Tensor, all_lengths: list[list[int]]) -> bool:  # (b, s, s)
+    """Whether the last token of every sample attends to the sample's first one."""
+    rows = [row for row, lengths in enumerate(all_lengths) for _ in lengths]
+    ends = [end for lengths in all_lengths for end in accumulate(lengths)]
+    starts = [end - length for end, length in zip(ends, chain(*all_lengths), strict=True)]
+    return bool(mask[rows, [end - 1 for end in ends], starts].all())

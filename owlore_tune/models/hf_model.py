@@ -3,6 +3,7 @@
 The model's own code computes the hidden states. Masks and positions are torchtune's.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,8 @@ _OTHER_FIELDS = {
 _BEHAVIOUR = (
     "rope_parameters", "layer_types", "no_rope_layers", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias",
     "rms_norm_eps", "sliding_window", "num_experts_per_tok", "norm_topk_prob", "topk_method", "n_group", "topk_group",
-    "scoring_func", "routed_scaling_factor", "router_jitter_noise", "input_jitter_noise",
+    "scoring_func", "routed_scaling_factor", "router_jitter_noise", "input_jitter_noise", "attention_dropout",
+    "hidden_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "embedding_dropout",
 )  # fmt: skip
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -286,8 +288,10 @@ def check_config(model: HFDecoder, config: dict[str, Any]) -> None:
     check_decoder(model, _of_config, theirs)  # finds what no list of fields names
 
 
-def disk_names(config: dict[str, Any]) -> tuple[Rename, Rename]:
+def disk_names(config: dict[str, Any]) -> tuple[Callable[[str], str | None], Rename]:
     """Functions from a parameter's name in a checkpoint of transformers to its name in `HFDecoder`, and back.
+
+    The first one returns None for tensors that transformers leaves out, such as buffers that older versions saved.
 
     Args:
         config: content of config.json.
@@ -300,9 +304,13 @@ def disk_names(config: dict[str, Any]) -> tuple[Rename, Rename]:
     prefix = causal.base_model_prefix
     theirs = {part: name if part == "output" else f"{prefix}.{name}" for part, name in part_names(causal).items()}
     ours = {name: part for part, name in theirs.items()}
+    left_out = [*(causal._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    parameters = {name for name, _ in causal.named_parameters()}
     changes_back = [change.reverse_transform() for change in reversed(changes)]
 
-    def from_disk(name: str) -> str:
+    def from_disk(name: str) -> str | None:
+        if name not in parameters and any(re.search(pattern, name) for pattern in left_out):
+            return None
         for change in changes:
             name, _ = change.rename_source_key(name)
         return _renamed_part(name, ours)

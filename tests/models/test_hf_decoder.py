@@ -8,6 +8,7 @@ from families import FAMILIES, HF, SIZES, family_config, hf_logits, hf_model
 from near import assert_same_shares
 from omegaconf import OmegaConf
 from ranks import furthest, train_together
+from safetensors.torch import load_file, save_file
 from transformers import (
     CodeGenConfig,
     CohereConfig,
@@ -23,6 +24,8 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     PhiConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
     Starcoder2Config,
     T5Config,
@@ -34,7 +37,7 @@ from owlore_tune.errors import ConfigError
 from owlore_tune.layers import layer_scores
 from owlore_tune.models import hf_decoder, smollm2_135m
 from owlore_tune.models.attention import attend_by_sample
-from owlore_tune.models.decoder import hidden_states, layer_inputs
+from owlore_tune.models.decoder import cached_values, hidden_states, layer_inputs
 from runs import checkpoints, finetune, finetune_until, prepare, read_weights, save, variant, weights
 
 OF_TRANSFORMERS = [family for family, (_, builder, *_) in FAMILIES.items() if builder == HF]
@@ -112,10 +115,20 @@ def test_smollm2_trains_as_torchtunes_decoder(rank, basis, most, smollm2_dir, tm
     assert furthest(cfg, other) < most
 
 
-@pytest.mark.parametrize("window", [None, 16])
-def test_packed_rows_are_samples_on_their_own(window, tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SIZES, sliding_window=None),
+        MistralConfig(**SIZES, sliding_window=16),
+        # Their layers do not tell their attention about the window.
+        Qwen2MoeConfig(**SIZES, num_experts=4, use_sliding_window=True, max_window_layers=2, sliding_window=16),
+        PhimoeConfig(**SIZES, num_local_experts=4, sliding_window=16),
+    ],
+    ids=lambda config: f"{config.model_type}, window {config.sliding_window}",
+)
+def test_packed_rows_are_samples_on_their_own(config, tmp_path):
     """Also the layers one by one, and with samples longer than the window."""
-    source = hf_model(MistralConfig(**SIZES, sliding_window=window), tmp_path / "source")
+    source = hf_model(config, tmp_path / "source")
     model = loaded(lambda: hf_decoder(str(source)), source, "HF")
     lengths = [30, 1, 20]
     batch = packed(lengths, 300)
@@ -223,6 +236,24 @@ def test_sharded_experts_in_the_projected_form_compute_together(tmp_path, tiny_d
 def test_models_that_cannot_be_trained_are_refused_by_name(config, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         hf_decoder(**config.to_dict())
+
+
+def test_tensors_that_transformers_leaves_out_are_left_out(tmp_path):
+    """Buffers that older versions of transformers saved, as in Pythia's files."""
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    source = hf_model(GPTNeoXConfig(**sizes), tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    old = {"bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), "masked_bias": torch.tensor(-1e9)}
+    old["rotary_emb.inv_freq"] = torch.ones(4)
+    more = {f"gpt_neox.layers.0.attention.{name}": tensor for name, tensor in old.items()}
+    save_file(weights | more, source / "model.safetensors", metadata={"format": "pt"})
+    model = loaded(lambda: hf_decoder(str(source)), source, "HF")
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(model(tokens), hf_logits(source, tokens), atol=2e-4, rtol=0)
+    assert cached_values(model) == 2 * model.config.hidden_size * len(model.layers)
+    save_file(weights | {"gpt_neox.layers.0.attention.other": torch.ones(3)}, source / "model.safetensors")
+    with pytest.raises(ConfigError, match="no such parameter at layers.0.attention.other"):
+        loaded(lambda: hf_decoder(str(source)), source, "HF")
 
 
 @pytest.mark.parametrize("config", [PhiConfig, CohereConfig, Starcoder2Config, GPTNeoXConfig])

@@ -314,7 +314,7 @@ def test_a_family_that_the_docs_name_computes_the_same_as_transformers(family, m
     sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0)
     with torch.device("meta"):
         hf_decoder(model_type=family, **(sizes | MORE_SIZES.get(family, {})))
-    assert len(found) >= 2 and max(found[-2:]) < 2e-5
+    assert len(found) >= 4 and max(found[-4:]) < 2e-5
 
 
 def test_the_docs_name_many_families():
@@ -388,6 +388,15 @@ def test_fields_that_were_left_out_are_compared(tmp_path):
     with torch.device("meta"):
         model = hf_decoder(model_type="granite", **{k: v for k, v in SIZES.items() if k != "dtype"})
     with pytest.raises(ConfigError, match="differ from those of transformers by"):
+        HFCheckpointer(str(source), "HF").check_model(model)
+
+
+def test_dropout_that_was_left_out_is_noticed(tmp_path):
+    """Outputs in evaluations do not show it."""
+    source = hf_model(GraniteConfig(**SIZES, attention_dropout=0.1), tmp_path / "source")
+    with torch.device("meta"):
+        model = hf_decoder(model_type="granite", **{k: v for k, v in SIZES.items() if k != "dtype"})
+    with pytest.raises(ConfigError, match="model.attention_dropout=0.0, and config.json has 0.1; config hf/any takes"):
         HFCheckpointer(str(source), "HF").check_model(model)
 
 

@@ -23,6 +23,7 @@ from owlore_tune.memory import plan as memory_plan
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
 from owlore_tune.memory.step import StepShape
+from owlore_tune.models.hf_model import hf_decoder
 from owlore_tune.run.gpus import FREE_SHARE, fastest_that_fits, settings_of_step
 from owlore_tune.run.planning import longest_row, plan_run, plans_of_config, savings
 from owlore_tune.run.settings import TrainingSettings
@@ -61,6 +62,37 @@ def test_a_step_without_data_holds_what_a_real_one_holds(checkpointing):
     assert planned.gradients + planned.activations + planned.logits + planned.temporary == pytest.approx(
         real.most, rel=0.03
     )
+
+
+LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"model_type": "starcoder2", "attention_dropout": 0.1}, {"model_type": "minicpm3", **LATENT}],
+    ids=lambda fields: fields["model_type"],
+)
+def test_attention_that_a_cpu_cannot_fuse_is_planned(fields):
+    """With dropout, and with values of another width than keys."""
+    fields = fields | dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=3)
+    fields |= dict(num_attention_heads=4, num_key_value_heads=4, pad_token_id=0)
+    with torch.device("meta"):
+        empty = hf_decoder(**fields)
+    shape = StepShape(batch_size=1, seq_len=256)
+    planned = plan(shape, num_active=3, rank=None, model=empty)
+    model, loss_fn = hf_decoder(**fields), LinearCrossEntropyLoss()
+    model.requires_grad_(False).layers.requires_grad_(True)
+    loss_fn.set_model_output(model)
+    with LiveBytes(model) as real:
+        tokens = torch.zeros(1, 256, dtype=torch.long)
+        loss_fn(model(tokens), tokens).backward()
+    assert planned.gradients + planned.activations + planned.logits + planned.temporary == pytest.approx(
+        real.most, rel=0.03
+    )
+    on_gpu = plan_memory(
+        empty, loss_fn, Method({"rank": None}, 3, 8.0), shape, device=torch.device("cuda"), framework=0
+    )
+    assert on_gpu.activations < planned.activations
 
 
 def test_bytes_that_are_known_exactly():
