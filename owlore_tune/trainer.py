@@ -40,11 +40,13 @@ class OwLoreCallback(TrainerCallback):
         schedule: with the optimizer of the Trainer.
 
     Raises:
-        ValueError: at the start of training, if a setting would silently change the training; or while a state
-            is loaded that does not go with the schedule.
+        ValueError: if the model has a callback; at the start of training, if a setting would silently change the
+            training; or while a state is loaded that does not go with the schedule.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        if hasattr(model, "owlore"):
+            raise ValueError("this model already has a callback; pass that one, or load the model anew")
         self._model = model
         self._schedule = schedule
         self._layers: ProjectedLayers = schedule.layers
@@ -59,11 +61,19 @@ class OwLoreCallback(TrainerCallback):
         model.register_state_dict_post_hook(partial(self._merge_weights))
         model.register_load_state_dict_pre_hook(partial(self._take_weights))
         schedule.optimizer.register_state_dict_post_hook(self._add_state)
-        schedule.optimizer.register_load_state_dict_pre_hook(self._take_state)
+        self._load_optimizer = schedule.optimizer.load_state_dict
+        # Not a hook: bitsandbytes' optimizers do not call these.
+        schedule.optimizer.load_state_dict = self._load_state  # type: ignore[method-assign]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model = kwargs.get("model")
+        if getattr(model, "_orig_mod", model) is not self._model:  # torch.compile wraps it
+            raise ValueError(
+                f"the Trainer's model is another {type(model).__name__} than the callback's, so its weights would not "
+                "train, or not be saved; pass the same model to both, without adapters"
+            )
         optimizer = kwargs.get("optimizer")
         found = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if found is not self._schedule.optimizer:
@@ -80,7 +90,7 @@ class OwLoreCallback(TrainerCallback):
         if state.global_step < steps or (state.global_step > 0 and steps == 0):
             raise ValueError(
                 f"the Trainer is at step {state.global_step} and the schedule at {steps}; resume from a checkpoint "
-                "with an optimizer state (save_only_model=False), and make a new schedule for a new run"
+                "with an optimizer state (save_only_model=False), and load the model anew for a new run"
             )
         self._schedule.optimizer.zero_grad()  # of a step that an earlier call of `train` did not finish
 
@@ -141,16 +151,17 @@ class OwLoreCallback(TrainerCallback):
             state[MASTERS] = {index: self._layers.masters.read(index) for index in self._schedule.active}
         return {**state_dict, STATE: state}
 
-    def _take_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _load_state(self, state_dict: dict[str, Any]) -> None:
         rest = dict(state_dict)
         if STATE not in rest:
             raise ValueError("the checkpoint is of another optimizer; start a new run from its weights")
         state = tree_map_only(Tensor, Tensor.cpu, rest.pop(STATE))  # the generator's state is of the CPU
+        self._schedule.check_settings(state)
         for index, weights in state.pop(MASTERS, {}).items():
-            assert self._layers.masters is not None
+            assert self._layers.masters is not None  # as in the settings
             self._layers.masters.replace(index, weights)
         self._schedule.load_state_dict(state)
-        return rest
+        self._load_optimizer(rest)
 
 
 def quantize_layers(model: nn.Module, kind: str, directory: str | Path, *, products: str = "full") -> QuantizedLayers:

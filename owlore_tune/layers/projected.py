@@ -23,6 +23,9 @@ class Masters(Protocol):
     `owlore_tune.quantized.layers.QuantizedLayers` is one.
     """
 
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
     def read(self, index: int) -> dict[str, Tensor]: ...
 
     def replace(self, index: int, weights: dict[str, Tensor]) -> None: ...
@@ -100,7 +103,7 @@ class ProjectedLayers:
         settings: how weights are projected.
 
     Raises:
-        ValueError: if a value is out of range, or ``rank`` is too large for every weight.
+        ValueError: if a value is out of range, ``rank`` is too large for every weight, or others train the model.
     """
 
     def __init__(
@@ -127,6 +130,8 @@ class ProjectedLayers:
         self.active: list[int] = []
         self.masters: Masters | None = None
         self.num_steps = 0
+        if hasattr(model, "owlore") or any(hasattr(module, "projected") for module in model.modules()):
+            raise ValueError("other ProjectedLayers already train this model; go on with them, or load the model anew")
         parts = model_parts(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -178,12 +183,8 @@ class ProjectedLayers:
         """Number of the model's weights that train now, in the active layers and outside the layers."""
         active = [self.layers[index] for index in self.active]
         projected = [weight.shape.numel() for layer in active for weight in layer.weights.values()]
-        others = [
-            other.parameter.numel()
-            for part in (*(layer.others for layer in active), self.outside)
-            for other in part.values()
-        ]
-        return sum(projected) + sum(others)
+        parts = (*(layer.others for layer in active), self.outside)
+        return sum(projected) + sum(other.parameter.numel() for part in parts for other in part.values())
 
     def activate(self, indices: list[int], *, forget: bool = True) -> None:
         """Let the layers of ``indices`` train, and no others. Merge layers that leave first.
@@ -313,7 +314,7 @@ class ProjectedLayers:
     def _not_in_weights(self) -> dict[str, WholeParameter]:
         """Parameters that train as they are and are not in the weights, which are loaded before the state, by name.
 
-        These are copies in float32, also of layers that have trained before, and, with quantized weights, all of active
+        These are float32 copies, also of layers that have trained before, and, with quantized weights, all of active
         layers, whose masters are older.
         """
         found = {name: other for name, other in self._others() if other.is_copied and not other.trained.is_meta}
@@ -329,6 +330,8 @@ class ProjectedLayers:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load it after the weights. The optimizer's state comes after it."""
         self.activate([])
+        for _, weight in self._all_weights():
+            weight.forget()  # what it has from steps after the checkpoint
         self.activate(list(state_dict["active"]))
         self.num_steps = state_dict["num_steps"]
         for layer, age in zip(self.layers, state_dict["ages"], strict=True):

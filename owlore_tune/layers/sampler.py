@@ -155,6 +155,7 @@ class LayerSampler:
         seed: seed of the private generator.
 
     Attributes:
+        kind: the name of the `Draw`.
         probabilities: (layers,) float64, the inclusion probabilities.
 
     Raises:
@@ -166,6 +167,7 @@ class LayerSampler:
             raise ValueError(f"draw={draw!r}; choose one of {', '.join(DRAWS)}")
         self.num_active = num_active
         self.probabilities = torch.tensor(inclusion_probabilities(scores, num_active), dtype=torch.float64)
+        self.kind = draw
         self._draw = DRAWS[draw](self.probabilities, torch.tensor(scores, dtype=torch.float64), num_active)
         self._generator = torch.Generator().manual_seed(seed)
 

@@ -13,6 +13,7 @@ layers.merge()
 
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.optim import Optimizer
@@ -24,6 +25,7 @@ from owlore_tune.optim.projected import ProjectedWeight
 
 INACTIVE_STATES = ("drop", "offload", "keep")
 HOST = torch.device("cpu")
+_with_schedule: WeakSet[Optimizer] = WeakSet()
 
 
 class Schedule:
@@ -54,7 +56,8 @@ class Schedule:
         is_changing: whether a draw is not complete. A checkpoint would then not be consistent.
 
     Raises:
-        ValueError: if a value is out of range, or the optimizer's weight decay is not decoupled.
+        ValueError: if a value is out of range, the optimizer's weight decay is not decoupled, or the optimizer has a
+            schedule.
     """
 
     def __init__(
@@ -77,6 +80,9 @@ class Schedule:
             if value not in choices:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(choices)}")
         check_decay(optimizer)
+        if optimizer in _with_schedule:
+            raise ValueError("this optimizer already has a schedule; make a new optimizer for a new schedule")
+        _with_schedule.add(optimizer)
         self.layers = layers
         self.optimizer = optimizer
         self.sampler = sampler
@@ -86,7 +92,8 @@ class Schedule:
         self._inactive_state = inactive_state
         self._settings = {
             **layers.settings, "resample_every": resample_every, "update_gap": update_gap, "moments": moments,
-            "inactive_state": inactive_state, "probabilities": sampler.probabilities.tolist(),
+            "inactive_state": inactive_state, "draw": sampler.kind,
+            "probabilities": sampler.probabilities.tolist(),
         }  # fmt: skip
         self.drawn_at: int | None = None
         self.last_moved: list[int] = []
@@ -275,8 +282,12 @@ class Schedule:
             "moved": self.moved(),
             "sampler": self.sampler.state_dict(),
             "layers": self.layers.state_dict(),
-            "settings": self._settings,
+            "settings": self._all_settings(),
         }
+
+    def _all_settings(self) -> dict[str, Any]:
+        masters = self.layers.masters
+        return self._settings | {"weights": None if masters is None else masters.settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load it after the weights, and the optimizer's state after it.
@@ -284,13 +295,16 @@ class Schedule:
         Raises:
             ValueError: if the state is of a schedule with other settings.
         """
-        for name, saved in state_dict["settings"].items():
-            if saved != self._settings[name]:
-                raise ValueError(
-                    f"{name}={self._settings[name]}, and the checkpoint has {saved}; pass the same value to continue"
-                )
+        self.check_settings(state_dict)
         self.sampler.load_state_dict(state_dict["sampler"])
         self.layers.load_state_dict(state_dict["layers"])
         self._moved = set(state_dict["moved"])
         self._is_loaded = self._has_returned = True
-        self.drawn_at = state_dict["drawn_at"]
+        self.drawn_at, self.is_changing = state_dict["drawn_at"], False
+
+    def check_settings(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError if a state is of a schedule with other settings."""
+        own = self._all_settings()
+        for name, saved in state_dict["settings"].items():
+            if saved != own[name]:
+                raise ValueError(f"{name}={own[name]}, and the checkpoint has {saved}; pass the same value to continue")

@@ -97,9 +97,10 @@ class ProjectedWeight:
         self._dtype = compute_dtype(linear.weight)
         self.trained = nn.Parameter(torch.empty(0, dtype=self._dtype), requires_grad=False)
         linear.weight.requires_grad_(False)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Have no basis, as in the beginning."""
         self.basis: Tensor | None = None
         self.is_given: Tensor | None = None
         self.start: Tensor | None = None
@@ -135,7 +136,7 @@ class ProjectedWeight:
         self.trained.grad = None
         self.trained.data = torch.empty(0, dtype=self._dtype, device=self.trained.device)
         if forget:
-            self._forget()
+            self.forget()
 
     def forward(self, x: Tensor) -> Tensor:  # (..., n) → (..., m)
         """The Linear's forward, with the weight c · W₀ + s · A Pᵀ."""

@@ -66,7 +66,8 @@ class WholeParameter:
             self._hook = None
 
     def _take_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            raise RuntimeError("other ProjectedLayers already train this model; load the model anew")
         grad = parameter.grad.to(self.trained.dtype)
         self.trained.grad = grad if self.trained.grad is None else self.trained.grad + grad
         parameter.grad = None

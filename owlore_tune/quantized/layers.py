@@ -38,6 +38,10 @@ class QuantizedLayers:
         kind: of `owlore_tune.quantized.formats.FORMATS`.
         products: of that format.
         world: processes that train together; the first one writes.
+
+    Attributes:
+        store: as given.
+        settings: kind and products.
     """
 
     def __init__(
@@ -46,8 +50,7 @@ class QuantizedLayers:
         self._model = model
         self._layers = find_layers(model)
         self.store = store
-        self._kind = kind
-        self._products = products
+        self.settings = {"kind": kind, "products": products}
         self._world = world
         if unknown := sorted(store.indices() - {OUTSIDE, *range(len(self._layers))}):
             raise ConfigError(
@@ -69,7 +72,7 @@ class QuantizedLayers:
         """Quantize the Linears of a layer that are in full precision."""
         for linear in _linears(self._layers[index]):
             if not is_quantized(linear):
-                quantize(linear, self._kind, self._products)
+                quantize(linear, **self.settings)
         return_freed_memory(next(self._layers[index].parameters()).device)
 
     def quantize_outside(self, *, embeddings: bool, output: bool) -> None:
@@ -113,7 +116,7 @@ class QuantizedLayers:
 
     def read_ahead(self, merging: set[int], correcting: set[int]) -> None:
         """Prepare to read the layers that are merged next, and those whose bases need a correction next."""
-        self.store.read_ahead(merging | correcting if FORMATS[self._kind].rounding_matters else merging)
+        self.store.read_ahead(merging | correcting if FORMATS[self.settings["kind"]].rounding_matters else merging)
 
     def correct(self, index: int, weights: dict[str, Any]) -> None:
         """Give projected weights of a layer, by name, the correction of their rounding, if it matters.

@@ -11,6 +11,7 @@ from torchao.optim import AdamW8bit
 from torchtune.training import set_activation_checkpointing
 
 from owlore_tune.layers.sampler import LayerSampler
+from owlore_tune.layers.schedule import Schedule
 from owlore_tune.models.decoder import find_layers, model_parts
 from owlore_tune.optim.moments import state_bytes
 
@@ -152,7 +153,7 @@ def test_after_a_resume_state_of_inactive_layers_is_in_host_memory(tokens, monke
     _, optimizer, schedule = parts = setup(model, **options)
     train(model, parts, tokens, num_steps=8)
     assert len(optimizer.state) > 2 * len(schedule.layers.layers[0].weights)  # of two layers
-    layers, resumed, other = setup(model, **options)
+    layers, resumed, other = setup(tiny_llama(num_layers=3), **options)
     other.load_state_dict(schedule.state_dict())
     resumed.load_state_dict(optimizer.state_dict())
     monkeypatch.setattr("owlore_tune.layers.schedule.HOST", torch.device("meta"))
@@ -260,6 +261,39 @@ def test_moments_in_8_bits_of_torchao(tokens, monkeypatch):
         found.append(weights_of(model, parts[0]))
     for name, weight in found[0].items():
         torch.testing.assert_close(weight, found[1][name], atol=1e-3, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("inactive", ["keep", "offload", "drop"])
+def test_a_state_that_is_loaded_after_further_steps_trains_the_same(inactive, tokens):
+    """Also layers that were drawn for the first time after it was saved."""
+    model = tiny_llama()
+    parts = layers, optimizer, schedule = setup(
+        model, num_active=1, every=1, rank=4, update_gap=2, inactive_state=inactive
+    )
+    train(model, parts, tokens, num_steps=2)
+    saved = copy.deepcopy((weights_of(model, layers), schedule.state_dict(), optimizer.state_dict()))
+    ends = []
+    for _ in range(2):
+        train(model, parts, tokens, num_steps=14, first=2)
+        ends.append(weights_of(model, layers))
+        model.load_state_dict(saved[0])
+        schedule.load_state_dict(copy.deepcopy(saved[1]))
+        optimizer.load_state_dict(copy.deepcopy(saved[2]))
+    assert not changed(*ends)
+
+
+def test_a_second_schedule_of_an_optimizer_and_second_layers_of_a_model_are_refused(tokens):
+    model = tiny_llama(dtype=torch.bfloat16)
+    layers, optimizer, schedule = parts = setup(model)
+    with pytest.raises(ValueError, match="this optimizer already has a schedule; make a new optimizer"):
+        Schedule(layers, optimizer, schedule.sampler)
+    train(model, parts, tokens, num_steps=1, merge=True)
+    with pytest.raises(ValueError, match="other ProjectedLayers already train this model; .* load the model anew"):
+        setup(model)
+    model = tiny_llama(dtype=torch.bfloat16)
+    train(model, setup(model, rank=None), tokens, num_steps=1)
+    with pytest.raises(RuntimeError, match="other ProjectedLayers already train this model; load the model anew"):
+        train(model, setup(model, rank=None), tokens, num_steps=8)
 
 
 def test_vectors_in_16_bits_train_in_float32(tokens):

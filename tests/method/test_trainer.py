@@ -226,12 +226,47 @@ def test_settings_that_would_train_something_else_are_refused(tiny_dir, tmp_path
         Trainer(model, plain, train_dataset=rows(300), callbacks=[OwLoreCallback(model, schedule)]).train()
 
 
+def test_another_model_or_callback_is_refused(tiny_dir, tmp_path):
+    model, schedule = build(tiny_dir)
+    other = build(tiny_dir)[0]
+    run = trainer(tiny_dir, tmp_path, model_and_schedule=(model, schedule))
+    run.callback_handler.model = run.model = run.model_wrapped = other  # as an adapter of the model would be
+    with pytest.raises(ValueError, match="the Trainer's model is another LlamaForCausalLM than the callback's"):
+        run.train()
+    with pytest.raises(ValueError, match="this model already has a callback; pass that one, or load the model anew"):
+        OwLoreCallback(model, schedule)
+    with pytest.raises(ValueError, match="other ProjectedLayers already train this model; go on with them, or load"):
+        ProjectedLayers(model, rank=8)
+
+
+def test_an_optimizer_that_loads_without_hooks_resumes(tiny_dir, tmp_path):
+    """As those of bitsandbytes."""
+
+    class Own(torch.optim.AdamW):
+        def load_state_dict(self, state_dict):
+            hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, {}
+            super().load_state_dict(state_dict)
+            self._optimizer_load_state_dict_pre_hooks = hooks
+
+    def parts():
+        model, schedule = build(tiny_dir)
+        optimizer = Own(schedule.layers.parameter_groups(), lr=1e-3)
+        return model, Schedule(schedule.layers, optimizer, LayerSampler([1.0] * 4, 2), resample_every=2)
+
+    whole = trainer(tiny_dir, tmp_path / "whole", arguments={"max_steps": 8}, model_and_schedule=parts())
+    whole.train()
+    again = trainer(tiny_dir, tmp_path / "whole", arguments={"max_steps": 8}, model_and_schedule=parts())
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert_same_weights(whole.model, again.model)
+
+
 def test_a_checkpoint_that_cannot_continue_is_refused(tiny_dir, tmp_path):
     arguments = {"max_steps": 4, "save_steps": 2}
     trainer(tiny_dir, tmp_path / "models", arguments=arguments | {"save_only_model": True}).train()
     with pytest.raises(ValueError, match="the Trainer is at step 4 and the schedule at 0; resume from a checkpoint"):
         trainer(tiny_dir, tmp_path / "models", arguments=arguments).train(resume_from_checkpoint=True)
     parts = {name: build(tiny_dir, **options) for name, options in OTHERS.items()}
+    parts |= {kind: build(tiny_dir, tmp_path / kind, kind) for kind in ("int8", "nf4")}
     for model, schedule in parts.values():
         OwLoreCallback(model, schedule)
     state = parts["same"][1].optimizer.state_dict()
@@ -239,6 +274,12 @@ def test_a_checkpoint_that_cannot_continue_is_refused(tiny_dir, tmp_path):
         parts["narrow"][1].optimizer.load_state_dict(state)
     with pytest.raises(ValueError, match="resample_every=3, and the checkpoint has 2; pass the same value"):
         parts["other"][1].optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="weights={'kind': 'int8', .*, and the checkpoint has None; pass the same"):
+        parts["int8"][1].optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="weights=None, and the checkpoint has {'kind': 'int8'"):
+        parts["same"][1].optimizer.load_state_dict(parts["int8"][1].optimizer.state_dict())
+    with pytest.raises(ValueError, match="weights={'kind': 'nf4', .*, and the checkpoint has {'kind': 'int8'"):
+        parts["nf4"][1].optimizer.load_state_dict(parts["int8"][1].optimizer.state_dict())
     with pytest.raises(ValueError, match="the checkpoint is of another optimizer"):
         state.pop("owlore")
         parts["same"][1].optimizer.load_state_dict(state)
