@@ -45,7 +45,7 @@ class MemoryPlan:
     logits: int  # of the output head, with their gradients
     temporary: int  # in backward: recomputed activations, intermediate gradients
     gathered: int  # temporarily gathered sharded weights, with their gradients
-    merging: int  # with quantized weights: of a layer in full precision, what a step has not freed before
+    merging: int  # with quantized weights: of those in full precision at once, what a step has not freed before
     framework: int  # on a CPU: the process before weights load
     allocator: int  # on a CPU: heap fragmentation, `HEAP_LOSS` of everything else
 
@@ -146,8 +146,10 @@ def plan_memory(
     parts = step.bytes_at_peak(bases=bases)
     if shape.weights != "full":
         freed = sum(parts[label] for label in ("gradients", "activations", "logits", "temporary"))
-        largest = max(sum(p.nbytes for p in layer.values()) for layer in model_parts(model).layers)
-        parts["merging"] = max(0, largest - freed)
+        restored = max(sum(p.nbytes for p in layer.values()) for layer in model_parts(model).layers)
+        if shape.validates and device.type == "cpu":  # on a GPU, it takes what is free
+            restored += sum(module.weight.nbytes for module in quantizable_outside(model) if module in quantized)
+        parts["merging"] = max(0, restored - freed)
     return complete(model, device, framework, sharding, shared, moments=int(method.state_per_value * values), **parts)
 
 

@@ -37,6 +37,7 @@ class StepShape:
     checkpointing: bool = False  # activation checkpointing
     weights: str = "full"  # format of the layers, see `owlore_tune.quantized.formats`
     products: str = "full"
+    validates: bool = False  # held-out losses in full precision are measured too
 
 
 class PlannedStep:

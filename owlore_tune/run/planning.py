@@ -222,4 +222,5 @@ def _step_shape(cfg: DictConfig, seq_len: int) -> StepShape:
         packed=is_packed(cfg.dataset),
         accumulates=cfg.gradient_accumulation_steps > 1,
         checkpointing=cfg.enable_activation_checkpointing,
+        validates=cfg.dataset_val is not None,
     )

@@ -95,6 +95,23 @@ def test_attention_that_a_cpu_cannot_fuse_is_planned(fields):
     assert on_gpu.activations < planned.activations
 
 
+def test_a_held_out_loss_needs_embeddings_and_head_in_full_precision():
+    """On a CPU, with quantized weights. On a GPU, the plan is for training alone."""
+    shape = StepShape(batch_size=1, seq_len=8, weights="int8")
+    model = tiny_llama(vocab_size=4000).to("meta")
+    outside = model.tok_embeddings.weight.nbytes + model.output.weight.nbytes
+    layer = sum(parameter.nbytes for parameter in model.layers[0].parameters())
+    without, planned = (plan(replace(shape, validates=validates), model=model) for validates in (False, True))
+    freed = planned.gradients + planned.activations + planned.logits + planned.temporary
+    assert without.merging == 0 < planned.merging == outside + layer - freed
+    method = Method({"rank": 8}, 2, 8.0)
+    on_gpu = [
+        plan_memory(model, LinearCrossEntropyLoss(), method, replace(shape, validates=v), device=torch.device("cuda"))
+        for v in (False, True)
+    ]
+    assert on_gpu[0] == on_gpu[1]
+
+
 def test_bytes_that_are_known_exactly():
     planned = plan(num_active=2, others=True)
     model = tiny_llama()
