@@ -125,12 +125,12 @@ class HFChatTokenizer:
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def largest_needed_id(self) -> int:
-        """The largest id of the vocabulary without added tokens, and of the tokens that the model's files name.
+        """The largest id of the vocabulary without added tokens, and of BOS, EOS and padding.
 
         A text model's tokenizer can have more added tokens than the model, such as those for images in Gemma 3.
         """
         named = [index for index in (self.bos_id, self.eos_id, self.pad_id) if index is not None]
-        return max([*self._tokenizer.get_vocab(with_added_tokens=False).values(), *named, *self.stop_tokens])
+        return max([*self._tokenizer.get_vocab(with_added_tokens=False).values(), *named])
 
     def _pad_id(self) -> int:
         # Many models pad with the token that ends a turn. torchtune's generate treats every pad token in a prompt as

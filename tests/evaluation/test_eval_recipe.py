@@ -200,7 +200,7 @@ def test_answers_are_kept_and_not_asked_again(make_config, monkeypatch):
     assert run(config)["results"] == first["results"]
     assert not calls
     other = TINY_MODEL | {"max_seq_len": 200}  # another model, for all that is known
-    for change in ({"add_bos": True}, {"max_length": 200}, {"dtype": "bf16"}, {"model": other}):
+    for change in ({"seed": 1}, {"max_length": 200}, {"dtype": "bf16"}, {"model": other}):
         calls.clear()
         run(config | change)
         assert calls, change
@@ -220,13 +220,15 @@ def test_what_ends_an_answer_and_what_the_model_computes_are_part_of_its_id(make
     ids = [model_id(), model_id()]
     for name, change in {
         "generation_config.json": {"eos_token_id": [0, 5]},
-        "tokenizer_config.json": {"eos_token": "<|user|>"},
+        "tokenizer_config.json": {"eos_token": "<|user|>", "bos_token": "<|system|>"},
         "config.json": {"of_no_builder": 5},
     }.items():
         file = tmp_path / "model" / name
         file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | change))
         ids.append(model_id())
-    assert ids[0] == ids[1] and len(set(ids)) == 4
+    config["add_bos"] = True
+    ids.append(model_id())
+    assert ids[0] == ids[1] and len(set(ids)) == 5
 
 
 def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):

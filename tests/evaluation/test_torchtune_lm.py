@@ -286,7 +286,7 @@ def test_what_ends_a_turn_ends_generation(tiny_dir, tmp_path):
     shutil.copytree(tiny_dir, directory)
     (directory / "generation_config.json").write_text('{"eos_token_id": [7, 0]}')
     assert HFChatTokenizer(str(directory)).stop_tokens == [0, 7]
-    (directory / "generation_config.json").unlink()
+    (directory / "generation_config.json").write_text("{}")
     assert HFChatTokenizer(str(directory)).stop_tokens == [0]
     tokenizer = HFChatTokenizer(str(tiny_dir))
     prompts = Prompts([[1]], max_new=8, until=["<|user|>"], temperature=0.0, seeds=[0])

@@ -129,8 +129,10 @@ def test_checkpoints_have_the_tokenizer_that_trained(weights, tiny_config, tiny_
     config["owlore"]["weights"] = weights
     config["tokenizer"]["path"] = str(other)
     finetune(config)
-    digests = [HFChatTokenizer(str(path)).digest() for path in (checkpoints(config)[-1], other, tiny_dir)]
+    tokenizers = [HFChatTokenizer(str(path)) for path in (checkpoints(config)[-1], other, tiny_dir)]
+    digests = [tokenizer.digests()["chat template"] for tokenizer in tokenizers]
     assert digests[0] == digests[1] != digests[2]
+    assert tokenizers[0].special_tokens == tokenizers[1].special_tokens
 
 
 def test_a_model_and_data_that_were_moved_can_go_on_and_changed_ones_cannot(tiny_config, tiny_dir, tiny_data, tmp_path):
