@@ -90,7 +90,8 @@ class MTBench:
     def check_saved(self, model_id: str, directory: Path) -> None:
         """Raise ConfigError if `run` cannot continue from what is in ``directory``."""
         self._saved_answers(model_id, directory / "answers.jsonl")
-        _rated(directory / "judgments.jsonl")
+        if self._judge_config is not None:
+            _rated(directory / "judgments.jsonl")
 
     def _saved_answers(self, model_id: str, file: Path) -> dict[int, list[str]]:
         answers = {}

@@ -45,6 +45,7 @@ class OwLoreCallback(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        model = getattr(model, "_orig_mod", model)  # torch.compile wraps it
         if hasattr(model, "owlore"):
             raise ValueError("this model already has a callback; pass that one, or load the model anew")
         self._model = model
@@ -69,7 +70,7 @@ class OwLoreCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs.get("model")
-        if getattr(model, "_orig_mod", model) is not self._model:  # torch.compile wraps it
+        if getattr(model, "_orig_mod", model) is not self._model:
             raise ValueError(
                 f"the Trainer's model is another {type(model).__name__} than the callback's, so its weights would not "
                 "train, or not be saved; pass the same model to both, without adapters"

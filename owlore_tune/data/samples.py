@@ -11,6 +11,8 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset, PackedDataset
 
 from owlore_tune.data.builders import RowsDataset
+from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.errors import ConfigError
 
 MOST_ROWS = 1000  # tokenized to find the longest row, or for a digest
 
@@ -44,11 +46,27 @@ def check_labels(key: str, dataset: Any, max_seq_len: int | None) -> None:
     )
 
 
-def refuse_longer_than(dataset: Any, max_tokens: int) -> None:
-    """Make ``dataset`` raise, naming the row, when a row longer than ``max_tokens`` is read."""
+def fit_to_model(dataset: Any, tokenizer: Any, model: Any) -> None:
+    """Make ``dataset`` raise, naming the row, when a row longer than ``model`` takes is read.
+
+    Raises:
+        ConfigError: if a row has a token for which the model has no embedding.
+    """
+    num_embeddings = model.tok_embeddings.weight.shape[0]
+    missing = tokenizer.tokens_from(num_embeddings) if isinstance(tokenizer, HFChatTokenizer) else []
     for part in getattr(dataset, "_datasets", [dataset]):
         if isinstance(part, RowsDataset):
-            part.max_tokens = max_tokens
+            part.max_tokens = model.max_seq_len
+        bad = missing and (
+            any(int(torch.as_tensor(pack["tokens"]).max()) >= num_embeddings for pack in part.packs)
+            if isinstance(part, PackedDataset)
+            else any(token in str(row) for row in getattr(part, "_data", ()) for token in missing)
+        )
+        if bad:
+            raise ConfigError(
+                f"dataset: a row has one of the tokens {', '.join(missing)}, for which the model has no embedding; "
+                "remove it from the text"
+            )
 
 
 def longest_row(dataset: Any, max_seq_len: int | None) -> int:

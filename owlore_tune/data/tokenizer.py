@@ -47,8 +47,8 @@ class HFChatTokenizer:
         path: a model directory with ``tokenizer.json``, ``tokenizer_config.json`` and a chat template (in the config
             or as ``chat_template.jinja``).
         max_seq_len: cut longer token lists to this length; null for no limit.
-        chat_template: ``model`` for instruct models: the directory's template. ``plain`` for base models: what the
-            model's tokenizer puts before a text, such as BOS, the prompt, its answer and EOS.
+        chat_template: ``model`` for instruct models: the directory's template. ``plain`` for base models: the prompt,
+            its answer and EOS, after the ids that the model's tokenizer puts before a text (most often BOS).
         enable_thinking: passed to the chat template. For data or evaluations with reasoning blocks.
 
     Raises:
@@ -88,7 +88,8 @@ class HFChatTokenizer:
         self._tokenizer.no_padding()
         self._config = _read_json(directory / "tokenizer_config.json")
         if "added_tokens_decoder" not in self._config:  # an older directory; transformers has the same rule
-            self._config |= _read_json(directory / "special_tokens_map.json")
+            older = _read_json(directory / "special_tokens_map.json")
+            self._config |= {key: older[key] for key in ("bos_token", "eos_token") if key in older}
         self.special_tokens: dict[str, int] = {
             token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         }
@@ -144,8 +145,13 @@ class HFChatTokenizer:
         more = generation_config.get("eos_token_id") or []
         more = more if isinstance(more, list) else [more]
         if bad := [token for token in more if type(token) is not int]:
-            raise ValueError(f"generation_config.json: eos_token_id {bad[0]!r} is not a token id")
+            raise ValueError(f"{self.directory}: eos_token_id {bad[0]!r} of the model's config is not a token id")
         return list(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *more]))
+
+    def tokens_from(self, first: int) -> list[str]:
+        """Added tokens with an id of at least ``first``."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for index, token in added.items() if index >= first]
 
     def digest(self) -> str:
         """A digest of all that `digests` covers."""
@@ -169,7 +175,7 @@ class HFChatTokenizer:
             return None
         index = self._tokenizer.token_to_id(token)
         if index is None:
-            raise ValueError(f"{key} {token!r} of tokenizer_config.json is not in the vocabulary")
+            raise ValueError(f"{key} {token!r} of {self.directory} is not in the vocabulary of tokenizer.json")
         return index
 
     def _special_token(self, key: str) -> str | None:
@@ -271,7 +277,10 @@ class HFChatTokenizer:
         sample = dict(sample)
         messages = sample.pop("messages")
         if not inference and any(message.role == "user" and not message.masked for message in messages):
-            raise ValueError("a user's message is not masked, and only answers are trained; set train_on_input=false")
+            raise ValueError(
+                "a user's message is not masked, and only answers are trained; set dataset.train_on_input=false, or "
+                "masked=True in a message transform of your own"
+            )
         tokens, mask = self.tokenize_messages(messages, add_end_tokens=not inference)
         return {**sample, "tokens": tokens, "mask": mask}
 

@@ -131,7 +131,9 @@ class ProjectedLayers:
         self.masters: Masters | None = None
         self.num_steps = 0
         if hasattr(model, "owlore") or any(hasattr(module, "projected") for module in model.modules()):
-            raise ValueError("other ProjectedLayers already train this model; go on with them, or load the model anew")
+            raise ValueError(
+                "other ProjectedLayers train this model; merge() and activate([]) end them, or load it anew"
+            )
         parts = model_parts(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -192,9 +194,8 @@ class ProjectedLayers:
         Args:
             forget: free the bases of layers that leave.
         """
-        if not self.active:
-            for other in self.outside.values():
-                other.engage()
+        for other in self.outside.values():
+            other.engage() if indices else other.release()
         for index in set(self.active) - set(indices):
             self.layers[index].release(forget=forget)
             if self.masters is not None:

@@ -45,7 +45,7 @@ class MemoryPlan:
     logits: int  # of the output head, with their gradients
     temporary: int  # in backward: recomputed activations, intermediate gradients
     gathered: int  # temporarily gathered sharded weights, with their gradients
-    merging: int  # with quantized weights: of those in full precision at once, what a step has not freed before
+    merging: int  # with quantized weights: weights in full precision at once, less the memory that a step has freed
     framework: int  # on a CPU: the process before weights load
     allocator: int  # on a CPU: heap fragmentation, `HEAP_LOSS` of everything else
 

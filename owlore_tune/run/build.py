@@ -19,7 +19,7 @@ from owlore_tune.checks import check_type
 from owlore_tune.config import build, build_ours, build_with, check_attributes, find_component, plain
 from owlore_tune.data.batches import collate_packed
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData
-from owlore_tune.data.samples import check_labels, check_samples, longest_row, refuse_longer_than
+from owlore_tune.data.samples import check_labels, check_samples, fit_to_model, longest_row
 from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError
@@ -151,7 +151,7 @@ def check_model(inputs: Inputs, model: Decoder) -> None:
     check_vocabulary(inputs.tokenizer, model)
     for data in (inputs.data, inputs.held_out):
         if data is not None:
-            refuse_longer_than(data.dataset, model.max_seq_len)
+            fit_to_model(data.dataset, inputs.tokenizer, model)
 
 
 class Parts(NamedTuple):

@@ -284,12 +284,16 @@ def test_a_state_that_is_loaded_after_further_steps_trains_the_same(inactive, to
 
 def test_a_second_schedule_of_an_optimizer_and_second_layers_of_a_model_are_refused(tokens):
     model = tiny_llama(dtype=torch.bfloat16)
-    layers, optimizer, schedule = parts = setup(model)
+    layers, optimizer, schedule = parts = setup(model, outside={"train_norm": True})
     with pytest.raises(ValueError, match="this optimizer already has a schedule; make a new optimizer"):
         Schedule(layers, optimizer, schedule.sampler)
     train(model, parts, tokens, num_steps=1, merge=True)
-    with pytest.raises(ValueError, match="other ProjectedLayers already train this model; .* load the model anew"):
+    with pytest.raises(
+        ValueError, match=r"other ProjectedLayers train this model; merge\(\) and activate.* load it anew"
+    ):
         setup(model)
+    layers.activate([])
+    train(model, setup(model, outside={"train_norm": True}), tokens, num_steps=1)
     model = tiny_llama(dtype=torch.bfloat16)
     train(model, setup(model, rank=None), tokens, num_steps=1)
     with pytest.raises(RuntimeError, match="other ProjectedLayers already train this model; load the model anew"):
@@ -308,7 +312,7 @@ def test_vectors_in_16_bits_train_in_float32(tokens):
 
 
 def test_vectors_in_16_bits_keep_their_updates_over_many_draws(tokens):
-    """What a norm learns in one draw is a fortieth of the distance between two values."""
+    """In one draw, a norm learns a fortieth of the distance between two values."""
     model = tiny_llama(dtype=torch.bfloat16)
     parts = layers, _, _ = setup(model, num_active=1, lr=1e-4, every=1)
     train(model, parts, tokens, num_steps=60)

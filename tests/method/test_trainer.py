@@ -235,12 +235,12 @@ def test_another_model_or_callback_is_refused(tiny_dir, tmp_path):
         run.train()
     with pytest.raises(ValueError, match="this model already has a callback; pass that one, or load the model anew"):
         OwLoreCallback(model, schedule)
-    with pytest.raises(ValueError, match="other ProjectedLayers already train this model; go on with them, or load"):
+    with pytest.raises(ValueError, match="other ProjectedLayers train this model; .*, or load it anew"):
         ProjectedLayers(model, rank=8)
 
 
 def test_an_optimizer_that_loads_without_hooks_resumes(tiny_dir, tmp_path):
-    """As those of bitsandbytes."""
+    """The optimizers of bitsandbytes call no hooks."""
 
     class Own(torch.optim.AdamW):
         def load_state_dict(self, state_dict):

@@ -4,13 +4,15 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tiny import save_tokenizer
+from tokenizers import Tokenizer
 
 from owlore_tune.data import gsm8k_dataset, instruction_dataset, mmlu_dev_dataset, mmlu_train_dataset
 from owlore_tune.data.loader import TrainingData
 from owlore_tune.data.samples import MOST_ROWS, longest_row
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError
-from runs import prepare
+from runs import prepare, variant
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "commonsense"
 
@@ -200,6 +202,25 @@ def test_reading_ahead_changes_no_step():
         ahead.seek(step)
         assert ahead.micro_batches()[0]["tokens"].tolist() == expected[step]
         ahead.read_ahead(GPU)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_token_without_an_embedding_is_refused_before_weights_load(packed, tiny_config, tiny_dir, tmp_path):
+    save_tokenizer(tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens(["<|image|>"])  # the model has embeddings for 300 tokens
+    tokenizer.save(str(file))
+    config = variant(tiny_config, "more tokens", tokenizer__path=str(tmp_path / "tokenizer"), batch_size=1)
+    prepare(config).cleanup()
+    rows = [{"instruction": text, "output": "yes"} for text in ("is it so?", "and <|image|>?")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config["tokenizer"] = config["tokenizer"] | {"max_seq_len": 24}
+    config["dataset"] = config["dataset"] | {"data_files": str(tmp_path / "rows.json"), "packed": packed}
+    with pytest.raises(
+        ConfigError, match="a row has one of the tokens <.image.>, for which the model has no embedding"
+    ):
+        prepare(variant(config, "refused"))
 
 
 def test_a_row_that_does_not_fit_is_named_while_memory_is_planned(tiny_config, tmp_path):

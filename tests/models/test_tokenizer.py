@@ -178,7 +178,7 @@ def test_a_user_message_that_should_be_trained_is_refused(tiny_dir):
     tokenizer, turns = HFChatTokenizer(str(tiny_dir)), messages(CONVERSATIONS[0])
     turns[0].masked = False
     with pytest.raises(
-        ValueError, match="a user's message is not masked, and only answers .* set train_on_input=false"
+        ValueError, match="a user's message is not masked, and only answers .* set dataset.train_on_input=false"
     ):
         tokenizer({"messages": turns})
     assert tokenizer({"messages": turns[:1]}, inference=True)["tokens"]
