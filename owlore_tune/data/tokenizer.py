@@ -145,7 +145,10 @@ class HFChatTokenizer:
         more = generation_config.get("eos_token_id") or []
         more = more if isinstance(more, list) else [more]
         if bad := [token for token in more if type(token) is not int]:
-            raise ValueError(f"{self.directory}: eos_token_id {bad[0]!r} of the model's config is not a token id")
+            raise ValueError(
+                f"eos_token_id {bad[0]!r} is not a token id; correct it in {self.directory}, in generation_config.json "
+                "or, if there is none, in config.json"
+            )
         return list(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *more]))
 
     def tokens_from(self, first: int) -> list[str]:
