@@ -57,16 +57,17 @@ def fit_to_model(dataset: Any, tokenizer: Any, model: Any) -> None:
     for part in getattr(dataset, "_datasets", [dataset]):
         if isinstance(part, RowsDataset):
             part.max_tokens = model.max_seq_len
-        bad = missing and (
-            any(int(torch.as_tensor(pack["tokens"]).max()) >= num_embeddings for pack in part.packs)
-            if isinstance(part, PackedDataset)
-            else any(token in str(row) for row in getattr(part, "_data", ()) for token in missing)
-        )
-        if bad:
+        if missing and _has_one_of(missing, part, num_embeddings):
             raise ConfigError(
-                f"dataset: a row has one of the tokens {', '.join(missing)}, for which the model has no embedding; "
-                "remove it from the text"
+                f"a row has one of the tokens {', '.join(missing)}, for which the model has no embedding; remove it"
             )
+
+
+def _has_one_of(tokens: list[str], dataset: Any, first_id: int) -> bool:
+    """Whether a row has one of ``tokens``, whose ids begin at ``first_id``."""
+    if isinstance(dataset, PackedDataset):
+        return any(int(torch.as_tensor(pack["tokens"]).max()) >= first_id for pack in dataset.packs)
+    return any(token in str(row) for row in getattr(dataset, "_data", ()) for token in tokens)
 
 
 def longest_row(dataset: Any, max_seq_len: int | None) -> int:

@@ -153,8 +153,7 @@ class HFChatTokenizer:
 
     def tokens_from(self, first: int) -> list[str]:
         """Added tokens with an id of at least ``first``."""
-        added = self._tokenizer.get_added_tokens_decoder()
-        return [token.content for index, token in added.items() if index >= first]
+        return [token.content for index, token in self._tokenizer.get_added_tokens_decoder().items() if index >= first]
 
     def digest(self) -> str:
         """A digest of all that `digests` covers."""

@@ -80,9 +80,6 @@ class World:
     @contextmanager
     def same_random_numbers(self, seed: int) -> Iterator[None]:
         """Let torch draw the same random numbers on all processes during the block, and go on as before after it."""
-        if self.size == 1:
-            yield
-            return
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)

@@ -237,8 +237,9 @@ class Schedule:
     def _before_step(self) -> None:
         self._settle()
         self._step.close()  # of a step that failed
-        if (generator := self.layers.generator("optimizer", HOST)) is not None:  # an optimizer may round stochastically
-            self._step.enter_context(self.layers.world.same_random_numbers(generator.initial_seed()))
+        world, generator = self.layers.world, self.layers.generator("optimizer", HOST)
+        if world.size > 1 and generator is not None:  # an optimizer may round stochastically
+            self._step.enter_context(world.same_random_numbers(generator.initial_seed()))
 
     def _after_step(self) -> None:
         self._step.close()

@@ -22,9 +22,8 @@ from owlore_tune.models.differences import far_difference, packed_difference, pl
 from owlore_tune.models.output import set_output
 
 Convert: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-# Largest sizes of a twin, by transformers' names. A twin of a torchtune builder keeps the heads.
-_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-_WINDOW = {"sliding_window": 8}  # shorter than the rows that are compared
+# Largest sizes of a twin, by transformers' names. Twins of torchtune's builders keep _HEADS. Rows exceed the window.
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
 _SIZES = {
     "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     "vocab_size": 64, "num_hidden_layers": 4, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
@@ -108,11 +107,10 @@ def check_decoder(decoder: Any, build: Callable[[Any], Any], config: Any) -> Non
         return
     with _small_and_quiet():
         try:
-            reference, twin = _pair(config, decoder.config, build, _SIZES | _HEADS | _WINDOW)
+            reference, twin = _pair(config, decoder.config, build, _SIZES | _HEADS)
         except Exception:  # latent attention needs as many heads for keys as for queries
             try:
-                sizes = _SIZES | _HEADS | _WINDOW | {"num_key_value_heads": 4}
-                reference, twin = _pair(config, decoder.config, build, sizes)
+                reference, twin = _pair(config, decoder.config, build, _SIZES | _HEADS | {"num_key_value_heads": 4})
             except Exception as error:  # sizes that depend on each other in a way that is not known here
                 raise ValueError(
                     f"model_type={kind} cannot be compared with transformers' own computation, so OwLore does not "
@@ -120,8 +118,7 @@ def check_decoder(decoder: Any, build: Callable[[Any], Any], config: Any) -> Non
                 ) from error
         plain, packed = plain_difference(twin, reference), packed_difference(twin, reference)
         twin.attend_by_sample()  # as on a CPU
-        plain = max(plain, plain_difference(twin, reference))
-        packed = max(packed, packed_difference(twin, reference))
+        plain, packed = max(plain, plain_difference(twin, reference)), max(packed, packed_difference(twin, reference))
     for rows, difference in (("rows", plain), ("packed rows", packed)):
         if not difference < _TOLERANCE:
             raise ValueError(

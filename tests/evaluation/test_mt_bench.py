@@ -380,7 +380,7 @@ def test_fastchats_own_answers_are_refused(bench, lm, tmp_path):
 
 
 def test_saved_answers_of_another_setting_are_refused_first(make_config, data_dir, monkeypatch):  # noqa: F811
-    """Before tasks that may take hours."""
+    """The other tasks may take hours."""
     tasks = {"tasks": ["mmlu_dev", "mt_bench"], "limit": 1, "data_dir": str(data_dir), "judge": None}
     run(make_config("eval/mt_bench", max_new_tokens=4, **tasks))
     recipe = OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mt_bench", max_new_tokens=5, **tasks)))

@@ -265,7 +265,7 @@ def test_moments_in_8_bits_of_torchao(tokens, monkeypatch):
 
 @pytest.mark.parametrize("inactive", ["keep", "offload", "drop"])
 def test_a_state_that_is_loaded_after_further_steps_trains_the_same(inactive, tokens):
-    """Also layers that were drawn for the first time after it was saved."""
+    """Some layers were drawn for the first time after it was saved."""
     model = tiny_llama()
     parts = layers, optimizer, schedule = setup(
         model, num_active=1, every=1, rank=4, update_gap=2, inactive_state=inactive

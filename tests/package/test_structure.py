@@ -55,6 +55,16 @@ def test_folders_import_each_other_one_way():
     list(TopologicalSorter(graph).static_order())
 
 
+def test_no_module_is_too_long_to_hold_in_mind():
+    lengths = {
+        file.relative_to(ROOT).as_posix(): len(file.read_text().splitlines())
+        for folder in ("owlore_tune", "eval", "recipes")
+        for file in (ROOT / folder).rglob("*.py")
+    }
+    most = dict.fromkeys(lengths, 350) | {"recipes/owlore_full_finetune.py": 360}
+    assert len(lengths) > 50 and {name: length for name, length in lengths.items() if length > most[name]} == {}
+
+
 def test_parts_import_neither_recipes_nor_configs():
     for name, imported in imports().items():
         recipes = {module for module in imported if "." not in module and module not in PACKAGES}
