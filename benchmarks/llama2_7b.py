@@ -1,6 +1,6 @@
 """Peak memory of runs of LLaMA-2-7B and 13B, from process start to exit, against the memory plan.
 
-    python benchmarks/llama2_7b.py [--models /tmp] [--rows NAME ...] [--tokens 512] [--output benchmarks/llama2_7b.md]
+    python benchmarks/llama2_7b.py [--models /tmp/random] [--rows NAME ...] [--tokens 512] [--output FILE]
 
 Each row is a complete `tune run` of configs/llama2/7B_owlore.yaml or 13B_owlore.yaml: load 13.5 or 26 GB from disk,
 score the layers, train three steps of one row over two draws, and save. Random weights in the real layout are
@@ -69,7 +69,7 @@ def random_model(size: str, models: Path) -> Path:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--models", type=Path, default=Path("/tmp"), help="directory of the models, 40 GB")
+    arguments.add_argument("--models", type=Path, default=Path("/tmp/random"), help="directory of the models, 40 GB")
     arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="rows to run")
     arguments.add_argument("--tokens", type=int, default=512, help="per row; fewer on a CPU without bf16")
     args = arguments.parse_args()
@@ -80,8 +80,9 @@ def main() -> None:
         f"from disk, score, 3 steps over 2 draws, save; {machine()}. Peak memory covers the whole process from start "
         f"to exit. Command: {command()}.",
         "",
-        "Rank 128. The time of a step is the median without its draw. Loading includes scoring and quantizing. A "
-        "redraw writes layers that leave, and quantizes them anew.",
+        "Rank 128. The time of a step is the median of three without the draw. Two of the three make bases, and with "
+        "all layers one of them. Loading includes scoring and quantizing. A redraw writes layers that leave, and "
+        "quantizes them anew.",
         "",
         "| run | peak memory, GB | planned, GB | measured / planned | A, bases and moments, GB | step, s | loading, s "
         "| redraw, s |",

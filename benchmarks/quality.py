@@ -8,18 +8,20 @@
 DIR holds math/ in LLM-Adapters' format. A budget is the time of so many steps of torchtune's full fine-tuning in
 float32. Each method trains as many steps as it takes in this time, and also as many as the budget. No row of data
 repeats. lib/study_runs.py has the schedule and the settings that all methods share. OwLore has weights in bfloat16 or
-int8.
+int8. --methods chooses from all methods; without it, those run whose costs are measured.
 
 --costs measures the mean step and the memory of each method, with all cores. It runs in turn with the reference: ten
 seconds of one, then of the other, so that changes of the machine's speed do not change the ratio of their mean steps.
+For BAdam, these are 22 steps, with another block every 3 steps. OwLore's recipe makes malloc keep freed memory; the
+other programs run as their authors ship them.
 
-Three sets of problems are disjoint, and none has a problem of the training data: learning rates are tuned on the first,
-other settings are chosen on the second, both with seed 0, and the third is reported. A learning rate is tuned with runs
-of the same number of steps, and the grid is extended until its best value is not at the edge. Each run also has two
-measures of what the model forgets, see lib/study_losses.py.
+Three sets of problems are disjoint, and none has a problem of the training data: learning rates are tuned on the first
+with seed 0, the second is for a choice of other settings, and the third is reported. A learning rate is tuned with runs
+of the same number of steps, and the grid is extended until its best value is not at the edge. Each run also measures in
+two ways what the model forgets, see lib/study_losses.py. The first rows do not have these measures.
 
 Every finished run is a line of quality.jsonl. It is repeated only if the code that it depends on has changed. --row
-trains one run, also if it has a line, and prints the losses of both.
+trains one run. If it has a line already, the losses of both are printed, and nothing is written.
 """
 
 import argparse
@@ -243,10 +245,10 @@ def rounded(lr: float) -> float:
 
 
 def repeat(study: Study, run: Run) -> None:
-    """Train a run, and print its losses, and those of its line if it has one. If not, it gets one."""
+    """Train a run, and print its losses, and those of its line if it has one, of any code. If not, it gets one."""
     known = study.rows.get(run.key)
     row = study.execute(run)
-    if not study.has(run):
+    if known is None:
         append_line(ROWS, row)
     for title, shown in {"now": row, "line": known}.items():
         if shown is not None:
@@ -269,22 +271,23 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, metavar="STEPS")
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME")
     parser.add_argument("--costs", action="store_true", help="measure step times and memory, and no losses")
     parser.add_argument("--row", nargs=4, metavar=("NAME", "LR", "SEED", "STEPS"), help="train this run alone")
     args = parser.parse_args()
     if args.row and args.row[0] not in METHODS:
         parser.error(f"{args.row[0]!r} is not one of {', '.join(METHODS)}")
     study = Study(args.data.resolve(), (os.cpu_count() or 1) if args.costs else args.threads)
+    methods = args.methods or [name for name in METHODS if args.costs or name in study.costs]
     if args.costs:
-        study.measure(args.methods)
+        study.measure(methods)
     elif args.row:
         name, lr, seed, steps = args.row
         repeat(study, Run(name, float(lr), int(seed), int(steps)))
-    elif unknown := {REFERENCE, *args.methods} - study.costs.keys():
+    elif unknown := {REFERENCE, *methods} - study.costs.keys():
         parser.error(f"run it with --costs first, for {', '.join(sorted(unknown))}")
     else:
-        run_all(study, args.methods, args.budgets, args.workers)
+        run_all(study, methods, args.budgets, args.workers)
 
 
 if __name__ == "__main__":

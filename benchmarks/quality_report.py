@@ -8,6 +8,7 @@ whose learning rate is not tuned yet are left out.
 
 import itertools
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ HEAD = (
     "|---|---|---|---|---|---|---|---|",
 )
 MEMORIES = (2.3, 2.7, 3.2, 4.0)  # GB
-FORGETTING = ("| | steps | lr | held-out loss | loss on MMLU | KL, nats |", "|---|---|---|---|---|---|")
+FORGETTING = ("| | steps | lr | seeds | held-out loss | loss on MMLU | KL, nats |", "|---|---|---|---|---|---|---|")
 
 
 def report(rows: list[Row]) -> list[str]:
@@ -34,10 +35,11 @@ def report(rows: list[Row]) -> list[str]:
         "# Held-out loss after the same training time",
         "",
         "SmolLM2-135M-Instruct on arithmetic problems, 512 packed tokens per step. fp32 and bf16 are the types of "
-        "weights; OwLore has them in bf16, and trains A in float32. On CPUs with AMX, products of fp32 weights are in "
-        f"bfloat16 too. The runs used these CPUs: {'; '.join(processors)}. A step time of 1 is that "
-        f"of {REFERENCE}, which ran in turn with each method on one machine ({'; '.join(machines)}). Its own value "
-        f"shows the noise. ± is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
+        "weights; OwLore has them in bf16, and trains A in float32. OwLore, LoRA and BAdam train no embeddings. On "
+        "CPUs with AMX, products of fp32 weights are in bfloat16 too. The runs used these CPUs: "
+        f"{'; '.join(processors)}. A step time of 1 is that of {REFERENCE}, which ran in turn with each method on one "
+        f"machine ({'; '.join(machines)}). Its own value shows the noise.{_earlier_code(costs, runs)} ± "
+        f"is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
         "problems, ± their standard error. A method is in a table once its learning rate is tuned for its number of "
         "steps. Commands: `python benchmarks/quality.py --data DIR`, whose docstring "
         "describes the study, and `python benchmarks/quality_report.py`.",
@@ -50,6 +52,13 @@ def report(rows: list[Row]) -> list[str]:
         lines += _memory_table(in_time, costs)
         lines += _section(f"After {budget} steps", {name: final_rows(name, budget, runs) for name in METHODS}, costs)
     return lines + _tuning_table(runs) + _forgetting_table(runs)
+
+
+def _earlier_code(costs: dict[str, Row], runs: list[Row]) -> str:
+    """Say of which methods the step was measured with other code than that of the runs."""
+    codes = {row["method"]: row["code"] for row in runs}
+    names = [name for name, cost in costs.items() if cost.get("code") != codes.get(name, cost.get("code"))]
+    return f" Measured with earlier code: {'; '.join(names)}." if names else ""
 
 
 def budgets(runs: list[Row]) -> list[int]:
@@ -74,7 +83,17 @@ def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any
             cells += [str(len(found)), _mean([row["losses"]["reported"] for row in found.values()])]
             cells += ["" if name == OURS else _difference(found, first), f"{cost['memory']:.2f}" if cost else ""]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Seeds by CPU: {_cpus(finals.values())}."]
     return lines if len([found for found in finals.values() if found]) > 1 else []
+
+
+def _cpus(finals: Iterable[dict[int, Row]]) -> str:
+    """The processors, with the seeds that ran on them."""
+    seeds: dict[str, set[int]] = {}
+    for found in finals:
+        for seed, row in found.items():
+            seeds.setdefault(row["machine"], set()).add(seed)
+    return "; ".join(f"{name}: {', '.join(map(str, sorted(own)))}" for name, own in sorted(seeds.items()))
 
 
 def _memory_table(finals: dict[str, dict[int, Row]], costs: dict[str, Any]) -> list[str]:
@@ -124,7 +143,8 @@ def _forgetting_table(runs: list[Row]) -> list[str]:
     ]  # fmt: skip
     means = {group: [statistics.fmean(some) for some in zip(*own, strict=True)] for group, own in groups.items()}
     for (name, steps, lr), mean in sorted(means.items(), key=lambda item: item[1]):
-        lines.append(f"| {name} | {steps} | {lr:g} | {' | '.join(f'{figure:.4f}' for figure in mean)} |")
+        cells = [name, str(steps), f"{lr:g}", str(len(groups[name, steps, lr])), *(f"{figure:.4f}" for figure in mean)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

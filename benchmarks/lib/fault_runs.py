@@ -48,7 +48,8 @@ class Found:
         got = weights(output_dir)
         self.runs += 1
         self.not_bit_equal += not all(torch.equal(weight, got[key]) for key, weight in expected.items())
-        self.leftovers += any(".partial" in path.name or ".disc" in path.name for path in output_dir.rglob("*"))
+        names = {path.name for path in output_dir.rglob("*")}
+        self.leftovers += any(part in name for name in names for part in (".partial", ".disc", ".tmp"))
 
 
 def small_model(directory: Path) -> None:

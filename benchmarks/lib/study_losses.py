@@ -1,6 +1,6 @@
 """What a trained SmolLM2 has learned, and what it has forgotten, from its saved weights. In float32, one row a sample.
 
-Products are computed from bfloat16 copies, as in training.
+On a CPU with AMX, products are computed from bfloat16 copies, as in training.
 """
 
 import json

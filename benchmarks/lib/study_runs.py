@@ -3,8 +3,9 @@
 All methods train on the same packed rows in the same order: 512 tokens per step, cosine schedule with a warmup of 10
 steps, gradients clipped to 1 (OwLore: after projection), no weight decay. On CPUs with AMX, all products are in
 bfloat16, see bf16_products.py. The seed shuffles the data and seeds the draws. OwLore draws layers every 50 steps, or
-makes new bases if all layers train. BAdam changes its layer so that every layer trains once, which is its authors'
-rule, but at most every 3 steps. GaLore refreshes its projections every 50 steps.
+makes new bases if all layers train. BAdam trains one of the 30 layers at a time, and no embeddings. It changes the
+layer so that every layer trains once and a few twice, but at most every 3 steps. GaLore refreshes its projections every
+50 steps.
 """
 
 import json
@@ -26,7 +27,7 @@ LIB = Path(__file__).parent
 LOG = "steps.jsonl"
 SEQ_LEN, BATCH_SIZE = 512, 1
 RESAMPLE_EVERY = 50
-BADAM_BLOCKS = 32  # the model's layers, and what is outside them
+BADAM_TURNS = 32  # turns of a layer in a run; the model has 30 layers
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as in peers.py
 
 
@@ -91,7 +92,7 @@ def prepare(run: Run, method: Method, rows: list[dict[str, Any]], scratch: Path,
 
 def _of_peer(run: Run, method: Method, data: Path, scratch: Path) -> tuple[list[str], Any, Path]:
     settings, output = method.settings, scratch / "run"
-    every = settings.get("every", max(3, run.steps // BADAM_BLOCKS))
+    every = settings.get("every", max(3, run.steps // BADAM_TURNS))
     command = [
         str(LIB / "peers.py"), settings["method"], f"--model={fetch()}", f"--data={data}", f"--lr={run.lr}",
         f"--steps={run.steps}", f"--seed={run.seed}", f"--save={output}", "--warmup=10", "--clip=1.0",

@@ -83,8 +83,9 @@ def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(qua
             "code": code, "losses": losses, "machine": f"the CPU of {code} rows",
         }  # fmt: skip
 
-    def cost(method, ratio, memory=1.0):
-        return {"key": "cost", "method": method, "ratio": ratio, "memory": memory, "machine": "a CPU", "cores": 2}
+    def cost(method, ratio, memory=1.0, code="new"):
+        found = {"key": "cost", "method": method, "ratio": ratio, "memory": memory, "code": code}
+        return found | {"machine": "a CPU", "cores": 2}
 
     ours, full, lora = quality.OURS, quality.REFERENCE, "torchtune LoRA, r=16, bf16"
     rows = [
@@ -93,16 +94,19 @@ def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(qua
         row(full, 1e-4, 1, 0.53, 100), row(full, 1e-5, 0, 0.58, 100), row(full, 1e-3, 0, 0.58, 100),
         row(ours, 3e-4, 0, 0.55, 100), row(ours, 1e-4, 0, 0.56, 100), row(ours, 1e-3, 0, 0.56, 100),
         row(lora, 1e-3, 0, 0.40, 100), row(lora, 3e-4, 0, 0.41, 100),  # at the edge: a higher rate may be better
-        cost(ours, 9.0), cost(ours, 0.5, 2.5), cost(full, 1.02), cost(lora, 1.0),
+        cost(ours, 9.0), cost(ours, 0.5, 2.5), cost(full, 1.02), cost(lora, 1.0, code="old"),
     ]  # fmt: skip
     lines = quality_report.report(rows)
     assert "The runs used these CPUs: the CPU of new rows. " in lines[2]
+    assert f" Measured with earlier code: {lora}. " in lines[2]
     in_time, after = (
         next(i for i, line in enumerate(lines) if title in line) for title in ("## In the time", "## Aft")
     )
     assert lines[in_time + 4 : after - 1] == [
         f"| {full} | 1.02 | 100 | 0.0001 | 2 | 0.5350 ± 0.0071 | +0.0450 ± 0.0050 | 1.00 |",
         f"| {ours} | 0.50 | 200 | 0.0003 | 2 | 0.4900 ± 0.0141 |  | 2.50 |",
+        "",
+        "Seeds by CPU: the CPU of new rows: 0, 1.",
     ]
     lines_with_lora = quality_report.report([*rows, row(lora, 3e-3, 0, 0.52, 100), row(lora, 1e-3, 0, 0.405, 100)])
     first = lines_with_lora.index("| whole process, GB | held-out loss of the methods that fit |")
@@ -184,6 +188,27 @@ def test_a_model_before_training_has_forgotten_nothing(quality, smollm2_dir, tmp
     assert divergence(tmp_path / "other", [row | {"output": "No."} for row in rows]) == pytest.approx(moved)
     monkeypatch.setattr(study_losses, "mmlu_dev_rows", lambda split: rows)
     assert general_loss(tmp_path / "other") != general_loss(smollm2_dir)
+
+
+def test_a_run_with_a_line_is_repeated_without_a_new_line(quality, tmp_path, monkeypatch, capsys):
+    """Also one of other code: the report counts only rows of a method's last code."""
+    from lib.study_runs import Run
+
+    class Finished(quality.Study):
+        def __init__(self, rows):
+            self.rows = rows
+
+        def execute(self, run):
+            return {"key": run.key, "losses": {"reported": 0.5}, "code": "new", "machine": "a CPU"}
+
+    monkeypatch.setattr(quality, "ROWS", tmp_path / "rows.jsonl")
+    run = Run(quality.OURS, 1e-4, 0, 100)
+    known = {"key": run.key, "losses": {"reported": 0.75}, "code": "old", "machine": "a CPU"}
+    quality.repeat(Finished({run.key: known}), run)
+    assert not quality.ROWS.exists()
+    assert '"reported": 0.5}, code new' in (out := capsys.readouterr().out) and '"reported": 0.75}, code old' in out
+    quality.repeat(Finished({}), run)
+    assert [row["key"] for row in read_lines(quality.ROWS)] == [run.key]
 
 
 def test_a_run_of_an_unknown_method_is_refused(quality, monkeypatch, capsys):
