@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -149,6 +150,7 @@ class TorchtuneLM(TemplateLM):
         except ValueError:
             if all(turn["role"] != "system" for turn in chat_history):
                 raise
+            warnings.warn("the chat template rejects system messages, so prompts have none", stacklevel=2)
             chat_history = [turn for turn in chat_history if turn["role"] != "system"]
             text = self._render(chat_history, add_generation_prompt)
         if add_generation_prompt:

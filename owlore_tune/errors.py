@@ -24,9 +24,15 @@ class DivergedError(RunError):
     """A run with a loss or weights that are not finite. Its state is not worth saving."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was short, on a device or, where torch raises a plain RuntimeError, on the host."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return not names.isdisjoint({"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
+
+
 # Classes of errors that a user can solve. Those of other packages are named, because importing them takes seconds.
 _OURS = (ConfigError, CheckpointError, RunError, OSError)
-_OTHERS = {"InstantiationError", "OmegaConfBaseException", "OutOfMemoryError", "RankError"}
+_OTHERS = {"InstantiationError", "OmegaConfBaseException", "RankError"}
 
 
 # Warnings of other packages that a user can do nothing about: torchdata's loader, and torchtune's norms in 16 bits.
@@ -42,7 +48,8 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, _OURS) or not _OTHERS.isdisjoint(base.__name__ for base in type(error).__mro__):
+        names = (base.__name__ for base in type(error).__mro__)
+        if isinstance(error, _OURS) or is_out_of_memory(error) or not _OTHERS.isdisjoint(names):
             sys.exit(f"error: {' '.join(str(error).split())}")
         traceback.print_exc()
         sys.exit(

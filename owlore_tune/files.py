@@ -126,7 +126,7 @@ def files_digest(files: Iterable[Path], *, use_cache: bool = True) -> str:
 
 def cache_directory() -> Path:
     """``owlore`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "owlore"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "owlore"
 
 
 def _read_cache(file: Path) -> dict[str, str]:

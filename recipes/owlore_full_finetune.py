@@ -56,8 +56,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     sets up the schedule of active layers. `train` draws new layers from that schedule every K steps. Full fine-tuning,
     LISA and GaLore are settings of the ``owlore`` block; see configs/smollm2.
 
-    An interrupted run continues with ``resume_from_checkpoint=true``. Resumed on the same number of CPU ranks, it is
-    bit-identical to an uninterrupted one.
+    An interrupted run continues with ``resume_from_checkpoint=true``, on as many CPU ranks with the same bits.
 
     Args:
         settings: of the run; see `owlore_tune.run.settings` for the fields of its config.
@@ -79,7 +78,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self.run = RunDirectory(settings.output_dir, "training")
         self.report = Report(settings.output_dir, self._world)
         self.progress = Progress()
-        self._clock = Clock(self._device)
+        self._clock, self._rng = Clock(self._device), RngState(self._world)
         self._has_unproven_checkpoint = False
         self._is_complete = True  # weights, optimizer and counters agree on ``progress.step``
         training.set_seed(seed=settings.cfg.seed)
@@ -107,7 +106,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self.inputs.data.seek(self.progress.step)
             self._has_unproven_checkpoint = True  # the one that it resumes from
             self._world.attempt(lambda: self.run.steps.set_aside_after(self.progress.step), first_alone=True)
-            log.info(f"Resumed from {checkpoint}, step {self.progress.step}.")
         self._start_run()
 
     def _setup_model(self) -> build.Parts:
@@ -138,7 +136,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "optimizer": OptimizerState(self.optimizer, self._world),
             "lr_scheduler": self._lr_scheduler,
             "report": self.report.records,
-            "rng": RngState(self._world),
+            "rng": self._rng,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -158,8 +156,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def train(self) -> None:
         try:
-            if self.progress.step == 0:
-                self.validate("before", exact=True)
+            self._validate_if_due()
             self._memory.start()
             with stop_request().deferred(), self._profiler:  # a signal takes effect after a step and its checkpoint
                 self._train_loop()
@@ -176,7 +173,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             Stop: after the step in which a signal arrived, once that step is saved.
             DivergedError: after ``max_skipped_steps`` skipped steps in a row.
         """
-        progress, cfg, num_steps = self.progress, self._cfg, self.inputs.data.num_steps
+        progress, num_steps = self.progress, self.inputs.data.num_steps
         with self.report.progress_bar(progress, num_steps):
             while progress.step < num_steps:
                 started = time.perf_counter()
@@ -188,13 +185,12 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 metrics = self._train_step(micro_batches, started)
                 progress.step += 1
                 self._is_complete = True
+                self._rng.mark()
                 if metrics["trained_tokens_per_second"] and not progress.skipped_in_a_row:
                     self._prune_checkpoints()
                 self.report.step(progress, metrics)
                 self._profiler.step()
-                is_due = progress.is_due(cfg.run_val_every_n_steps) and progress.step < num_steps
-                if is_due and self._signalled() is None:
-                    self.validate(f"step {progress.step}")
+                self._validate_if_due()
                 self._save_and_leave_if_due()
 
     def _save_and_leave_if_due(self) -> None:
@@ -217,6 +213,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _save_whole_step(self) -> None:
         """Save after an error in a step, without what the step has accumulated."""
         self.schedule.abandon_step()
+        self._rng.rewind()
         self.save_checkpoint()
 
     def _signalled(self) -> Signals | None:
@@ -253,7 +250,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self._update(loss_value, grad_norm, sum(num_trained))
         phases, seconds = self._clock.read(), time.perf_counter() - started  # on a GPU, the last step's update
         metrics = {
-            "loss": loss_value,
+            "loss": loss_value if sum(num_trained) else math.nan,
             "lr": float(get_lr(self.optimizer)),  # torchao has tensors
             "grad_norm": grad_norm,
             "skipped_steps": self.progress.skipped_steps,
@@ -286,16 +283,19 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             log.warning(f"Step {progress.step}: loss {loss}, gradients not finite in {places}; no update.")
         self.schedule.end_step()
 
+    def _validate_if_due(self) -> None:
+        """After a step, and before the first one. A resumed run makes up for what a signal has left out."""
+        due = self.progress.validation_due(self._cfg.run_val_every_n_steps, self.inputs.data.num_steps)
+        if due is not None and due not in self.report.records.losses and self._signalled() is None:
+            self.validate(due, exact=due == "before")
+
     def validate(self, when: str, *, exact: bool = False) -> None:
         """Log the held-out loss, if there is held-out data; if ``exact``, that of the weights in full precision."""
         if (data := self.inputs.held_out) is None:
             return
-        rest = self.loss_fn, data, self._device, self._world
+        rest = self.quantized if exact else None, self.loss_fn, data, self._device, self._world
         with self._memory.paused():
-            if self.quantized is not None and exact:
-                loss, num_tokens = validation.full_precision_loss(self.model, self.layers, self.quantized, *rest)
-            else:
-                loss, num_tokens = validation.held_out_loss(self.model, *rest)
+            loss, num_tokens = validation.held_out_loss_of(self.model, self.layers, *rest)
         self.report.held_out_loss(when, self.progress.step, loss, num_tokens)
         if not math.isfinite(loss):
             self.report.write_manifest(self.progress, self._step_dir())

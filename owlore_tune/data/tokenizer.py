@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torchtune.data import Message
 
 from owlore_tune.errors import ConfigError
-from owlore_tune.files import read_json
+from owlore_tune.files import read_object
 from owlore_tune.paths import user_path
 
 CHAT_TEMPLATES = ("model", "plain")
@@ -213,7 +213,7 @@ class HFChatTokenizer:
                 messages=turns,
                 add_generation_prompt=add_generation_prompt,
                 enable_thinking=self.enable_thinking,
-                **special,
+                **special | {"tools": None, "documents": None},  # templates ask whether they are none
             )
         except Exception as error:  # a template is a program and can raise anything
             raise ValueError(f"the chat template rejects these messages: {error}") from error
@@ -235,8 +235,7 @@ class HFChatTokenizer:
         spans = self._assistant_spans(messages, text)
         tokens, mask = self._start + self._known(encoding.ids), [True] * len(self._start + encoding.ids)
         for i, (start, end) in enumerate(encoding.offsets, start=len(self._start)):
-            # A special token may contain the whitespace after it.
-            mask[i] = not any(first <= start < last and not text[last:end].strip() for first, last in spans)
+            mask[i] = not any(_is_in(text, start, end, first, last) for first, last in spans)
         return tokens[: self.max_seq_len], mask[: self.max_seq_len]
 
     def _known(self, tokens: list[int]) -> list[int]:
@@ -256,8 +255,8 @@ class HFChatTokenizer:
             turn = self.render(messages[: i + 1])
             if not (turn.startswith(prompt) and text.startswith(turn)):
                 raise ValueError(
-                    "the chat template rewrites earlier turns, so the assistant's turns cannot be located; "
-                    "use single-turn data, or one of torchtune's tokenizers"
+                    "the chat template renders earlier turns or the beginning of an answer in another way than for "
+                    "generation; use single-turn data or another tokenizer.chat_template, such as plain"
                 )
             spans.append((len(prompt), len(prompt) + self._answer_length(turn[len(prompt) :])))
         return spans
@@ -287,6 +286,12 @@ class HFChatTokenizer:
         return {**sample, "tokens": tokens, "mask": mask}
 
 
+def _is_in(text: str, start: int, end: int, first: int, last: int) -> bool:
+    """Whether a token is in a turn. It may contain whitespace around the turn, as special tokens and words do."""
+    inside = first <= max(start, end - 1) and start < last
+    return inside and not text[start:first].strip() and not text[last:end].strip()
+
+
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """Raise ConfigError if a torchtune ``tokenizer`` has token ids that the embeddings of a decoder lack."""
     num_embeddings = model.tok_embeddings.weight.shape[0]
@@ -303,15 +308,10 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
     try:
-        content = read_json(file)
+        return read_object(file) if file.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return content
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:

@@ -31,8 +31,7 @@ from owlore_tune.models.decoder import Decoder, find_layers, model_parts
 from owlore_tune.models.fused import fuse_parts
 from owlore_tune.models.output import set_output
 from owlore_tune.optim.moments import check_decay
-from owlore_tune.paths import user_path
-from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.run.settings import TrainingSettings, tokenizer_files
 
 LOGGER_METHODS = ("log_dict", "log_config", "close")
 LOGGER_PACKAGES = {
@@ -68,8 +67,7 @@ def build_inputs(settings: TrainingSettings, world: World = ALONE, now: datetime
         tokenizer.now = now or tokenizer.now
         checkpointer.take_tokenizer(tokenizer.directory)
     else:
-        texts = (value for key, value in cfg.tokenizer.items() if key != "_component_" and isinstance(value, str))
-        if files := [path for path in map(user_path, texts) if path.is_file()]:
+        if files := tokenizer_files(cfg):
             checkpointer.take_tokenizer(files[0], files[1:])
     dataset, collate = _build_dataset(cfg, "dataset", tokenizer)
     try:

@@ -1,5 +1,6 @@
 """Records of a run's steps and draws, appended to files and saved in every checkpoint."""
 
+import errno
 import json
 import os
 import statistics
@@ -80,9 +81,13 @@ class Records:
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if self._directory is None:
             return
+        line = (to_json(record) + "\n").encode()
         try:
-            with open(self._directory / name, "a", opener=_existing) as file:
-                file.write(to_json(record) + "\n")
+            with open(self._directory / name, "ab", buffering=0, opener=_existing) as file:
+                size = file.seek(0, os.SEEK_END)
+                if (written := file.write(line)) < len(line):
+                    file.truncate(size)  # the next line must not begin behind a half one
+                    raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written")
         except OSError as error:  # a full disk does not end the run; the next checkpoint has the records
             log.warning(f"{self._directory / name} cannot be written: {error}")
 
@@ -90,7 +95,10 @@ class Records:
         return {key: value for key, value in vars(self).items() if key != "_directory"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        since = self.seconds  # of this process, which has loaded already
         vars(self).update(state_dict)
+        for phase, seconds in since.items():
+            self.add_seconds(phase, seconds)
 
 
 def _existing(path: str, flags: int) -> int:

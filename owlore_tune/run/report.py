@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from owlore_tune.config import build_with, plain, printable
 from owlore_tune.distributed.world import ALONE, World, local
+from owlore_tune.errors import ConfigError
 from owlore_tune.files import write_json
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.scores_file import SCORES_FILE
@@ -152,8 +153,12 @@ class Report:
         self.log({"val_loss": loss}, step)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        if self._logger is not None:
+        if self._logger is None:
+            return
+        try:
             self._logger.log_dict(metrics, step=step)
+        except OSError as error:  # such as a full disk
+            log.warning(f"metric_logger: step {step} cannot be logged: {error}")
 
     def write_manifest(self, progress: Progress, checkpoint: Path, *, finished: bool = False) -> None:
         """
@@ -189,7 +194,10 @@ class Report:
             return
         from owlore_tune.run import plots
 
-        pictures = plots.plot_run(self._directory)
+        try:
+            pictures = ", ".join(picture.name for picture in plots.plot_run(self._directory)) + " beside it"
+        except (ConfigError, OSError) as error:
+            pictures = f"cannot be drawn: {error}"
         records, peak = self.records, self.measure_memory()["total"]
         losses = [f"{when} {loss:.4f}" for when, loss in records.losses.items() if when in ("before", "after")]
         print(
@@ -199,12 +207,16 @@ class Report:
             f"peak memory     {peak / 1e9:.2f} GB (planned {self._plan.total / 1e9:.2f} GB)\n"
             f"weights         {checkpoint}\n"
             f"manifest        {self._directory / MANIFEST}\n"
-            f"pictures        {', '.join(picture.name for picture in pictures)} beside it"
+            f"pictures        {pictures}"
         )
 
     def close(self) -> None:
-        if self._logger is not None:
+        if self._logger is None:
+            return
+        try:
             self._logger.close()
+        except OSError as error:
+            log.warning(f"metric_logger cannot be closed: {error}")
 
 
 def measured_bytes(

@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from torchtune.utils import get_logger
 
@@ -18,17 +17,17 @@ from owlore_tune.config import changed_fields, plain
 from owlore_tune.data.samples import dataset_digest
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.world import ALONE, RankError, World, is_known_to_all
-from owlore_tune.errors import CheckpointError, ConfigError, DivergedError, RunError
+from owlore_tune.errors import CheckpointError, ConfigError, DivergedError, RunError, is_out_of_memory
 from owlore_tune.files import files_digest
 from owlore_tune.run.build import Inputs, build_inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.manifest import versions
 from owlore_tune.run.report import OUTPUT_FILES
-from owlore_tune.run.settings import FIXED, FREE_PATHS, TrainingSettings
+from owlore_tune.run.settings import FIXED, FREE_PATHS, TrainingSettings, tokenizer_files
 
 BASE_WEIGHTS = "base weights (checkpointer.checkpoint_dir)"  # name of their digest, for messages too
-# Errors from data, files or memory.
-EXPECTED_ERRORS = (ValueError, OSError, RunError, CheckpointError, torch.OutOfMemoryError)
+# Errors from data or files.
+EXPECTED_ERRORS = (ValueError, OSError, RunError, CheckpointError)
 HOW_TO_RESUME = "resume with the same command and resume_from_checkpoint=true"
 
 log = get_logger("INFO")
@@ -121,6 +120,7 @@ def load_parts(parts: dict[str, Any], saved: dict[str, Any], checkpoint: Path | 
             part.load_state_dict(saved[name])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint} holds another state than this run saves: {error!r}") from error
+    log.info(f"Resumed from {checkpoint}, step {saved['progress']['step']}.")
 
 
 def input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
@@ -133,8 +133,8 @@ def input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
     }
     if isinstance(inputs.tokenizer, HFChatTokenizer):
         return digests | inputs.tokenizer.digests()
-    path = Path(str(settings.cfg.tokenizer.get("path")))
-    return digests | ({"tokenizer": files_digest([path])} if path.is_file() else {})
+    files = tokenizer_files(settings.cfg)
+    return digests | ({"tokenizer": files_digest(files)} if files else {})
 
 
 def check_settings(saved: dict[str, Any], settings: TrainingSettings, checkpoint: Path | None) -> None:
@@ -209,7 +209,7 @@ def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: C
         RunError: for an expected error, with its message. Another one is a bug, whose traceback should be shown.
     """
     note = _rescued(error, run, step, world, save)
-    if isinstance(error, EXPECTED_ERRORS):
+    if isinstance(error, EXPECTED_ERRORS) or is_out_of_memory(error):
         raise RunError(f"{error}. {note}") from error
     print(note, file=sys.stderr)
 
@@ -222,8 +222,10 @@ def _rescued(error: Exception, run: RunDirectory, step: int, world: World, save:
         saved = ", ".join(directory.name for directory in own) or "none"
         return f"Checkpoints in {run.path}: {saved}; a new run can start from the weights of an earlier one"
     newest = max(own, key=step_of, default=None)
+    # A row of the data that cannot be used would end a resumed run too, and cannot change in it.
+    how = _new_run if isinstance(error, ValueError) else lambda checkpoint: HOW_TO_RESUME
     if newest is not None and step_of(newest) == step:
-        return f"The state after step {step} is in {newest}: {HOW_TO_RESUME}"
+        return f"The state after step {step} is in {newest}: {how(newest)}"
     alone = world.size > 1 and not is_known_to_all(error)  # other processes might never join the save
     if step and save is not None and not alone:
         try:
@@ -231,7 +233,7 @@ def _rescued(error: Exception, run: RunDirectory, step: int, world: World, save:
         except (RunError, CheckpointError, OSError, RankError) as again:
             log.warning(str(again))
         else:
-            return f"The state after step {step} is saved in {run.steps.path(step)}: {HOW_TO_RESUME}"
+            return f"The state after step {step} is saved in {run.steps.path(step)}: {how(run.steps.path(step))}"
     if newest is None:
         return "No checkpoint was saved."
-    return f"The newest checkpoint is {newest}: {HOW_TO_RESUME}"
+    return f"The newest checkpoint is {newest}: {how(newest)}"

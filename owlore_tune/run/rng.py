@@ -14,6 +14,16 @@ class RngState:
 
     def __init__(self, world: World = ALONE) -> None:
         self._world = world
+        self._marked: dict[str, Any] | None = None
+
+    def mark(self) -> None:
+        """Remember this state, for `rewind`."""
+        self._marked = get_rng_state()
+
+    def rewind(self) -> None:
+        """Go back to the last `mark`, if there is one."""
+        if self._marked is not None:
+            set_rng_state(self._marked)
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_rank": self._world.gather(get_rng_state())}

@@ -17,6 +17,7 @@ from owlore_tune.layers.schedule import INACTIVE_STATES
 from owlore_tune.layers.scores import SCORES
 from owlore_tune.optim.moments import MOMENTS
 from owlore_tune.optim.projection import BASES, SIDES
+from owlore_tune.paths import user_path
 from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.run.directory import check_creatable
 
@@ -29,6 +30,12 @@ SUPPLIED = {
 FREE_PATHS = (
     ("checkpointer", "checkpoint_dir"), ("model", "path"), ("tokenizer", "path"), ("dataset", "data_files"),
 )  # fmt: skip
+
+
+def tokenizer_files(cfg: DictConfig) -> list[Path]:
+    """The files that the fields of a torchtune tokenizer name."""
+    texts = (value for key, value in cfg.tokenizer.items() if key != "_component_" and isinstance(value, str))
+    return [path for path in map(user_path, texts) if path.is_file()]
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class TrainingConfig:
     fsdp: bool | None = setting(None, free=True)  # null: true for full weights, else false
     fsdp_cpu_offload: bool = setting(False, free=True)  # A, bases and moments stay on the device
     fsdp_reshard_after_forward: bool = setting(True, free=True)
-    dist_timeout_s: float = setting(600, POSITIVE, free=True)
+    dist_timeout_s: float = setting(600, Range(0, 10**6, without_least=True), free=True)
     metric_logger: Any = setting(
         {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": "${output_dir}/logs"}, free=True
     )

@@ -59,16 +59,19 @@ def held_out_loss(
 
 
 @torch.no_grad()
-def full_precision_loss(
+def held_out_loss_of(
     model: Any,
     layers: ProjectedLayers,
-    quantized: QuantizedLayers,
+    quantized: QuantizedLayers | None,
     loss_fn: Any,
     data: HeldOutData,
     device: torch.device,
     world: World = ALONE,
 ) -> tuple[float, int]:
-    """`held_out_loss` of the full-precision weights as they are saved, which are read layer by layer."""
+    """`held_out_loss` of the full-precision weights of ``quantized`` as they are saved, which are read layer by layer;
+    with None, of the weights on the device."""
+    if quantized is None:
+        return held_out_loss(model, loss_fn, data, device, world)
     total, num_here = torch.zeros((), dtype=torch.float64, device=device), 0
 
     with quantized.whole_outside():

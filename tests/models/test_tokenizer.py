@@ -105,8 +105,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     save_tokenizer(tmp_path)
     rewriting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     change_config(tmp_path, chat_template=rewriting)
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
+    with pytest.raises(ValueError, match="renders earlier turns"):
         HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0]))
+
+
+def test_templates_that_ask_for_tools_get_none(tmp_path):
+    """As in transformers, where both are none if there are none."""
+    save_tokenizer(tmp_path)
+    text = "{{ m['content'] }}{% if tools is not none or documents is not none %}{{ tools | tojson }}{% endif %}"
+    change_config(tmp_path, chat_template="{% for m in messages %}" + text + "{% endfor %}")
+    turns = [{"role": "user", "content": "a"}]
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turns, tokenize=False)
+    assert HFChatTokenizer(str(tmp_path)).render(messages([("user", "a")])) == expected == "a"
 
 
 def change_tokenizer(directory, change) -> None:
@@ -134,6 +144,20 @@ def test_an_end_token_that_takes_the_whitespace_after_it_is_trained(tmp_path):
     tokens, mask = tokenizer.tokenize_messages(messages(CONVERSATIONS[1]))
     trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
     assert tokenizer.decode(trained, skip_special_tokens=False) == "Hello!<|end|>Ciao 👋 né<|end|>"
+
+
+def test_the_first_word_of_an_answer_is_trained_if_it_takes_the_space_before_it(smollm2_dir, tmp_path):
+    """The prompt ends with a space, and a word begins with one."""
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    for file in smollm2_dir.iterdir():
+        if "token" in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = HFChatTokenizer(str(tmp_path))
+    tokens, mask = tokenizer.tokenize_messages(messages([("user", "Which? "), ("assistant", "B"), ("user", " ")]))
+    trained = [t for t, masked in zip(tokens, mask, strict=True) if not masked]
+    assert tokenizer.decode(trained, skip_special_tokens=False) == " B<|im_end|>"
 
 
 def test_special_tokens_of_older_directories(tmp_path):

@@ -30,6 +30,7 @@ from owlore_tune.checkpoints.layouts import converters
 from owlore_tune.config_files import load_config
 from owlore_tune.errors import ConfigError
 from owlore_tune.models import differences, hf_decoder, twin
+from owlore_tune.models.hf_model import check_config
 from owlore_tune.models.twin import check_builder
 from runs import finetune, prepare
 
@@ -211,6 +212,35 @@ def test_the_shipped_builders_agree_with_the_published_models(name):
     with torch.device("meta"):
         model = tune_config.instantiate(cfg.model)
     check(PUBLISHED[name], model, cfg.checkpointer.model_type)
+
+
+PUBLISHED_IN_TRANSFORMERS = {  # with fields that the shipped configs leave out
+    "phi4/14B_owlore": {
+        "model_type": "phi3", "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 100_257,
+        "embd_pdrop": 0.0, "eos_token_id": 100_265, "hidden_act": "silu", "hidden_size": 5120,
+        "intermediate_size": 17_920, "max_position_embeddings": 16_384, "num_attention_heads": 40,
+        "num_hidden_layers": 40, "num_key_value_heads": 10, "original_max_position_embeddings": 16_384,
+        "pad_token_id": 100_257, "resid_pdrop": 0.0, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 250_000,
+        "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 100_352,
+    },
+    "granite3/8B_owlore": {
+        "model_type": "granite", "attention_bias": False, "attention_dropout": 0.0, "attention_multiplier": 0.0078125,
+        "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 12_800, "logits_scaling": 16.0, "max_position_embeddings": 131_072, "mlp_bias": False,
+        "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "pad_token_id": 0,
+        "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10_000_000.0,
+        "tie_word_embeddings": True, "vocab_size": 49_159,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED_IN_TRANSFORMERS)
+def test_the_shipped_configs_agree_with_the_published_models(name):
+    with torch.device("meta"):
+        model = tune_config.instantiate(load_config(name).model)
+    check_config(model, PUBLISHED_IN_TRANSFORMERS[name])
+    with pytest.raises(ValueError, match="model.rope_parameters=.*, and config.json has"):
+        check_config(model, PUBLISHED_IN_TRANSFORMERS[name] | {"rope_theta": 10_000.0})
 
 
 REAL_MISTAKES = {  # models that a builder fits in shape: (config with the builder, fields of the other model's config)

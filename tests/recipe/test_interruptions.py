@@ -17,7 +17,7 @@ from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune import cli
 from owlore_tune.data import samples
 from owlore_tune.data.loader import TrainingData
-from owlore_tune.errors import CheckpointError, ConfigError, RunError
+from owlore_tune.errors import CheckpointError, ConfigError, RunError, errors_in_one_line
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.run import build, planning
 from owlore_tune.run.report import Report
@@ -27,6 +27,7 @@ from runs import (
     assert_weights,
     checkpoints,
     finetune,
+    finetune_until,
     prepare,
     recipe_of,
     scale_loss,
@@ -74,6 +75,41 @@ def test_an_error_loses_no_step(tiny_config, place, changes):
     recipe.cleanup()
     finetune(config | {"resume_from_checkpoint": True})
     assert_weights(config, unbroken_weights(tiny_config, dataset_val=None, **changes))
+
+
+@pytest.mark.parametrize("place", ["forward", "backward", "reporting"])
+def test_an_error_in_a_step_with_dropout_loses_no_random_numbers(tiny_config, place):
+    """Those that the failed step has drawn are drawn again."""
+    model = {"_component_": "torchtune.models.llama2.llama2", "attn_dropout": 0.3}
+    changes = {"dataset_val": None, "model": tiny_config["model"] | model}
+    config = variant(tiny_config, "broken", **changes)
+    recipe = broken_at(config, 6, "reporting" if place == "reporting" else "forward", OSError("full"))
+    if place == "backward":
+        original, fail = LinearCrossEntropyLoss.forward, recipe.loss_fn.forward
+
+        def after_forward(*args):
+            original(recipe.loss_fn, *args)
+            return fail(*args)
+
+        recipe.loss_fn.forward = after_forward
+    with pytest.raises(RunError, match="The state after step 6 is saved"):
+        recipe.train()
+    recipe.cleanup()
+    finetune(config | {"resume_from_checkpoint": True})
+    assert_weights(config, unbroken_weights(tiny_config, **changes))
+
+
+@pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory", ""], ids=["torch", "Python"])
+def test_too_little_host_memory_is_told_in_one_line(tiny_config, message):
+    """torch has no class of its own for it."""
+    error = RuntimeError(message) if message else MemoryError()
+    recipe = broken_at(variant(tiny_config, "short", dataset_val=None), 3, "forward", error)
+    with pytest.raises(RunError, match="The state after step 3 is saved"):
+        recipe.train()
+    recipe.cleanup()
+    with pytest.raises(SystemExit, match="^error: ") as ended, errors_in_one_line():
+        raise error
+    assert "bug" not in str(ended.value)
 
 
 @pytest.mark.parametrize("moments", ["keep", "project", "reset"])
@@ -173,7 +209,8 @@ def test_a_row_that_is_too_long_is_named(tiny_config, tmp_path, monkeypatch):
     config["owlore"]["score"] = "uniform"
     recipe = prepare(config)
     message = (
-        r"rows.json: row 31 has \d+ tokens, and the model takes 256; set tokenizer.max_seq_len. The state after step"
+        r"rows.json: row 31 has \d+ tokens, and the model takes 256; set tokenizer.max_seq_len. The state after step "
+        r"\d+ is saved in .*step_\d+: start a new run from its weights: checkpointer.checkpoint_dir=.*step_\d+, another"
     )
     with pytest.raises(RunError, match=message):
         recipe.train()
@@ -311,6 +348,20 @@ def test_a_validation_is_left_out_after_a_signal(tiny_config, monkeypatch):
     with obey_signals(), pytest.raises(Stop):
         finetune(config)
     assert validated == ["before", "step 1", "step 2"] and [d.name for d in checkpoints(config)] == ["step_3"]
+    finetune(config | {"resume_from_checkpoint": True})
+    assert validated[3:] == [*(f"step {step}" for step in range(3, 10)), "after"]
+
+
+def test_a_held_out_loss_that_a_resumed_run_has_is_not_measured_again(tiny_config, monkeypatch):
+    config = variant(tiny_config, "saved", run_val_every_n_steps=2, save_every_n_steps=4, max_steps_per_epoch=6)
+    finetune_until(config, 5)
+    measured = prepare(config | {"resume_from_checkpoint": True})
+    assert list(measured.report.records.losses) == ["before", "step 2", "step 4"]
+    validated = []
+    monkeypatch.setattr(measured, "validate", lambda name, **_kwargs: validated.append(name))
+    measured.train()
+    measured.cleanup()
+    assert validated == ["after"]
 
 
 def test_a_signal_in_the_last_save_is_obeyed(tiny_config, monkeypatch, capsys):

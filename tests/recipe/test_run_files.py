@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.files import partial_name, write_json
 from owlore_tune.run.directory import RUN_FILE
+from owlore_tune.run.records import Records, read_records
 from owlore_tune.run.scoring import score_model
 from owlore_tune.run.settings import TrainingSettings
 from runs import Killed, after_step, checkpoints, finetune, prepare, variant
@@ -205,6 +207,48 @@ def test_a_logger_that_writes_the_config_writes_it_to_the_run(tiny_config, tmp_p
     prepare(tiny_config | {"output_dir": output_dir, "metric_logger": logger}).cleanup()
     config = (tmp_path / "secret" / "run" / "torchtune_config.yaml").read_text()
     assert "max_steps_per_epoch" in config and [path.name for path in tmp_path.glob("$*")] == []
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(tiny_config, tmp_path):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    logger = {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": str(tmp_path)}
+    config = variant(tiny_config, "full", metric_logger=logger | {"filename": "log.txt"})
+    finetune(config)
+    assert json.loads((Path(config["output_dir"]) / "manifest.json").read_text())["finished"]
+
+
+@pytest.mark.pictures
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tiny_config, capsys):
+    recipe = prepare(tiny_config)
+    steps = Path(tiny_config["output_dir"]) / "steps.jsonl"
+    after_step(recipe, 4, lambda: steps.write_text("no record\n"))
+    recipe.train()
+    recipe.cleanup()
+    assert "pictures        cannot be drawn: " in capsys.readouterr().out
+
+
+def test_a_record_that_a_full_disk_cuts_leaves_whole_lines(tmp_path):
+    records = Records(tmp_path)
+    records.start()
+    records.open_draw(0, [1], 10)
+    record = {"step": 1, "step_seconds": 1.0, "refresh_seconds": 0.0}
+    records.add_step(record)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "steps.jsonl").stat().st_size + 5, limits[1]))
+    records.add_step(record | {"step": 2})
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    records.add_step(record | {"step": 3})
+    assert [step["step"] for step in read_records(tmp_path / "steps.jsonl")] == [1, 3]
+    assert [step["step"] for step in records.steps] == [1, 2, 3]
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes():
+    saved, resumed = Records(None), Records(None)
+    saved.add_seconds("load", 2.0)
+    saved.add_seconds("train", 5.0)
+    resumed.add_seconds("load", 1.0)
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.seconds == {"load": 3.0, "train": 5.0}
 
 
 def test_a_tied_head_that_alone_should_train_is_refused(tiny_config):
