@@ -60,18 +60,27 @@ def _drawings(run: Path) -> list[Callable[[], None]]:
     for step in steps:
         _numbers([step["step"], step["step_seconds"]])
         _numbers([value for value in (step["loss"], *phase_seconds(step).values()) if value is not None])
-    draws = [(draw["step"], _numbers(draw["active"])) for draw in read_records(run / DRAWS)]
-    starts = _numbers([start for start, _ in draws])
     num_steps = max(_numbers([manifest["steps"], *(step["step"] for step in steps)]))
+    draws = _draws(read_records(run / DRAWS), manifest["draws"], num_steps)
+    starts = [start for start, _, _ in draws]
     held_out = held_out_by_step(manifest["held_out_loss"], num_steps)
     _numbers([loss for _, loss in held_out if loss is not None])
     return [
         partial(plot_scores, run / "scores.png", scores, score, probabilities),
-        partial(plot_draws, run / "draws.png", draws, len(scores), num_steps),
+        partial(plot_draws, run / "draws.png", draws, len(scores)),
         partial(plot_loss, run / "loss.png", steps, held_out, starts),
         partial(plot_memory, run / "memory.png", bars, limit),
         partial(plot_step_times, run / "step_times.png", steps, starts),
     ]
+
+
+def _draws(ended: list[Any], known: list[Any], num_steps: int) -> list[tuple[int, int, list[int]]]:
+    """(first step, last step, active layers) of the draws. The last one of ``known`` may still be in progress."""
+    last_end = max((draw["end"] for draw in ended), default=0)
+    open_draws = [{**draw, "end": num_steps} for draw in known[-1:] if "end" not in draw and draw["step"] >= last_end]
+    draws = [(draw["step"], draw["end"], _numbers(draw["active"])) for draw in (*ended, *open_draws)]
+    _numbers([step for start, end, _ in draws for step in (start, end)])
+    return draws
 
 
 def _numbers(values: Any) -> list[Any]:
@@ -98,19 +107,17 @@ def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: 
     figure.savefig(path, dpi=150)
 
 
-def plot_draws(path: Path, draws: Sequence[tuple[int, Sequence[int]]], num_layers: int, num_steps: int) -> None:
+def plot_draws(path: Path, draws: Sequence[tuple[int, int, Sequence[int]]], num_layers: int) -> None:
     """Draw which layers train at which step.
 
     Args:
-        draws: (step drawn at, active layers) of each draw, in order.
-        num_steps: optimizer steps of the run.
+        draws: (step drawn at, last step, active layers) of each draw, in order.
     """
     figure, axes = _figure(9, 0.14 * num_layers + 1.5)
-    ends = [step for step, _ in draws[1:]] + [num_steps]
-    for (start, active), end in zip(draws, ends, strict=False):
+    for start, end, active in draws:
         axes.barh(list(active), end - start, left=start, height=0.9, color=BLUE, edgecolor="white", linewidth=0.5)
-    _mark_draws(axes, [step for step, _ in draws])
-    axes.set_xlim(0, max(num_steps, 1))
+    _mark_draws(axes, [start for start, _, _ in draws])
+    axes.set_xlim(0, max([1, *(end for _, end, _ in draws)]))
     axes.set_ylim(-0.5, num_layers - 0.5)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("layer (0 is the lowest)")

@@ -29,7 +29,8 @@ class Records:
     Attributes:
         steps: measurements of each optimizer step by name, with ``step`` from 1.
         draws: for each draw, the ``step`` it was made at, the layers ``active``, the number of ``trainable``
-            parameters, and until the next draw: the layers whose weights ``moved``, and the seconds of the bases.
+            parameters, and once it has ended: the last step (``end``), the layers whose weights ``moved``, and the
+            seconds of the bases.
         losses: held-out loss by time of measurement: ``before``, ``step N``, ``after``.
         seconds: seconds of whole phases: ``load``, ``score``, ``train``, ``save``.
     """
@@ -61,7 +62,7 @@ class Records:
         if not self.draws or "moved" in self.draws[-1]:
             return None
         draw = self.draws[-1]
-        draw["moved"] = moved
+        draw |= {"end": len(self.steps), "moved": moved}
         self._append(DRAWS, draw)
         return draw
 

@@ -18,7 +18,8 @@ from owlore_tune.doctor import fits
 from owlore_tune.errors import errors_in_one_line
 from owlore_tune.models import smollm2
 from owlore_tune.program import parse
-from runs import recipe_of
+from owlore_tune.run import plots
+from runs import finetune_until, recipe_of, variant
 
 
 def owlore(monkeypatch, *arguments: str) -> None:
@@ -101,6 +102,17 @@ def test_cp_copies_recipes_too_and_names_near_ones(monkeypatch, tmp_path):
     assert "class OwLoreFullFinetuneRecipe" in (tmp_path / "mine.py").read_text()
     with pytest.raises(SystemExit, match="no packaged recipe or config named owlore_ful; available: owlore_"):
         owlore(monkeypatch, "cp", "owlore_ful", str(tmp_path / "other.py"))
+
+
+@pytest.mark.pictures
+def test_each_draw_of_a_killed_run_is_drawn_to_its_last_step(tiny_config, monkeypatch):
+    changes = {"dataset_val": None, "save_every_n_steps": 1, "owlore__resample_every": 3}
+    finetune_until(config := variant(tiny_config, "killed", **changes), 8)
+    drawn = []
+    monkeypatch.setattr(plots, "plot_draws", lambda path, draws, num_layers: drawn.extend(draws))
+    plots.plot_run(Path(config["output_dir"]))
+    known = json.loads((Path(config["output_dir"]) / "manifest.json").read_text())["draws"]
+    assert drawn == [(first, min(first + 3, 8), draw["active"]) for first, draw in zip((0, 3, 6), known, strict=True)]
 
 
 @pytest.mark.pictures

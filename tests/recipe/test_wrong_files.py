@@ -276,10 +276,11 @@ GOOD_RUN: dict[str, object] = {
     "manifest.json": {
         "memory_bytes": {"planned": {"weights": 1, "total": 2}, "measured": {"weights": 1, "total": 2}}, "steps": 2,
         "probabilities": [0.5, 0.5], "held_out_loss": {"before": 1.0, "step 1": None, "after": 0.5}, "config": {},
+        "draws": [],
     },
     "scores.json": {"scores": [1, 2], "score": "outlier"},
     "steps.jsonl": {"step": 1, "loss": 1.0, "step_seconds": 0.1, "forward_seconds": 0.05},
-    "draws.jsonl": {"step": 0, "active": [0]},
+    "draws.jsonl": {"step": 0, "end": 2, "active": [0]},
 }  # fmt: skip
 
 
