@@ -11,14 +11,19 @@ from families import group_on_cpu
 from lm_eval.api.instance import Instance
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchao.optim import AdamW8bit
+from torchao.optim.subclass_8bit import OptimState8bit
 from torchtune.models.llama2 import llama2
 
 import owlore_full_finetune
 from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
+from owlore_tune.checkpoints.optimizer import OptimizerState
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world, local
@@ -159,6 +164,33 @@ def turn_alone() -> None:
         linear(torch.randn(20, 12)).square().sum().backward()
         ours, first = world.gather((weight.basis, weight.is_given.item()))
         assert torch.equal(ours[0], first[0]) and ours[1] is first[1] is True, (ours, first)
+
+
+def save_8_bits() -> None:
+    """Save and load the 8-bit moments of a matrix that FSDP2 shards, some on all ranks and some only on the first."""
+    with process_group(torch.device("cpu"), 600), torch.compiler.set_stance("force_eager"):
+        world = current_world()
+        for rows, columns, kind in ((49, 512, OptimState8bit), (3, 2048, torch.Tensor), (20, 300, torch.Tensor)):
+            torch.manual_seed(0)
+            linear = nn.Linear(columns, rows, bias=False)
+            fully_shard(linear, mesh=DeviceMesh.from_group(dist.group.WORLD, "cpu"))
+            first, second = (AdamW8bit(linear.parameters(), lr=1e-3) for _ in range(2))
+            linear(torch.randn(8, columns)).square().sum().backward()
+            first.step()
+            saved = world.share(OptimizerState(first, world).state_dict())
+            OptimizerState(second, world).load_state_dict(saved)
+            for key in ("exp_avg", "exp_avg_sq"):
+                whole = saved["state"][0][key]
+                ours, theirs = (local(optimizer.state[linear.weight][key]) for optimizer in (first, second))
+                start = sum(world.gather(len(ours))[: world.rank])
+                assert type(whole) is kind and whole.shape == (rows, columns), type(whole)
+                assert torch.equal(plain(ours), plain(theirs)) and plain(ours).any()
+                assert torch.equal(plain(ours), plain(whole)[start : start + len(ours)])
+                assert kind is torch.Tensor or type(theirs) is kind
+
+
+def plain(value: torch.Tensor) -> torch.Tensor:
+    return value.dequantize() if isinstance(value, OptimState8bit) else value.float()
 
 
 def serve(tokenizer: str, rank: str, failure: str, output: str) -> None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torchao.optim.subclass_8bit import OptimState8bit
 
-from owlore_tune.distributed.world import ALONE, World, full, shard_like
+from owlore_tune.distributed.world import ALONE, World, full, rows_of, shard_like
 
 
 class OptimizerState:
@@ -37,8 +38,20 @@ class OptimizerState:
     def _gathered(self, value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        whole = full(value)
+        whole = self._whole(value, value.to_local())
         return whole.cpu() if self._world.rank == 0 else torch.empty(0)
+
+    def _whole(self, value: DTensor, part: Tensor) -> Tensor:
+        """``value`` of all processes. If only some have their ``part`` in few bits, it is in float32."""
+        is_quantized = self._world.gather(hasattr(part, "__tensor_flatten__"))
+        if not any(is_quantized):
+            return full(value)
+        if not all(is_quantized) or not isinstance(part, OptimState8bit):
+            return full(_sharded(part.dequantize() if is_quantized[self._world.rank] else part.float(), value))
+        # torch cannot gather these. Each block of values, in the order of rows, has a scale.
+        codes = full(_sharded(part.codes, value))
+        scales = torch.cat(self._world.gather(part.scale.cpu()))
+        return OptimState8bit(codes, scales.to(codes.device), part.qmap, part.signed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
@@ -50,5 +63,23 @@ class OptimizerState:
 
 
 def _of_process(value: Any, parameter: Tensor) -> Any:
-    is_sharded = isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape
-    return shard_like(value, parameter) if is_sharded else value
+    if not (isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape):
+        return value
+    if isinstance(value, OptimState8bit):
+        return _sharded(_rows(value, *rows_of(parameter)), parameter)
+    return shard_like(value, parameter)
+
+
+def _rows(value: OptimState8bit, first: int, end: int) -> Tensor:
+    """Rows of a quantized tensor; in float32 if a block of values with one scale is not in one part."""
+    blocks_of_row = value.codes[0].numel() / value.block_size
+    start, stop = first * blocks_of_row, end * blocks_of_row
+    if first == end or not (start.is_integer() and stop.is_integer()):
+        return value.dequantize()[first:end]
+    return OptimState8bit(value.codes[first:end], value.scale[int(start) : int(stop)], value.qmap, value.signed)
+
+
+def _sharded(part: Tensor, like: DTensor) -> DTensor:
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

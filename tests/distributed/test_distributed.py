@@ -316,6 +316,11 @@ def test_ranks_get_one_basis_if_an_algorithm_differs_on_one_of_them(program):
     assert not any(done.codes), done.output[-3000:]
 
 
+def test_8_bit_moments_of_sharded_parameters_are_saved():
+    done = run_ranks(2, "save_8_bits")
+    assert not any(done.codes), done.output[-3000:]
+
+
 def test_replicas_round_alike(config, tmp_path):
     """torch's random numbers differ on every rank, and the optimizer rounds with them."""
     changes = {"fsdp": False, "dtype": "bf16", "owlore__rank": None, "max_steps_per_epoch": 2, "dataset_val": None}
