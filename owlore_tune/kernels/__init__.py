@@ -6,14 +6,24 @@ Without Triton, or without the C compiler that it needs, torch computes the same
 
 import os
 import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-_HAS_COMPILER = any([os.environ.get("CC"), *map(shutil.which, ("gcc", "clang"))])
+
+def _has_compiler() -> bool:
+    """Whether Triton can compile its driver: a C compiler, and the headers of this Python."""
+    scheme = sysconfig.get_default_scheme()
+    include = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]  # as Triton looks
+    has_headers = Path(include, "Python.h").is_file()
+    return has_headers and any([os.environ.get("CC"), *map(shutil.which, ("gcc", "clang"))])
+
+
 # A build of torch for CPUs has no use for kernels, unless Triton's interpreter runs them.
 HAS_TRITON = find_spec("triton") is not None and (
-    (torch.version.cuda is not None and _HAS_COMPILER) or os.environ.get("TRITON_INTERPRET") == "1"
+    (torch.version.cuda is not None and _has_compiler()) or os.environ.get("TRITON_INTERPRET") == "1"
 )
 
 

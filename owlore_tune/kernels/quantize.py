@@ -97,10 +97,11 @@ def _launch_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     codes, scale = _empty_rows(x, factors)
     if x.numel():
         n = x.shape[1]
-        _quantize_rows[(len(x),)](
-            x, factors, codes, scale, n, x.stride(0), TINY=_TINY, HAS_FACTORS=factors is not None,
-            BLOCK=min(triton.next_power_of_2(n), _MOST_AT_ONCE),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            _quantize_rows[(len(x),)](
+                x, factors, codes, scale, n, x.stride(0), TINY=_TINY, HAS_FACTORS=factors is not None,
+                BLOCK=min(triton.next_power_of_2(n), _MOST_AT_ONCE),
+            )  # fmt: skip
     return codes, scale
 
 
@@ -129,9 +130,10 @@ def _launch_nf4(codes: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     if values.numel():
         m, n = values.shape
         block = min(triton.next_power_of_2(n), _NF4_AT_ONCE)
-        _dequantize_nf4[(m, triton.cdiv(n, block))](
-            codes, scale, levels, values, n, codes.stride(0), scale.stride(0), SIZE=n // scale.shape[1], BLOCK=block
-        )
+        with torch.cuda.device_of(codes):
+            _dequantize_nf4[(m, triton.cdiv(n, block))](
+                codes, scale, levels, values, n, codes.stride(0), scale.stride(0), SIZE=n // scale.shape[1], BLOCK=block
+            )
     return values
 
 
@@ -165,10 +167,11 @@ def _launch_product(
     product = _empty_product(codes, weight, row_scale, column_scale, dtype)
     if product.numel():
         (t, k), m = codes.shape, weight.shape[1]
-        _int8_kernel()[lambda sizes: (triton.cdiv(t, sizes["BLOCK_M"]) * triton.cdiv(m, sizes["BLOCK_N"]),)](
-            codes, weight, product, row_scale, column_scale, t, m, k, *codes.stride(), *weight.stride(),
-            *product.stride(), COL_SCALE_SCALAR=column_scale.numel() == 1,
-        )  # fmt: skip
+        with torch.cuda.device_of(codes):
+            _int8_kernel()[lambda sizes: (triton.cdiv(t, sizes["BLOCK_M"]) * triton.cdiv(m, sizes["BLOCK_N"]),)](
+                codes, weight, product, row_scale, column_scale, t, m, k, *codes.stride(), *weight.stride(),
+                *product.stride(), COL_SCALE_SCALAR=column_scale.numel() == 1,
+            )  # fmt: skip
     return product
 
 

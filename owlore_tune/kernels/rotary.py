@@ -52,10 +52,11 @@ def _launch(x: Tensor, cache: Tensor, positions: Tensor | None, forward: bool) -
         b, s, heads, width = x.shape
         block = min(triton.next_power_of_2(heads * width // 2), 1024)
         positions = None if positions is None else positions.expand(b, s).contiguous()
-        _rotate[(b * s, triton.cdiv(heads * width // 2, block))](
-            x, cache, positions, out, s, heads, width // 2, *x.stride()[:3], SIGN=1.0 if forward else -1.0,
-            HAS_POSITIONS=positions is not None, BLOCK=block,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            _rotate[(b * s, triton.cdiv(heads * width // 2, block))](
+                x, cache, positions, out, s, heads, width // 2, *x.stride()[:3], SIGN=1.0 if forward else -1.0,
+                HAS_POSITIONS=positions is not None, BLOCK=block,
+            )  # fmt: skip
     return out
 
 

@@ -244,6 +244,7 @@ class ProjectedLayers:
                 merged = self.world.attempt(partial(self.merged_layer, index, stochastic=True))  # all have read it
                 assert merged is not None
                 self.masters.replace(index, merged)
+                del merged  # or it would exist beside the next layer's
             for name, weight in layer.weights.items():
                 parameter = weight.linear.weight
                 if self.masters is None:

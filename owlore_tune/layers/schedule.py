@@ -243,6 +243,9 @@ class Schedule:
 
     def _after_step(self) -> None:
         self._step.close()
+        skips = getattr(self.optimizer, "found_inf", None)  # of a gradient scaler: a fused optimizer skips by itself
+        if skips is not None and skips.item():
+            return
         layers = self.layers
         factor_of = {
             parameter: 1 - float(group["lr"]) * group.get("weight_decay", 0.0)

@@ -23,7 +23,8 @@ ALL = slice(None)
 # not keep larger blocks.
 _PIECE = 2**22
 _PIECE_ON_CUDA = 2**25
-_QUANTIZED_AT_ONCE = 2**20  # values on a CPU, so that float32 temporaries stay small; a GPU takes a piece at once
+_QUANTIZED_AT_ONCE = 2**20  # so that float32 temporaries stay small, which are not planned
+_QUANTIZED_ON_CUDA = 2**24
 # Quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314, appendix E).
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -101,7 +102,7 @@ class Int8Weight(QuantizedWeight):
     def quantize(cls, weight: Tensor) -> "Int8Weight":
         scale = weight.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        rows = rows_at_once(weight)
+        rows = rows_at_once(weight.shape[1], weight.device)
         for piece, some_codes, some_scale in zip(weight.split(rows), codes.split(rows), scale.split(rows), strict=True):
             some_codes.copy_((piece.float() / some_scale).round_())
         return cls(codes, scale)
@@ -150,7 +151,7 @@ class NF4Weight(QuantizedWeight):
         middles = (levels[1:] + levels[:-1]) / 2
         codes = torch.empty(m, n // 2, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(m, n // BLOCK, dtype=torch.bfloat16, device=weight.device)
-        rows = rows_at_once(weight)
+        rows = rows_at_once(n, weight.device)
         for piece, some_codes, some_scale in zip(weight.split(rows), codes.split(rows), scale.split(rows), strict=True):
             blocks = piece.reshape(-1, BLOCK).float()
             some_scale.copy_(blocks.abs().amax(dim=1).view(some_scale.shape))
@@ -207,10 +208,9 @@ def _takes_int8(num_rows: int, shape: torch.Size, device: torch.device) -> bool:
     return CPU_IS_EXACT and num_rows > 0 and min(shape) > 1  # a single column gives wrong sums
 
 
-def rows_at_once(weight: Tensor) -> int:
-    """Rows of ``weight`` that are quantized at once."""
-    values = _PIECE_ON_CUDA if weight.is_cuda else _QUANTIZED_AT_ONCE
-    return max(1, values // weight.shape[1])
+def rows_at_once(width: int, device: torch.device) -> int:
+    """Rows of ``width`` values that are quantized at once."""
+    return max(1, (_QUANTIZED_ON_CUDA if device.type == "cuda" else _QUANTIZED_AT_ONCE) // width)
 
 
 def _divided(columns: slice, size: int) -> slice:

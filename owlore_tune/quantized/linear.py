@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
-from owlore_tune.quantized.formats import QuantizedWeight, format_of, pieces
+from owlore_tune.quantized.formats import QuantizedWeight, format_of, rows_at_once
 
 
 def quantizable_outside(model: Any) -> list[nn.Linear | nn.Embedding]:
@@ -99,8 +99,10 @@ def rounding_error(module: Any, weight: Tensor, basis: Tensor, right: bool) -> T
     m, n = weight.shape
     stored, basis = weight_of(module), basis.float()
     product = torch.zeros(m if right else basis.shape[1], basis.shape[1] if right else n, device=basis.device)
-    for rows in pieces(m, n, basis.device):
-        error = weight[rows].to(basis.device, torch.float32) - stored.dequantize(torch.float32, rows)
+    each = rows_at_once(n, basis.device)
+    for rows in (slice(start, start + each) for start in range(0, m, each)):
+        piece = weight[rows].to(basis.device, non_blocking=True)  # from pinned memory, as it is
+        error = piece.float() - stored.dequantize(torch.float32, rows)
         if right:
             torch.mm(error, basis, out=product[rows])
         else:

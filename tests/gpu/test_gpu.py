@@ -88,8 +88,9 @@ def test_experts_compute_together_without_a_wait(name):
         weights.append(ProjectedWeight(linear, 8, generator=lambda device: None))
         weights[-1].engage()
     x = torch.randn(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    inputs = x, torch.randint(3, (64, 2), device=device), torch.rand(64, 2, device=device, dtype=torch.bfloat16)
-    experts(*inputs).sum().backward()  # makes the bases
+    shares = torch.rand(64, 2, device=device, dtype=torch.bfloat16)
+    experts(x, torch.arange(128, device=device).view(64, 2) % 4, shares).sum().backward()  # makes the bases of all
+    inputs = x, torch.randint(3, (64, 2), device=device), shares
     for weight in weights:
         torch.nn.init.normal_(weight.trained, std=0.1)
     results = []
