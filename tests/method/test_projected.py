@@ -13,10 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchtune import training
 
+from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.models.decoder import find_layers, find_linears
 from owlore_tune.models.hf_model import hf_decoder
 from owlore_tune.optim.basis_maker import BasisMaker
 from owlore_tune.optim.projected import ProjectedWeight
+from owlore_tune.optim.projection import side_factor
 from owlore_tune.optim.rounding import noise_for, round_to
 from owlore_tune.quantized.linear import quantize, rounding_error
 
@@ -193,6 +195,68 @@ def test_a_merge_rounds_once_and_is_exact_on_average():
     assert (torch.stack(means).mean(0) - expected).abs().max() < 5 * 2**-8 / 200**0.5
     projected.end_basis()
     assert projected.basis is None and not projected.trained.any()
+
+
+class Masters:
+    """Full-precision weights of layers whose Linears are not quantized here."""
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def read(self, index):
+        return {name: weight.clone() for name, weight in self.weights.items()}
+
+    def replace(self, index, weights):
+        self.weights = {name: weights[name] for name in self.weights}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_merges_of_layers_round_at_random_and_each_time_anew(quantized):
+    """Updates of a quarter of bfloat16's step: to the nearest value, none would ever change a weight. Weights and steps
+    have noise of their own: with the same noise, a quarter of the values would change each time, and others never."""
+    model = tiny_llama(num_layers=1, dtype=torch.bfloat16)
+    layers = ProjectedLayers(model, rank=8)
+    layers.activate([0])
+    named, step = dict(layers.active_weights()), 2.0**-7  # bfloat16's from 1 to 2
+    for weight in named.values():
+        weight.linear.weight.data.fill_(1.0)
+        weight.basis = torch.eye(weight.shape[1], 8, dtype=torch.bfloat16)
+    if quantized:
+        layers.masters = Masters({name: weight.linear.weight.detach().clone() for name, weight in named.items()})
+    after = []
+    for _ in range(200):
+        for weight in named.values():
+            weight.trained.data.fill_(step / 4 / side_factor(weight.shape))
+        layers.merge(keep_bases=True)
+        layers.num_steps += 1
+        merged = layers.masters.weights if quantized else {name: w.linear.weight for name, w in named.items()}
+        after.append({name: weight.detach()[:, :8].float() for name, weight in merged.items()})
+    spread = 6 * step * (200 * 3 / 16) ** 0.5  # six standard deviations of 200 draws of a step with probability 1/4
+    for moved in (weight - 1 for weight in after[-1].values()):
+        assert (moved - 50 * step).abs().max() < spread and abs(moved.mean() - 50 * step) < spread / 10
+    one, other = (after[0][f"layers.0.mlp.{name}.weight"] for name in ("w1", "w3"))
+    assert one.shape == other.shape and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("side", ["right", "shape"])
+def test_weight_decay_leaves_the_bias(side):
+    """In the output, its gradients, and the merged weight."""
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 16)
+    weight = projected_of(linear, 8, side=side)
+    x = torch.randn(6, 24, requires_grad=True)
+    linear(x).square().sum().backward()
+    nn.init.normal_(weight.trained)
+    weight.decay_by(0.9)
+    x.grad = linear.bias.grad = None
+    y = linear(x)
+    merged = linear.weight.detach().clone()
+    weight.merge_into(merged)
+    expected = torch.nn.functional.linear(x, merged, linear.bias)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    wanted = torch.autograd.grad(expected.square().sum(), [x, linear.bias])
+    for got, grad in zip(torch.autograd.grad(y.square().sum(), [x, linear.bias]), wanted, strict=True):
+        torch.testing.assert_close(got, grad, atol=1e-4, rtol=1e-4)
 
 
 def test_backward_keeps_low_inputs_and_not_whole_ones():

@@ -1,6 +1,8 @@
 """Which layers train, when their bases end, and what an optimizer knows about them, in a plain loop."""
 
 import copy
+from functools import partial
+from io import BytesIO
 
 import pytest
 import torch
@@ -8,20 +10,27 @@ from reference import train_with_full_gradients
 from schedules import changed, loss_of, setup, train, weights_of
 from tiny import tiny_llama
 from torchao.optim import AdamW8bit
+from torchao.optim.subclass_8bit import OptimState8bit
+from torchtune.models.llama2 import llama2
 from torchtune.training import set_activation_checkpointing
 
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.layers.schedule import Schedule
 from owlore_tune.models.decoder import find_layers, model_parts
 from owlore_tune.optim.moments import state_bytes
+from owlore_tune.optim.whole import WholeParameter
 
 
 @pytest.mark.parametrize("moments", ["keep", "project", "reset"])
-@pytest.mark.parametrize(("max_norm", "micro_batch"), [(None, 4), (1e-2, 4), (1e-2, 2)])
-def test_it_trains_as_with_full_gradients(moments, max_norm, micro_batch, tokens):
+@pytest.mark.parametrize(
+    ("max_norm", "micro_batch", "side", "scale"),
+    [(None, 4, "right", 1.0), (1e-2, 4, "right", 1.0), (1e-2, 2, "right", 1.0), (1e-2, 2, "shape", 0.5)],
+)
+def test_it_trains_as_with_full_gradients(moments, max_norm, micro_batch, side, scale, tokens):
     """8 steps over 3 draws, with refreshes and weight decay; exact bases, so that sketches do not matter."""
     one, other = tiny_llama(dtype=torch.float64), tiny_llama(dtype=torch.float64)
-    options = {"rank": 8, "moments": moments, "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+    options = {"rank": 8, "moments": moments, "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "side": side}
+    options["scale"] = scale
 
     def losses(step):
         batch = tokens.roll(step, 1)
@@ -250,17 +259,60 @@ def test_optimizers_of_torch_lower_the_loss(build, tokens):
     assert loss() < before
 
 
-def test_moments_in_8_bits_of_torchao(tokens, monkeypatch):
-    """Its parameters must have a multiple of 256 values to be quantized; others keep their precision."""
+@pytest.mark.parametrize("moments", ["keep", "project"])
+def test_moments_in_8_bits_of_torchao(moments, tokens, monkeypatch):
+    """At a size from which on torchao quantizes them, also over a resume: 4096 values, in multiples of 256."""
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)  # needs a C++ compiler
-    found = []
-    for build in (torch.optim.AdamW, AdamW8bit):
-        model = tiny_llama()
-        parts = setup(model, moments="project", update_gap=2, build=build, lr=1e-3, eps=1e-3)
-        train(model, parts, tokens)
-        found.append(weights_of(model, parts[0]))
+
+    def trained(build, num_steps=8):
+        torch.manual_seed(0)
+        model = llama2(64, 2, 4, 2, 128, max_seq_len=64, intermediate_dim=256)
+        parts = setup(model, rank=32, moments=moments, update_gap=2, build=build, lr=1e-3, eps=1e-3)
+        train(model, parts, tokens, num_steps=num_steps)
+        return model, parts
+
+    found = [weights_of(model, parts[0]) for model, parts in (trained(torch.optim.AdamW), trained(AdamW8bit))]
     for name, weight in found[0].items():
         torch.testing.assert_close(weight, found[1][name], atol=1e-3, rtol=0, msg=name)
+
+    broken, (layers, optimizer, schedule) = trained(AdamW8bit, num_steps=5)
+    state = [value for state in optimizer.state.values() for value in state.values()]
+    assert len([value for value in state if isinstance(value, OptimState8bit)]) > 8
+    torch.save([weights_of(broken, layers), schedule.state_dict(), optimizer.state_dict()], file := BytesIO())
+    file.seek(0)
+    resumed, (layers, optimizer, schedule) = trained(AdamW8bit, num_steps=0)
+    for part, saved in zip((resumed, schedule, optimizer), torch.load(file), strict=True):
+        part.load_state_dict(saved)
+    train(resumed, (layers, optimizer, schedule), tokens, num_steps=3, first=5)
+    assert not changed(found[1], weights_of(resumed, layers))
+
+
+def test_a_fused_step_that_a_gradient_scaler_skips_changes_nothing(tokens):
+    """The scaler calls it, and the optimizer itself skips."""
+    model = tiny_llama()
+    build = partial(torch.optim.AdamW, fused=True)
+    layers, optimizer, schedule = setup(model, build=build, weight_decay=0.5, lr=0.1)
+    scaler, found = torch.amp.GradScaler("cpu"), []
+    for factor in (1.0, torch.inf, 1.0):
+        schedule.begin_step()
+        scaler.scale(loss_of(model, tokens) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        found.append((weights_of(model, layers), layers.num_steps))
+    assert not changed(found[0][0], found[1][0]) and len(changed(found[1][0], found[2][0])) > 7
+    assert [num_steps for _, num_steps in found] == [1, 1, 2]
+
+
+def test_gradients_of_vectors_in_16_bits_accumulate_in_float32():
+    parameter = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    whole = WholeParameter(parameter)
+    whole.engage()
+    first, second = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for grad in (first, second):
+        (parameter * grad).sum().backward()
+    assert torch.equal(whole.trained.grad, first.float() + second.float()) and parameter.grad is None
+    assert not torch.equal(whole.trained.grad, (first + second).float())
 
 
 @pytest.mark.parametrize("inactive", ["keep", "offload", "drop"])
