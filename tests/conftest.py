@@ -50,7 +50,7 @@ def plans_of_runs():
     make, made = planning.plan_run, {}
     not_in_memory = {
         "output_dir", "resume_from_checkpoint", "save_every_n_steps", "keep_last_n", "epochs", "max_steps_per_epoch",
-        "run_val_every_n_steps", "dataset_val", "shuffle", "seed", "lr_scheduler", "clip_grad_norm", "metric_logger",
+        "run_val_every_n_steps", "shuffle", "seed", "lr_scheduler", "clip_grad_norm", "metric_logger",
         "log_every_n_steps", "max_skipped_steps", "profiler",
     }  # fmt: skip
     not_in_memory |= {
@@ -62,6 +62,7 @@ def plans_of_runs():
         config = OmegaConf.to_container(settings.cfg)
         config |= {f"owlore.{key}": value for key, value in config.pop("owlore").items()}
         config = {key: value for key, value in config.items() if key not in not_in_memory}
+        config["dataset_val"] = config["dataset_val"] is not None
         key = json.dumps(config), settings.device, seq_len, sharding, framework, parts and str(parts.model)
         if key not in made:
             made[key] = make(settings, seq_len, sharding, framework, parts=parts)

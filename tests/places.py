@@ -15,12 +15,15 @@ def refused(main: Callable[[], None], arguments: list[str], capsys, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
-    printed = capsys.readouterr().err
+    captured = capsys.readouterr()
+    printed = captured.err
+    sys.stdout.write(captured.out)
     if stop.value.code == 2:  # argparse prints the usage and one line
         return printed.strip().splitlines()[-1]
     line = str(stop.value.code)
     assert line.startswith("error: ") and "\n" not in line
     assert "Traceback" not in printed
+    sys.stderr.write(printed)  # for a test that looks for more in it
     return line
 
 

@@ -1,10 +1,11 @@
-"""OwLore on full gradients, as published: the form that the package does not use, for comparisons."""
+"""Outlier scores by their definition, and OwLore on full gradients, as published, for comparisons."""
 
 import functools
 import importlib.util
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,3 +120,30 @@ def train_with_full_gradients(model, sampler, batches_of, num_steps, *, every, m
             low = {p: value * (max_norm / (norm + 1e-6)).clamp(max=1) for p, value in low.items()}
         for parameter, value in low.items():
             method.update(parameter, value)
+
+
+def outlier_scores(model, batches, threshold):
+    """In NumPy float64: the full matrix A of a layer, its mean, and the fraction above threshold."""
+    inputs = {}
+    handles = []
+    for i, layer in enumerate(model.layers):
+        for name, linear in find_linears(layer):
+
+            def keep(module, args, key=(i, name)):
+                inputs.setdefault(key, []).append(args[0].detach().double().numpy().reshape(-1, args[0].shape[-1]))
+
+            handles.append(linear.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    scores = []
+    for i, layer in enumerate(model.layers):
+        entries = []
+        for name, linear in find_linears(layer):
+            norms = np.sqrt((np.concatenate(inputs[i, name]) ** 2).sum(0))
+            entries.append((np.abs(linear.weight.detach().double().numpy()) * norms).ravel())
+        entries = np.concatenate(entries)
+        scores.append((entries > threshold * entries.mean()).mean())
+    return scores

@@ -1,6 +1,8 @@
 """The recipe on several ranks against one process: weights, resuming and communication."""
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from owlore_tune.checkpoints.state import load_state
 from owlore_tune.distributed.fsdp import Sharding, shard_model
-from owlore_tune.distributed.grads import sum_grads
-from owlore_tune.distributed.world import current_world, shard_like
+from owlore_tune.distributed.grads import clip_grad_norm_, sum_grads
+from owlore_tune.distributed.world import ALONE, current_world, shard_like
 from owlore_tune.errors import ConfigError
 from owlore_tune.models.decoder import init_rope
 from owlore_tune.optim.projection import OVERSAMPLING
@@ -330,6 +332,25 @@ def test_replicas_round_alike(config, tmp_path):
     assert first[0]["weights"] != first[1]["weights"]
 
 
+@pytest.mark.parametrize("max_norm", [0.5, 100.0, math.inf])
+@pytest.mark.parametrize("bad", [False, True])
+def test_gradients_are_clipped_as_by_torch(max_norm, bad):
+    """One that is not finite leaves all as they are."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(size)) for size in (8, 20, 3)] for _ in range(2))
+    for one, other in zip(ours, theirs, strict=True):
+        one.grad = torch.randn(one.shape, generator=generator)
+        other.grad = one.grad.clone()
+    if bad:
+        ours[1].grad[4] = theirs[1].grad[4] = math.nan
+    norm = clip_grad_norm_(ours, max_norm, ALONE)
+    clip = torch.nn.utils.get_total_norm if bad else partial(torch.nn.utils.clip_grad_norm_, max_norm=max_norm)
+    expected = clip([parameter.grad for parameter in theirs] if bad else theirs)
+    torch.testing.assert_close(norm, expected, equal_nan=True)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, equal_nan=True)
+
+
 @pytest.fixture
 def fake_ranks():
     """A fake process group of two ranks; its collectives do nothing."""
@@ -349,6 +370,21 @@ def test_gradients_of_16_bits_are_summed_in_float32(fake_ranks):
     values = sum(parameter.numel() for parameter in model.parameters())
     assert sent.counts["_reduce_scatter_base_"] == 4 * (values + values // 2)  # all gradients, and this rank's half
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_each_gradient_is_sent_once(fake_ranks, monkeypatch):
+    """Several at once, of one dtype."""
+    monkeypatch.setattr("owlore_tune.distributed.grads._BUCKET", 25)
+    parameters = [
+        torch.nn.Parameter(torch.zeros(size, dtype=dtype))
+        for size, dtype in ((10, torch.float32), (12, torch.bfloat16), (11, torch.float32), (40, torch.float32))
+    ]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, number + 1)
+    with SentBytes() as sent:
+        sum_grads(parameters, current_world())
+    assert sum(sent.counts.values()) == 4 * (10 + 12 + 11 + 40)
+    assert [parameter.grad.unique().tolist() for parameter in parameters] == [[1], [2], [3], [4]]
 
 
 def test_gradients_of_16_bits_that_every_rank_has_are_summed_in_float32(fake_ranks):

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -116,6 +117,17 @@ def test_answers_judgments_and_scores(bench, lm, tmp_path):
     assert scores["score,none"] == pytest.approx(sum(ratings) / 8)
     assert scores["coverage,none"] == 1 and scores["missing,none"] == 0
     assert set(results["results"]) == {"mt_bench", "mt_bench_writing", "mt_bench_math", "mt_bench_stem"}
+    categories = {81: "writing", 82: "writing", 83: "math", 84: "stem"}
+    judgments = list(read_lines(tmp_path / "judgments.jsonl"))
+    for category in ("writing", "math", "stem"):
+        own = [row for row in judgments if categories[row["question_id"]] == category]
+        found = results["results"][f"mt_bench_{category}"]
+        assert found["score,none"] == pytest.approx(statistics.fmean(row["score"] for row in own))
+    for turn in (1, 2):
+        own = [row["score"] for row in judgments if row["turn"] == turn]
+        assert scores[f"turn_{turn},none"] == pytest.approx(statistics.fmean(own))
+    assert scores["score_stderr,none"] == pytest.approx(statistics.stdev(ratings) / 8**0.5)
+    assert len(set(ratings)) > 2
     assert (tmp_path / "mt_bench.png").read_bytes().startswith(b"\x89PNG")
     assert len(results["samples"]["mt_bench"]) == 8
 

@@ -18,7 +18,7 @@ from torchtune.models.llama2 import llama2
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import KVCache
 from torchtune.modules.common_utils import local_kv_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, GenerationConfig
 
 from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
 from owlore_evals.generation import Prompts, _Cache, _Chooser, _has_ended, sample
@@ -140,7 +140,23 @@ def scored() -> list[Instance]:
     return instances("loglikelihood", pairs[::2] + pairs[1::2])  # answers of one context are not adjacent
 
 
-@pytest.mark.parametrize("which", ["tiny", "real", "transformers", "windows"])
+@pytest.fixture(scope="module")
+def transformers_windows(tmp_path_factory):
+    """A random Gemma 3, with such windows in some layers, as a decoder of transformers."""
+    directory = tmp_path_factory.mktemp("models") / "gemma3"
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, max_position_embeddings=256,
+        initializer_range=0.3, pad_token_id=0, dtype="float32",
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    save_tokenizer(directory)
+    return adapter(directory, "HF", partial(hf_decoder, str(directory))), hf(directory)
+
+
+@pytest.mark.parametrize("which", ["tiny", "real", "transformers", "windows", "transformers_windows"])
 def test_log_likelihoods_equal_the_harness(which, request):
     ours, theirs = request.getfixturevalue(which)
     (values, greedy), (expected, expected_greedy) = (
@@ -150,10 +166,12 @@ def test_log_likelihoods_equal_the_harness(which, request):
     assert_same_greedy(greedy, expected_greedy, [instance.args for instance in scored()], theirs)
 
 
-def test_results_do_not_depend_on_how_rows_are_batched(tiny, tiny_dir):
+def test_results_do_not_depend_on_how_rows_are_batched(tiny, tiny_dir, monkeypatch):
+    """Nor on how many positions get logits at once."""
     ours, _ = tiny
     expected = ours.loglikelihood(scored(), disable_tqdm=True)
     for batch_tokens in (1, 100, 300, 10_000):
+        monkeypatch.setattr("owlore_evals.shared_prefix._HEAD_POSITIONS", 5 if batch_tokens == 300 else 512)
         alone = TorchtuneLM(ours.model, ours.tokenizer, batch_tokens=batch_tokens)
         for (a, _), (b, _) in zip(alone.loglikelihood(scored(), disable_tqdm=True), expected, strict=True):
             assert a == pytest.approx(b, abs=1e-4)
@@ -217,6 +235,7 @@ def test_rolling_log_likelihoods_equal_the_harness(which, request):
     [
         pytest.param("real", False, marks=pytest.mark.slow), ("real", True),
         pytest.param("transformers", True, marks=pytest.mark.slow), ("windows", False),
+        ("transformers_windows", False),
     ],
 )  # fmt: skip
 def test_greedy_text_equals_the_harness(which, chat, request, monkeypatch):

@@ -12,7 +12,7 @@ from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.quantized.background import BackgroundStore
 from owlore_tune.quantized.store import LayerStore
 from owlore_tune.run import weights as run_weights
-from runs import assert_weights, finetune, finetune_until, prepare, unbroken_weights, variant
+from runs import after_step, assert_weights, finetune, finetune_until, prepare, unbroken_weights, variant
 
 FORMATS = {
     "int8": {"owlore__weights": "int8", "owlore__products": "int8", "owlore__update_gap": 100},
@@ -116,6 +116,18 @@ class Lost:
 
     def submit(self, *args):
         return Future()
+
+
+def test_bases_of_all_layers_end_in_different_steps(tiny_config):
+    """So that few layers are quantized in one step."""
+    changes = {"dataset_val": None, "owlore__num_active_layers": None, "owlore__score": "uniform"}
+    changes |= {"owlore__weights": "nf4", "owlore__update_gap": 4, "owlore__resample_every": 100}
+    recipe, ages = prepare(variant(tiny_config, "all", **changes)), []
+    for step in range(1, 9):
+        after_step(recipe, step, lambda: ages.append([layer.age for layer in recipe.layers.layers]))
+    recipe.train()
+    recipe.cleanup()
+    assert all(len(set(of_step)) == 4 for of_step in ages)
 
 
 def test_a_sampler_tells_its_next_draw():

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from tiny import tiny_llama
 from torchtune.models.llama3_2 import llama3_2
 
-from owlore_tune.loss import LinearCrossEntropyLoss
+from owlore_tune.loss import LinearCrossEntropyLoss, shift_labels
 
 
 def tied_llama():
@@ -86,6 +86,11 @@ def test_names_of_the_models_parameters_do_not_change():
     before = list(model.state_dict())
     LinearCrossEntropyLoss().set_model_output(model)
     assert list(model.state_dict()) == before
+
+
+def test_labels_are_those_of_the_next_token():
+    labels = torch.tensor([[-100, 5, 6, -100], [1, 2, 3, 4]])
+    assert shift_labels(labels, -100).tolist() == [[5, 6, -100, -100], [2, 3, 4, -100]]
 
 
 def test_misuse_is_refused(tokens):

@@ -2,37 +2,10 @@ import numpy as np
 import pytest
 import torch
 from near import assert_same_shares
+from reference import outlier_scores
 from tiny import tiny_llama
 
 from owlore_tune.layers.scores import Outlier, layer_scores
-from owlore_tune.models.decoder import find_linears
-
-
-def oracle(model, batches, threshold):
-    """The definition in NumPy float64: the full matrix A of a layer, its mean, and the fraction above threshold."""
-    inputs = {}
-    handles = []
-    for i, layer in enumerate(model.layers):
-        for name, linear in find_linears(layer):
-
-            def keep(module, args, key=(i, name)):
-                inputs.setdefault(key, []).append(args[0].detach().double().numpy().reshape(-1, args[0].shape[-1]))
-
-            handles.append(linear.register_forward_pre_hook(keep))
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    for handle in handles:
-        handle.remove()
-    scores = []
-    for i, layer in enumerate(model.layers):
-        entries = []
-        for name, linear in find_linears(layer):
-            norms = np.sqrt((np.concatenate(inputs[i, name]) ** 2).sum(0))
-            entries.append((np.abs(linear.weight.detach().double().numpy()) * norms).ravel())
-        entries = np.concatenate(entries)
-        scores.append((entries > threshold * entries.mean()).mean())
-    return scores
 
 
 @pytest.mark.parametrize("threshold", [3.0, 13.0])
@@ -41,7 +14,7 @@ def test_scores_equal_the_definition(threshold, dtype, tokens):
     model = tiny_llama(dtype=dtype)
     batches = [{"tokens": tokens}, {"tokens": tokens.flip(0)[:, :7]}]
     scores = layer_scores(model, Outlier(threshold), batches)
-    assert_same_shares(scores, oracle(model, batches, threshold), model)
+    assert_same_shares(scores, outlier_scores(model, batches, threshold), model)
     assert len(set(scores)) > 1
 
 

@@ -131,10 +131,13 @@ def test_the_time_of_a_step_is_that_in_which_its_process_ran(quality):
 
     counting = "import time\nfor _ in range(40): print(time.perf_counter(), flush=True); time.sleep(0.05)"
     one, other = (subprocess.Popen([sys.executable, "-c", counting], stdout=subprocess.PIPE) for _ in range(2))
-    run_for(0.2, other)
-    turns = run_in_turn(one, other, 0.4)
+    try:
+        run_for(0.2, other)
+        turns = run_in_turn(one, other, 0.4)
+    finally:
+        for process in (one, other):
+            process.kill()
     assert len(turns.of_other) >= 3  # one ends after more than 2 seconds of its own
-    other.kill()
     for process, own in ((one, turns.of_process), (other, turns.of_other)):
         ends = [float(line) for line in process.communicate()[0].splitlines()]
         seconds = step_times([end for end in ends if end > own[0][0]], own)

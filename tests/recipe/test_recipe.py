@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Command, run_command
+from near import assert_same_shares
 from omegaconf import OmegaConf
+from reference import outlier_scores
 from transformers import AutoModelForCausalLM
 
 from owlore_tune.layers.scores import Outlier
@@ -206,6 +208,65 @@ def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):
     recipe = finetune(config)
     assert recipe.progress.skipped_steps == 0
     assert all(weight.isfinite().all() for weight in weights(config).values())
+
+
+def test_a_step_without_trained_tokens_has_no_loss(tiny_config):
+    rows = json.loads(Path(tiny_config["dataset"]["data_files"]).read_text())[:4]
+    rows[1]["instruction"] *= 50
+    data = Path(tiny_config["output_dir"]).with_name("long.json")
+    data.write_text(json.dumps(rows))
+    changes = {"dataset__data_files": str(data), "tokenizer__max_seq_len": 64, "batch_size": 1, "shuffle": False}
+    recipe = finetune(variant(tiny_config, "cut", **changes, dataset_val=None))
+    lines = [json.loads(line) for line in (recipe.run.path / "steps.jsonl").read_text().splitlines()]
+    assert [step["loss"] is None for step in lines] == [False, True, False, False]
+
+
+def test_the_held_out_loss_is_that_of_transformers(tiny_config, tiny_dir):
+    """Over rows that fill no whole number of batches, one of which is cut off before its answer."""
+    rows = json.loads(Path(tiny_config["dataset_val"]["data_files"]).read_text())[:10]
+    rows[4]["instruction"] *= 50
+    data = Path(tiny_config["output_dir"]).with_name("held_out.json")
+    data.write_text(json.dumps(rows))
+    changes = {"dataset_val__data_files": str(data), "tokenizer__max_seq_len": 64, "batch_size_val": 1}
+    losses = []
+    for size in (1, 3):
+        recipe = prepare(variant(tiny_config, f"val_{size}", **changes | {"batch_size_val": size}))
+        recipe.validate("now")
+        losses.append(recipe.report.records.losses["now"])
+        recipe.cleanup()
+    model, total, count = AutoModelForCausalLM.from_pretrained(tiny_dir), 0.0, 0
+    dataset = recipe.inputs.held_out.dataset
+    for tokens, labels in ((torch.tensor([row[key]]) for key in ("tokens", "labels")) for row in dataset):
+        if trained := int((labels[:, 1:] != -100).sum()):
+            total += model(tokens, labels=labels).loss.item() * trained
+            count += trained
+    assert len(dataset) == 10 and losses == pytest.approx([total / count] * 2, abs=1e-4)
+
+
+def test_scores_are_those_of_the_first_batches_without_padding(tiny_config):
+    rows = [{"instruction": "what " * length, "output": "so " * length} for length in (1, 30, 2, 20) * 5]
+    data = Path(tiny_config["output_dir"]).with_name("lengths.json")
+    data.write_text(json.dumps(rows))
+    changes = {"dataset__data_files": str(data), "shuffle": False, "dataset_val": None, "batch_size": 2}
+    recipe = prepare(variant(tiny_config, "scored", **changes, owlore__calibration_batches=2))
+    recipe.cleanup()
+    batches = [{"tokens": torch.tensor([recipe.inputs.data.dataset[i]["tokens"]])} for i in range(4)]
+    wanted = outlier_scores(recipe.model, batches, threshold=3.0)
+    assert_same_shares(recipe.scores.scores, wanted, recipe.model)
+    with pytest.raises(AssertionError):
+        assert_same_shares(recipe.scores.scores, outlier_scores(recipe.model, batches[:2], threshold=3.0), recipe.model)
+
+
+def test_the_fields_of_owlore_reach_the_schedule(tiny_config):
+    fields = {
+        "num_active_layers": 3, "resample_every": 5, "draw": "sequential", "rank": 4, "side": "shape", "scale": 0.5,
+        "basis": "svd", "update_gap": 7, "moments": "project", "inactive_state": "offload",
+    }  # fmt: skip
+    recipe = prepare(tiny_config | {"owlore": tiny_config["owlore"] | fields, "seed": 3})
+    recipe.cleanup()
+    found = recipe.schedule.state_dict()["settings"]
+    assert found.items() >= {key: value for key, value in fields.items() if key != "num_active_layers"}.items()
+    assert sum(found["probabilities"]) == pytest.approx(3) and found["seed"] == 3
 
 
 def test_clipping_shortens_the_steps(tiny_config):

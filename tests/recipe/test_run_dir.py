@@ -27,12 +27,14 @@ def test_a_directory_in_use_is_refused_and_free_again_after_a_kill(tmp_path):
         "RunDirectory(Path(sys.argv[1]), 'training').claim(); print('claimed', flush=True); time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "claimed\n"
-    message = rf"output_dir={tmp_path} is in use by process {holder.pid} on {os.uname().nodename}; wait for it to end"
-    with pytest.raises(ConfigError, match=message):
-        RunDirectory(tmp_path, "training").claim()
-    holder.kill()
-    holder.wait()
+    try:
+        assert holder.stdout.readline() == "claimed\n"
+        message = rf"output_dir={tmp_path} is in use by process {holder.pid} on {os.uname().nodename}; wait for it to"
+        with pytest.raises(ConfigError, match=message):
+            RunDirectory(tmp_path, "training").claim()
+    finally:
+        holder.kill()
+        holder.wait()
     run = RunDirectory(tmp_path, "training")
     run.claim()
     assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
