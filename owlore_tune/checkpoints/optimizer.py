@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from owlore_tune.distributed.world import ALONE, World, full, rows_of, shard_like
+from owlore_tune.distributed.world import ALONE, World, from_local, full, rows_of, shard_like
 
 
 class OptimizerState:
@@ -47,9 +47,9 @@ class OptimizerState:
         if not any(is_quantized):
             return full(value)
         if not all(is_quantized) or not isinstance(part, OptimState8bit):
-            return full(_sharded(part.dequantize() if is_quantized[self._world.rank] else part.float(), value))
+            return full(from_local(part.dequantize() if is_quantized[self._world.rank] else part.float(), value))
         # torch cannot gather these. Each block of values, in the order of rows, has a scale.
-        codes = full(_sharded(part.codes, value))
+        codes = full(from_local(part.codes, value))
         scales = torch.cat(self._world.gather(part.scale.cpu()))
         return OptimState8bit(codes, scales.to(codes.device), part.qmap, part.signed)
 
@@ -66,7 +66,7 @@ def _of_process(value: Any, parameter: Tensor) -> Any:
     if not (isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape):
         return value
     if isinstance(value, OptimState8bit):
-        return _sharded(_rows(value, *rows_of(parameter)), parameter)
+        return from_local(_rows(value, *rows_of(parameter)), parameter)
     return shard_like(value, parameter)
 
 
@@ -77,9 +77,3 @@ def _rows(value: OptimState8bit, first: int, end: int) -> Tensor:
     if first == end or not (start.is_integer() and stop.is_integer()):
         return value.dequantize()[first:end]
     return OptimState8bit(value.codes[first:end], value.scale[int(start) : int(stop)], value.qmap, value.signed)
-
-
-def _sharded(part: Tensor, like: DTensor) -> DTensor:
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )

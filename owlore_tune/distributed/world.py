@@ -154,8 +154,13 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return value
     first, end = rows_of(like)
+    return from_local(value[first:end], like)
+
+
+def from_local(part: Tensor, like: DTensor) -> DTensor:
+    """The tensor, sharded like ``like``, of which this process has ``part``."""
     return DTensor.from_local(
-        value[first:end], like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 

@@ -110,6 +110,27 @@ def test_norms_of_a_bf16_model_train_on_ranks_as_in_one_process(config):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", ["full", "nf4"])
+def test_rows_without_labels_and_held_out_rows_that_ranks_repeat_change_nothing(weights, config, tmp_path):
+    """The second rank only gets rows that are cut off before their answer, and 7 rows are held out."""
+    rows = json.loads(Path(config["dataset"]["data_files"]).read_text())
+    (tmp_path / "held_out.json").write_text(json.dumps(rows[:7]))
+    for row in rows[1::2]:
+        row["instruction"] *= 50
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    changes = {"shuffle": False, "tokenizer__max_seq_len": 64, "owlore__score": "uniform", "owlore__weights": weights}
+    config["dataset"] = config["dataset"] | {"data_files": str(tmp_path / "rows.json")}
+    config["dataset_val"] = config["dataset_val"] | {"data_files": str(tmp_path / "held_out.json")}
+    one = variant(config, "one", **changes)
+    two = on_ranks(2, one, "two")
+    train_together(2, two)
+    recipe = finetune(one)
+    assert furthest(one, two) < 1e-5
+    losses = json.loads((Path(two["output_dir"]) / "manifest.json").read_text())["held_out_loss"]
+    assert recipe.report.records.losses == pytest.approx(losses, abs=1e-5)
+
+
+@pytest.mark.slow
 def test_uneven_shards_train_as_one_process(config, tmp_path):
     """47 and 301 are odd, and the third rank gets none of the 4 key rows. Scores depend on padding."""
     sizes = dict(vocab_size=301, num_heads=3, num_kv_heads=1, embed_dim=12, intermediate_dim=47)
