@@ -30,6 +30,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return not names.isdisjoint({"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
+def message_of(error: Exception) -> str:
+    """The message of an error in one line. Python's MemoryError has none."""
+    return " ".join(str(error).split()) or ("out of memory" if is_out_of_memory(error) else type(error).__name__)
+
+
 # Classes of errors that a user can solve. Those of other packages are named, because importing them takes seconds.
 _OURS = (ConfigError, CheckpointError, RunError, OSError)
 _OTHERS = {"InstantiationError", "OmegaConfBaseException", "RankError"}
@@ -50,7 +55,7 @@ def errors_in_one_line() -> Iterator[None]:
     except Exception as error:
         names = (base.__name__ for base in type(error).__mro__)
         if isinstance(error, _OURS) or is_out_of_memory(error) or not _OTHERS.isdisjoint(names):
-            sys.exit(f"error: {' '.join(str(error).split())}")
+            sys.exit(f"error: {message_of(error)}")
         traceback.print_exc()
         sys.exit(
             f"error: {type(error).__name__}, a bug in owlore-tune {version('owlore-tune')}. Please report it in the "

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -125,8 +126,10 @@ def files_digest(files: Iterable[Path], *, use_cache: bool = True) -> str:
 
 
 def cache_directory() -> Path:
-    """``owlore`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "owlore"
+    """``owlore`` under ``$XDG_CACHE_HOME`` or ``~/.cache``; without a home, in the directory of temporary files."""
+    home = os.path.expanduser("~")  # itself for a user without one
+    default = f"{home}/.cache" if os.path.isabs(home) else tempfile.gettempdir()
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "owlore"
 
 
 def _read_cache(file: Path) -> dict[str, str]:

@@ -56,7 +56,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     sets up the schedule of active layers. `train` draws new layers from that schedule every K steps. Full fine-tuning,
     LISA and GaLore are settings of the ``owlore`` block; see configs/smollm2.
 
-    An interrupted run continues with ``resume_from_checkpoint=true``, on as many CPU ranks with the same bits.
+    With ``resume_from_checkpoint=true``, an interrupted run continues, on the same number of CPU ranks bit for bit.
 
     Args:
         settings: of the run; see `owlore_tune.run.settings` for the fields of its config.

@@ -26,7 +26,8 @@ class OptimizerState:
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, with sharded tensors gathered one by one, in the first process' host memory.
 
-        All processes call it together. Others get no values of sharded tensors.
+        A sharded tensor in few bits becomes the list of its parts by rank. All processes call it together. Others get
+        no values of sharded tensors.
         """
         saved = self._optimizer.state_dict()
         state = {
@@ -38,20 +39,12 @@ class OptimizerState:
     def _gathered(self, value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        whole = self._whole(value, value.to_local())
+        part = value.to_local()
+        if any(self._world.gather(hasattr(part, "__tensor_flatten__"))):  # torch cannot gather these
+            parts = self._world.gather(part.cpu())
+            return parts if self._world.rank == 0 else []
+        whole = full(value)
         return whole.cpu() if self._world.rank == 0 else torch.empty(0)
-
-    def _whole(self, value: DTensor, part: Tensor) -> Tensor:
-        """``value`` of all processes. If only some have their ``part`` in few bits, it is in float32."""
-        is_quantized = self._world.gather(hasattr(part, "__tensor_flatten__"))
-        if not any(is_quantized):
-            return full(value)
-        if not all(is_quantized) or not isinstance(part, OptimState8bit):
-            return full(from_local(part.dequantize() if is_quantized[self._world.rank] else part.float(), value))
-        # torch cannot gather these. Each block of values, in the order of rows, has a scale.
-        codes = full(from_local(part.codes, value))
-        scales = torch.cat(self._world.gather(part.scale.cpu()))
-        return OptimState8bit(codes, scales.to(codes.device), part.qmap, part.signed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
@@ -63,11 +56,25 @@ class OptimizerState:
 
 
 def _of_process(value: Any, parameter: Tensor) -> Any:
+    if isinstance(value, list):
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        if mesh is not None and mesh.size() == len(value):
+            return from_local(value[mesh.get_local_rank()], parameter)
+        value = _joined(value)
     if not (isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape):
         return value
     if isinstance(value, OptimState8bit):
         return from_local(_rows(value, *rows_of(parameter)), parameter)
     return shard_like(value, parameter)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The whole of a tensor; in float32 if its parts are not all in 8 bits, in which each block has a scale."""
+    parts = [part for part in parts if part.numel()]
+    if not all(isinstance(part, OptimState8bit) for part in parts):
+        return torch.cat([part.dequantize() if hasattr(part, "__tensor_flatten__") else part.float() for part in parts])
+    codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale"))
+    return OptimState8bit(codes, scales, parts[0].qmap, parts[0].signed)
 
 
 def _rows(value: OptimState8bit, first: int, end: int) -> Tensor:

@@ -210,10 +210,9 @@ class HFChatTokenizer:
         self._template.environment.globals["strftime_now"] = self.now.strftime
         try:
             return self._template.render(
-                messages=turns,
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=self.enable_thinking,
-                **special | {"tools": None, "documents": None},  # templates ask whether they are none
+                **{"messages": turns, "tools": None, "documents": None},  # templates ask whether these are none
+                **{"add_generation_prompt": add_generation_prompt, "enable_thinking": self.enable_thinking},
+                **special,
             )
         except Exception as error:  # a template is a program and can raise anything
             raise ValueError(f"the chat template rejects these messages: {error}") from error

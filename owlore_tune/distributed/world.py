@@ -13,7 +13,15 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """A failure on another rank."""
+    """A failure on another rank.
+
+    Attributes:
+        is_value_error: whether it is a ValueError there.
+    """
+
+    def __init__(self, message: str, *, is_value_error: bool = False) -> None:
+        super().__init__(message)
+        self.is_value_error = is_value_error
 
 
 class World:
@@ -100,12 +108,13 @@ class World:
                 result = action()
             except Exception as raised:
                 error = raised
-        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        told = None if error is None else (f"{type(error).__name__}: {error}", isinstance(error, ValueError))
+        errors = self.gather(told)
         if error is not None:
             raise known_to_all(error)
-        failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
-        if failed:
-            raise RankError(f"rank {failed[0][0]} failed: {failed[0][1]}")
+        for rank, found in enumerate(errors):
+            if found is not None:
+                raise RankError(f"rank {rank} failed: {found[0]}", is_value_error=found[1])
         return result
 
 

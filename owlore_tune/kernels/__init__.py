@@ -1,7 +1,7 @@
 """Triton kernels for a GPU: one launch for what takes torch three to ten.
 
 Each is an operation of torch that knows the shape of its result, so memory plans on a GPU and compiled graphs have it.
-Without Triton, or without the C compiler that it needs, torch computes the same.
+Without Triton, or without the C compiler and Python headers that it needs, torch computes the same.
 """
 
 import os

@@ -249,7 +249,7 @@ def _narrow(config: Any, sizes: dict[str, int], **others: int) -> Any:
         if isinstance(value, list) and len(value) > num_layers and len(value) == config.num_hidden_layers:
             fields[name] = value[:num_layers]  # one for each layer
     _shorten_factors(fields.get("rope_parameters"), _head_dim(config), others.get("head_dim", sizes.get("head_dim")))
-    fields["pad_token_id"] = None  # else a row of the embeddings is 0, which is also one of a tied head
+    fields["pad_token_id"] = None  # else one twin has a row of zeros in its embeddings, and in a tied head
     for token in ("bos_token_id", "eos_token_id"):
         if fields.get(token) is not None:
             fields[token] = 0

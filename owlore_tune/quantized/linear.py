@@ -101,7 +101,7 @@ def rounding_error(module: Any, weight: Tensor, basis: Tensor, right: bool) -> T
     product = torch.zeros(m if right else basis.shape[1], basis.shape[1] if right else n, device=basis.device)
     each = rows_at_once(n, basis.device)
     for rows in (slice(start, start + each) for start in range(0, m, each)):
-        piece = weight[rows].to(basis.device, non_blocking=True)  # from pinned memory, as it is
+        piece = weight[rows].to(basis.device, non_blocking=True)  # a copy to another dtype would wait for the host
         error = piece.float() - stored.dequantize(torch.float32, rows)
         if right:
             torch.mm(error, basis, out=product[rows])

@@ -18,8 +18,8 @@ class Progress:
         return every is not None and self.step % every == 0
 
     def validation_due(self, every: int | None, num_steps: int) -> str | None:
-        """The name of the held-out loss to measure now, ``before`` or ``step N``; None if there is none. After the last
-        step it is another one."""
+        """The name of the held-out loss to measure now: ``before`` or ``step N``; None if none is due. That of the last
+        step, ``after``, is not part of it."""
         if self.step == 0:
             return "before"
         return f"step {self.step}" if self.is_due(every) and self.step < num_steps else None

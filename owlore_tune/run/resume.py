@@ -17,7 +17,7 @@ from owlore_tune.config import changed_fields, plain
 from owlore_tune.data.samples import dataset_digest
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.world import ALONE, RankError, World, is_known_to_all
-from owlore_tune.errors import CheckpointError, ConfigError, DivergedError, RunError, is_out_of_memory
+from owlore_tune.errors import CheckpointError, ConfigError, DivergedError, RunError, is_out_of_memory, message_of
 from owlore_tune.files import files_digest
 from owlore_tune.run.build import Inputs, build_inputs
 from owlore_tune.run.directory import RunDirectory
@@ -210,7 +210,7 @@ def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: C
     """
     note = _rescued(error, run, step, world, save)
     if isinstance(error, EXPECTED_ERRORS) or is_out_of_memory(error):
-        raise RunError(f"{error}. {note}") from error
+        raise RunError(f"{message_of(error)}. {note}") from error
     print(note, file=sys.stderr)
 
 
@@ -223,15 +223,18 @@ def _rescued(error: Exception, run: RunDirectory, step: int, world: World, save:
         return f"Checkpoints in {run.path}: {saved}; a new run can start from the weights of an earlier one"
     newest = max(own, key=step_of, default=None)
     # A row of the data that cannot be used would end a resumed run too, and cannot change in it.
-    how = _new_run if isinstance(error, ValueError) else lambda checkpoint: HOW_TO_RESUME
+    is_of_data = isinstance(error, ValueError) or getattr(error, "is_value_error", False)
+    how = _new_run if is_of_data else lambda checkpoint: HOW_TO_RESUME
     if newest is not None and step_of(newest) == step:
         return f"The state after step {step} is in {newest}: {how(newest)}"
     alone = world.size > 1 and not is_known_to_all(error)  # other processes might never join the save
     if step and save is not None and not alone:
         try:
             save()
-        except (RunError, CheckpointError, OSError, RankError) as again:
-            log.warning(str(again))
+        except Exception as again:
+            if not (isinstance(again, (RunError, CheckpointError, OSError, RankError)) or is_out_of_memory(again)):
+                raise
+            log.warning(message_of(again))
         else:
             return f"The state after step {step} is saved in {run.steps.path(step)}: {how(run.steps.path(step))}"
     if newest is None:

@@ -31,6 +31,7 @@ class RngState:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         by_rank = state_dict["by_rank"]
         set_rng_state(by_rank[self._world.rank % len(by_rank)])
+        self.mark()
 
 
 def get_rng_state() -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from owlore_tune.checkpoints.sealed import verify
 from owlore_tune.checkpoints.steps import StepCheckpoints
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.files import partial_name, write_json
+from owlore_tune.files import cache_directory, partial_name, write_json
 from owlore_tune.run.directory import RUN_FILE
 from owlore_tune.run.records import Records, read_records
 from owlore_tune.run.scoring import score_model
@@ -235,11 +236,19 @@ def test_a_record_that_a_full_disk_cuts_leaves_whole_lines(tmp_path):
     records.add_step(record)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "steps.jsonl").stat().st_size + 5, limits[1]))
-    records.add_step(record | {"step": 2})
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        records.add_step(record | {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     records.add_step(record | {"step": 3})
     assert [step["step"] for step in read_records(tmp_path / "steps.jsonl")] == [1, 3]
     assert [step["step"] for step in records.steps] == [1, 2, 3]
+
+
+def test_a_user_without_a_home_has_a_cache_among_temporary_files(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert cache_directory() == Path(tempfile.gettempdir()) / "owlore"
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes():
