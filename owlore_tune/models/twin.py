@@ -250,9 +250,7 @@ def _narrow(config: Any, sizes: dict[str, int], **others: int) -> Any:
             fields[name] = value[:num_layers]  # one for each layer
     _shorten_factors(fields.get("rope_parameters"), _head_dim(config), others.get("head_dim", sizes.get("head_dim")))
     fields["pad_token_id"] = None  # else one twin has a row of zeros in its embeddings, and in a tied head
-    for token in ("bos_token_id", "eos_token_id"):
-        if fields.get(token) is not None:
-            fields[token] = 0
+    fields |= {token: 0 for token in ("bos_token_id", "eos_token_id") if fields.get(token) is not None}
     return type(config).from_dict(fields | others | {"initializer_range": 0.3})
 
 
