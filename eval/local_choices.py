@@ -12,7 +12,7 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 
 from owlore_evals.local_files import local_task
-from owlore_tune.data.rows import read_rows, row_prompt
+from owlore_tune.data.rows import read_questions
 from owlore_tune.data.tokenizer import plain_prompt
 
 Doc = dict[str, Any]
@@ -32,8 +32,9 @@ def local_choices_task(name: str, file: Path, scoring: str, plain: bool = False)
     Raises:
         ValueError: if the file cannot be read, or a row has no options or an answer that is not one of them.
     """
-    rows = read_rows(file, "data_files", ["instruction"])
-    docs = [_doc(file, number, row, plain) for number, row in enumerate(rows)]
+    docs = [
+        _doc(f"data_files: {file}: row {number}", row, prompt, plain) for number, row, prompt in read_questions(file)
+    ]
     build = partial(local_task, name, file, docs, {"scoring": scoring})
     if scoring == "loglikelihood":
         return build(output_type="multiple_choice", doc_to_choice="sentences", doc_to_target="gold")
@@ -51,16 +52,15 @@ def first_option(options: list[str], text: str) -> int | None:
     return options.index(found.group()) if found else None
 
 
-def _doc(file: Path, number: int, row: dict[str, Any], plain: bool) -> Doc:
+def _doc(place: str, row: dict[str, Any], prompt: str, plain: bool) -> Doc:
     listed = _OPTIONS.search(row["instruction"])
     options = listed.group(1).split("/") if listed else []
     if len(options) < 2:
-        raise ValueError(f"data_files: {file}: row {number} has no 'Answer format: OPTION/OPTION' in its instruction")
+        raise ValueError(f"{place} has no 'Answer format: OPTION/OPTION' in its instruction")
     if len(set(options)) < len(options):
-        raise ValueError(f"data_files: {file}: row {number} has an option twice: {options}")
+        raise ValueError(f"{place} has an option twice: {options}")
     if row.get("answer") not in options:
-        raise ValueError(f"data_files: {file}: row {number}: answer={row.get('answer')!r}; its options are {options}")
-    prompt = row_prompt(file, number, row)
+        raise ValueError(f"{place}: answer={row.get('answer')!r}; its options are {options}")
     prompt, between = plain_prompt(prompt) if plain else (prompt, "")
     sentences = [between + _ANSWER.format(option) for option in options]
     return {"prompt": prompt, "options": options, "sentences": sentences, "gold": options.index(row["answer"])}

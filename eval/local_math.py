@@ -10,7 +10,7 @@ from pathlib import Path
 from lm_eval.api.task import ConfigurableTask
 
 from owlore_evals.local_files import local_task
-from owlore_tune.data.rows import read_rows, row_prompt
+from owlore_tune.data.rows import read_questions
 from owlore_tune.data.tokenizer import plain_prompt
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -27,7 +27,7 @@ def local_math_task(name: str, file: Path, plain: bool = False) -> ConfigurableT
         ValueError: if the file cannot be read, or a row's answer is not a number.
     """
     docs = []
-    for number, row in enumerate(read_rows(file, "data_files", ["instruction"])):
+    for number, row, prompt in read_questions(file):
         try:
             answer = float(row["answer"])
             if isinstance(row["answer"], bool) or not math.isfinite(answer):
@@ -36,7 +36,6 @@ def local_math_task(name: str, file: Path, plain: bool = False) -> ConfigurableT
             raise ValueError(
                 f"data_files: {file}: row {number}: answer={row.get('answer')!r} is not a number"
             ) from None
-        prompt = row_prompt(file, number, row)
         docs.append({"prompt": plain_prompt(prompt)[0] if plain else prompt, "answer": answer})
     return local_task(
         name,

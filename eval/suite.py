@@ -127,16 +127,13 @@ class Suite:
         if self._mt_bench is not None:
             self._mt_bench.check_saved(model_id, directory)
 
-    def run_tasks(
-        self, lm: LM, model_id: str, directory: Path, *, use_cache: bool = False, log_samples: bool = True
-    ) -> dict[str, Any]:
+    def run_tasks(self, lm: LM, model_id: str, directory: Path) -> dict[str, Any]:
         """Return the results of the harness's tasks and local files in the harness's format, with the harness's seeds,
         and ``averages`` of each metric over the named tasks.
 
         Args:
             model_id: identifies the model and its settings; key of the request cache.
-            directory: for cached requests.
-            use_cache: save the model's answers to a file, so an interrupted run can resume.
+            directory: for cached requests, with ``use_cache``.
         """
         if not self._tasks:
             return {"averages": {}}
@@ -148,8 +145,8 @@ class Suite:
             limit=self.cfg.limit,
             apply_chat_template=self.apply_chat_template,
             fewshot_as_multiturn=self.cfg.fewshot_as_multiturn,
-            use_cache=str(directory / f"requests_{model_id}") if use_cache else None,
-            log_samples=log_samples,
+            use_cache=str(directory / f"requests_{model_id}") if self.cfg.use_cache else None,
+            log_samples=self.cfg.log_samples,
         )
         assert results is not None
         named = [task.name if isinstance(task, Group) else task.task_name for task in self._tasks]

@@ -51,7 +51,6 @@ class TorchtuneLM(TemplateLM):
         max_length: longest input in tokens; None is the model's limit. Longer inputs are truncated on the left.
         add_bos: prepend BOS to every text that does not start with it. None follows the model's tokenizer in
             transformers.
-        max_gen_toks: new tokens if a task does not set a number.
         seed: sampling seed.
 
     Attributes:
@@ -67,7 +66,6 @@ class TorchtuneLM(TemplateLM):
         batch_size: int | None = None,
         max_length: int | None = None,
         add_bos: bool | None = None,
-        max_gen_toks: int = 256,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -84,7 +82,6 @@ class TorchtuneLM(TemplateLM):
         self._fitting_batch_size: int | None = None  # of the last `generate_until`
         bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
         self._prefix = tokenizer.prefix if add_bos is None else bos
-        self.max_gen_toks = max_gen_toks
         self._seed = seed
 
     def get_model_info(self) -> dict[str, Any]:
@@ -253,7 +250,7 @@ class TorchtuneLM(TemplateLM):
         return min(max(lengths, default=1), self.max_length)
 
     def _options(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
-        return generation_options(gen_kwargs, self.max_length, self.max_gen_toks, self.tokenizer.generation_config)
+        return generation_options(gen_kwargs, self.max_length, defaults=self.tokenizer.generation_config)
 
     def _prompts(self, chunk: list[tuple[str, dict[str, Any]]], asked: Counter[str]) -> Prompts:
         """Tokenize a batch of (context, gen_kwargs). Long contexts are truncated on the left.

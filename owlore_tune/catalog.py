@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from owlore_tune.errors import ConfigError
 from owlore_tune.paths import user_path
 
 RECIPES = {
@@ -29,7 +30,7 @@ def find_config(name: str) -> Path:
     """The file of a config: an existing path, else a packaged name.
 
     Raises:
-        SystemExit: if it is neither; the message lists similar names.
+        ConfigError: if it is neither; the message lists similar names.
     """
     path = user_path(name)
     return path if path.is_file() else _find(name, dict(packaged_configs()), "packaged config")
@@ -39,7 +40,7 @@ def find_packaged(name: str) -> Path:
     """The file of a packaged recipe or config.
 
     Raises:
-        SystemExit: if there is none; the message lists similar names.
+        ConfigError: if there is none; the message lists similar names.
     """
     recipes = {recipe: _origin(recipe) for recipe in RECIPES}
     return _find(name, recipes | dict(packaged_configs()), "packaged recipe or config")
@@ -50,7 +51,7 @@ def _find(name: str, files: dict[str, Path], kind: str) -> Path:
         import difflib
 
         near = difflib.get_close_matches(name, files, n=3, cutoff=0.4) or list(files)
-        raise SystemExit(f"error: no file and no {kind} named {name}; available: {', '.join(near)}")
+        raise ConfigError(f"no file and no {kind} named {name}; available: {', '.join(near)}")
     return files[name]
 
 

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,15 +42,7 @@ def plain(cfg: Any) -> Any:
 
 def printable(cfg: DictConfig) -> DictConfig:
     """A copy of ``cfg`` with escaped interpolations, which resolving does not change."""
-
-    def escape(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: escape(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return [escape(value) for value in node]
-        return node.replace("${", "\\${") if isinstance(node, str) else node
-
-    return OmegaConf.create(escape(plain(cfg)))
+    return OmegaConf.create(_with_texts(plain(cfg), lambda text: text.replace("${", "\\${")))
 
 
 def expand_home(cfg: DictConfig) -> DictConfig:
@@ -58,15 +50,18 @@ def expand_home(cfg: DictConfig) -> DictConfig:
 
     Paths that interpolate it, such as the directory of a metric logger, are then expanded too.
     """
+    return OmegaConf.create(
+        _with_texts(plain(cfg), lambda text: str(user_path(text)) if text.startswith("~") else text)
+    )
 
-    def expand(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: expand(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return [expand(value) for value in node]
-        return str(user_path(node)) if isinstance(node, str) and node.startswith("~") else node
 
-    return OmegaConf.create(expand(plain(cfg)))
+def _with_texts(node: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a config's plain form with all texts changed."""
+    if isinstance(node, dict):
+        return {key: _with_texts(value, change) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_with_texts(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node
 
 
 def check_config(

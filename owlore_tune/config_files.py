@@ -47,8 +47,8 @@ def with_bases(name: str) -> list[tuple[Path, DictConfig]]:
         beside = here.parent / user_path(base)
         try:
             file = beside if beside.is_file() else find_config(base)
-        except SystemExit as error:
-            raise ConfigError(f"{here}: base={base}; {str(error).removeprefix('error: ')}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{here}: base={base}; {error}") from None
         if any(file.samefile(known) for known, _ in found):
             raise ConfigError(f"{here}: base={base} leads back to {file}; remove one of these bases")
         found.append((file, _read(file)))

@@ -104,9 +104,9 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             self.lm.serve()
             return
         started = time.perf_counter()
-        cfg, model = self._cfg, (self.lm, self._model_id(), self._output_dir)
+        model = (self.lm, self._model_id(), self._output_dir)
         self.suite.check_saved(*model[1:])
-        results = self.suite.run_tasks(*model, use_cache=cfg.use_cache, log_samples=cfg.log_samples)
+        results = self.suite.run_tasks(*model)
         try:
             for key, values in self.suite.run_mt_bench(*model).items():
                 results[key] = {**results.get(key, {}), **values}

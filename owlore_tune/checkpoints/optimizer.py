@@ -57,9 +57,8 @@ class OptimizerState:
 
 def _of_process(value: Any, parameter: Tensor) -> Any:
     if isinstance(value, list):
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        if mesh is not None and mesh.size() == len(value):
-            return from_local(value[mesh.get_local_rank()], parameter)
+        if isinstance(parameter, DTensor) and parameter.device_mesh.size() == len(value):
+            return from_local(value[parameter.device_mesh.get_local_rank()], parameter)
         value = _joined(value)
     if not (isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape):
         return value
@@ -71,10 +70,11 @@ def _of_process(value: Any, parameter: Tensor) -> Any:
 def _joined(parts: list[Tensor]) -> Tensor:
     """The whole of a tensor; in float32 if its parts are not all in 8 bits, in which each block has a scale."""
     parts = [part for part in parts if part.numel()]
-    if not all(isinstance(part, OptimState8bit) for part in parts):
+    in_8_bits = [part for part in parts if isinstance(part, OptimState8bit)]
+    if len(in_8_bits) < len(parts):
         return torch.cat([part.dequantize() if hasattr(part, "__tensor_flatten__") else part.float() for part in parts])
-    codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale"))
-    return OptimState8bit(codes, scales, parts[0].qmap, parts[0].signed)
+    codes, scales = (torch.cat([getattr(part, name) for part in in_8_bits]) for name in ("codes", "scale"))
+    return OptimState8bit(codes, scales, in_8_bits[0].qmap, in_8_bits[0].signed)
 
 
 def _rows(value: OptimState8bit, first: int, end: int) -> Tensor:

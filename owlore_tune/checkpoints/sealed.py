@@ -139,17 +139,17 @@ def files_outside_seal(directory: Path) -> list[str]:
 
 
 def is_of_run(directory: Path, run_id: str) -> bool:
-    """Whether ``directory`` was made by the run, with the name that it has now, and is not a link."""
+    """Whether ``directory`` was made by the run, with the name that it has now."""
     try:
         seal = read_seal(directory)
     except CheckpointError:
         return False
-    return not directory.is_symlink() and (seal["run_id"], seal["name"]) == (run_id, directory.name)
+    return (seal["run_id"], seal["name"]) == (run_id, directory.name)
 
 
 def discard(directory: Path, run_id: str) -> None:
     """Remove a directory that the run made. It is renamed first, so no partial directory has its name."""
-    assert is_of_run(directory, run_id), f"{directory} is not of run {run_id}"
+    assert is_of_run(directory, run_id) and not directory.is_symlink(), f"{directory} is not of run {run_id}"
     doomed = _beside(directory, run_id, _DISCARDED)
     os.rename(directory, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -37,7 +37,7 @@ class StepCheckpoints:
 
     def own(self) -> list[Path]:
         """The run's checkpoints, oldest first, unverified. Some may be links. Copies with other names do not count."""
-        return [directory for directory in self.all() if self._is_own(directory)]
+        return [directory for directory in self.all() if is_of_run(directory, self._run_id)]
 
     def foreign(self) -> list[Path]:
         """Directories that another run or the user made. A truncated seal that contains the run's id is the run's."""
@@ -85,18 +85,11 @@ class StepCheckpoints:
         """
         if count is None:
             return
-        for directory in [d for d in self.all() if is_of_run(d, self._run_id)][:-count]:
+        for directory in [d for d in self.own() if not d.is_symlink()][:-count]:
             if extra := files_outside_seal(directory):
                 log.warning(f"Keeping {directory}, because the run did not make {extra[0]} in it.")
             else:
                 discard(directory, self._run_id)
-
-    def _is_own(self, directory: Path) -> bool:
-        try:
-            seal = read_seal(directory)
-            return (seal["run_id"], seal["name"]) == (self._run_id, directory.name)
-        except CheckpointError:
-            return False
 
     def _may_set_aside(self, directory: Path) -> bool:
         """Whether the checkpoint is the run's. A truncated seal must contain the run's id."""
@@ -107,7 +100,7 @@ class StepCheckpoints:
                 return self._run_id in (directory / SEAL).read_text(errors="replace")
             except OSError:
                 return False
-        return self._is_own(directory)
+        return is_of_run(directory, self._run_id)
 
 
 def step_of(directory: Path) -> int:

@@ -1,7 +1,7 @@
 """Rows of local files: JSON, JSON lines and Parquet."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +47,17 @@ def _json_lines(text: str) -> list[Any]:
     return rows
 
 
-def row_prompt(file: Path, number: int, row: dict[str, Any]) -> str:
-    """The instruction of a row, with its input below it if there is one.
+def read_questions(file: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Number and content of each row of an evaluation's file, and its prompt: the instruction, and below it the input.
 
     Raises:
-        ValueError: if the input is not text.
+        ValueError: as ``data_files=FILE ...``, naming row and field, if an instruction is missing or an input no text.
     """
-    if not isinstance(row.get("input"), str | None):
-        raise ValueError(f"data_files={file}: row {number} has {row['input']!r} in field 'input', which is not text")
-    return "\n".join(filter(None, (row["instruction"], row.get("input"))))
-
-
-def read_rows(file: Path, field_name: str, fields: Sequence[str] = ("instruction", "output")) -> list[dict[str, Any]]:
-    """The rows of a file with text in each of ``fields``.
-
-    Raises:
-        ValueError: as ``field_name=FILE ...``, naming row and field.
-    """
-    rows = read_file(file, field_name)
-    for number, row in enumerate(rows):
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
-                raise ValueError(f"{field_name}={file}: row {number} has no text in field {field!r}")
-    return rows
+    for number, row in enumerate(read_file(file, "data_files")):
+        place = f"data_files={file}: row {number} has"
+        instruction = row.get("instruction") if isinstance(row, dict) else None
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise ValueError(f"{place} no text in field 'instruction'")
+        if not isinstance(row.get("input"), str | None):
+            raise ValueError(f"{place} {row['input']!r} in field 'input', which is not text")
+        yield number, row, "\n".join(filter(None, (instruction, row.get("input"))))

@@ -3,7 +3,6 @@
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.layers.schedule import Schedule
-from owlore_tune.layers.scores import Outlier, Score, layer_scores
-from owlore_tune.layers.scores_file import LayerScores
+from owlore_tune.layers.scores import Outlier, layer_scores
 
-__all__ = ["LayerSampler", "LayerScores", "Outlier", "ProjectedLayers", "Schedule", "Score", "layer_scores"]
+__all__ = ["LayerSampler", "Outlier", "ProjectedLayers", "Schedule", "layer_scores"]

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +15,7 @@ from owlore_tune.optim.basis_maker import BasisMaker
 from owlore_tune.optim.options import check_options, check_rank
 from owlore_tune.optim.projected import ProjectedWeight
 from owlore_tune.optim.whole import WholeParameter
-
-
-class Masters(Protocol):
-    """Full-precision weights of layers that are quantized on the device, by names as ``layers.0.mlp.w1.weight``.
-
-    `owlore_tune.quantized.layers.QuantizedLayers` is one.
-    """
-
-    @property
-    def settings(self) -> dict[str, Any]: ...
-
-    def read(self, index: int) -> dict[str, Tensor]: ...
-
-    def replace(self, index: int, weights: dict[str, Tensor]) -> None: ...
-
-    def restore(self, index: int, names: Iterable[str]) -> None: ...
-
-    def quantize(self, index: int) -> None: ...
-
-    def correct(self, index: int, weights: dict[str, ProjectedWeight]) -> None: ...
-
-    def read_ahead(self, merging: set[int], correcting: set[int]) -> None: ...
+from owlore_tune.quantized.layers import QuantizedLayers
 
 
 class ProjectedLayer:
@@ -128,7 +107,7 @@ class ProjectedLayers:
         self._options["maker"] = BasisMaker()
         self.world = world
         self.active: list[int] = []
-        self.masters: Masters | None = None
+        self.masters: QuantizedLayers | None = None
         self.num_steps = 0
         if hasattr(model, "owlore") or any(hasattr(module, "projected") for module in model.modules()):
             raise ValueError(

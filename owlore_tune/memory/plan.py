@@ -153,12 +153,8 @@ def plan_memory(
     return complete(model, device, framework, sharding, shared, moments=int(method.state_per_value * values), **parts)
 
 
-def _basis_rows(weight: ProjectedWeight) -> int:
-    return weight.shape[1] if weight.right else weight.shape[0]
-
-
 def _basis_bytes(weight: ProjectedWeight) -> int:
-    return _basis_rows(weight) * weight.rank * weight.linear.weight.itemsize
+    return weight.shape[1 if weight.right else 0] * weight.rank * weight.linear.weight.itemsize
 
 
 def framework_bytes(device: torch.device) -> int:

@@ -60,7 +60,7 @@ class QuantizedLayers:
 
     def load(self, index: int, device: torch.device) -> None:
         """Fill a layer, or OUTSIDE, from the store, in full precision."""
-        modules = quantizable_outside(self._model) if index == OUTSIDE else _linears(self._layers[index])
+        modules = quantizable_outside(self._model) if index == OUTSIDE else self._modules(index).values()
         by_weight = {id(module.weight): module for module in modules}
         for parameter, weight in self._matched(index, self._named(index)):
             if id(parameter) in by_weight:
@@ -70,7 +70,7 @@ class QuantizedLayers:
 
     def quantize(self, index: int) -> None:
         """Quantize the Linears of a layer that are in full precision."""
-        for linear in _linears(self._layers[index]):
+        for linear in self._modules(index).values():
             if not is_quantized(linear):
                 quantize(linear, **self.settings)
         return_freed_memory(next(self._layers[index].parameters()).device)
@@ -205,7 +205,3 @@ class QuantizedLayers:
 
     def _device(self, index: int) -> torch.device:
         return next(self._layers[index].parameters()).device
-
-
-def _linears(layer: nn.Module) -> list[nn.Linear]:
-    return [linear for _, linear in find_linears(layer)]

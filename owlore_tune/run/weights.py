@@ -90,7 +90,6 @@ def load_and_score(
 def _open_store(loading: Loading) -> QuantizedLayers:
     """The quantized layers of the run, with a store of full-precision weights, and without weights in the model."""
     settings, checkpointer, world = loading.settings, loading.inputs.checkpointer, loading.world
-    checkpointer.check_model(loading.model)
     files = checkpointer.files if loading.checkpoint is None else weight_files(loading.checkpoint)
     kind = BackgroundStore if settings.device.type == "cuda" else LayerStore
     store = kind(checkpointer, files, loading.run.path / STORE / loading.run.run_id, settings.dtype)

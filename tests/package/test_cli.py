@@ -100,7 +100,9 @@ def test_cp_copies_and_does_not_overwrite(monkeypatch, tmp_path):
 def test_cp_copies_recipes_too_and_names_near_ones(monkeypatch, tmp_path):
     owlore(monkeypatch, "cp", "owlore_full_finetune", str(tmp_path / "mine.py"))
     assert "class OwLoreFullFinetuneRecipe" in (tmp_path / "mine.py").read_text()
-    with pytest.raises(SystemExit, match="no packaged recipe or config named owlore_ful; available: owlore_"):
+    with pytest.raises(
+        SystemExit, match="no file and no packaged recipe or config named owlore_ful; available: owlore_"
+    ):
         owlore(monkeypatch, "cp", "owlore_ful", str(tmp_path / "other.py"))
 
 

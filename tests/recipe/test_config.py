@@ -324,7 +324,9 @@ def test_overrides_and_files(tmp_path):
     assert cfg.owlore.rank is None
     (tmp_path / "mine.yaml").write_text("a: 1")
     assert load_config(str(tmp_path / "mine.yaml")).a == 1
-    with pytest.raises(SystemExit, match="no file and no packaged config named smolm2/135M_owlore; available: smollm2"):
+    with pytest.raises(
+        ConfigError, match="no file and no packaged config named smolm2/135M_owlore; available: smollm2"
+    ):
         find_config("smolm2/135M_owlore")
 
 
