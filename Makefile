@@ -69,11 +69,12 @@ endif
 # Accuracy with tuned learning rates and several seeds. It takes many hours. An interrupted study continues after its
 # last run.
 quality: install
+	$(if $(DATA),,$(error set DATA=DIR, see docs/development.md))
 	owlore download smollm2
 	python benchmarks/quality.py --data $(DATA) --workers 2
 	python benchmarks/quality_report.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build recipes/*.egg-info
 
 .PHONY: install demo pictures test check lint gpu bench quality clean

@@ -17,6 +17,8 @@ from torchtune.utils import get_logger
 LARGEST_NUMBER = 1e18  # of a file that a person may have edited: 64-bit integers and sums hold it
 
 log = get_logger("INFO")
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # it can only be read by setting it, which is not safe once there are threads
 _checksums: dict[tuple[int, ...], str] = {}  # by identity of a file
 
 
@@ -36,6 +38,11 @@ def write_json(path: Path, content: Any, owner: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def readable_by_others(file: Path, mode: int = 0o666) -> None:
+    """Give a file that safetensors wrote, for its owner alone, the ``mode`` that others have with this umask."""
+    file.chmod(mode & ~_UMASK)
 
 
 def partial_name(name: str, owner: str) -> str:

@@ -20,7 +20,7 @@ from owlore_tune.checkpoints.layouts import HF, Convert, StateDict, converters
 from owlore_tune.checkpoints.weight_files import check_readable, leads_outside, read_tensors, weight_files
 from owlore_tune.distributed.world import ALONE, World, full, shard_like
 from owlore_tune.errors import ConfigError
-from owlore_tune.files import files_digest, read_object
+from owlore_tune.files import files_digest, read_object, readable_by_others
 from owlore_tune.models.decoder import init_rope, plain_name
 from owlore_tune.models.hf_model import HFDecoder, check_config
 from owlore_tune.models.twin import check_builder
@@ -256,6 +256,7 @@ class HFCheckpointer:
         """Write ``weights`` in Hugging Face's layout; returns their names there."""
         tensors = {key: value.contiguous() for key, value in self._to_hf(weights).items()}
         save_file(tensors, file, metadata={"format": "pt"})
+        readable_by_others(file)
         return list(tensors)
 
     def copy_companions(self, directory: Path, dtype: torch.dtype) -> None:

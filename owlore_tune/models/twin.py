@@ -17,7 +17,7 @@ from torchtune import training
 from torchtune.modules import TiedLinear, TransformerDecoder
 from torchtune.utils import get_logger
 
-from owlore_tune.errors import ConfigError
+from owlore_tune.errors import ConfigError, message_of
 from owlore_tune.models.differences import far_difference, packed_difference, plain_difference, some_tokens
 from owlore_tune.models.output import set_output
 
@@ -35,7 +35,7 @@ _FARTHEST = 4096  # position
 _TOLERANCE, _FAR_TOLERANCE = 1e-4, 1e-2
 _SMALL, _LARGE = 1e-3, 20.0  # embeddings and logits
 
-_ADVICE = "set the builder's fields to those of config.json, or use config hf/any, which takes all from config.json"
+_ADVICE = "set the fields to those of config.json, or take all from it: owlore_tune.models.hf_decoder (config hf/any)"
 _SUSPECTS = (  # fields that builders often lack
     "rope_scaling", "rope_parameters", "hidden_act", "hidden_activation", "partial_rotary_factor",
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
@@ -69,8 +69,7 @@ def check_builder(
         heads = theirs.num_attention_heads
         sizes = _SIZES | {"hidden_size": heads * math.ceil(32 / heads)}
         try:
-            narrow = _narrow(theirs, sizes, head_dim=_head_dim(theirs))
-            reference = _reference(narrow)
+            reference = _reference(narrow := _narrow(theirs, sizes, head_dim=_head_dim(theirs)))
             _spread(reference)
             twin = _narrow_copy(model, narrow)
             _load(twin, reference.state_dict(), converter(narrow.to_dict()))
@@ -80,8 +79,9 @@ def check_builder(
         except ConfigError:
             raise
         except Exception as error:  # a setting that no builder of torchtune has, or a weight that a layout lacks
-            message = " ".join(str(error).split())
-            raise ValueError(f"the model cannot be compared with config.json: {message}; {_ADVICE}") from error
+            raise ValueError(
+                f"the model cannot be compared with config.json: {message_of(error)}; {_ADVICE}"
+            ) from error
     if not (near < _TOLERANCE and far < _FAR_TOLERANCE):
         fields = {key: config[key] for key in _SUSPECTS if config.get(key) is not None}
         raise ValueError(

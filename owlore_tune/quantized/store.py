@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.files import readable_by_others
 
 OUTSIDE = -1  # the index of everything outside the layers
 BASES = "base"  # folder of a checkpoint: what the layers that train had before their last updates
@@ -234,7 +235,7 @@ class LayerStore:
 
     def _write(self, file: Path, weights: dict[str, Tensor]) -> None:
         self._save(weights, file)
-        os.chmod(file, 0o444)  # checkpoints share it
+        readable_by_others(file, 0o444)  # checkpoints share it
 
     def _save(self, weights: dict[str, Tensor], file: Path) -> None:
         try:

@@ -6,6 +6,7 @@ lm-evaluation-harness.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from owlore_tune.checkpoints.checkpointer import shards
 from owlore_tune.config import build
 from owlore_tune.data.builders import mmlu_dev_rows
 from owlore_tune.errors import ConfigError
+from owlore_tune.files import readable_by_others
 from owlore_tune.models.decoder import find_layers
 
 ARCHITECTURES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "MISTRAL": "mistral"}
@@ -41,9 +43,13 @@ def write_random(cfg: DictConfig, directory: Path) -> None:
     with torch.device("meta"):
         model = build("model", cfg.model)
     directory.mkdir(parents=True)
-    write_weights(model, directory)
-    write_tokenizer(directory)
-    (directory / "config.json").write_text(json.dumps(hf_config(model, model_type), indent=2))
+    try:
+        write_weights(model, directory)
+        write_tokenizer(directory)
+        (directory / "config.json").write_text(json.dumps(hf_config(model, model_type), indent=2))
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)  # made above
+        raise
 
 
 def write_weights(model: Any, directory: Path, shard_bytes: int = 10**9) -> None:
@@ -55,8 +61,12 @@ def write_weights(model: Any, directory: Path, shard_bytes: int = 10**9) -> None
     for number, shard in enumerate(tqdm(pieces, desc="Writing random weights", unit="shard"), start=1):
         name = f"model-{number:05}-of-{len(pieces):05}.safetensors"
         weights = {key: random_weight(parameter, generator) for key, parameter in shard.items()}
-        converted = convert_weights.tune_to_hf(weights, **head_sizes(model))
+        try:
+            converted = convert_weights.tune_to_hf(weights, **head_sizes(model))
+        except Exception as error:  # torchtune's error of a name that it does not know
+            raise ConfigError(f"model: {error}; random weights need a model without adapters") from error
         save_file({k: v.contiguous() for k, v in converted.items()}, directory / name, metadata={"format": "pt"})
+        readable_by_others(directory / name)
         weight_map |= dict.fromkeys(converted, name)
         total += sum(value.nbytes for value in converted.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from owlore_tune.checks import check_type
-from owlore_tune.config import check_config, check_keys, device_and_dtype
+from owlore_tune.config import check_config, check_keys, device_and_dtype, find_component
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.fields import COUNT, LARGEST_COUNT, POSITIVE, Range, check_fields, defaults, required, setting
@@ -189,6 +189,7 @@ class TrainingSettings:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={cfg.dtype}; choose bf16 or fp32 (fp16 gradients overflow without a scaler)")
         check_fields(TrainingConfig, cfg)
+        find_component("collate_fn", cfg.collate_fn)
         if cfg.device_memory_limit is not None and owlore.draw == "bernoulli":
             raise ConfigError(
                 "device_memory_limit cannot be guaranteed with owlore.draw=bernoulli, which may draw all layers"

@@ -14,6 +14,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 from torchtune.models.llama2 import llama2
 from torchtune.training import set_activation_checkpointing
 
+from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.layers.schedule import Schedule
 from owlore_tune.models.decoder import find_layers, model_parts
@@ -376,6 +377,15 @@ def test_vectors_in_16_bits_keep_their_updates_over_many_draws(tokens):
     layers.activate([])
     layers.activate([0])
     assert torch.equal(layers.layers[0].others["layers.0.sa_norm.scale"].trained, scale.float())
+
+
+def test_an_optimizer_of_the_models_parameters_is_refused(tokens):
+    """It would train norms and nothing else, without an error."""
+    model = tiny_llama()
+    layers = ProjectedLayers(model, rank=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match="lacks 28 parameters that can train; make it from layers.parameter_groups"):
+        Schedule(layers, optimizer, LayerSampler([1.0] * 4, 2))
 
 
 def test_projecting_the_moments_of_an_optimizer_without_them_is_refused(tokens):

@@ -97,6 +97,12 @@ def test_cp_copies_and_does_not_overwrite(monkeypatch, tmp_path):
     owlore(monkeypatch, "cp", "--force", "smollm2/135M_owlore", str(target))
 
 
+def test_random_weights_of_a_model_with_adapters_are_refused_and_leave_nothing(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="^error: model: .*random weights need a model without adapters"):
+        owlore(monkeypatch, "random", "--config", "smollm2/135M_lora", "--output", str(tmp_path / "model"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_cp_copies_recipes_too_and_names_near_ones(monkeypatch, tmp_path):
     owlore(monkeypatch, "cp", "owlore_full_finetune", str(tmp_path / "mine.py"))
     assert "class OwLoreFullFinetuneRecipe" in (tmp_path / "mine.py").read_text()

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -226,6 +227,17 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tiny_config, capsys
     recipe.train()
     recipe.cleanup()
     assert "pictures        cannot be drawn: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", ["full", "int8"])
+def test_others_may_read_all_files_of_a_checkpoint_that_the_umask_lets_them(weights, tiny_config):
+    """safetensors gives its files to their owner alone."""
+    config = variant(tiny_config, "modes", dataset_val=None, owlore__weights=weights)
+    finetune(config)
+    allowed = ~os.umask(0o077)
+    os.umask(~allowed & 0o777)
+    for file in checkpoints(config)[-1].iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) & 0o044 == allowed & 0o044, file
 
 
 def test_a_record_that_a_full_disk_cuts_leaves_whole_lines(tmp_path):
