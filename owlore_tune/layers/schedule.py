@@ -56,8 +56,8 @@ class Schedule:
         is_changing: whether a draw is not complete. A checkpoint would then not be consistent.
 
     Raises:
-        ValueError: if a value is out of range, the optimizer's weight decay is not decoupled, or the optimizer has a
-            schedule.
+        ValueError: if a value is out of range, or the optimizer lacks parameters of ``layers``, has weight decay that
+            is not decoupled, or has a schedule.
     """
 
     def __init__(

@@ -118,11 +118,11 @@ def test_the_commonsense_suite_runs_on_local_copies(make_config, data_root, tmp_
     assert len(names) == 8 and list(results["averages"]) == ["acc,none"]
     accuracies = [results["results"][name]["acc,none"] for name in names]
     assert results["averages"]["acc,none"] == pytest.approx(sum(accuracies) / 8)
-    assert {name: results["n-shot"][name] for name in names} == dict.fromkeys(names, 0)
+    assert {name: results["n-shot"][name] for name in names} == dict.fromkeys(names, 5)
     assert "average acc" in capsys.readouterr().out
     (samples,) = (tmp_path / "run").glob("samples_arc_easy_*")
     context = json.loads(samples.read_text().splitlines()[0])["arguments"]["gen_args_0"]["arg_0"]
-    assert context.count("Question: What melts ice") == 1  # no examples
+    assert context.count("Question: What melts ice") == 6  # with 5 examples
 
 
 def test_the_mmlu_suite_has_57_subjects_and_5_examples(make_config, data_root, tmp_path):  # noqa: F811

@@ -97,7 +97,8 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Path("model/tokenizer_config.json").write_text("{"), "tokenizer_config.json cannot be read"
     ),
     "tokenizer_config.json is a list": (
-        lambda: Path("model/tokenizer_config.json").write_text("[]"), "tokenizer_config.json is not a JSON object"
+        lambda: Path("model/tokenizer_config.json").write_text("[]"),
+        "tokenizer_config.json cannot be read: it is not a JSON object",
     ),
     "a special token is unknown": (
         lambda: with_json("model/tokenizer_config.json", eos_token="<none>"), "is not in the vocabulary"
