@@ -92,7 +92,7 @@ def read_seal(directory: Path) -> dict[str, Any]:
         expected = {name: (int(f["bytes"]), str(f["xxh3_128"])) for name, f in seal["files"].items()}
         run_id, name = str(seal["run_id"]), str(seal["name"])
     except ValueError as error:
-        raise CheckpointError(f"{directory} is no checkpoint: {SEAL} cannot be read: {error}") from error
+        raise CheckpointError(f"{directory / SEAL} cannot be read: {error}; a checkpoint is named step_N") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory / SEAL} cannot be read: {error!r}") from error
     return {**seal, "files": expected, "run_id": run_id, "name": name}
