@@ -6,10 +6,10 @@ Each row runs in a separate process. A round has one run of each row: with sever
 all rows alike. There are two kinds of runs:
 
 - time: seconds between two logged steps, without the first two. Methods with draws draw every 10 steps, and OwLore with
-  all layers makes new bases then. With 12 steps, the mean covers ten steps, one of
-  them with new bases, or with quantized layers a share of them in each step. The backward
-  pass ends at the lowest active layer, so a step's time depends on the draw: OwLore has the seed whose timed steps come
-  nearest to the expected depth of backward, and BAdam trains the two layers in the middle of the model.
+  all layers makes new bases then. With 12 steps, the mean covers ten steps, one of them with new bases. With all layers
+  quantized, each step makes some of them. The backward pass ends at the lowest active layer, so a step's time depends
+  on the draw: OwLore has the seed whose timed steps come nearest to the expected depth of backward, and BAdam trains
+  the two layers in the middle of the model.
 - memory, only for methods with draws: a draw at every step; peak memory up to the second and the twentieth step.
 
 Memory is the resident size of the process on the CPU, and the allocator's peak on CUDA.

@@ -38,8 +38,8 @@ def report(rows: list[Row]) -> list[str]:
         "weights; OwLore has them in bf16, and trains A in float32. OwLore, LoRA and BAdam train no embeddings. On "
         "CPUs with AMX, products of fp32 weights are in bfloat16 too. The runs used these CPUs: "
         f"{'; '.join(processors)}. A step time of 1 is that of {REFERENCE}, which ran in turn with each method on one "
-        f"machine ({'; '.join(machines)}). Its own value shows the noise.{_earlier_code(costs, runs)} ± "
-        f"is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
+        f"machine ({'; '.join(machines)}). Its own value shows the noise.{_earlier_code(costs, runs)} "
+        f"± is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
         "problems, ± their standard error. A method is in a table once its learning rate is tuned for its number of "
         "steps. Commands: `python benchmarks/quality.py --data DIR`, whose docstring "
         "describes the study, and `python benchmarks/quality_report.py`.",

@@ -70,8 +70,8 @@ class Suite:
     def __init__(self, cfg: DictConfig, tokenizer: HFChatTokenizer, max_seq_len: int) -> None:
         self.cfg = cfg
         self.apply_chat_template = tokenizer.is_chat if cfg.apply_chat_template is None else cfg.apply_chat_template
-        names = list(cfg.tasks) if isinstance(cfg.tasks, ListConfig) else str(cfg.tasks or "").split(",")
-        names = [name for name in names if name != ""]
+        tasks = [] if cfg.tasks is None else cfg.tasks
+        names = list(tasks) if isinstance(tasks, list | ListConfig) else str(tasks).split(",")
         for name in names:
             check_type("tasks", name, str)
         data_files = dict(cfg.data_files or {})

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,8 @@ from uuid import uuid4
 
 import xxhash
 from torchtune.utils import get_logger
+
+from owlore_tune.errors import ConfigError
 
 LARGEST_NUMBER = 1e18  # of a file that a person may have edited: 64-bit integers and sums hold it
 
@@ -118,7 +119,10 @@ def files_digest(files: Iterable[Path], *, use_cache: bool = True) -> str:
 
     Each file's checksum is cached by path, size and modification time, because reading 7B weights takes seconds.
     """
-    cache = cache_directory() / "digests.json"
+    try:
+        cache = cache_directory() / "digests.json"
+    except ConfigError:
+        use_cache = False  # it only saves time
     known = _read_cache(cache) if use_cache else {}
     digests, is_new = {}, False
     for file in files:
@@ -133,10 +137,15 @@ def files_digest(files: Iterable[Path], *, use_cache: bool = True) -> str:
 
 
 def cache_directory() -> Path:
-    """``owlore`` under ``$XDG_CACHE_HOME`` or ``~/.cache``; without a home, in the directory of temporary files."""
-    home = os.path.expanduser("~")  # itself for a user without one
-    default = f"{home}/.cache" if os.path.isabs(home) else tempfile.gettempdir()
-    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "owlore"
+    """``owlore`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        ConfigError: for a user without a home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # itself without a home
+    if base.startswith("~"):
+        raise ConfigError("this user has no home directory for a cache; set XDG_CACHE_HOME=DIR")
+    return Path(base) / "owlore"
 
 
 def _read_cache(file: Path) -> dict[str, str]:

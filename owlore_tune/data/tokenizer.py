@@ -210,8 +210,9 @@ class HFChatTokenizer:
         self._template.environment.globals["strftime_now"] = self.now.strftime
         try:
             return self._template.render(
-                **{"messages": turns, "tools": None, "documents": None},  # templates ask whether these are none
-                **{"add_generation_prompt": add_generation_prompt, "enable_thinking": self.enable_thinking},
+                messages=turns,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=self.enable_thinking,
                 **special,
             )
         except Exception as error:  # a template is a program and can raise anything
@@ -341,7 +342,7 @@ def _compile_template(source: str) -> Template:
     # The settings and helpers that chat templates expect.
     extensions = [loopcontrols, _Generation]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.globals["raise_exception"] = raise_exception
+    environment.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None}
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     try:
         return environment.from_string(source)

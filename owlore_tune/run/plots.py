@@ -137,9 +137,8 @@ def plot_loss(
     """
     figure, axes = _figure(9, 3.8)
     _mark_draws(axes, draws, label="new layers")
-    losses = [
-        math.nan if step["loss"] is None else step["loss"] for step in steps
-    ]  # null: it was not finite, or there was none
+    # A loss is null if it was not finite, or no token was trained.
+    losses = [math.nan if step["loss"] is None else step["loss"] for step in steps]
     axes.plot([step["step"] for step in steps], losses, color=BLUE, linewidth=1.2, label="training")
     if held_out := [(step, loss) for step, loss in held_out if loss is not None]:
         axes.plot(*zip(*held_out, strict=True), color=ORANGE, marker="s", linestyle="--", label="held out")

@@ -6,7 +6,6 @@ lm-evaluation-harness.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,14 @@ def write_random(cfg: DictConfig, directory: Path) -> None:
         raise ConfigError(f"{directory} exists; choose another directory, or remove it first")
     with torch.device("meta"):
         model = build("model", cfg.model)
-    directory.mkdir(parents=True)
     try:
-        write_weights(model, directory)
-        write_tokenizer(directory)
-        (directory / "config.json").write_text(json.dumps(hf_config(model, model_type), indent=2))
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)  # made above
-        raise
+        convert_weights.tune_to_hf(model.state_dict(), **head_sizes(model))
+    except Exception as error:  # torchtune's error of a name that it does not know
+        raise ConfigError(f"model: {error}; random weights need a model without adapters") from error
+    directory.mkdir(parents=True)
+    write_weights(model, directory)
+    write_tokenizer(directory)
+    (directory / "config.json").write_text(json.dumps(hf_config(model, model_type), indent=2))
 
 
 def write_weights(model: Any, directory: Path, shard_bytes: int = 10**9) -> None:
@@ -61,10 +60,7 @@ def write_weights(model: Any, directory: Path, shard_bytes: int = 10**9) -> None
     for number, shard in enumerate(tqdm(pieces, desc="Writing random weights", unit="shard"), start=1):
         name = f"model-{number:05}-of-{len(pieces):05}.safetensors"
         weights = {key: random_weight(parameter, generator) for key, parameter in shard.items()}
-        try:
-            converted = convert_weights.tune_to_hf(weights, **head_sizes(model))
-        except Exception as error:  # torchtune's error of a name that it does not know
-            raise ConfigError(f"model: {error}; random weights need a model without adapters") from error
+        converted = convert_weights.tune_to_hf(weights, **head_sizes(model))
         save_file({k: v.contiguous() for k, v in converted.items()}, directory / name, metadata={"format": "pt"})
         readable_by_others(directory / name)
         weight_map |= dict.fromkeys(converted, name)

@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import stat
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from owlore_tune.checkpoints.sealed import verify
 from owlore_tune.checkpoints.steps import StepCheckpoints
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.files import cache_directory, partial_name, write_json
+from owlore_tune.files import cache_directory, files_digest, partial_name, write_json
 from owlore_tune.run.directory import RUN_FILE
 from owlore_tune.run.records import Records, read_records
 from owlore_tune.run.scoring import score_model
@@ -257,10 +256,16 @@ def test_a_record_that_a_full_disk_cuts_leaves_whole_lines(tmp_path):
     assert [step["step"] for step in records.steps] == [1, 2, 3]
 
 
-def test_a_user_without_a_home_has_a_cache_among_temporary_files(monkeypatch):
+def test_a_user_without_a_home_has_no_cache(monkeypatch, tmp_path):
+    """A run needs none. A cache among temporary files could be another user's."""
+    (tmp_path / "file").write_text("content")
+    expected = files_digest([tmp_path / "file"])
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    assert cache_directory() == Path(tempfile.gettempdir()) / "owlore"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no home directory for a cache; set XDG_CACHE_HOME=DIR"):
+        cache_directory()
+    assert files_digest([tmp_path / "file"]) == expected and names(tmp_path) == {"file"}
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes():
