@@ -58,7 +58,7 @@ def _earlier_code(costs: dict[str, Row], runs: list[Row]) -> str:
     """Say of which methods the step was measured with other code than that of the runs."""
     codes = {row["method"]: row["code"] for row in runs}
     names = [name for name, cost in costs.items() if cost.get("code") != codes.get(name, cost.get("code"))]
-    return f" Measured with earlier code: {'; '.join(names)}." if names else ""
+    return f" Step time and memory were measured with earlier code for: {'; '.join(names)}." if names else ""
 
 
 def budgets(runs: list[Row]) -> list[int]:

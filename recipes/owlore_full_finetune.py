@@ -95,6 +95,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self.inputs, self._identity = resume.matching_inputs(settings, saved, checkpoint, world)
         self.loss_fn, self.model, self.layers, self.optimizer = self._setup_model()
         self._lr_scheduler = build.build_lr_scheduler(settings, self.optimizer, self.inputs.data.num_steps)
+        settings.warn_if_short(self.inputs.data.num_steps, len(self.layers.layers))
         self._profiler = build.build_profiler(settings)
         self.quantized, self.scores = self.load_checkpoint(checkpoint, saved)
         self.layers.masters = self.quantized
@@ -150,8 +151,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             self.quantized.fill_store()
         attempt(lambda: self.scores.save(self.run.path / SCORES_FILE))
         measure = partial(measured_bytes, self.model, self.layers, self.optimizer, self._memory, self._device)
-        probabilities = self.schedule.sampler.probabilities.tolist()
-        attempt(lambda: self.report.start(self.settings, self.run.run_id, self.plan, probabilities, measure))
+        attempt(lambda: self.report.start(self.settings, self.run.run_id, self.plan, self.schedule.sampler, measure))
         attempt(lambda: self.report.write_manifest(self.progress, self._step_dir()))
 
     def train(self) -> None:

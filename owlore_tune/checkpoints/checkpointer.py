@@ -47,7 +47,8 @@ class HFCheckpointer:
 
     Args:
         checkpoint_dir: directory with ``config.json`` and weights (safetensors, else PyTorch ``.bin``).
-        model_type: torchtune's name of the weight layout, such as ``LLAMA2``, ``LLAMA3_2``, ``MISTRAL``, ``QWEN2``.
+        model_type: torchtune's name of the weight layout, such as ``LLAMA2``, ``LLAMA3_2``, ``MISTRAL``, ``QWEN2``; or
+            ``HF`` for a model of `owlore_tune.models.hf_decoder`.
         checkpoint_files: names in ``checkpoint_dir``; all its weights if omitted.
 
     Raises:

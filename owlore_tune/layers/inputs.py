@@ -26,7 +26,7 @@ def input_norms(
         batches: as `owlore_tune.layers.scores.layer_scores`. Without any, the norms are None.
     """
     layers = [InputSquares(layer) for layer in find_layers(model)]
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     num_batches = 0
     try:
@@ -38,7 +38,8 @@ def input_norms(
             model(**inputs)
             num_batches += 1
     finally:
-        model.train(was_training)
+        for module, is_training in modes.items():
+            module.training = is_training
         reshard(model)
         for layer in layers:
             layer.remove()

@@ -63,7 +63,8 @@ class ProjectedLayers:
     parameters of the layers, such as norms, as they are. Its gradients are ordinary: accumulation, clipping, gradient
     scalers and schedules work unchanged.
 
-    With any optimizer, this is GaLore's projected optimizer (arXiv 2403.03507) for the layers that are active.
+    With any optimizer and ``side="shape"``, this is GaLore's projected optimizer (arXiv 2403.03507) for the layers that
+    are active.
 
     Args:
         model: a decoder of torchtune or transformers. Its weights may be loaded later, in place.

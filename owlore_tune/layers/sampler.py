@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+HOST = torch.device("cpu")
 DRAWS: dict[str, type["Draw"]] = {}
 
 
@@ -169,14 +170,16 @@ class LayerSampler:
         if draw not in DRAWS:
             raise ValueError(f"draw={draw!r}; choose one of {', '.join(DRAWS)}")
         self.num_active = num_active
-        self.probabilities = torch.tensor(inclusion_probabilities(scores, num_active), dtype=torch.float64)
         self.kind = draw
-        self._draw = DRAWS[draw](self.probabilities, torch.tensor(scores, dtype=torch.float64), num_active)
+        with HOST:
+            self.probabilities = torch.tensor(inclusion_probabilities(scores, num_active), dtype=torch.float64)
+            self._draw = DRAWS[draw](self.probabilities, torch.tensor(scores, dtype=torch.float64), num_active)
         self._generator = torch.Generator().manual_seed(seed)
 
     def draw(self) -> list[int]:
         """The indices of the next active layers, ascending."""
-        return sorted(self._draw.draw(self._generator).tolist())
+        with HOST:
+            return sorted(self._draw.draw(self._generator).tolist())
 
     def peek(self) -> list[int]:
         """The layers that the next `draw` returns."""

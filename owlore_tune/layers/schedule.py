@@ -19,12 +19,11 @@ import torch
 from torch.optim import Optimizer
 
 from owlore_tune.layers.projected import ProjectedLayers
-from owlore_tune.layers.sampler import LayerSampler
-from owlore_tune.optim.moments import MOMENTS, carry_moments, check_decay, move_state
+from owlore_tune.layers.sampler import HOST, LayerSampler
+from owlore_tune.optim.moments import MOMENTS, carry_moments, check_moments, check_optimizer, move_state
 from owlore_tune.optim.projected import ProjectedWeight
 
 INACTIVE_STATES = ("drop", "offload", "keep")
-HOST = torch.device("cpu")
 _with_schedule: WeakSet[Optimizer] = WeakSet()
 
 
@@ -79,18 +78,24 @@ class Schedule:
         ):  # fmt: skip
             if value not in choices:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(choices)}")
+        if (scored := len(sampler.probabilities)) != len(layers.layers):
+            raise ValueError(
+                f"the sampler has scores of {scored} layers, and the model has {len(layers.layers)} layers; pass "
+                "the scores of this model"
+            )
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         if missing := sum(parameter not in known for parameter in layers.parameters()):
             raise ValueError(
                 f"the optimizer lacks {missing} parameters that can train; make it from layers.parameter_groups(), "
                 "not from model.parameters()"
             )
-        check_decay(optimizer)
+        check_optimizer(optimizer)
         if optimizer in _with_schedule:
             raise ValueError("this optimizer already has a schedule; make a new optimizer for a new schedule")
         _with_schedule.add(optimizer)
         self.layers = layers
-        self.optimizer = optimizer
+        self.optimizer: Optimizer = optimizer
         self.sampler = sampler
         self._resample_every = resample_every
         self._update_gap = update_gap
@@ -264,6 +269,9 @@ class Schedule:
                 weight.decay_by(factor_of.get(weight.trained, 1.0))
         for index in self.active:
             layers.layers[index].age += 1
+            if self._moments == "project":
+                for weight in layers.layers[index].weights.values():
+                    check_moments(self.optimizer, weight.trained)
         layers.write_back()
         layers.num_steps += 1
 

@@ -166,6 +166,8 @@ class HeavyTail(Score):
     def of_layer(self, layer: nn.Module, place: Place, norms: InputNorms | None) -> float:
         estimates = []
         for _, linear in find_linears(layer):
+            if min(linear.weight.shape) < 2:
+                continue  # a single eigenvalue has no tail
             weight = full(linear.weight).to(_compute_dtype(linear.weight))
             if not weight.isfinite().all():  # the decomposition would not converge
                 return math.nan
@@ -186,9 +188,10 @@ def layer_scores(
     Args:
         model: a decoder of torchtune or transformers.
         score: a `Score`, or the name of one with default options.
-        batches: calibration inputs, keyword arguments of the model's forward (``tokens`` (b, s), and as needed
-            ``mask``, ``input_pos``) on its device. The optional key ``valid`` (b, s), bool, is False for padding, which
-            does not count. It is not passed to the model. They are only read if the score needs inputs.
+        batches: calibration inputs, keyword arguments of the model's forward, on its device: ``tokens`` (b, s), and as
+            needed ``mask``, ``input_pos``, for torchtune's; such as ``input_ids`` (b, s) for transformers' own. The
+            optional key ``valid`` (b, s), bool, is False for padding, which does not count. It is not passed to the
+            model. They are only read if the score needs inputs.
         world: processes with batches of their own; all get the scores over all batches.
 
     Raises:

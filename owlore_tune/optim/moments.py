@@ -26,19 +26,32 @@ def carry_moments(optimizer: Optimizer, parameter: Tensor, turn: Tensor, moments
         optimizer.state.pop(parameter, None)
     if moments != "project" or not (state := optimizer.state.get(parameter)):
         return
-    if not state.keys() >= {"exp_avg", "exp_avg_sq"}:
-        raise ValueError(f"moments=project; {type(optimizer).__name__} has no exp_avg and exp_avg_sq to project")
-    for key, matrix in (("exp_avg", turn), ("exp_avg_sq", turn.square())):
+    check_moments(optimizer, parameter)
+    turns = {"exp_avg": turn, "exp_avg_sq": turn.square(), "max_exp_avg_sq": turn.square()}  # the last one of AMSGrad
+    for key, matrix in ((key, turns[key]) for key in turns if key in state):
         moment = state[key] if type(state[key]) is Tensor else state[key].dequantize()
         state[key].copy_(moment @ matrix if right else matrix.T @ moment)
 
 
-def check_decay(optimizer: Optimizer) -> None:
+def check_moments(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Raise ValueError if the optimizer has a state of ``parameter`` without moments that can be projected."""
+    state = optimizer.state.get(parameter)
+    if state and not state.keys() >= {"exp_avg", "exp_avg_sq"}:
+        raise ValueError(f"moments=project; {type(optimizer).__name__} has no exp_avg and exp_avg_sq to project")
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
     """
     Raises:
-        ValueError: if the optimizer has weight decay that is not known to be decoupled. It could act on A, and
-            not on the weight.
+        ValueError: if the optimizer has weight decay that is not known to be decoupled, which could act on A and not on
+            the weight; or a state of parameters that have no values yet.
     """
+    states = (value for state in optimizer.state.values() for value in state.values())
+    if any(torch.is_tensor(value) and value.ndim and not value.numel() for value in states):
+        raise ValueError(
+            f"{type(optimizer).__name__} makes its state before A has values; use one that makes it in its first "
+            "step, such as AdamW"
+        )
     for group in optimizer.param_groups:
         is_decoupled = group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
         if group.get("weight_decay", 0.0) and not is_decoupled:

@@ -143,7 +143,8 @@ class ProjectedWeight:
         rows = x.reshape(-1, x.shape[-1])
         product, bias = self._own_forward(rows), self.linear.bias
         if self._decay is not None:
-            product = product * self._decay if bias is None else (product - bias) * self._decay + bias
+            shift = None if bias is None else bias.to(product.dtype)  # which autocast may round
+            product = product * self._decay if shift is None else (product - shift) * self._decay + shift
         if self.basis is not None:
             product = self._with_update(product, rows)
         elif torch.is_grad_enabled() and (len(rows) or self.world.size > 1):  # other processes may have rows
@@ -198,7 +199,8 @@ class ProjectedWeight:
     def _begin(self, basis: Tensor, is_given: Tensor) -> None:
         self.is_given, self.is_new = is_given, True
         self.turn = None if self.start is None else self.start.to(basis.dtype).T @ basis
-        self.basis = basis.to(self.linear.weight.dtype)
+        # 0 · NaN would be NaN in forward and in a merge, until this basis is given up.
+        self.basis = torch.where(is_given, basis, 0.0).to(self.linear.weight.dtype)
 
     def take_basis(self, basis: Basis) -> None:
         """Begin with a randomized basis, and with the gradient of A that it gives."""
@@ -222,7 +224,7 @@ class ProjectedWeight:
             return
         self.decay *= factor
         if self._decay is None:
-            self._decay = torch.ones((), dtype=torch.float64)
+            self._decay = torch.ones((), dtype=torch.float64, device="cpu")
         self._decay.fill_(self.decay)
 
     @torch.no_grad()
@@ -293,7 +295,7 @@ class ProjectedWeight:
         for key, value in state.items():
             setattr(self, key, value.to(self.device, copy=True) if torch.is_tensor(value) else value)
         if self.decay != 1.0:
-            self._decay = torch.full((), self.decay, dtype=torch.float64)
+            self._decay = torch.full((), self.decay, dtype=torch.float64, device="cpu")
 
 
 class _WithNewBasis(torch.autograd.Function):

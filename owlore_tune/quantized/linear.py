@@ -86,7 +86,9 @@ def in_full_precision(modules: dict[Any, Tensor]) -> Iterator[None]:
 
 def set_value(parameter: Tensor, value: Tensor) -> None:
     """Give ``parameter`` another value, of any shape and on any device; it stays the same object."""
-    torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
+    trains = parameter.requires_grad
+    parameter.requires_grad_(True)  # a graph that still exists may have its node of autograd, which is swapped too
+    torch.utils.swap_tensors(parameter, nn.Parameter(value, trains))
 
 
 def rounding_error(module: Any, weight: Tensor, basis: Tensor, right: bool) -> Tensor:

@@ -30,7 +30,7 @@ from owlore_tune.models.attention import attend_by_sample
 from owlore_tune.models.decoder import Decoder, find_layers, model_parts
 from owlore_tune.models.fused import fuse_parts
 from owlore_tune.models.output import set_output
-from owlore_tune.optim.moments import check_decay
+from owlore_tune.optim.moments import check_optimizer
 from owlore_tune.run.settings import TrainingSettings, tokenizer_files
 
 LOGGER_METHODS = ("log_dict", "log_config", "close")
@@ -238,7 +238,7 @@ def build_optimizer(settings: TrainingSettings, groups: list[Any]) -> torch.opti
     """The config's optimizer over parameter groups.
 
     Raises:
-        ConfigError: if it cannot be built, needs a closure, or has weight decay that is not decoupled.
+        ConfigError: if it cannot be built, needs a closure, or cannot train A.
     """
     node = settings.cfg.optimizer
     for key, value in node.items():
@@ -250,9 +250,9 @@ def build_optimizer(settings: TrainingSettings, groups: list[Any]) -> torch.opti
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(f"optimizer._component_={node._component_} needs a closure, which the recipe does not have")
     try:
-        check_decay(optimizer)
+        check_optimizer(optimizer)
     except ValueError as error:
-        raise ConfigError(f"optimizer.{error}") from error
+        raise ConfigError(f"optimizer: {error}") from error
     return optimizer
 
 

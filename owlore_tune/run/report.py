@@ -20,6 +20,7 @@ from owlore_tune.distributed.world import ALONE, World, local
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import write_json
 from owlore_tune.layers.projected import ProjectedLayers
+from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.layers.scores_file import SCORES_FILE
 from owlore_tune.memory.measure import PeakMemory
 from owlore_tune.memory.plan import MemoryPlan
@@ -61,7 +62,7 @@ class Report:
         settings: TrainingSettings,
         run_id: str,
         plan: MemoryPlan,
-        probabilities: list[float],
+        sampler: LayerSampler,
         measure_memory: Callable[[], dict[str, int]],
     ) -> None:
         """Open the metric logger, log the config through it, and write the files of the records.
@@ -69,7 +70,7 @@ class Report:
         Args:
             run_id: of the directory.
             plan: memory plan.
-            probabilities: each layer's probability to be in a draw.
+            sampler: of the layers, for each one's probability to be in a draw.
             measure_memory: returns bytes by category, see `measured_bytes`.
         """
         cfg, self._run_id, self._log_every = settings.cfg, run_id, settings.cfg.log_every_n_steps
@@ -86,7 +87,7 @@ class Report:
             "machine": machine(settings.device),
             "config": plain(settings.cfg),
             "seed": cfg.seed,
-            "probabilities": probabilities,
+            "probabilities": sampler.probabilities.tolist(),
         }
         self.records.start()
 

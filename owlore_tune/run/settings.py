@@ -1,11 +1,14 @@
 """The settings of a training run: the fields of its config, checked and parsed once."""
 
+import logging
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torchtune import utils
 
 from owlore_tune.checks import check_type
 from owlore_tune.config import check_config, check_keys, device_and_dtype, find_component
@@ -20,6 +23,8 @@ from owlore_tune.optim.projection import BASES, SIDES
 from owlore_tune.paths import user_path
 from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.run.directory import check_creatable
+
+log = utils.get_logger("INFO")
 
 # Arguments that the recipe passes to components.
 SUPPLIED = {
@@ -225,6 +230,22 @@ class TrainingSettings:
             raise ConfigError(
                 "fsdp_cpu_offload=true; it needs FSDP2: launch with tune run --nproc_per_node N and "
                 "owlore.weights=full, or set it to false"
+            )
+
+    def warn_if_short(self, num_steps: int, num_layers: int) -> None:
+        """Warn if the run ends before its learning rate is full, or before a second draw."""
+        warn = partial(utils.log_rank_zero, log, level=logging.WARNING)
+        warmup = (self.cfg.lr_scheduler or {}).get("num_warmup_steps", 0)
+        if warmup >= num_steps:
+            warn(
+                f"lr_scheduler.num_warmup_steps={warmup}, and the run has {num_steps} steps, so the learning rate "
+                "never reaches optimizer.lr. Lower num_warmup_steps, or train for more steps."
+            )
+        num_active = self.owlore.num_active_layers or num_layers
+        if num_active < num_layers and num_steps <= self.owlore.resample_every:
+            warn(
+                f"owlore.resample_every={self.owlore.resample_every}, and the run has {num_steps} steps, so only the "
+                f"first draw, {num_active} of {num_layers} layers, trains. Lower it, or train for more steps."
             )
 
     def shards(self) -> bool:

@@ -259,6 +259,14 @@ def test_weight_decay_leaves_the_bias(side):
         torch.testing.assert_close(got, grad, atol=1e-4, rtol=1e-4)
 
 
+def test_weight_decay_keeps_the_dtype_of_autocast():
+    linear = nn.Linear(24, 16)
+    weight = projected_of(linear, 8)
+    weight.decay_by(0.9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.randn(6, 24)).dtype == torch.bfloat16
+
+
 def test_backward_keeps_low_inputs_and_not_whole_ones():
     linear = linear_of(torch.randn(96, 64))
     projected_of(linear, 4)
@@ -284,6 +292,9 @@ def test_a_gradient_without_a_basis_leaves_the_weight_and_a_later_one_gives_it(v
     give_gradient(linear, torch.full((24, 16), value))
     assert weight.is_new and not weight.is_given
     assert (not weight.trained.grad.any()) if value == 0 else not weight.trained.grad.isfinite().all()
+    merged, x = linear.weight.detach().clone(), torch.randn(3, 16, generator=seeded())
+    weight.merge_into(merged)  # without a step between, as after one that a gradient scaler skips
+    assert torch.equal(merged, linear.weight) and torch.equal(linear(x), x @ linear.weight.T)
     weight.give_up_basis()
     assert weight.basis is None and weight.trained.grad is None
     give_gradient(linear, torch.randn(24, 16, generator=seeded()))

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from schedules import loss_of, setup
+from tiny import tiny_llama
 from torch import nn
 from torchtune.models.llama2 import llama2
 
@@ -16,6 +18,7 @@ from owlore_tune.quantized import formats
 from owlore_tune.quantized.formats import FORMATS, Int8Weight, NF4Weight, QuantizedWeight, format_of
 from owlore_tune.quantized.linear import quantizable_outside, quantize, restore, weight_of
 from owlore_tune.run import validation
+from owlore_tune.trainer import quantize_layers
 from runs import (
     after_step,
     changed,
@@ -48,6 +51,23 @@ def test_a_format_is_near_the_weight_and_small(kind, most, dtype):
     assert torch.linalg.vector_norm((back - weight).float()) < most * torch.linalg.vector_norm(weight.float())
     assert torch.equal(stored.dequantize(dtype, slice(5, 9)), back[5:9])
     assert stored.nbytes <= weight.numel() * (1.04 if kind == "int8" else 0.54)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_layers_that_train_as_they_are_are_drawn_while_a_loss_exists(kind, tokens, tmp_path):
+    """The graph of the loss holds their parameters."""
+    model = tiny_llama()
+    layers, optimizer, schedule = setup(model, rank=None, every=1)
+    layers.masters = quantize_layers(model, kind, tmp_path / "masters")
+    drawn = []
+    for _ in range(6):
+        schedule.begin_step()
+        drawn.append(schedule.active)
+        loss = loss_of(model, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len({*map(tuple, drawn)}) > 1 and loss.isfinite()
 
 
 def test_zeros_and_widths_that_blocks_do_not_divide():

@@ -98,3 +98,10 @@ def test_a_restored_sampler_continues_the_schedule_whatever_else_is_random(draw)
 def test_unknown_draw_is_refused():
     with pytest.raises(ValueError, match="draw='sistematic'; choose one of systematic"):
         LayerSampler([1, 1], 1, "sistematic")
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_draws_do_not_depend_on_the_default_device(draw):
+    expected = LayerSampler(SCORES, 3, draw).draw()
+    with torch.device("meta"):
+        assert LayerSampler(SCORES, 3, draw).draw() == expected

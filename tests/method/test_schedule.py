@@ -6,6 +6,7 @@ from io import BytesIO
 
 import pytest
 import torch
+from accelerate import Accelerator
 from reference import train_with_full_gradients
 from schedules import changed, loss_of, setup, train, weights_of
 from tiny import tiny_llama
@@ -18,7 +19,7 @@ from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.layers.schedule import Schedule
 from owlore_tune.models.decoder import find_layers, model_parts
-from owlore_tune.optim.moments import state_bytes
+from owlore_tune.optim.moments import carry_moments, state_bytes
 from owlore_tune.optim.whole import WholeParameter
 
 
@@ -390,9 +391,44 @@ def test_an_optimizer_of_the_models_parameters_is_refused(tokens):
 
 def test_projecting_the_moments_of_an_optimizer_without_them_is_refused(tokens):
     model = tiny_llama()
-    parts = setup(model, moments="project", update_gap=1, build=torch.optim.SGD, momentum=0.9)
+    parts = setup(model, moments="project", build=torch.optim.SGD, momentum=0.9)
     with pytest.raises(ValueError, match="moments=project; SGD has no exp_avg and exp_avg_sq to project"):
-        train(model, parts, tokens)
+        train(model, parts, tokens, num_steps=1)  # and not at the first refresh
+
+
+def test_the_largest_second_moment_of_amsgrad_is_projected_too():
+    parameter = torch.nn.Parameter(torch.zeros(6, 4))
+    optimizer = torch.optim.Adam([parameter], amsgrad=True)
+    parameter.grad = torch.randn(6, 4)
+    optimizer.step()
+    turn, expected = torch.eye(4).roll(1, 0), optimizer.state[parameter]["max_exp_avg_sq"].roll(-1, 1)
+    carry_moments(optimizer, parameter, turn, "project", right=True)
+    assert torch.equal(optimizer.state[parameter]["max_exp_avg_sq"], expected)
+
+
+def test_an_optimizer_that_makes_its_state_before_a_has_values_is_refused():
+    with pytest.raises(ValueError, match="Adagrad makes its state before A has values; use one that makes it in its"):
+        setup(tiny_llama(), build=torch.optim.Adagrad)
+
+
+@pytest.mark.parametrize("scored", [3, 5])
+def test_scores_of_another_number_of_layers_are_refused(scored):
+    """Layers without a score would never train."""
+    layers = ProjectedLayers(tiny_llama(), rank=8)
+    optimizer = torch.optim.AdamW(layers.parameter_groups())
+    with pytest.raises(ValueError, match=f"the sampler has scores of {scored} layers, and the model has 4 layers"):
+        Schedule(layers, optimizer, LayerSampler([1.0] * scored, 2))
+
+
+def test_an_optimizer_that_accelerate_has_wrapped_trains_the_same(tokens):
+    found = []
+    for prepare in (lambda optimizer: optimizer, Accelerator(cpu=True).prepare):
+        model = tiny_llama()
+        layers = ProjectedLayers(model, rank=8)
+        optimizer = prepare(torch.optim.AdamW(layers.parameter_groups(), lr=1e-2))
+        train(model, (layers, optimizer, Schedule(layers, optimizer, LayerSampler([1.0] * 4, 2))), tokens)
+        found.append(weights_of(model, layers))
+    assert not changed(*found) and changed(found[0], weights_of(tiny_llama()))
 
 
 @pytest.mark.parametrize("build", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])

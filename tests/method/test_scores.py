@@ -48,6 +48,22 @@ def test_heavy_tail_tells_a_heavy_spectrum_from_a_flat_one():
     assert heavy == pytest.approx(2.0 * unit, rel=1e-2)
 
 
+def test_heavy_tail_leaves_out_a_weight_with_one_row():
+    """Such as the gate of a shared expert: a single eigenvalue has no tail."""
+    model = tiny_llama(num_layers=2)
+    before = layer_scores(model, "heavy_tail")
+    for layer in model.layers:
+        layer.gate = torch.nn.Linear(32, 1)
+    assert layer_scores(model, "heavy_tail") == before
+
+
+def test_scoring_leaves_each_module_in_its_mode(tokens):
+    model = tiny_llama().train()
+    model.layers[1].eval()
+    layer_scores(model, "outlier", [{"tokens": tokens}])
+    assert [layer.training for layer in model.layers] == [True, False, True, True]
+
+
 def test_all_scores_are_usable(tokens):
     model = tiny_llama()
     for score in SCORES:

@@ -98,7 +98,7 @@ def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(qua
     ]  # fmt: skip
     lines = quality_report.report(rows)
     assert "The runs used these CPUs: the CPU of new rows. " in lines[2]
-    assert f" Measured with earlier code: {lora}. " in lines[2]
+    assert f" Step time and memory were measured with earlier code for: {lora}. " in lines[2]
     in_time, after = (
         next(i for i, line in enumerate(lines) if title in line) for title in ("## In the time", "## Aft")
     )

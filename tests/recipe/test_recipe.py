@@ -22,6 +22,10 @@ from owlore_tune.run.scoring import score_model
 from owlore_tune.run.settings import TrainingSettings
 from runs import changed_by_draw, finetune, prepare, read_weights, start, variant, weights
 
+COSINE = {
+    "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
+}  # fmt: skip
+
 
 def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
     """`tune run` in a subprocess. All output files exist and agree."""
@@ -155,9 +159,7 @@ def test_validation_schedule_profiler_and_tensorboard(tiny_config):
         metric_logger={
             "_component_": "torchtune.training.metric_logging.TensorBoardLogger", "log_dir": f"{output}/tensorboard"
         },
-        lr_scheduler={
-            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
-        },
+        lr_scheduler=COSINE,
         profiler={
             "_component_": "torchtune.training.setup_torch_profiler", "enabled": True, "cuda": False, "xpu": False,
             "wait_steps": 1, "warmup_steps": 1, "active_steps": 2, "num_cycles": 1, "output_dir": f"{output}/traces",
@@ -280,10 +282,7 @@ def test_clipping_shortens_the_steps(tiny_config):
 
 
 def test_the_schedule_ends_with_the_run(tiny_config):
-    schedule = {
-        "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
-    }  # fmt: skip
-    config = variant(tiny_config, "cosine", lr_scheduler=schedule, dataset_val=None)
+    config = variant(tiny_config, "cosine", lr_scheduler=COSINE, dataset_val=None)
     rates = [step["lr"] for step in finetune(config).report.records.steps]
     peak = config["optimizer"]["lr"]
     assert len(rates) == 10 and max(rates) == pytest.approx(peak) and rates[-1] < 0.05 * peak
@@ -305,6 +304,17 @@ def test_every_epoch_has_another_order(tiny_config):
     ]
     first, second = ([[token for token in row if token] for row in rows] for rows in epochs)  # without padding
     assert first != second and sorted(first) == sorted(second)
+
+
+def test_a_run_too_short_for_its_schedules_logs_warnings(tiny_config, caplog):
+    prepare(variant(tiny_config, "short", lr_scheduler=COSINE, max_steps_per_epoch=2))
+    assert "num_warmup_steps=2, and the run has 2 steps, so the learning rate never reaches" in caplog.text
+    assert "resample_every=3, and the run has 2 steps, so only the first draw, 2 of 4 layers, trains" in caplog.text
+    caplog.clear()
+    prepare(variant(tiny_config, "longer", lr_scheduler=COSINE, max_steps_per_epoch=4))
+    all_layers = {"owlore__num_active_layers": None, "owlore__score": "uniform"}
+    prepare(variant(tiny_config, "all", max_steps_per_epoch=3, **all_layers))
+    assert "and the run has" not in caplog.text
 
 
 def test_scoring_alone(tiny_config):

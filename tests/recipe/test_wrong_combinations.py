@@ -15,7 +15,8 @@ TRAINING: dict[tuple[str, ...], str] = {
     # fields of the owlore block
     ("owlore.products=int8", "owlore.weights=nf4"): "owlore.products=int8 needs owlore.weights=int8, not nf4",
     ("owlore.products=int8", "owlore.weights=full"): "owlore.products=int8 needs owlore.weights=int8, not full",
-    ("optimizer=torch.optim.Adam", "optimizer.weight_decay=0.1"): "optimizer.weight_decay=0.1; that of Adam is not known to be decoupled",
+    ("optimizer=torch.optim.Adam", "optimizer.weight_decay=0.1"): "optimizer: weight_decay=0.1; that of Adam is not known to be decoupled",
+    ("optimizer=torch.optim.Adagrad", "~optimizer.betas", "~optimizer.fused"): "optimizer: Adagrad makes its state before A has values; use one that makes it in its first step, such as AdamW",
     ("optimizer=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps", "~optimizer.fused", "optimizer.momentum=0.9", "owlore.moments=project"): "optimizer._component_=torch.optim.SGD cannot be used: moments=project; SGD has no exp_avg and exp_avg_sq to project",
     ("owlore.draw=bernoulli", "device_memory_limit=20"): "device_memory_limit cannot be guaranteed with owlore.draw=bernoulli, which may draw all layers",
     ("owlore.num_active_layers=5", "owlore.draw=sequential"): "owlore.num_active_layers=5",
