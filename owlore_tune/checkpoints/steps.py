@@ -43,6 +43,10 @@ class StepCheckpoints:
         """Directories that another run or the user made. A truncated seal that contains the run's id is the run's."""
         return [directory for directory in self.all() if not self._may_set_aside(directory)]
 
+    def unsealed(self) -> list[Path]:
+        """Directories without a seal, or with an empty one, such as the rest of a checkpoint that is partly removed."""
+        return [directory for directory in self.all() if not _has_seal(directory)]
+
     def newest(self) -> Path | None:
         """The newest complete and undamaged checkpoint of the run; None if the run has saved none yet.
 
@@ -101,6 +105,13 @@ class StepCheckpoints:
             except OSError:
                 return False
         return is_of_run(directory, self._run_id)
+
+
+def _has_seal(directory: Path) -> bool:
+    try:
+        return (directory / SEAL).stat().st_size > 0
+    except OSError:
+        return False
 
 
 def step_of(directory: Path) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 Batch = dict[str, Tensor]
 
@@ -16,7 +17,9 @@ def collate_packed(samples: list[dict[str, Tensor]]) -> Batch:
     GPU in the machine they are for flex attention, which a run on the CPU and the attention of Gemma 2 cannot use.
     """
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "input_pos")}
-    return batch | {"sample_number": torch.stack([_numbers(sample["seq_lens"]) for sample in samples])}
+    batch["sample_number"] = numbers = torch.stack([_numbers(sample["seq_lens"]) for sample in samples])
+    is_first = numbers.diff(dim=1, prepend=numbers[:, :1]) > 0  # which the sample before it cannot predict
+    return batch | {"labels": batch["labels"].masked_fill(is_first, CROSS_ENTROPY_IGNORE_IDX)}
 
 
 def _numbers(seq_lens: Any) -> Tensor:  # (number of samples,) → (s,)

@@ -13,7 +13,13 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from torchtune.utils import get_logger
 
 from owlore_tune.data.rows import read_file
-from owlore_tune.data.transforms import ChoicesToMessages, InstructionToMessages, ProblemToMessages, RowTransform
+from owlore_tune.data.transforms import (
+    ChoicesToMessages,
+    ConversationToMessages,
+    InstructionToMessages,
+    ProblemToMessages,
+    RowTransform,
+)
 from owlore_tune.paths import user_path
 
 log = get_logger("INFO")
@@ -91,6 +97,24 @@ def instruction_dataset(
             field. Rows with blank text are skipped, with a warning.
     """
     return _dataset(tokenizer, InstructionToMessages(), source=source, data_files=data_files, packed=packed)
+
+
+def chat_dataset(
+    tokenizer: ModelTokenizer,
+    *,
+    source: str | None = None,
+    data_files: str | list[str] | None = None,
+    packed: bool = False,
+) -> SFTDataset | PackedDataset:
+    """Conversations in OpenAI's format: rows of ``messages``, a list of objects with ``role`` and ``content``.
+
+    The roles are system, user and assistant, in turns. The loss covers all answers of the assistant. Raises the errors
+    of `instruction_dataset`, also for calls of tools and contents that are not text.
+
+    Args:
+        source, data_files, packed: as for `instruction_dataset`.
+    """
+    return _dataset(tokenizer, ConversationToMessages(), source=source, data_files=data_files, packed=packed)
 
 
 def mmlu_train_dataset(
@@ -216,7 +240,7 @@ def _add_good_rows(
         problem = transform.problem(row if isinstance(row, dict) else {})
         if problem:
             raise ValueError(f"{where}: row {number} has {problem}")
-        if all(row[field].strip() for field in transform.texts):
+        if not transform.is_blank(row):
             rows.append(row)
             places.append((where, number))
     num_good = len(rows) - num_before

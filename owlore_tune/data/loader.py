@@ -157,7 +157,9 @@ class HeldOutData:
 def _read(batches: Iterator[Batch], count: int) -> list[Batch]:
     try:
         return list(islice(batches, count))
-    except (KeyError, IndexError, TypeError, AttributeError) as error:  # of a dataset that is not ours
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of a dataset that is not ours
         raise ValueError(f"a row of the dataset does not fit its component: {error!r}") from error
 
 

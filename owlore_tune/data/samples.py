@@ -7,18 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, OpenAIToMessages
 from torchtune.datasets import ConcatDataset, PackedDataset
 
 from owlore_tune.data.builders import RowsDataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.data.transforms import ConversationToMessages
 from owlore_tune.errors import ConfigError
 
 MOST_ROWS = 1000  # tokenized to find the longest row, or for a digest
 
 
 def check_samples(key: str, dataset: Any, collate: Callable[[list[Any]], Any], collate_name: str) -> None:
-    """Raise ValueError if training cannot use the first sample, or a batch of it."""
+    """Raise ValueError if training cannot use the first sample, a batch of it, or a conversation."""
+    for part in getattr(dataset, "_datasets", [dataset]):
+        _check_conversations(key, part)
     try:
         sample = dataset[0]
     except ValueError:
@@ -33,6 +36,18 @@ def check_samples(key: str, dataset: Any, collate: Callable[[list[Any]], Any], c
         raise ValueError(f"collate_fn={collate_name} cannot make a batch of {key}'s samples: {error!r}") from error
     if not isinstance(batch, dict) or not {"tokens", "labels"} <= batch.keys():
         raise ValueError(f"collate_fn={collate_name} does not make batches with tokens and labels")
+
+
+def _check_conversations(key: str, dataset: Any) -> None:
+    """Raise ValueError if torchtune's transform of OpenAI's format would take the text of another message for one
+    without text, such as a call of a tool."""
+    rows = getattr(dataset, "ds", dataset)  # of a packed one
+    transform = getattr(rows, "_message_transform", None)
+    if isinstance(transform, OpenAIToMessages):
+        check = ConversationToMessages(transform._column_map["messages"])
+        for number, row in enumerate(rows._data):
+            if problem := check.problem(row):
+                raise ValueError(f"{key}: row {number} has {problem}")
 
 
 def check_labels(key: str, dataset: Any, max_seq_len: int | None) -> None:
@@ -82,11 +97,20 @@ def longest_row(dataset: Any, max_seq_len: int | None) -> int:
 
 
 def read_sample(dataset: Any, index: int) -> dict[str, Any]:
-    """The sample of a row. Raise ValueError if the row does not fit a dataset that is not ours."""
+    """The sample of a row. Raise ValueError if the row cannot be used."""
     try:
         return dataset[index]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and isinstance(dataset, RowsDataset | ConcatDataset):
+            raise  # it names the row
         raise ValueError(f"row {index} does not fit the dataset's component: {error!r}") from error
+
+
+def _without_address(value: Any) -> str:
+    """A text for a value that JSON does not have; for an object such as an image, without its place in memory."""
+    return type(value).__qualname__ if type(value).__str__ is object.__str__ else str(value)
 
 
 def dataset_digest(dataset: Any) -> str:
@@ -108,5 +132,5 @@ def dataset_digest(dataset: Any) -> str:
         if rows is None:
             rows = [read_sample(dataset, i) for i in range(0, len(dataset), math.ceil(len(dataset) / MOST_ROWS))]
         for row in rows:
-            digest.update(json.dumps(row, default=str, sort_keys=True).encode())
+            digest.update(json.dumps(row, default=_without_address, sort_keys=True).encode())
     return digest.hexdigest()[:16]

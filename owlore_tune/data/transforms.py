@@ -1,10 +1,10 @@
-"""Transforms of dataset rows to a user message and an assistant message."""
+"""Transforms of dataset rows to messages of a user and an assistant."""
 
 from collections.abc import Mapping
 from string import ascii_uppercase
 from typing import Any
 
-from torchtune.data import Message
+from torchtune.data import Message, validate_messages
 from torchtune.modules.transforms import Transform
 
 
@@ -26,6 +26,10 @@ class RowTransform(Transform):
             if isinstance(value, str) and not is_unicode(value):
                 return f"an unpaired surrogate in field {field!r}, which is not valid Unicode"
         return None
+
+    def is_blank(self, row: Mapping[str, Any]) -> bool:
+        """Whether a valid row has a text without a visible character."""
+        return not all(row[field].strip() for field in self.texts)
 
     def prompt_and_answer(self, row: Mapping[str, Any]) -> tuple[str, str]:
         raise NotImplementedError
@@ -79,6 +83,60 @@ class ChoicesToMessages(RowTransform):
     def prompt_and_answer(self, row: Mapping[str, Any]) -> tuple[str, str]:
         choices = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, row["choices"], strict=False)]
         return "\n".join([row["question"].strip(), *choices, "Answer:"]), ascii_uppercase[row["answer"]]
+
+
+class ConversationToMessages(RowTransform):
+    """Rows of ``messages``: a list of objects with a ``role`` and a text, ``content``. Answers of the assistant train.
+
+    Args:
+        field: that has the messages.
+    """
+
+    def __init__(self, field: str = "messages") -> None:
+        self._field = field
+        self.texts = (field,)
+
+    def problem(self, row: Mapping[str, Any]) -> str | None:
+        messages = row.get(self._field)
+        if not isinstance(messages, list):
+            return f"no list in field {self._field!r}"
+        for number, message in enumerate(messages):
+            if problem := _problem_of(message if isinstance(message, dict) else {}):
+                return f"{problem} in message {number} of field {self._field!r}"
+        try:
+            validate_messages(self(row)["messages"])
+        except ValueError as error:
+            return f"messages that do not take turns: {error}"
+        return None if any(message["role"] == "assistant" for message in messages) else "no answer of an assistant"
+
+    def is_blank(self, row: Mapping[str, Any]) -> bool:
+        return not all(_text_of(message["content"]).strip() for message in row[self._field])
+
+    def __call__(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+        messages = [(message["role"], _text_of(message["content"])) for message in sample[self._field]]
+        return {"messages": [Message(role=role, content=text, masked=role != "assistant") for role, text in messages]}
+
+
+def _problem_of(message: Mapping[str, Any]) -> str | None:
+    role = message.get("role")
+    if role not in ("system", "user", "assistant"):
+        return f"the role {role!r}, which is not system, user or assistant,"
+    if message.get("tool_calls"):
+        return "tool_calls, which cannot be trained,"
+    text = _text_of(message.get("content"))
+    if text is None:
+        return "no text in 'content'"
+    return None if is_unicode(text) else "an unpaired surrogate, which is not valid Unicode,"
+
+
+def _text_of(content: Any) -> Any:
+    """The text of a message, which can be in parts; None if it has another content."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts: list[Any] = [
+        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+    ]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 def is_unicode(text: str) -> bool:

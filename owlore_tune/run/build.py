@@ -111,8 +111,7 @@ def _build_dataset(cfg: DictConfig, key: str, tokenizer: Any) -> tuple[Any, Coll
     collate = collate_packed if is_packed(cfg[key]) else padded
     try:
         check_samples(key, dataset, collate, cfg.collate_fn)
-        if key == "dataset":
-            check_labels(key, dataset, tokenizer.max_seq_len)
+        check_labels(key, dataset, tokenizer.max_seq_len)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return dataset, collate
@@ -131,10 +130,10 @@ def is_packed(node: DictConfig | ListConfig) -> bool:
 def row_length(settings: TrainingSettings, inputs: Inputs) -> int:
     """Tokens of the longest training row; an estimate if there are too many rows, see `longest_row`."""
     max_seq_len = inputs.tokenizer.max_seq_len
-    if is_packed(settings.cfg.dataset):
-        return max_seq_len
     try:
-        return longest_row(inputs.data.dataset, max_seq_len)
+        if inputs.held_out is not None:
+            longest_row(inputs.held_out.dataset, max_seq_len)  # so that a row that cannot be used raises now
+        return max_seq_len if is_packed(settings.cfg.dataset) else longest_row(inputs.data.dataset, max_seq_len)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from uuid import uuid4
 
-from owlore_tune.checkpoints.sealed import remove_leftovers, verify
+from owlore_tune.checkpoints.sealed import SEAL, remove_leftovers, verify
 from owlore_tune.checkpoints.steps import StepCheckpoints
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError, RunError
@@ -142,10 +142,15 @@ class RunDirectory:
             names: files that the run writes. They may exist if the directory belongs to the run.
 
         Raises:
-            ConfigError: naming the first checkpoint or file that the run did not make.
+            ConfigError: naming the first checkpoint or file that the run did not make, or the rest of a checkpoint.
         """
         steps = self.steps.foreign() if self.is_known else self.steps.all()
         taken = [] if self.is_known else [name for name in names if os.path.lexists(self.path / name)]
+        if self.is_known and (unsealed := self.steps.unsealed()):
+            raise ConfigError(
+                f"{unsealed[0]} has no {SEAL}, or an empty one; if it is what is left of a checkpoint, remove it; else "
+                "choose another output_dir"
+            )
         if found := [*(directory.name for directory in steps), *taken]:
             raise ConfigError(
                 f"output_dir={self.path} has {found[0]}, which this run did not make; choose another directory"

@@ -16,7 +16,7 @@ from owlore_tune.checkpoints.steps import step_of
 from owlore_tune.config import changed_fields, plain
 from owlore_tune.data.samples import dataset_digest
 from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.distributed.world import ALONE, RankError, World, is_known_to_all
+from owlore_tune.distributed.world import ALONE, RankError, World, is_known_to_all, known_to_all
 from owlore_tune.errors import CheckpointError, ConfigError, DivergedError, RunError, is_out_of_memory, message_of
 from owlore_tune.files import files_digest
 from owlore_tune.run.build import Inputs, build_inputs
@@ -24,6 +24,7 @@ from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.manifest import versions
 from owlore_tune.run.report import OUTPUT_FILES
 from owlore_tune.run.settings import FIXED, FREE_PATHS, TrainingSettings, tokenizer_files
+from owlore_tune.run.signals import stop_request
 
 BASE_WEIGHTS = "base weights (checkpointer.checkpoint_dir)"  # name of their digest, for messages too
 # Errors from data or files.
@@ -80,6 +81,7 @@ def _claim(run: RunDirectory, wanted: bool | str) -> Path | None:
 def identity(settings: TrainingSettings, inputs: Inputs, world: World = ALONE) -> dict[str, Any]:
     """Facts about a run, saved in every checkpoint and compared on resume."""
     digests = world.share(world.attempt(lambda: input_digests(settings, inputs), first_alone=True))
+    _check_same_data(inputs, world)
     return {
         "config": plain(settings.cfg),
         "resolved": _resolved_digest(settings),
@@ -88,6 +90,17 @@ def identity(settings: TrainingSettings, inputs: Inputs, world: World = ALONE) -
         "now": getattr(inputs.tokenizer, "now", datetime.now()).isoformat(),
         "versions": versions(),
     }
+
+
+def _check_same_data(inputs: Inputs, world: World) -> None:
+    """Raise ConfigError if processes read different rows, such as those of older files on another machine."""
+    if world.size == 1:
+        return
+    parts = {"dataset": inputs.data, "dataset_val": inputs.held_out}
+    found = {name: dataset_digest(part.dataset) for name, part in parts.items() if part is not None}
+    for rank, other in enumerate(world.gather(found)):
+        for name in (name for name in found if other[name] != found[name]):
+            raise known_to_all(ConfigError(f"{name} has other rows on rank {rank}; give all machines the same files"))
 
 
 def matching_inputs(
@@ -208,10 +221,11 @@ def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: C
     Raises:
         RunError: for an expected error, with its message. Another one is a bug, whose traceback should be shown.
     """
-    note = _rescued(error, run, step, world, save)
-    if isinstance(error, EXPECTED_ERRORS) or is_out_of_memory(error):
-        raise RunError(f"{message_of(error)}. {note}") from error
-    print(note, file=sys.stderr)
+    with stop_request().deferred():  # a signal would end the save
+        note = _rescued(error, run, step, world, save)
+        if isinstance(error, EXPECTED_ERRORS) or is_out_of_memory(error):
+            raise RunError(f"{message_of(error)}. {note}") from error
+        print(note, file=sys.stderr)
 
 
 def _rescued(error: Exception, run: RunDirectory, step: int, world: World, save: Callable[[], None] | None) -> str:

@@ -432,6 +432,17 @@ def test_values_that_do_not_go_with_several_ranks_are_refused(config, fake_ranks
         build_inputs(TrainingSettings.from_config(OmegaConf.create(config | {"batch_size": 21})), current_world())
 
 
+def test_ranks_with_other_rows_are_refused(config, tiny_data, tmp_path):
+    """As from files of two machines that are not the same."""
+    rows = json.loads(tiny_data.read_text())
+    for rank in range(2):
+        (tmp_path / f"rows_{rank}.json").write_text(json.dumps(rows[rank:] + rows[:rank]))
+    data = {"dataset__data_files": str(tmp_path / "rows_${oc.env:RANK}.json"), "dataset_val": None}
+    done = run_ranks(2, "train", write(on_ranks(2, config, "other_rows", **data)))
+    assert all(done.codes)
+    assert "dataset has other rows on rank 1; give all machines the same files" in done.output
+
+
 def test_a_value_for_several_ranks_is_refused_on_one_device(config):
     with pytest.raises(ConfigError, match="fsdp_cpu_offload=true; it needs FSDP2: launch with tune run --nproc_per"):
         recipe_of(config | {"fsdp_cpu_offload": True})

@@ -7,9 +7,10 @@ from datasets import Dataset
 from tiny import save_tokenizer
 from tokenizers import Tokenizer
 
-from owlore_tune.data import gsm8k_dataset, instruction_dataset, mmlu_dev_dataset, mmlu_train_dataset
+from owlore_tune.data import chat_dataset, gsm8k_dataset, instruction_dataset, mmlu_dev_dataset, mmlu_train_dataset
+from owlore_tune.data.batches import collate_packed
 from owlore_tune.data.loader import TrainingData
-from owlore_tune.data.samples import MOST_ROWS, longest_row
+from owlore_tune.data.samples import MOST_ROWS, dataset_digest, longest_row
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError
 from runs import prepare, variant
@@ -76,9 +77,33 @@ def test_blank_rows_are_left_out_and_counted(tokenizer, tmp_path, caplog):
     assert "skipped 1 of 2 rows with blank instruction or output" in caplog.text
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_answers_of_a_conversation_are_trained(packed, tokenizer, tmp_path, caplog):
+    blank = {"messages": [turn("user", "a"), turn("assistant", " ")]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(CHAT)}\n{json.dumps(blank)}\n")
+    dataset = chat_dataset(tokenizer, data_files=str(tmp_path / "rows.jsonl"), packed=packed)
+    assert len(dataset) == 1 and "skipped 1 of 2 rows with blank messages" in caplog.text
+    tokens, labels = (torch.as_tensor(dataset[0][key]).tolist() for key in ("tokens", "labels"))
+    trained = [label for label in labels if label != -100]
+    assert tokenizer.decode(trained, skip_special_tokens=False) == "3<|end|>7<|end|>"
+    assert [tokenizer.decode(tokens).count(text) for text in ("Be brief.", "1 + 2?", "And 3 + 4?")] == [1, 1, 1]
+
+
 INSTRUCTION = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 CHOICE = {"question": " Which? ", "subject": "logic", "choices": ["this", "that", "both", "none"], "answer": 2}
 PROBLEM = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
+
+
+def turn(role: str, content) -> dict:
+    return {"role": role, "content": content}
+
+
+CHAT = {
+    "messages": [
+        turn("system", "Be brief."), turn("user", "1 + 2?"), turn("assistant", "3"),
+        turn("user", [{"type": "text", "text": "And "}, {"type": "text", "text": "3 + 4?"}]), turn("assistant", "7"),
+    ]
+}  # fmt: skip
 # The paper's training sets: builder, a row, its file on the hub, prompt text, and answer text.
 TRAININGS = {
     "Commonsense170K and Alpaca-GPT4": (instruction_dataset, INSTRUCTION, "data/train", "Add.\n1 and 2", "3"),
@@ -132,10 +157,23 @@ def test_the_papers_trainings(training, packed, tokenizer, tmp_path):
         (gsm8k_dataset, {"answer": 4}, "row 1 has no text in field 'answer'"),
         (instruction_dataset, {"output": None}, "row 1 has no text in field 'output'"),
         (instruction_dataset, {"input": 5}, "row 1 has 5 in field 'input', which is not text"),
+        (chat_dataset, {"messages": "Hi"}, "row 1 has no list in field 'messages'"),
+        (chat_dataset, {"messages": [5]}, "row 1 has the role None, which is not system, user or assistant"),
+        (chat_dataset, {"messages": [turn("tool", "5")]}, "row 1 has the role 'tool', which is not system, user or"),
+        (chat_dataset, {"messages": [turn("user", None)]}, "row 1 has no text in 'content' in message 0 of field 'mes"),
+        (chat_dataset, {"messages": [turn("user", [{"type": "image"}])]}, "row 1 has no text in 'content' in message"),
+        (chat_dataset, {"messages": [turn("user", "\ud800")]}, "row 1 has an unpaired surrogate"),
+        (
+            chat_dataset, {"messages": [turn("user", "a"), turn("assistant", "") | {"tool_calls": [{"id": "1"}]}]},
+            "row 1 has tool_calls, which cannot be trained, in message 1",
+        ),
+        (chat_dataset, {"messages": [turn("user", "a")] * 2}, "row 1 has messages that do not take turns: Two consec"),
+        (chat_dataset, {"messages": [turn("system", "a"), turn("user", "b")]}, "row 1 has no answer of an assistant"),
     ],
-)
+)  # fmt: skip
 def test_rows_of_another_schema_are_refused(builder, change, message, tokenizer, tmp_path):
-    row = {mmlu_train_dataset: CHOICE, gsm8k_dataset: PROBLEM, instruction_dataset: INSTRUCTION}[builder]
+    rows = {mmlu_train_dataset: CHOICE, gsm8k_dataset: PROBLEM, instruction_dataset: INSTRUCTION, chat_dataset: CHAT}
+    row = rows[builder]
     (tmp_path / "rows.json").write_text(json.dumps([row, row | change]))
     with pytest.raises(ValueError, match=f"data_files=.*rows.json: {message}"):
         builder(tokenizer, data_files=str(tmp_path / "rows.json"))
@@ -230,6 +268,37 @@ def test_a_row_that_does_not_fit_is_named_while_memory_is_planned(tiny_config, t
     config = tiny_config | {"batch_size": 1, "dataset": dataset | {"data_files": str(tmp_path / "rows.json")}}
     with pytest.raises(ConfigError, match="row 1 does not fit the dataset's component: TypeError"):
         prepare(config)
+
+
+def test_torchtunes_conversations_without_a_text_are_refused(tiny_config, tmp_path):
+    """Its transform takes the text of the message before."""
+    call = turn("assistant", None) | {"tool_calls": [{"id": "1", "type": "function"}]}
+    (tmp_path / "rows.json").write_text(json.dumps([CHAT, {"messages": [turn("user", "Weather?"), call]}]))
+    dataset = {
+        "_component_": "torchtune.datasets.chat_dataset", "source": "json", "conversation_column": "messages",
+        "conversation_style": "openai", "data_files": str(tmp_path / "rows.json"),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="dataset: row 1 has tool_calls, which cannot be trained, in message 1"):
+        prepare(tiny_config | {"batch_size": 1, "dataset": dataset | {"split": "train"}})
+
+
+def test_a_digest_has_no_place_in_memory():
+    class Picture:
+        def __repr__(self) -> str:
+            return f"<Picture at {id(self)}>"
+
+    pictures = [Picture(), Picture()]
+    first, second, other = (
+        [{"text": text, "picture": p}] for text, p in zip("aab", [*pictures, Picture()], strict=True)
+    )
+    assert dataset_digest(first) == dataset_digest(second) != dataset_digest(other)
+
+
+def test_a_packed_sample_does_not_predict_the_next_ones_first_token():
+    """Which has a label if all tokens have one, as in a dataset of texts."""
+    sample = {"tokens": torch.arange(6), "labels": torch.arange(6), "input_pos": torch.tensor([0, 1, 2, 0, 1, 0])}
+    labels = collate_packed([sample | {"seq_lens": torch.tensor([3, 2, 1])}])["labels"]
+    assert labels.tolist() == [[0, 1, 2, -100, 4, -100]]
 
 
 def test_a_row_that_cannot_be_read_ends_its_own_step():

@@ -243,6 +243,23 @@ def test_a_bug_keeps_its_traceback_and_loses_no_step(tiny_config, capsys):
     assert "The state after step 3 is saved in" in capsys.readouterr().err
 
 
+def test_a_signal_does_not_end_the_save_after_an_error(tiny_config, monkeypatch, capsys):
+    config = variant(tiny_config, "saved", dataset_val=None)
+    original = OwLoreFullFinetuneRecipe.save_checkpoint
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self)
+
+    monkeypatch.setattr(OwLoreFullFinetuneRecipe, "save_checkpoint", interrupted)
+    with obey_signals():
+        recipe = broken_at(config, 3, "reporting", OSError("full"))
+        with pytest.raises(RunError, match="full. The state after step 3 is saved in .*step_3"):
+            recipe.train()
+        recipe.cleanup()
+    assert [d.name for d in checkpoints(config)] == ["step_3"]
+
+
 def test_a_row_that_is_too_long_is_named(tiny_config, tmp_path, monkeypatch):
     """The long row is not among the rows that are checked before the run, so training finds it."""
     rows = [{"instruction": f"what is {i}?", "output": "x " * (400 if i == 31 else 1)} for i in range(40)]
@@ -299,8 +316,8 @@ def test_a_bad_row_of_held_out_data_is_told_in_one_line(tiny_config, tmp_path):
     (tmp_path / "val.json").write_text(json.dumps(rows))
     config = variant(tiny_config, "val")
     config["dataset_val"]["data_files"] = str(tmp_path / "val.json")
-    with pytest.raises(RunError, match=r"val.json: row 3 has \d+ tokens, and the model takes 256"):
-        finetune(config)
+    with pytest.raises(ConfigError, match=r"val.json: row 3 has \d+ tokens, and the model takes 256"):
+        prepare(config)
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny_config):

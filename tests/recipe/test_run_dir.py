@@ -167,6 +167,11 @@ def test_a_damaged_seal_is_passed_over_and_set_aside(tiny_config):
     (output_dir / "step_12" / "checkpoint.json").write_text("of another program")
     with pytest.raises(ConfigError, match="step_12, which this run did not make"):
         finetune(config | {"resume_from_checkpoint": True})
+    (output_dir / "step_12" / "checkpoint.json").write_text("")
+    with pytest.raises(
+        ConfigError, match="step_12 has no checkpoint.json, or an empty one; if it is what is left of a"
+    ):
+        finetune(config | {"resume_from_checkpoint": True})
     shutil.rmtree(output_dir / "step_12")
     seal.write_text(half := seal.read_text()[:100])
     finetune(config | {"resume_from_checkpoint": True})
