@@ -6,6 +6,14 @@ from pathlib import Path
 from owlore_tune.errors import ConfigError
 
 
+def way_out(directory: Path) -> str:
+    """What to do about a model directory that lacks a file: choose a checkpoint if it is that of a run."""
+    steps = [path for path in directory.glob("step_*") if path.name[5:].isdigit()]
+    if steps:
+        return f"name a checkpoint in it, such as {max(steps, key=lambda path: int(path.name[5:]))}"
+    return "download the model first (see the top of the config)"
+
+
 def user_path(text: str | Path) -> Path:
     """The path that ``text`` names, with ``~`` replaced by the home directory.
 

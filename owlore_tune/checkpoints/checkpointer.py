@@ -24,7 +24,7 @@ from owlore_tune.files import files_digest, read_object, readable_by_others
 from owlore_tune.models.decoder import init_rope, plain_name
 from owlore_tune.models.hf_model import HFDecoder, check_config
 from owlore_tune.models.twin import check_builder
-from owlore_tune.paths import user_path
+from owlore_tune.paths import user_path, way_out
 
 SHARD_BYTES = 2 * 10**9
 # Files copied into a checkpoint, from the directory of the tokenizer and that of the model. config.json is rewritten.
@@ -65,13 +65,14 @@ class HFCheckpointer:
         self.checkpoint_dir = user_path(checkpoint_dir)
         if not self.checkpoint_dir.is_dir():
             raise ValueError(
-                f"checkpointer.checkpoint_dir={checkpoint_dir} is not a directory; "
-                "download the model first (see the top of the config)"
+                f"checkpointer.checkpoint_dir={checkpoint_dir} is not a directory; {way_out(self.checkpoint_dir)}"
             )
         try:
             self.config = read_object(self.checkpoint_dir / "config.json")
         except ValueError as error:
-            raise ValueError(f"no readable config.json in {self.checkpoint_dir}: {error}") from error
+            raise ValueError(
+                f"no readable config.json in {self.checkpoint_dir}: {error}; {way_out(self.checkpoint_dir)}"
+            ) from error
         if self.config.get("quantization_config") is not None:
             raise ValueError(
                 f"{self.checkpoint_dir}: config.json has a quantization_config "

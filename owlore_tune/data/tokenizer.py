@@ -18,7 +18,7 @@ from torchtune.data import Message
 
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import read_object
-from owlore_tune.paths import user_path
+from owlore_tune.paths import user_path, way_out
 
 CHAT_TEMPLATES = ("model", "plain")
 # Prompt, answer, EOS. The answer is on a new line, or after a space if the prompt ends in a colon, such as "Answer:".
@@ -67,9 +67,7 @@ class HFChatTokenizer:
         self.directory = directory = user_path(path)
         file = directory / "tokenizer.json"
         if not file.is_file():
-            raise ValueError(
-                f"tokenizer.path={path} has no tokenizer.json; download the model first (see the top of the config)"
-            )
+            raise ValueError(f"tokenizer.path={path} has no tokenizer.json; {way_out(directory)}")
         if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int)):
             raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be a whole number, or null for no limit")
         if max_seq_len is not None and max_seq_len < 1:

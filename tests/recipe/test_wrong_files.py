@@ -92,6 +92,10 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     "tokenizer.json is broken": (
         lambda: Path("model/tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"
     ),
+    "the model directory is that of a run": (
+        lambda: (Path("model/tokenizer.json").unlink(), *(Path("model", f"step_{n}").mkdir() for n in (3, 20))),
+        "has no tokenizer.json; name a checkpoint in it, such as model/step_20",
+    ),
     "tokenizer.json is missing": (lambda: Path("model/tokenizer.json").unlink(), "has no tokenizer.json"),
     "tokenizer_config.json is broken": (
         lambda: Path("model/tokenizer_config.json").write_text("{"), "tokenizer_config.json cannot be read"
