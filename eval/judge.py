@@ -132,12 +132,13 @@ class Judge(LocalChatCompletion):
         payload = self._create_payload(self.create_message(messages))
 
         async def attempt() -> str:
-            async with sem, asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.timeout):
                 text = await self._post(session, payload)
             return text.replace(self._key, "***") if self._key else text
 
         try:
-            text = await self._retry(attempt)()
+            async with sem:  # also between attempts: others would use up what the endpoint allows in a minute
+                text = await self._retry(attempt)()
         except (ClientError, TimeoutError, ValueError) as error:
             self.failures.append(_reason(error))
             return [""]

@@ -2,7 +2,7 @@
 
 This follows the single-answer mode of FastChat's llm_judge: temperatures by category, prompts and reference answers
 from its files, one judgment per turn. Unlike FastChat, it works with any harness model, saves answers and judgments as
-they arrive, and counts failed judgments.
+they arrive, counts failed judgments, and takes no rating outside of 1 to 10.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -81,9 +82,8 @@ class MTBench:
         judgments, failures = self.judge(answers, directory / "judgments.jsonl")
         scores = self._scores(judgments)
         self._check_coverage(scores[MT_BENCH]["coverage,none"], failures, directory)
-        categories = {
-            name.removeprefix(f"{MT_BENCH}_"): s["score,none"] for name, s in scores.items() if name != MT_BENCH
-        }
+        rated = {name: values["score,none"] for name, values in scores.items() if "score,none" in values}
+        categories = {name.removeprefix(f"{MT_BENCH}_"): rated[name] for name in rated if name != MT_BENCH}
         plot_radar(directory / "mt_bench.png", categories, highest=10)
         return _as_results(scores, self._samples(answers, judgments))
 
@@ -145,18 +145,19 @@ class MTBench:
     ) -> tuple[dict[tuple[int, int, int], dict[str, Any]], Counter[str]]:
         """Return judgments by (question id, turn, repeat), and the number of failed requests by reason.
 
-        A judgment in ``file`` is reused if the judge and the request are the same.
+        A judgment in ``file`` is reused if the endpoint's host, the judge and the request are the same.
         """
         config = self._judge_config
         assert config is not None
-        known = {(row["judge"], row["request"], row["repeat"]): row for row in _rated(file)}
+        known = {(row["host"], row["judge"], row["request"], row["repeat"]): row for row in _rated(file)}
+        host = urlsplit(config.base_url).hostname
         judgments, missing = {}, []
         for question in self._questions:
             for turn in (1, 2):
                 chat = judge_chat(self._prompts, question, answers[question.question_id], turn)
                 for repeat in range(config.repeats):
                     key = (question.question_id, turn, repeat)
-                    if row := known.get((config.model, _digest(chat), repeat)):
+                    if row := known.get((host, config.model, _digest(chat), repeat)):
                         judgments[key] = row
                     else:
                         missing.append((key, chat))
@@ -164,7 +165,7 @@ class MTBench:
         def keep(number: int, text: str) -> None:
             key, chat = missing[number]
             judgments[key] = {
-                "question_id": key[0], "turn": key[1], "repeat": key[2], "judge": config.model,
+                "question_id": key[0], "turn": key[1], "repeat": key[2], "host": host, "judge": config.model,
                 "request": _digest(chat), "judgment": text, "score": parse_rating(text), "tstamp": time.time(),
             }  # fmt: skip
             append_line(file, judgments[key])
@@ -190,7 +191,8 @@ class MTBench:
     def _score(
         self, questions: list[Question], judgments: dict[tuple[int, int, int], dict[str, Any]]
     ) -> dict[str, float]:
-        """Compute the mean over answers of the median over repeats, with turn means, spread and coverage."""
+        """The mean over answers of the median over repeats, with turn means, spread and coverage; only those that are
+        numbers, since JSON has no other."""
         assert self._judge_config is not None
         repeats = range(self._judge_config.repeats)
         medians: dict[int, list[float]] = {1: [], 2: []}
@@ -212,7 +214,7 @@ class MTBench:
         expected = 2 * len(questions) * len(repeats)
         every = medians[1] + medians[2]
         means = [statistics.fmean(ratings) for ratings in by_repeat if ratings]
-        return {
+        found = {
             "score,none": _mean(every),
             "score_stderr,none": statistics.stdev(every) / math.sqrt(len(every)) if len(every) > 1 else math.nan,
             "turn_1,none": _mean(medians[1]),
@@ -222,6 +224,7 @@ class MTBench:
             "unparsable,none": unparsable,
             "missing,none": expected - judged,
         }
+        return {metric: value for metric, value in found.items() if not math.isnan(value)}
 
     def _check_coverage(self, coverage: float, failures: Counter[str], directory: Path) -> None:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in failures.most_common())
@@ -231,7 +234,8 @@ class MTBench:
             raise RunError(
                 f"only {coverage:.1%} of the judgments have a rating, min_coverage={self._min_coverage}"
                 + (f" ({reasons})" if reasons else "")
-                + f"; finished judgments are in {directory}; run the same command again to get the rest"
+                + f"; finished judgments are in {directory}; run the same command again to get the rest, with a lower "
+                "judge.num_concurrent if the endpoint limits the rate"
             )
 
     def _samples(
@@ -287,7 +291,8 @@ def _read(file: Path, fields: Iterable[str]) -> list[dict[str, Any]]:
 
 def _rated(file: Path) -> list[dict[str, Any]]:
     """Read judgments. Those without a rating are requested again, like failed ones."""
-    return [row for row in _read(file, ("judge", "request", "repeat", "score")) if row["score"] is not None]
+    fields = ("host", "judge", "request", "repeat", "score")
+    return [row for row in _read(file, fields) if row["score"] is not None]
 
 
 def _digest(content: Any) -> str:

@@ -11,8 +11,11 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torchtune.utils import get_logger
 
 from owlore_tune.models.decoder import Decoder, hidden_states
+
+log = get_logger("INFO")
 
 Result = tuple[float, bool]  # log-likelihood, whether it is the greedy continuation
 _HEAD_POSITIONS = 512  # per call of the output head, to limit the memory of logits
@@ -53,6 +56,12 @@ class Row:
         return [Row([], [Branch(self.prefix + b.context, b.continuations, b.requests)]) for b in self.branches]
 
 
+def warn_if_cut(lengths: list[int], longest: int) -> None:
+    """Log how many prompts of these ``lengths`` are cut."""
+    if cut := sum(length > longest for length in lengths):
+        log.warning(f"{cut} of {len(lengths)} prompts have no room in {longest} tokens, and lose their beginning.")
+
+
 def make_rows(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Row]:
     """Group (context, continuation) requests into rows, longest first.
 
@@ -61,6 +70,7 @@ def make_rows(requests: list[tuple[list[int], list[int]]], max_length: int) -> l
     Raises:
         ValueError: if a continuation is longer than ``max_length``.
     """
+    warn_if_cut([len(context) + len(continuation) - 1 for context, continuation in requests], max_length)
     branches: list[Branch] = []
     latest: dict[tuple[int, ...], Branch] = {}
     for index, (context, continuation) in enumerate(requests):

@@ -105,7 +105,16 @@ class Suite:
                 "this model has no chat template, or tokenizer.chat_template=plain; set apply_chat_template=null and "
                 "remove mt_bench"
             )
+        self._check_thinking(tokenizer)
         self._check_generation(min(cfg.max_length or max_seq_len, max_seq_len), tokenizer.generation_config)
+
+    def _check_thinking(self, tokenizer: HFChatTokenizer) -> None:
+        scored = [task.task_name for task in leaf_tasks(self._tasks) if task.OUTPUT_TYPE != "generate_until"]
+        if tokenizer.enable_thinking and self.apply_chat_template and scored:
+            raise ConfigError(
+                f"tokenizer.enable_thinking=true: {scored[0]} is scored by log-likelihood, where the reasoning would "
+                "begin; set it to false, or choose tasks that generate"
+            )
 
     def _check_generation(self, length: int, defaults: dict[str, float]) -> None:
         if self._mt_bench is not None and self.cfg.max_new_tokens >= length:

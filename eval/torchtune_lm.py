@@ -21,7 +21,7 @@ from tqdm import tqdm
 from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
 from owlore_evals.generation import NOT_FINITE, Prompts, generate
 from owlore_evals.ranks import patient_world, share
-from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows
+from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows, warn_if_cut
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.memory.measure import free_bytes
@@ -232,21 +232,23 @@ class TorchtuneLM(TemplateLM):
         chunks = list(collator.get_batched(n=batch_size))
         asked: Counter[str] = Counter()
         batches = [self._prompts(chunk, asked) for chunk in chunks]
+        think_end = "</think>" if self.tokenizer.enable_thinking else None  # the answer comes after it
         results = []
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as progress:
             for chunk, batch, generated in zip(chunks, batches, self._on_all_ranks("_generate", batches), strict=True):
                 for (context, options), tokens in zip(chunk, generated, strict=True):
-                    results.append(postprocess_generated_text(self.tokenizer.decode(tokens), batch.until, None))
+                    results.append(postprocess_generated_text(self.tokenizer.decode(tokens), batch.until, think_end))
                     self.cache_hook.add_partial("generate_until", (context, options), results[-1])
                     progress.update()
         return collator.get_original(results)
 
     def _longest(self, requests: list[Instance]) -> int:
         """Tokens of the longest of ``requests`` at the end of generation."""
-        lengths = (
+        lengths = [
             len(self.tok_encode(context)) + self._options(options)["max_gen_toks"]
             for context, options in (request.args for request in requests)
-        )
+        ]
+        warn_if_cut(lengths, self.max_length)
         return min(max(lengths, default=1), self.max_length)
 
     def _options(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:

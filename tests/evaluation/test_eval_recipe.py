@@ -97,6 +97,14 @@ def test_mmlu_dev_examples_are_other_questions_of_the_subject(make_config, tmp_p
         )
 
 
+@pytest.mark.parametrize("task", ["mmlu_dev_held_out", "mmlu_dev_worked"])
+def test_a_held_out_question_is_no_example_of_itself(task):
+    (loaded,) = load_tasks([task])
+    for doc in loaded.test_docs():
+        context = loaded.fewshot_context(doc, num_fewshot=12)
+        assert context.count(loaded.doc_to_text(doc)) == 1
+
+
 def test_examples_are_turns_or_one_text(make_config, tmp_path):
     for multiturn, turns in ((True, 3), (False, 1)):
         output = tmp_path / str(multiturn)
@@ -251,10 +259,16 @@ def test_memory_that_runs_out_halves_the_batches(make_config, tiny_dir):
         recipe.suite.run_tasks(recipe.lm, "m", Path(config["output_dir"]))
 
 
+THINKING = {
+    "_component_": "owlore_tune.data.HFChatTokenizer", "path": "${checkpointer.checkpoint_dir}", "enable_thinking": True
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"taks": ["mmlu"]}, "unknown key taks; did you mean tasks?"),
+        ({"tokenizer": THINKING}, "tokenizer.enable_thinking=true: mmlu_dev is scored by log-likelihood"),
         ({"tasks": ["mmlu_dve"]}, "tasks: no task, group or tag named mmlu_dve; did you mean .*mmlu_dev"),
         ({"tasks": ["piqa"]}, "the data of piqa is neither named by data_root .*hf download .* baber/piqa"),
         ({"tasks": ["mmlu_dev"], "data_files": {"mmlu_dev": "CHOICES"}}, "tasks: mmlu_dev would run twice"),

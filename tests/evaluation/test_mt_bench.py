@@ -217,6 +217,36 @@ def test_judgments_without_a_rating_are_counted_apart_and_asked_again(bench, lm,
     assert len(requests_in(tmp_path / "log")) == 8 + none
 
 
+def test_another_endpoint_is_another_judge(bench, lm, tmp_path):
+    """Such as a local server for a first try, which takes any name of a model."""
+    with judge_server(tmp_path / "log") as url:
+        bench(url).run(lm, "model", tmp_path)
+        bench(url.replace("127.0.0.1", "localhost")).run(lm, "model", tmp_path)
+    assert len(requests_in(tmp_path / "log")) == 16
+
+
+def test_one_request_at_a_time_is_tried_to_its_end(bench, lm, tmp_path, monkeypatch):
+    """Else all requests use up their attempts in the same minutes, in which an endpoint answers few."""
+    sent, post = [], Judge._post
+
+    async def watched(self, session, payload):
+        sent.append(_digest(payload))
+        return await post(self, session, payload)
+
+    monkeypatch.setattr(Judge, "_post", watched)
+    with judge_server(tmp_path / "log", "429", "1") as url:
+        bench(url, num_concurrent=1).run(lm, "model", tmp_path)
+    assert len(sent) == 16 and sent[::2] == sent[1::2]
+
+
+def test_a_category_without_a_rating_has_no_score(bench, lm, tmp_path):
+    with judge_server(tmp_path / "log", "500", "99") as url:
+        results = bench(url, min_coverage=0.0, max_retries=1).run(lm, "model", tmp_path)["results"]
+    json.dumps(results, allow_nan=False)
+    assert results["mt_bench_math"] == {"alias": "mt_bench_math"}
+    assert results["mt_bench"]["missing,none"] == 8 and "score,none" not in results["mt_bench"]
+
+
 def test_a_question_that_changed_is_answered_and_judged_again(bench, lm, tmp_path, data_dir):
     with judge_server(tmp_path / "log") as url:
         bench(url).run(lm, "model", tmp_path)

@@ -205,7 +205,7 @@ def test_contexts_that_begin_alike_are_read_once(tiny):
     assert len(make_rows(unlike, 256)) == 4
 
 
-def test_contexts_too_long_lose_their_beginning_as_in_the_harness(tiny, tiny_dir):
+def test_contexts_too_long_lose_their_beginning_as_in_the_harness(tiny, tiny_dir, caplog):
     ours, _ = tiny
     short = TorchtuneLM(ours.model, ours.tokenizer, max_length=24)
     theirs = hf(tiny_dir, max_length=24)
@@ -214,6 +214,9 @@ def test_contexts_too_long_lose_their_beginning_as_in_the_harness(tiny, tiny_dir
         short.loglikelihood(pairs, disable_tqdm=True), theirs.loglikelihood(pairs, disable_tqdm=True), strict=True
     ):
         assert a == pytest.approx(b, abs=1e-4)
+    assert "2 of 3 prompts have no room in 24 tokens, and lose their beginning" in caplog.text
+    short.generate_until([Instance("generate_until", {}, ("lazy dog " * 20, {"until": [], "max_gen_toks": 4}), 0)])
+    assert "1 of 1 prompts have no room in 24 tokens" in caplog.text
     with pytest.raises(ValueError, match="a continuation of .* tokens is longer than 24"):
         short.loglikelihood(instances("loglikelihood", [("a", "b" * 40)]), disable_tqdm=True)
 
@@ -277,6 +280,16 @@ def test_generation_stops_at_stop_strings_and_keeps_gen_kwargs_apart(real):
     assert all(text and "," not in text for text in texts[1:])
     with pytest.raises(ValueError, match="max_gen_toks=9000 leaves no room in 8192 tokens"):
         ours.generate_until(instances("generate_until", [("a", {"until": [], "max_gen_toks": 9000})]), True)
+
+
+def test_an_answer_is_the_text_after_the_reasoning(real, monkeypatch):
+    ours, _ = real
+    request = Instance("generate_until", {}, ("Hi", {"until": [], "max_gen_toks": 4}), 0)
+    text = "<think>answer1? No.</think>\n\nanswer2"
+    monkeypatch.setattr(ours, "_generate", lambda batch: [ours.tok_encode(text)])
+    assert ours.generate_until([request], disable_tqdm=True) == [text]
+    monkeypatch.setattr(ours.tokenizer, "enable_thinking", True)
+    assert ours.generate_until([request], disable_tqdm=True) == ["answer2"]
 
 
 def test_chat_without_generation_prompt_ends_in_the_last_message(real):
