@@ -86,6 +86,8 @@ def check_config(
     cfg = expand_home(cfg)
     check_keys(cfg, [*required, *defaults], "")
     _fill_in(cfg, defaults)
+    if open_keys := sorted(OmegaConf.missing_keys(cfg)):
+        raise ConfigError(f"Missing mandatory value: {open_keys[0]}; give it as {open_keys[0]}=VALUE")
     try:
         resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError) as error:

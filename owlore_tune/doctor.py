@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -141,7 +142,7 @@ def _hub() -> Finding:
             return Finding("ok", "hub", f"{url} answers")
     except urllib.error.HTTPError as error:  # it answers, with an error
         return Finding("ok", "hub", f"{url} answers ({error.code})")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         return Finding("note", "hub", f"{url} cannot be reached: {reason}", fix)
 

@@ -70,8 +70,9 @@ def converters(model_type: str, config: dict[str, Any]) -> tuple[Convert, Conver
     if kind == ModelType.QWEN2:
         from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 
-        heads["tie_word_embeddings"] = config["tie_word_embeddings"]
-        return partial(qwen2_hf_to_tune, **heads), partial(qwen2_tune_to_hf, **heads)
+        # Without ``tie_word_embeddings``, the first one keeps a head that a file has beside tied embeddings.
+        is_tied = config.get("tie_word_embeddings", False)
+        return partial(qwen2_hf_to_tune, **heads), partial(qwen2_tune_to_hf, **heads, tie_word_embeddings=is_tied)
     if kind == ModelType.GEMMA2:
         from owlore_tune.models.gemma2 import hf_to_tune, tune_to_hf
 

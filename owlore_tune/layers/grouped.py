@@ -100,6 +100,8 @@ class GroupedLinears:
     def can_compute(self) -> bool:
         """Whether no weight trains as it is or has to make a basis, no Linear has hooks, and torch takes the sizes."""
         first, projected = self._linears[0], self._projected()
+        if not isinstance(first, nn.Linear):  # such as LoRA's
+            return False
         if any(linear._forward_pre_hooks or linear._forward_hooks for linear in self._linears):
             return False
         if not projected and any(linear._parameters["weight"].requires_grad for linear in self._linears):

@@ -76,7 +76,7 @@ def _adamw_plan(
     num_bytes = sum(parameter.nbytes for parameter in trained)
     in_layers = {parameter for layer in model_parts(model).layers for parameter in layer.values()}
     gradients = sum(parameter.nbytes for parameter in trained & in_layers)
-    shared = Shared(step.weight_bytes, values=num_bytes, per_value=2.0, gradients=gradients, sent=gradients)
+    shared = Shared(step.weight_bytes, moments=2 * num_bytes, gradients=gradients, sent=gradients)
     return complete(model, device, framework, sharding, shared, moments=2 * num_bytes, **step.bytes_at_peak())
 
 

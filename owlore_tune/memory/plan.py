@@ -10,12 +10,12 @@ mode counts live bytes and keeps the peak. The plan works for any model, loss an
 takes seconds for 7B weights. With many small experts it takes longer, because each of their matrices is an operation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.layers.projected import ProjectedLayers
@@ -65,29 +65,42 @@ class Method:
         options: keyword arguments of `ProjectedLayers`.
         num_active: layers that train at once; None for all.
         state_per_value: bytes of the optimizer's state for each value that it trains, see `state_per_value`.
+        state_per_16_bits: the same for values of 16 bits; None if they have the same state.
         holds_all_state: bases and optimizer state of inactive layers stay on the device.
     """
 
     options: Mapping[str, Any]
     num_active: int | None
     state_per_value: float
+    state_per_16_bits: float | None = None
     holds_all_state: bool = False
 
+    def state_of(self, parameters: Iterable[Tensor]) -> int:
+        """Bytes of the optimizer's state for ``parameters``."""
+        low = self.state_per_value if self.state_per_16_bits is None else self.state_per_16_bits
+        return int(sum((low if p.itemsize == 2 else self.state_per_value) * p.numel() for p in parameters))
 
-def state_per_value(build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], moments: str = "keep") -> float:
+
+def state_per_value(
+    build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    moments: str = "keep",
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """Bytes of an optimizer's state for each value that it trains, from a step of its own on a few values.
 
     Args:
         build: returns the optimizer over parameter groups.
+        dtype: of the values.
         moments: see `owlore_tune.optim.moments.carry_moments`, which is tried too.
     """
-    sample = nn.Parameter(torch.zeros(512, 128, device="cpu"))
+    sample = nn.Parameter(torch.zeros(512, 128, dtype=dtype, device="cpu"))
     optimizer = build([{"params": [sample]}])
     sample.grad = torch.zeros_like(sample)
     with torch.compiler.set_stance("force_eager"):  # torchao's optimizers compile themselves
         optimizer.step()
     found = state_bytes(optimizer) / sample.numel()
-    carry_moments(optimizer, sample, torch.eye(128), moments, right=True)
+    if dtype == torch.float32:
+        carry_moments(optimizer, sample, torch.eye(128), moments, right=True)
     return found
 
 
@@ -133,15 +146,13 @@ def plan_memory(
     outside = list(layers.outside.values())
     shared = Shared(
         weights=step.weight_bytes,
-        values=sum(other.trained.numel() for other in (*whole, *outside)),
+        moments=method.state_of(other.trained for other in (*whole, *outside)),
         gradients=sum(other.trained.nbytes for other in whole),
         sent=sum(4 * other.trained.numel() for other in whole),
-        per_value=method.state_per_value,
     )
     idle = [layer for index, layer in enumerate(layers.layers) if index not in active and method.holds_all_state]
-    values = sum(parameter.numel() for parameter in trained)
-    values += sum(weight.size.numel() for layer in idle for weight in layer.weights.values())
-    values += sum(other.parameter.numel() for layer in idle for other in layer.others.values())
+    of_idle = [torch.empty(weight.size, device=META) for layer in idle for weight in layer.weights.values()]
+    of_idle += [other.trained for layer in idle for other in layer.others.values()]
     bases = layers.nbytes() + sum(_basis_bytes(weight) for layer in idle for weight in layer.weights.values())
     parts = step.bytes_at_peak(bases=bases)
     if shape.weights != "full":
@@ -150,7 +161,7 @@ def plan_memory(
         if shape.validates and device.type == "cpu":  # on a GPU, it takes what is free
             restored += sum(module.weight.nbytes for module in quantizable_outside(model) if module in quantized)
         parts["merging"] = max(0, restored - freed)
-    return complete(model, device, framework, sharding, shared, moments=int(method.state_per_value * values), **parts)
+    return complete(model, device, framework, sharding, shared, moments=method.state_of([*trained, *of_idle]), **parts)
 
 
 def _basis_bytes(weight: ProjectedWeight) -> int:
@@ -182,8 +193,7 @@ class Shared:
     """Bytes that FSDP2 divides among devices: parameters of the model, and what belongs to those that train."""
 
     weights: int
-    values: int  # that train
-    per_value: float  # bytes of the optimizer's state for each of them
+    moments: int  # of those that train
     gradients: int  # in the layers; those outside are whole until backward ends
     sent: int  # the same gradients as they are sent, which this package does in float32
 
@@ -197,7 +207,7 @@ def _sharded(parts: dict[str, int], model: Decoder, sharding: Sharding, shared: 
     """
     layers = [sum(parameter.nbytes for parameter in layer.values()) for layer in model_parts(model).layers]
     divided = {
-        "weights": shared.weights, "moments": int(shared.per_value * shared.values), "gradients": shared.gradients
+        "weights": shared.weights, "moments": shared.moments, "gradients": shared.gradients
     }  # fmt: skip
     own = {}
     for key, whole in divided.items():

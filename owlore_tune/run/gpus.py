@@ -159,10 +159,14 @@ def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> 
                 chosen = next(each for each in possible if plan_of(each).total <= limit)
                 found[card] = chosen, plan_of(chosen)
     if not found:
-        smallest, plan = min(plans, key=lambda each: each[1].total)
+        smallest = [s for s in settings_of_step(settings, seq_len) if s.batch_size == 1 and s.checkpointing]
+        plan, least = min(((plan_of(setting), setting) for setting in smallest), key=lambda each: each[0].total)
+        rest = "Set a smaller owlore.num_active_layers or tokenizer.max_seq_len"
+        if plan.weights > FREE_SHARE * max(cards):
+            rest = f"Its weights alone take {plan.weights / 1e9:.1f} GB"
         raise ConfigError(
             f"nothing fits {max(cards) / 1e9:g} GB with a tenth free; the smallest plan is {plan.total / 1e9:.1f} GB, "
-            f"with {' '.join(smallest.overrides())}. Set a smaller owlore.num_active_layers or tokenizer.max_seq_len"
+            f"with {' '.join(least.overrides())}. {rest}"
         )
     return found
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from omegaconf import DictConfig
 from torchtune.utils import get_logger
 from tqdm import tqdm
@@ -69,7 +70,8 @@ def plan_run(
     owlore = settings.owlore
     offloads_state = owlore.inactive_state == "offload" and settings.device.type != "cpu"
     try:
-        per_value = state_per_value(partial(build_optimizer, settings), owlore.moments)
+        state = partial(state_per_value, partial(build_optimizer, settings), owlore.moments)
+        per_value, per_16_bits = state(), state(torch.bfloat16)
     except Exception as error:  # of any optimizer
         raise ConfigError(
             f"optimizer._component_={settings.cfg.optimizer._component_} cannot be used: {error}"
@@ -78,6 +80,7 @@ def plan_run(
         {**owlore.projection(), **owlore.train_outside()},
         owlore.num_active_layers,
         per_value,
+        per_16_bits,
         holds_all_state=owlore.inactive_state != "drop" and not offloads_state,
     )
     shape = _step_shape(settings.cfg, seq_len)
@@ -103,7 +106,8 @@ def longest_row(settings: TrainingSettings, seq_len: int | None) -> int:
     try:
         return row_length(settings, build_inputs(settings))
     except ConfigError as error:
-        if (most := settings.cfg.tokenizer.get("max_seq_len")) is None:
+        most = settings.cfg.tokenizer.get("max_seq_len")
+        if type(most) is not int or most < 1:
             raise
         log.warning(f"{error}. Planning for rows of tokenizer.max_seq_len={most} tokens.")
         return most

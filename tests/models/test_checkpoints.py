@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torchtune.models.llama2 import llama2
 from torchtune.models.llama3 import llama3
 from torchtune.models.mistral import mistral
@@ -89,6 +90,20 @@ def test_real_smollm2_gives_transformers_logits(smollm2_dir, ids):
     hf = AutoModelForCausalLM.from_pretrained(smollm2_dir)
     with torch.no_grad():
         torch.testing.assert_close(model(ids), hf(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_of_its_own_beside_tied_embeddings_is_refused(tmp_path):
+    """torchtune's conversion for Qwen 2 would drop it."""
+    _, _, build = FAMILIES["QWEN2"]
+    directory = hf_directory("QWEN2", tmp_path / "hf")
+    stored = load_file(directory / "model.safetensors")
+    for factor in (1.0, 2.0):
+        stored["lm_head.weight"] = stored["model.embed_tokens.weight"] * factor
+        save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+        if factor == 1.0:
+            load(directory, "QWEN2", build)
+    with pytest.raises(ValueError, match="has an output head that differs from the embeddings"):
+        load(directory, "QWEN2", build)
 
 
 def test_a_parameter_that_someone_holds_is_filled_in_place(tmp_path):

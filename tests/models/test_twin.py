@@ -347,6 +347,14 @@ def test_a_family_that_the_docs_name_computes_the_same_as_transformers(family, m
     assert len(found) >= 4 and max(found[-4:]) < 2e-5
 
 
+def test_sizes_that_follow_from_others_are_narrowed_together():
+    """In transformers' configs of these families, the width of rotary embeddings gives that of heads."""
+    sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
+    with torch.device("meta"):
+        for family in ("minicpm3", "youtu"):
+            hf_decoder(model_type=family, **sizes, qk_rope_head_dim=32, pad_token_id=0)
+
+
 def test_the_docs_name_many_families():
     assert len(LISTED) == len(set(LISTED)) >= 48
 

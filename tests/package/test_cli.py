@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._errors import InstantiationError
 
-from owlore_tune import cli
+from owlore_tune import cli, doctor
 from owlore_tune.catalog import find_config
 from owlore_tune.doctor import fits
 from owlore_tune.errors import errors_in_one_line
@@ -171,6 +171,12 @@ def test_doctor_names_the_fix(monkeypatch, capsys, tmp_path):
     assert "pytest" not in text
     assert "1 GB free" in text and "keep_last_n" in text
     assert "http://127.0.0.1:9 cannot be reached" in text
+
+
+def test_doctor_takes_an_endpoint_that_is_no_url(monkeypatch, capsys):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror:port")
+    assert "cannot be reached: nonnumeric port" in doctor._hub().text
 
 
 def test_score_writes_the_file_and_its_chart(monkeypatch, tmp_path, tiny_config, capsys):

@@ -287,7 +287,7 @@ def test_a_list_of_datasets_is_checked_too(tiny_config):
 
 
 def test_a_value_that_is_left_open_is_refused(tiny_config):
-    with pytest.raises(ConfigError, match=r"Missing mandatory value: epochs"):
+    with pytest.raises(ConfigError, match=r"Missing mandatory value: epochs; give it as epochs=VALUE"):
         TrainingSettings.from_config(OmegaConf.create(tiny_config | {"epochs": "???"}))
 
 

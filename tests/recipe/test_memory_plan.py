@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import FAMILIES
 from forks import Command
 from live_bytes import LiveBytes
 from omegaconf import OmegaConf
@@ -24,6 +25,7 @@ from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
 from owlore_tune.memory.step import StepShape
 from owlore_tune.models.hf_model import hf_decoder
+from owlore_tune.run.build import build_parts
 from owlore_tune.run.gpus import FREE_SHARE, fastest_that_fits, settings_of_step
 from owlore_tune.run.planning import longest_row, plan_run, plans_of_config, savings
 from owlore_tune.run.settings import TrainingSettings
@@ -159,6 +161,32 @@ def test_peers_cost_what_sets_them_apart():
     outside = 2 * 4 * (64 * 32 * 2 + 32)
     assert galore.moments - frozen_galore.moments == lisa.moments - frozen_lisa.moments == outside
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_experts_have_plans_of_all_methods_on_a_gpu():
+    """There they are grouped, if they are Linears and not adapters."""
+    with torch.device("meta"):
+        model = hf_decoder(**FAMILIES["olmoe"][-1].to_dict())
+    loss_fn = LinearCrossEntropyLoss()
+    loss_fn.set_model_output(model)
+    options = dict(device=torch.device("cuda"), rank=8, framework=0, train_outside={})
+    assert len(dict(peer_plans(model, loss_fn, SHAPE, **options))) == 4
+
+
+def test_moments_of_16_bits_are_planned_for_what_trains_in_them(tiny_config):
+    changes = {"dtype": "bf16", "owlore": tiny_config["owlore"] | {"rank": None, "train_embeddings": True}}
+    settings = TrainingSettings.from_config(OmegaConf.create(tiny_config | changes))
+    model = build_parts(settings).model
+    active = [*model.layers[0].parameters(), *model.layers[3].parameters(), *model.tok_embeddings.parameters()]
+    expected = sum(2 * p.numel() * (4 if p.ndim == 1 else 2) for p in active)
+    assert plan_run(settings, 32).moments == pytest.approx(expected, rel=1e-4)  # with counters of steps
+
+
+@pytest.mark.parametrize("value", ["2k", 0, -5, 512.5])
+def test_a_bad_length_of_rows_is_refused_without_a_model(value, tiny_config):
+    changes = {"tokenizer": tiny_config["tokenizer"] | {"path": "/nowhere", "max_seq_len": value}}
+    with pytest.raises(ConfigError, match="tokenizer.path=/nowhere has no tokenizer.json"):
+        longest_row(TrainingSettings.from_config(OmegaConf.create(tiny_config | changes)), None)
 
 
 @pytest.mark.slow
@@ -322,8 +350,12 @@ def test_the_fastest_settings_that_fit_a_card(one_layer, monkeypatch):
         fastest = next(each for each in every if plans[each].total <= FREE_SHARE * card)
         assert (setting, plan) == (fastest, plans[fastest])
         assert fastest_that_fits(cfg, 64, [card]) == {card: (setting, plan)}
-    with pytest.raises(ConfigError, match="nothing fits 0.0001 GB .*the smallest plan is .*batch_size=1"):
-        fastest_that_fits(cfg, 64, [1e5])
+    smallest = " ".join(min(plans, key=lambda each: plans[each].total).overrides())
+    for card, rest in ((1e5, "Set a smaller owlore.num_active_layers or"), (1e3, "Its weights alone take")):
+        with pytest.raises(
+            ConfigError, match=rf"nothing fits {card / 1e9:g} GB .*smallest plan is .*, with {smallest}. {rest}"
+        ):
+            fastest_that_fits(cfg, 64, [card])
 
 
 def test_full_precision_is_fastest_for_experts():
