@@ -96,7 +96,8 @@ def state_per_value(
     sample = nn.Parameter(torch.zeros(512, 128, dtype=dtype, device="cpu"))
     optimizer = build([{"params": [sample]}])
     sample.grad = torch.zeros_like(sample)
-    with torch.compiler.set_stance("force_eager"):  # torchao's optimizers compile themselves
+    # torchao's optimizers compile themselves, and may draw random numbers to round.
+    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng([]):
         optimizer.step()
     found = state_bytes(optimizer) / sample.numel()
     if dtype == torch.float32:

@@ -23,13 +23,7 @@ from owlore_tune.models.output import set_output
 
 Convert: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 # Largest sizes of a twin, by transformers' names. Twins of torchtune's builders keep _HEADS. Rows exceed the window.
-_HEADS = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "sliding_window": 8,
-}
+_HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, qk_rope_head_dim=16, sliding_window=8)
 _SIZES = {
     "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     "vocab_size": 64, "num_hidden_layers": 4, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,

@@ -69,13 +69,17 @@ def test_16_bit_attention_on_a_cpu_has_few_lengths(dtype, monkeypatch):
 
 
 def test_the_mask_of_packed_rows_does_not_depend_on_the_machine(monkeypatch):
-    """It equals torchtune's on a machine without a GPU, and is a tensor on one with a GPU."""
+    """It equals torchtune's on a machine without a GPU, and is a tensor on one with a GPU. The first token of a sample
+    has no label."""
     samples = [{"tokens": list(range(n)), "labels": list(range(n))} for n in (3, 5, 2, 6)]
     rows = list(PackedDataset(samples, max_seq_len=10))
     monkeypatch.setattr("torchtune.modules.attention_utils._SUPPORTS_FLEX_ATTENTION", False)
     expected = padded_collate_packed(rows)
     batch = batch_to_device(collate_packed(rows), torch.device("cpu"))
     assert batch.keys() == expected.keys()
+    is_first = (expected["input_pos"] == 0) & (torch.arange(10) > 0)
+    assert is_first.sum() == 2
+    expected["labels"][is_first] = -100
     for key, value in expected.items():
         assert torch.equal(batch[key], value), key
 
