@@ -269,9 +269,9 @@ class Schedule:
                 weight.decay_by(factor_of.get(weight.trained, 1.0))
         for index in self.active:
             layers.layers[index].age += 1
-            if self._moments == "project":
-                for weight in layers.layers[index].weights.values():
-                    check_moments(self.optimizer, weight.trained)
+        if self._moments == "project" and layers.num_steps == 0:  # and not only at the first refresh
+            for _, weight in layers.active_weights():
+                check_moments(self.optimizer, weight.trained)
         layers.write_back()
         layers.num_steps += 1
 

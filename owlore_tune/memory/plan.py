@@ -207,9 +207,7 @@ def _sharded(parts: dict[str, int], model: Decoder, sharding: Sharding, shared: 
     trains in the projected form is on every device.
     """
     layers = [sum(parameter.nbytes for parameter in layer.values()) for layer in model_parts(model).layers]
-    divided = {
-        "weights": shared.weights, "moments": shared.moments, "gradients": shared.gradients
-    }  # fmt: skip
+    divided = {"weights": shared.weights, "moments": shared.moments, "gradients": shared.gradients}
     own = {}
     for key, whole in divided.items():
         kept = 0 if sharding.cpu_offload else -(-whole // sharding.world_size)

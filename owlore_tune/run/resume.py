@@ -81,7 +81,8 @@ def _claim(run: RunDirectory, wanted: bool | str) -> Path | None:
 def identity(settings: TrainingSettings, inputs: Inputs, world: World = ALONE) -> dict[str, Any]:
     """Facts about a run, saved in every checkpoint and compared on resume."""
     digests = world.share(world.attempt(lambda: input_digests(settings, inputs), first_alone=True))
-    _check_same_data(inputs, world)
+    assert digests is not None
+    _check_same_data(inputs, digests["dataset"], world)
     return {
         "config": plain(settings.cfg),
         "resolved": _resolved_digest(settings),
@@ -92,12 +93,21 @@ def identity(settings: TrainingSettings, inputs: Inputs, world: World = ALONE) -
     }
 
 
-def _check_same_data(inputs: Inputs, world: World) -> None:
-    """Raise ConfigError if processes read different rows, such as those of older files on another machine."""
+def _check_same_data(inputs: Inputs, of_first: str, world: World) -> None:
+    """Raise ConfigError if processes read different rows, such as those of older files on another machine.
+
+    Args:
+        of_first: the digest of rank 0's dataset.
+    """
     if world.size == 1:
         return
-    parts = {"dataset": inputs.data, "dataset_val": inputs.held_out}
-    found = {name: dataset_digest(part.dataset) for name, part in parts.items() if part is not None}
+
+    def digests() -> dict[str, str]:
+        found = {"dataset": of_first if world.rank == 0 else dataset_digest(inputs.data.dataset)}
+        return found | ({} if inputs.held_out is None else {"dataset_val": dataset_digest(inputs.held_out.dataset)})
+
+    found = world.attempt(digests)
+    assert found is not None
     for rank, other in enumerate(world.gather(found)):
         for name in (name for name in found if other[name] != found[name]):
             raise known_to_all(ConfigError(f"{name} has other rows on rank {rank}; give all machines the same files"))

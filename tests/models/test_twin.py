@@ -352,7 +352,8 @@ def test_sizes_that_follow_from_others_are_narrowed_together():
     sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
     with torch.device("meta"):
         for family in ("minicpm3", "youtu"):
-            hf_decoder(model_type=family, **sizes, qk_rope_head_dim=32, pad_token_id=0)
+            model = hf_decoder(model_type=family, **sizes, qk_rope_head_dim=32, pad_token_id=0)
+            assert model.config.qk_rope_head_dim == 32
 
 
 def test_the_docs_name_many_families():
