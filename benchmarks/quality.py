@@ -1,6 +1,6 @@
 """Held-out loss of OwLore and other methods on SmolLM2 after the same training time, and after the same steps.
 
-    python benchmarks/quality.py --data DIR --costs [--methods NAME ...]
+    python benchmarks/quality.py --data DIR --costs [--against NAME] [--methods NAME ...]
     python benchmarks/quality.py --data DIR [--budgets 100 ...] [--workers N] [--methods NAME ...]
     python benchmarks/quality.py --data DIR --row NAME LR SEED STEPS
     python benchmarks/quality_report.py
@@ -12,6 +12,7 @@ int8. --methods chooses from all methods; without it, those run whose costs are 
 
 --costs measures the mean step and the memory of each method, with all cores. It runs in turn with the reference: ten
 seconds of one, then of the other, so that changes of the machine's speed do not change the ratio of their mean steps.
+With --against, it runs in turn with OwLore's first setting instead: so other settings of OwLore are measured.
 For BAdam, these are 22 steps, with another block every 3 steps. OwLore's recipe makes malloc keep freed memory; the
 other programs run as their authors ship them.
 
@@ -72,7 +73,7 @@ BF16 = {"dtype": "bf16"}
 
 
 def ours(num_active: int | None, rank: int, lrs: tuple[float, ...], **settings: Any) -> Method:
-    """OwLore with uniform draws."""
+    """OwLore with uniform draws, unless the settings say otherwise."""
     chosen = {"owlore.num_active_layers": num_active, "owlore.rank": rank, "owlore.update_gap": RESAMPLE_EVERY}
     chosen["loss.chunk_size"] = 128  # less memory than with 256 positions at a time
     return Method("owlore", BF16 | {"owlore.score": "uniform"} | chosen | settings, lrs)
@@ -92,9 +93,10 @@ METHODS = {
     "BAdam, bf16": Method("peer", {"method": "badam"} | BF16, (1e-4, 3e-4, 1e-3)),
     OURS: ours(None, 64, (1e-4, 3e-4, 1e-3)),
     "OwLore, all layers, r=64, int8": ours(None, 64, (1e-4, 3e-4, 1e-3), **INT8),
-    "OwLore, γ=15, r=128": ours(15, 128, (3e-4, 1e-3)),
-    "OwLore, γ=10, r=128": ours(10, 128, (3e-4, 1e-3)),
-    "OwLore, γ=5, r=128": ours(5, 128, (3e-4, 1e-3)),
+    "OwLore, γ=5, r=128, K=10": ours(5, 128, (3e-4, 1e-3), **{"owlore.resample_every": 10}),
+    "OwLore, γ=5, r=128, K=10, outlier scores": ours(
+        5, 128, (3e-4, 1e-3), **{"owlore.resample_every": 10, "owlore.score": "outlier"}
+    ),
 }
 
 
@@ -113,9 +115,10 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def costs_of(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The newest costs by method."""
-    return {row["method"]: row for row in rows if "losses" not in row}
+def costs_of(rows: Iterable[dict[str, Any]], against: str = REFERENCE) -> dict[str, dict[str, Any]]:
+    """The newest costs by method, of those that were measured in turn with ``against``."""
+    costs = (row for row in rows if "losses" not in row)
+    return {row["method"]: row for row in costs if row.get("against", REFERENCE) == against}
 
 
 def steps_in(budget: int, method: str, costs: dict[str, dict[str, Any]]) -> int:
@@ -153,7 +156,7 @@ class Study:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("medium")  # as in lib/bf16_products.py
         self.rows = {row["key"]: row for row in read_lines(ROWS)}
-        self.costs = costs_of(self.rows.values())
+        self.costs = costs_of(self.rows.values(), OURS) | costs_of(self.rows.values())
 
     def row(self, run: Run) -> dict[str, Any]:
         """Return the row of ``run``. Execute the run if there is none."""
@@ -191,26 +194,32 @@ class Study:
             METHODS[method].lrs, lambda lr: self.row(Run(method, lr, SEEDS[0], steps))["losses"]["tuning"]
         )
 
-    def measure(self, methods: Iterable[str]) -> None:
-        """Add a row with the mean step and the peak memory of each method, from one refresh to after the next."""
-        with self._started(REFERENCE, LONG) as (reference, log):
-            run_for(40, reference)  # until it trains
+    def measure(self, methods: Iterable[str], against: str) -> None:
+        """Add a row with the mean step and the peak memory of each method, from one refresh to after the next.
+
+        The step is in steps of the reference. It runs in turn with ``against``, whose own step is known.
+        """
+        step_of_other = 1.0 if against == REFERENCE else self.costs[against]["ratio"]
+        with self._started(against, LONG) as (other, log):
+            run_for(40, other)  # until it trains
             for method in methods:
-                row = self._cost(method, reference, log.log)
+                row = self._cost(method, other, log.log)
+                row |= {"key": f"cost of {method}, against {against}", "against": against}
+                row["ratio"] *= step_of_other
                 append_line(ROWS, row)
                 print(f"{method}: {row['ratio']:.3f}, {row['seconds']:.3f} s, {row['memory']:.2f} GB", flush=True)
 
-    def _cost(self, method: str, reference: Popen[bytes], log: Path) -> dict[str, Any]:
+    def _cost(self, method: str, other: Popen[bytes], log: Path) -> dict[str, Any]:
         refreshes = METHODS[method].runner == "owlore" or "every" in METHODS[method].settings
         with self._started(method, RESAMPLE_EVERY + 2 if refreshes else STEPS_WITHOUT_REFRESH) as (process, prepared):
-            turns = run_in_turn(process, reference)
+            turns = run_in_turn(process, other)
             prepared.check(process)
             lines = list(read_lines(prepared.log))
         ends, since = [line["seconds"] for line in lines[1:]], turns.of_other[0][0]
         seconds = step_times(ends, turns.of_process)
-        ends_of_reference = [line["seconds"] for line in read_lines(log) if line["seconds"] > since]
-        own, full = (statistics.fmean(times) for times in (seconds, step_times(ends_of_reference, turns.of_other)))
-        row = {"key": f"cost of {method}", "method": method, "ratio": own / full, "seconds": own, "reference": full}
+        ends_of_other = [line["seconds"] for line in read_lines(log) if line["seconds"] > since]
+        own, others = (statistics.fmean(times) for times in (seconds, step_times(ends_of_other, turns.of_other)))
+        row = {"method": method, "ratio": own / others, "seconds": own, "reference": others}
         row |= {"quartiles": statistics.quantiles(seconds, n=4), "memory": lines[-1]["peak_memory"]}
         return row | {"code": code_of(method), "cores": os.cpu_count(), "machine": processor(), "versions": versions()}
 
@@ -273,14 +282,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME")
     parser.add_argument("--costs", action="store_true", help="measure step times and memory, and no losses")
+    parser.add_argument("--against", choices=(REFERENCE, OURS), default=REFERENCE, metavar="NAME", help="with --costs")
     parser.add_argument("--row", nargs=4, metavar=("NAME", "LR", "SEED", "STEPS"), help="train this run alone")
     args = parser.parse_args()
     if args.row and args.row[0] not in METHODS:
         parser.error(f"{args.row[0]!r} is not one of {', '.join(METHODS)}")
     study = Study(args.data.resolve(), (os.cpu_count() or 1) if args.costs else args.threads)
     methods = args.methods or [name for name in METHODS if args.costs or name in study.costs]
-    if args.costs:
-        study.measure(methods)
+    if args.costs and args.against not in {REFERENCE, *study.costs}:
+        parser.error(f"run --costs for {args.against} first")
+    elif args.costs:
+        study.measure(methods, args.against)
     elif args.row:
         name, lr, seed, steps = args.row
         repeat(study, Run(name, float(lr), int(seed), int(steps)))

@@ -29,7 +29,6 @@ FORGETTING = ("| | steps | lr | seeds | held-out loss | loss on MMLU | KL, nats 
 def report(rows: list[Row]) -> list[str]:
     """The lines of quality.md."""
     costs, runs = costs_of(rows), runs_that_count(rows)
-    machines = sorted({f"{row['machine']}, {row['cores']} cores" for row in costs.values()})
     processors = sorted({row["machine"] for row in runs})
     lines = [
         "# Held-out loss after the same training time",
@@ -38,7 +37,7 @@ def report(rows: list[Row]) -> list[str]:
         "weights; OwLore has them in bf16, and trains A in float32. OwLore, LoRA and BAdam train no embeddings. On "
         "CPUs with AMX, products of fp32 weights are in bfloat16 too. The runs used these CPUs: "
         f"{'; '.join(processors)}. A step time of 1 is that of {REFERENCE}, which ran in turn with each method on one "
-        f"machine ({'; '.join(machines)}). Its own value shows the noise.{_earlier_code(costs, runs)} "
+        f"machine ({_machines(costs)}). Its own value shows the noise.{_earlier_code(costs, runs)} "
         f"± is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
         "problems, ± their standard error. A method is in a table once its learning rate is tuned for its number of "
         "steps. Commands: `python benchmarks/quality.py --data DIR`, whose docstring "
@@ -51,7 +50,12 @@ def report(rows: list[Row]) -> list[str]:
         lines += _section(f"In the time of {budget} steps of torchtune's full fine-tuning", in_time, costs)
         lines += _memory_table(in_time, costs)
         lines += _section(f"After {budget} steps", {name: final_rows(name, budget, runs) for name in METHODS}, costs)
+        lines += _other_settings(budget, costs, costs_of(rows, OURS), runs)
     return lines + _tuning_table(runs) + _forgetting_table(runs)
+
+
+def _machines(costs: dict[str, Row]) -> str:
+    return "; ".join(sorted({f"{row['machine']}, {row['cores']} cores" for row in costs.values()}))
 
 
 def _earlier_code(costs: dict[str, Row], runs: list[Row]) -> str:
@@ -73,9 +77,9 @@ def runs_that_count(rows: list[Row]) -> list[Row]:
     return list({row["key"]: row for row in runs if row["code"] == newest[row["method"]]}.values())
 
 
-def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any]) -> list[str]:
+def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any], text: str = "") -> list[str]:
     """A table with a line for each method that has final rows, by method and seed; none for a single method."""
-    first, lines = finals.get(OURS, {}), ["", f"## {title}", "", *HEAD]
+    first, lines = finals.get(OURS, {}), ["", f"## {title}", "", *([text, ""] if text else []), *HEAD]
     for name, found in finals.items():
         if found:
             cost, one = costs.get(name), next(iter(found.values()))
@@ -85,6 +89,19 @@ def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Seeds by CPU: {_cpus(finals.values())}."]
     return lines if len([found for found in finals.values() if found]) > 1 else []
+
+
+def _other_settings(budget: int, costs: dict[str, Row], others: dict[str, Row], runs: list[Row]) -> list[str]:
+    """A table of the settings of OwLore whose step was measured in turn with that of `OURS`."""
+    if not others:
+        return []
+    known = {name: cost for name, cost in ({OURS: costs[OURS]} | others).items() if METHODS[name].runner == "owlore"}
+    in_time = {name: final_rows(name, steps_in(budget, name, known), runs) for name in known}
+    title = f"OwLore with other settings, in the time of {budget} steps of torchtune's full fine-tuning"
+    text = f"The steps of the other settings ran in turn with {OURS}, on {_machines(others)}."
+    if full := others.get(REFERENCE):
+        text += f" There, its step takes {costs[OURS]['ratio'] / full['ratio']:.2f} of that of {REFERENCE}."
+    return _section(title, in_time, known, text)
 
 
 def _cpus(finals: Iterable[dict[int, Row]]) -> str:

@@ -75,18 +75,20 @@ def test_the_committed_rows_have_what_a_reader_needs_to_repeat_them(quality):
         assert row["code"] and row["versions"]["torch"] and ("losses" not in row or row["config"])
 
 
+def row(method, lr, seed, loss, steps, code="new"):
+    losses = {"tuning": loss + 1, "choosing": 0.0, "reported": loss}
+    return {
+        "key": f"{method} {lr} {seed} {steps}", "method": method, "lr": lr, "seed": seed, "steps": steps,
+        "code": code, "losses": losses, "machine": f"the CPU of {code} rows",
+    }  # fmt: skip
+
+
+def cost(method, ratio, memory=1.0, code="new", **more):
+    found = {"key": "cost", "method": method, "ratio": ratio, "memory": memory, "code": code}
+    return found | {"machine": "a CPU", "cores": 2} | more
+
+
 def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(quality, quality_report):
-    def row(method, lr, seed, loss, steps, code="new"):
-        losses = {"tuning": loss + 1, "choosing": 0.0, "reported": loss}
-        return {
-            "key": f"{method} {lr} {seed} {steps}", "method": method, "lr": lr, "seed": seed, "steps": steps,
-            "code": code, "losses": losses, "machine": f"the CPU of {code} rows",
-        }  # fmt: skip
-
-    def cost(method, ratio, memory=1.0, code="new"):
-        found = {"key": "cost", "method": method, "ratio": ratio, "memory": memory, "code": code}
-        return found | {"machine": "a CPU", "cores": 2}
-
     ours, full, lora = quality.OURS, quality.REFERENCE, "torchtune LoRA, r=16, bf16"
     rows = [
         row(ours, 1e-4, 0, 0.10, 200, "old"), row(ours, 3e-4, 0, 0.50, 200), row(ours, 1e-3, 0, 0.60, 200),
@@ -124,6 +126,28 @@ def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(qua
     assert quality_report.points(rows) == {full: [(100, 100.0, 0.535)], ours: [(100, 50.0, 0.55), (200, 100.0, 0.49)]}
     by_time = quality_report.draw(rows).axes[1]
     assert {line.get_label(): list(line.get_xdata()) for line in by_time.lines} == {full: [100], ours: [50, 100]}
+
+
+def test_other_settings_of_owlore_have_a_table_of_their_own(quality, quality_report):
+    """Their steps are measured in turn with those of its first setting, which stays in the tables beside the peers."""
+    ours, full, other = quality.OURS, quality.REFERENCE, "OwLore, γ=5, r=128, K=10"
+    finals = {(full, 100): 0.54, (ours, 200): 0.5, (other, 250): 0.52}
+    rows = [
+        row(method, lr, 0, loss + worse, steps)
+        for (method, steps), loss in finals.items()
+        for lr, worse in ((1e-4, 0.1), (3e-4, 0), (1e-3, 0.1))
+    ]
+    costs = [cost(full, 1.0), cost(ours, 0.5)]
+    relative = [cost(other, 0.4, 0.8, against=ours), cost(full, 2.0, against=ours)]
+    lines = quality_report.report(rows + costs + relative)
+    first = lines.index("## OwLore with other settings, in the time of 100 steps of torchtune's full fine-tuning")
+    assert lines[first + 2].endswith(f"on a CPU, 2 cores. There, its step takes 0.25 of that of {full}.")
+    assert lines[first + 6 : first + 8] == [
+        f"| {ours} | 0.50 | 200 | 0.0003 | 1 | 0.5000 |  | 1.00 |",
+        f"| {other} | 0.40 | 250 | 0.0003 | 1 | 0.5200 | +0.0200 | 0.80 |",
+    ]
+    assert [line for line in lines[:first] if other in line] == []
+    assert lines[:first] == quality_report.report(rows + costs)[:first]
 
 
 def test_the_time_of_a_step_is_that_in_which_its_process_ran(quality):
