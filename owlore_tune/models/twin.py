@@ -219,20 +219,16 @@ def _respect_window(model: TransformerDecoder, theirs: Any) -> None:
 
 
 def respect_rope(model: Any, theirs: Any) -> None:
-    """Lower ``model.max_seq_len`` to the length up to which rotary embeddings do not depend on a row's length.
-
-    Raises:
-        ValueError: if they always do.
-    """
+    """Lower ``model.max_seq_len`` to the length up to which rotary embeddings do not depend on a row's length."""
     ropes = getattr(theirs, "rope_parameters", None) or {}
     for rope in [ropes] if "rope_type" in ropes else [each for each in ropes.values() if isinstance(each, dict)]:
-        if rope.get("rope_type") == "dynamic":
-            raise ValueError("rope_type=dynamic: rotary embeddings depend on a row's length, which OwLore cannot train")
-        limit = int(rope.get("original_max_position_embeddings") or theirs.max_position_embeddings)
-        if rope.get("rope_type") == "longrope" and limit < model.max_seq_len:
+        kind, limit = rope.get("rope_type"), int(theirs.max_position_embeddings)
+        if kind == "longrope":
+            limit = int(rope.get("original_max_position_embeddings") or limit)
+        if kind in {"longrope", "dynamic"} and limit < model.max_seq_len:
             log.info(
                 f"Rows and inputs have at most {limit} tokens: in longer ones, rotary embeddings would depend on "
-                "the longest row (rope_type=longrope)."
+                f"the longest row (rope_type={kind})."
             )
             model.max_seq_len = limit
 

@@ -375,14 +375,16 @@ LONGROPE = {
 def test_rows_end_where_rotary_embeddings_would_depend_on_the_longest():
     """In a packed row, a sample's would depend on its neighbours."""
     sizes = SIZES | {"hidden_size": 128}
+    dynamic = {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 4.0}}
     with torch.device("meta"):
-        model = hf_decoder(model_type="llama", **sizes, rope_parameters=LONGROPE)
-        assert model.max_seq_len == 64
-        with pytest.raises(ValueError, match="rope_type=dynamic: rotary embeddings depend on a row's length"):
-            hf_decoder(model_type="llama", **SIZES, rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 4.0})
-    with pytest.raises(ValueError, match="rope_type=dynamic: rotary embeddings depend on a row's length"):
-        dynamic = LLAMA | {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 4.0}}
-        check(dynamic, built(LLAMA2, **(BUILDER | {"max_seq_len": 1024})), "LLAMA2")
+        assert hf_decoder(model_type="llama", **sizes, rope_parameters=LONGROPE).max_seq_len == 64
+        assert hf_decoder(model_type="internlm3", **sizes, **dynamic).max_seq_len == SIZES["max_position_embeddings"]
+        static = dynamic["rope_parameters"] | {"alpha": 1000.0}  # as HunYuan has it
+        hunyuan = hf_decoder(model_type="hunyuan_v1_dense", **sizes, head_dim=16, rope_parameters=static)
+        assert hunyuan.max_seq_len == SIZES["max_position_embeddings"]
+    model = built(LLAMA2, **(BUILDER | {"max_seq_len": 1024}))
+    check(LLAMA | dynamic, model, "LLAMA2")
+    assert model.max_seq_len == LLAMA["max_position_embeddings"] == 256
 
 
 @pytest.mark.parametrize("config", [DogeConfig, Gemma3TextConfig])
