@@ -146,12 +146,12 @@ def memory(args: argparse.Namespace) -> None:
 def _fit(settings: Any, args: argparse.Namespace) -> None:
     """Print the fastest settings that fit on a card."""
     from owlore_tune.run.gpus import fastest_that_fits
-    from owlore_tune.run.planning import longest_row
+    from owlore_tune.run.planning import seq_len_to_plan
 
     if not args.fit > 0 or args.world_size > 1 or args.output:
         raise ConfigError(f"--fit={args.fit:g}; it takes the GB of one card, and neither --world-size nor --output")
     card = 1e9 * args.fit
-    setting, plan = fastest_that_fits(settings.cfg, longest_row(settings, args.seq_len), [card])[card]
+    setting, plan = fastest_that_fits(settings.cfg, seq_len_to_plan(settings, args.seq_len), [card])[card]
     print(" ".join(setting.overrides()))
     print(f"planned {plan.total / 1e9:.1f} GB of {args.fit:g}; the fastest of the settings that fit, by an estimate")
 

@@ -82,7 +82,6 @@ def _imports() -> Iterator[Finding]:
         memory = properties.total_memory / 1e9
         yield Finding("ok", "device", f"{properties.name}, {memory:.0f} GB; torch {torch.__version__}")
         yield from fits(properties.total_memory)
-        bf16 = torch.cuda.is_bf16_supported()
     else:
         text = f"{device.type}, {os.cpu_count()} cores; torch {torch.__version__}"
         if shutil.which("nvidia-smi"):
@@ -90,10 +89,9 @@ def _imports() -> Iterator[Finding]:
             yield Finding("error", "device", f"{text}, which does not see the NVIDIA GPU", fix)
         else:
             yield Finding("ok", "device", text)
-        bf16 = device.type == "cpu"
     if device.type == "cpu":
         yield Finding("ok", "bf16", "supported; it saves memory, but dtype=fp32 is faster on most CPUs")
-    elif bf16:
+    elif device.type == "cuda" and torch.cuda.is_bf16_supported():
         yield Finding("ok", "bf16", "supported")
     else:
         yield Finding("note", "bf16", "not supported by this device", "set dtype=fp32")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from torchtune import training, utils
+from torchtune import training
 from torchtune.recipe_interfaces import EvalRecipeInterface
 
 from owlore_evals.results import check_output_dir, print_results, save_results
@@ -30,8 +30,6 @@ from owlore_tune.program import parse
 from owlore_tune.run.directory import RunDirectory, writable_directory
 from owlore_tune.run.manifest import MANIFEST, machine, versions
 from owlore_tune.run.signals import stop_request
-
-log = utils.get_logger("INFO")
 
 OUTPUT_FILES = (MANIFEST, "answers.jsonl", "judgments.jsonl", "mt_bench.png")
 REQUIRED, DEFAULTS = required(EvalConfig), defaults(EvalConfig)

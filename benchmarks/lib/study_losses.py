@@ -18,6 +18,7 @@ from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.data.builders import instruction_dataset, mmlu_dev_rows
 from owlore_tune.data.loader import HeldOutData
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.distributed.world import ALONE
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.models.smollm2 import fetch, smollm2_135m
 from owlore_tune.run import validation
@@ -84,4 +85,4 @@ def _model(weights: Path) -> Any:
 def _mean_loss(weights: Path, samples: list[Sample]) -> float:
     model, loss_fn = _model(weights), LinearCrossEntropyLoss()  # applies the head only to positions with a label
     loss_fn.set_model_output(model)
-    return validation.held_out_loss(model, loss_fn, _data(samples), torch.device(DEVICE))[0]
+    return validation.held_out_loss(model, loss_fn, _data(samples), torch.device(DEVICE), ALONE)[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from owlore_tune.data.batches import Batch, collate_with_valid
 from owlore_tune.distributed.world import ALONE, World, is_known_to_all
@@ -138,20 +139,17 @@ class HeldOutData:
         """Number of batches on each process."""
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[tuple[Batch, int]]:
-        """Yield each batch with the number of its rows that count.
-
-        All processes have the same number of rows. The last ones can repeat rows of other processes and do not count.
-        """
+    def __iter__(self) -> Iterator[Batch]:
+        """All processes yield the same number of rows. The last ones can repeat rows of others, and have no labels."""
         rows_left = len(range(self._world.rank, len(self.dataset), self._world.size))
         batches = iter(self._loader)
         for _ in range(len(self)):
             read = self._world.attempt(lambda: _read(batches, 1))
             assert read is not None
             (batch,) = read
-            num_rows = len(batch["labels"])
-            yield batch, min(max(rows_left, 0), num_rows)
-            rows_left -= num_rows
+            batch["labels"][max(rows_left, 0) :] = CROSS_ENTROPY_IGNORE_IDX
+            rows_left -= len(batch["labels"])
+            yield batch
 
 
 def _read(batches: Iterator[Batch], count: int) -> list[Batch]:

@@ -190,10 +190,3 @@ def is_finite(parameter: Tensor) -> bool:
     """Whether all values of this process's part are finite. A norm needs no copy of them."""
     values = local(parameter.detach())
     return not values.numel() or bool(torch.linalg.vector_norm(values, ord=torch.inf).isfinite())
-
-
-def peak(tensor: Tensor) -> Tensor:
-    """The largest magnitude in ``tensor``, (); 0 if it is empty."""
-    if not tensor.numel():
-        return torch.zeros((), dtype=tensor.dtype, device=tensor.device)
-    return torch.linalg.vector_norm(tensor, ord=torch.inf)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from owlore_tune.distributed.fsdp import reshard
-from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.distributed.world import World
 from owlore_tune.models.decoder import find_layers, find_linears, plain_name
 from owlore_tune.models.hf_experts import Experts
 
@@ -17,9 +17,7 @@ InputNorms: TypeAlias = dict[str, Tensor]  # by a Linear's name in its layer: �
 
 
 @torch.no_grad()
-def input_norms(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world: World = ALONE
-) -> list[InputNorms | None]:
+def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world: World) -> list[InputNorms | None]:
     """The `InputNorms` of each layer over the batches of all processes, in one forward pass per batch.
 
     Args:
@@ -82,7 +80,7 @@ class InputSquares:
     def _forget(self, *_: object) -> None:
         self._last_input = self._last_squares = None
 
-    def norms(self, world: World = ALONE) -> InputNorms:
+    def norms(self, world: World) -> InputNorms:
         """‖X_:,j‖₂ of each Linear by its name, (in,) float64, over all processes. 0 for an expert without tokens."""
         norms = {}
         for name, linear in self._linears.items():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from owlore_tune.distributed.world import ALONE, World, peak
+from owlore_tune.distributed.world import ALONE, World
 
 SIDES = ("right", "shape")
 BASES = ("randomized", "svd")
@@ -210,4 +210,5 @@ def signs(basis: Tensor) -> Tensor:
 
 def _largest(product: Tensor) -> Tensor:
     """() the largest magnitude. Norms of products in this unit are finite and not 0 for huge or tiny gradients."""
-    return peak(product).clamp_min(torch.finfo(product.dtype).tiny)
+    largest = torch.linalg.vector_norm(product, ord=torch.inf) if product.numel() else product.new_zeros(())
+    return largest.clamp_min(torch.finfo(product.dtype).tiny)

@@ -213,7 +213,7 @@ def _build_loss(cfg: DictConfig) -> Any:
 
 
 def build_trained(
-    settings: TrainingSettings, model: Decoder, world: World = ALONE
+    settings: TrainingSettings, model: Decoder, world: World
 ) -> tuple[ProjectedLayers, torch.optim.Optimizer]:
     """The layers of ``model`` in the projected form, and the optimizer over all parameters that train.
 

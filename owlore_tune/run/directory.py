@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from owlore_tune.checkpoints.sealed import SEAL, remove_leftovers, verify
 from owlore_tune.checkpoints.steps import StepCheckpoints
-from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.distributed.world import World
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.files import read_json, write_json
 
@@ -221,7 +221,7 @@ def writable_directory(path: str) -> Path:
     return directory
 
 
-def shared_directory(path: str, world: World = ALONE) -> Path:
+def shared_directory(path: str, world: World) -> Path:
     """`writable_directory`, with a check that all processes of ``world`` see the same directory.
 
     Raises:

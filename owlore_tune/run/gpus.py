@@ -28,7 +28,7 @@ FREE_SHARE = 0.9  # of a card's memory; the rest is for the CUDA context and fra
 CHUNK_SIZES = (2048, 1024, 512)  # of the loss; the default is 256
 
 
-def savings() -> list[tuple[tuple[str, ...], float]]:
+def sizes_of_weights() -> list[tuple[tuple[str, ...], float]]:
     """Overrides, from the most exact to the smallest, with the least bytes per weight."""
     sizes = [kind.empty(torch.Size((1, 2**16)), torch.device("meta")).nbytes / 2**16 for kind in FORMATS.values()]
     smallest = (*formats()[-1], "owlore.num_active_layers=2")
@@ -44,7 +44,7 @@ class Fit(NamedTuple):
 
 
 def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
-    """For each of `savings`, the OwLore config of the largest model that one card of ``card_bytes`` can train.
+    """For each of `sizes_of_weights`, the OwLore config of the largest model that one card of ``card_bytes`` can train.
 
     Rows have `SEQ_LEN` tokens, one in each forward pass, with activation checkpointing. A saving that fits no larger
     model than the one before it is left out.
@@ -52,7 +52,7 @@ def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
     names = [name for name, _ in packaged_configs() if name.endswith("_owlore")]
     sizes = {name: sum(p.numel() for p in build_model(_settings(name))[1].parameters()) for name in names}
     largest = 0
-    for overrides, least in savings():
+    for overrides, least in sizes_of_weights():
         # The others need no plan. A plan takes seconds, and longer with many experts.
         possible = [name for name in sizes if sizes[name] > largest and least * sizes[name] <= FREE_SHARE * card_bytes]
         for name in tqdm(sorted(possible, key=lambda name: -sizes[name]), desc="Planning", unit="model", leave=False):

@@ -96,7 +96,7 @@ def plan_run(
     )
 
 
-def longest_row(settings: TrainingSettings, seq_len: int | None) -> int:
+def seq_len_to_plan(settings: TrainingSettings, seq_len: int | None) -> int:
     """Tokens of the longest row: ``seq_len``, or read from the config's data if omitted.
 
     If data or tokenizer do not exist yet, it is ``tokenizer.max_seq_len``.
@@ -119,10 +119,10 @@ def plans_of_config(
     """The plan of the config's run as ``this config``, and those of other methods on the same model and data.
 
     Args:
-        seq_len: see `longest_row`.
+        seq_len: see `seq_len_to_plan`.
         world_size: devices that the model is sharded over. The plan is for one of them.
     """
-    seq_len = longest_row(settings, seq_len)
+    seq_len = seq_len_to_plan(settings, seq_len)
     sharding = settings.sharding(world_size) if world_size > 1 and settings.shards() else None
     parts = build_parts(settings)
     own = plan_run(settings, seq_len, sharding, parts=parts)
@@ -154,7 +154,7 @@ def checked_plan(
     return plan
 
 
-def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, sharding: Sharding | None = None) -> None:
+def check_limit(settings: TrainingSettings, plan: MemoryPlan, seq_len: int, sharding: Sharding | None) -> None:
     """Raise ConfigError, naming settings that would fit, if ``plan`` exceeds the limit, see `checked_plan`."""
     cfg = settings.cfg
     if cfg.device_memory_limit is None:

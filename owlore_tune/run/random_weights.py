@@ -14,17 +14,17 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from torchtune.models import convert_weights
 from tqdm import tqdm
 
 from owlore_tune.checkpoints.checkpointer import shards
+from owlore_tune.checkpoints.layouts import Convert, converters
 from owlore_tune.config import build
 from owlore_tune.data.builders import mmlu_dev_rows
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import readable_by_others
 from owlore_tune.models.decoder import find_layers
 
-ARCHITECTURES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "MISTRAL": "mistral"}
+KINDS = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "MISTRAL": "mistral"}
 
 
 def write_random(cfg: DictConfig, directory: Path) -> None:
@@ -35,32 +35,34 @@ def write_random(cfg: DictConfig, directory: Path) -> None:
             cannot be built.
     """
     model_type = cfg.checkpointer.model_type
-    if model_type not in ARCHITECTURES:
-        raise ConfigError(f"checkpointer.model_type={model_type}; random weights need {', '.join(ARCHITECTURES)}")
+    if model_type not in KINDS:
+        raise ConfigError(f"checkpointer.model_type={model_type}; random weights need {', '.join(KINDS)}")
     if directory.exists():
         raise ConfigError(f"{directory} exists; choose another directory, or remove it first")
     with torch.device("meta"):
         model = build("model", cfg.model)
     try:
-        convert_weights.tune_to_hf(model.state_dict(), **head_sizes(model))
+        config = hf_config(model, model_type)
+        to_hf = converters(model_type, config)[1]
+        to_hf(model.state_dict())
     except Exception as error:  # torchtune's error of a name that it does not know
         raise ConfigError(f"model: {error}; random weights need a model without adapters") from error
     directory.mkdir(parents=True)
-    write_weights(model, directory)
+    write_weights(model, to_hf, directory)
     write_tokenizer(directory)
-    (directory / "config.json").write_text(json.dumps(hf_config(model, model_type), indent=2))
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def write_weights(model: Any, directory: Path, shard_bytes: int = 10**9) -> None:
+def write_weights(model: Any, to_hf: Convert, directory: Path) -> None:
     """Write random bfloat16 weights for ``model`` (on the meta device) in shards with an index."""
     generator = torch.Generator().manual_seed(0)
-    pieces = list(shards(model, shard_bytes))
+    pieces = list(shards(model, 10**9))
     weight_map: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(tqdm(pieces, desc="Writing random weights", unit="shard"), start=1):
         name = f"model-{number:05}-of-{len(pieces):05}.safetensors"
         weights = {key: random_weight(parameter, generator) for key, parameter in shard.items()}
-        converted = convert_weights.tune_to_hf(weights, **head_sizes(model))
+        converted = to_hf(weights)
         save_file({k: v.contiguous() for k, v in converted.items()}, directory / name, metadata={"format": "pt"})
         readable_by_others(directory / name)
         weight_map |= dict.fromkeys(converted, name)
@@ -78,19 +80,10 @@ def random_weight(parameter: Tensor, generator: torch.Generator) -> Tensor:
     return weight
 
 
-def head_sizes(model: Any) -> dict[str, int]:
-    layer: Any = find_layers(model)[0]
-    attention = layer.attn
-    return {
-        "num_heads": attention.num_heads, "num_kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
-        "dim": model.tok_embeddings.weight.shape[1],
-    }  # fmt: skip
-
-
 def hf_config(model: Any, model_type: str) -> dict:
     """Return the content of transformers' config.json for ``model``."""
     layer: Any = find_layers(model)[0]
-    sizes, kind, rope = head_sizes(model), ARCHITECTURES[model_type], layer.attn.pos_embeddings
+    attention, kind, rope = layer.attn, KINDS[model_type], layer.attn.pos_embeddings
     scaling = {}
     if getattr(rope, "scale_factor", 1) != 1:
         scaling["rope_scaling"] = {
@@ -101,12 +94,12 @@ def hf_config(model: Any, model_type: str) -> dict:
         "architectures": [f"{kind.title()}ForCausalLM"],
         "model_type": kind,
         "vocab_size": model.tok_embeddings.weight.shape[0],
-        "hidden_size": sizes["dim"],
+        "hidden_size": model.tok_embeddings.weight.shape[1],
         "intermediate_size": layer.mlp.w1.weight.shape[0],
         "num_hidden_layers": len(find_layers(model)),
-        "num_attention_heads": sizes["num_heads"],
-        "num_key_value_heads": sizes["num_kv_heads"],
-        "head_dim": sizes["head_dim"],
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
         "max_position_embeddings": model.max_seq_len,
         "rms_norm_eps": layer.sa_norm.eps,
         "rope_theta": rope.base,

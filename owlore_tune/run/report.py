@@ -16,7 +16,7 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from owlore_tune.config import build_with, plain, printable
-from owlore_tune.distributed.world import ALONE, World, local
+from owlore_tune.distributed.world import World, local
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import write_json
 from owlore_tune.layers.projected import ProjectedLayers
@@ -47,7 +47,7 @@ class Report:
         world: the processes that train together.
     """
 
-    def __init__(self, directory: Path, world: World = ALONE) -> None:
+    def __init__(self, directory: Path, world: World) -> None:
         self._directory = directory
         self._run_id = ""
         self._is_first = world.rank == 0

@@ -16,7 +16,7 @@ from owlore_tune.checkpoints.steps import step_of
 from owlore_tune.config import changed_fields, plain
 from owlore_tune.data.samples import dataset_digest
 from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.distributed.world import ALONE, RankError, World, is_known_to_all, known_to_all
+from owlore_tune.distributed.world import RankError, World, is_known_to_all, known_to_all
 from owlore_tune.errors import CheckpointError, ConfigError, DivergedError, RunError, is_out_of_memory, message_of
 from owlore_tune.files import files_digest
 from owlore_tune.run.build import Inputs, build_inputs
@@ -34,7 +34,7 @@ HOW_TO_RESUME = "resume with the same command and resume_from_checkpoint=true"
 log = get_logger("INFO")
 
 
-def find_checkpoint(run: RunDirectory, wanted: bool | str, world: World = ALONE) -> Path | None:
+def find_checkpoint(run: RunDirectory, wanted: bool | str, world: World) -> Path | None:
     """Claim the run's directory, and return the verified checkpoint to resume from; None to start from the beginning.
 
     The first process of ``world`` does this, and shares the result and the run's id.
@@ -78,7 +78,7 @@ def _claim(run: RunDirectory, wanted: bool | str) -> Path | None:
     return found
 
 
-def identity(settings: TrainingSettings, inputs: Inputs, world: World = ALONE) -> dict[str, Any]:
+def identity(settings: TrainingSettings, inputs: Inputs, world: World) -> dict[str, Any]:
     """Facts about a run, saved in every checkpoint and compared on resume."""
     digests = world.share(world.attempt(lambda: input_digests(settings, inputs), first_alone=True))
     assert digests is not None
@@ -114,7 +114,7 @@ def _check_same_data(inputs: Inputs, of_first: str, world: World) -> None:
 
 
 def matching_inputs(
-    settings: TrainingSettings, saved: dict[str, Any] | None, checkpoint: Path | None, world: World = ALONE
+    settings: TrainingSettings, saved: dict[str, Any] | None, checkpoint: Path | None, world: World
 ) -> tuple[Inputs, dict[str, Any]]:
     """The inputs of a run and its `identity`, which must be that of the state ``saved`` in ``checkpoint``, if any.
 

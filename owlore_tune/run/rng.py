@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.distributed.world import World
 
 
 class RngState:
     """The random generators of all processes of ``world``, as part of a run's state."""
 
-    def __init__(self, world: World = ALONE) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
         self._marked: dict[str, Any] | None = None
 

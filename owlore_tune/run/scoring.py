@@ -20,7 +20,7 @@ def score_of(settings: TrainingSettings) -> Score:
     return SCORES[settings.owlore.score].from_config(settings.owlore)
 
 
-def read_scores(settings: TrainingSettings, fingerprint: str, num_layers: int) -> LayerScores | None:
+def known_scores(settings: TrainingSettings, fingerprint: str, num_layers: int) -> LayerScores | None:
     """The scores of ``owlore.scores_file``; None if it is not set.
 
     Args:
@@ -68,7 +68,7 @@ def calibration_batches(settings: TrainingSettings, data: TrainingData) -> Itera
         yield batch_to_device(batch, settings.device)
 
 
-def with_origin(settings: TrainingSettings, values: list[float], fingerprint: str, world: World = ALONE) -> LayerScores:
+def with_origin(settings: TrainingSettings, values: list[float], fingerprint: str, world: World) -> LayerScores:
     """Scores of the config's model and data, with what they depend on."""
     owlore, cfg, score = settings.owlore, settings.cfg, score_of(settings)
     origin = {

@@ -225,7 +225,7 @@ class TrainingSettings:
                 raise ConfigError(f"metric_logger.filename={name}; it must be the name of a file in log_dir")
 
     def check_launch(self, *, sharded: bool) -> None:
-        """Raise ConfigError for a value that does not work on one device, or with a sharded model."""
+        """Raise ConfigError for a value that does not work on one device."""
         if not sharded and self.cfg.fsdp_cpu_offload:
             raise ConfigError(
                 "fsdp_cpu_offload=true; it needs FSDP2: launch with tune run --nproc_per_node N and "

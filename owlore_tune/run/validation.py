@@ -10,7 +10,7 @@ from tqdm import tqdm
 from owlore_tune.data.batches import batch_to_device
 from owlore_tune.data.loader import HeldOutData
 from owlore_tune.distributed.fsdp import reshard
-from owlore_tune.distributed.world import ALONE, World, is_finite, local
+from owlore_tune.distributed.world import World, is_finite, local
 from owlore_tune.errors import ConfigError, DivergedError, RunError
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.loss import loss_of_outputs, mean_loss, shift_labels
@@ -34,7 +34,7 @@ def held_out_loss(
     loss_fn: Any,
     data: HeldOutData,
     device: torch.device,
-    world: World = ALONE,
+    world: World,
 ) -> tuple[float, int]:
     """The mean loss over all tokens to predict, and their number, over all processes of ``world`` together.
 
@@ -45,9 +45,8 @@ def held_out_loss(
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     num_here = 0
-    for batch, num_rows in tqdm(data, desc="Validating", unit="batch", leave=False, disable=world.rank > 0):
+    for batch in tqdm(data, desc="Validating", unit="batch", leave=False, disable=world.rank > 0):
         labels = shift_labels(batch.pop("labels"), loss_fn.ignore_index)
-        labels[num_rows:] = loss_fn.ignore_index
         count = int((labels != loss_fn.ignore_index).sum())
         if not count:
             labels[0, 0] = 0  # run forward anyway, because other processes wait for it
@@ -66,7 +65,7 @@ def held_out_loss_of(
     loss_fn: Any,
     data: HeldOutData,
     device: torch.device,
-    world: World = ALONE,
+    world: World,
 ) -> tuple[float, int]:
     """`held_out_loss` of the full-precision weights of ``quantized`` as they are saved, which are read layer by layer;
     with None, of the weights on the device."""
@@ -75,7 +74,7 @@ def held_out_loss_of(
     total, num_here = torch.zeros((), dtype=torch.float64, device=device), 0
 
     with quantized.whole_outside():
-        num_tokens = tokens_at_once(model, free_bytes(device))
+        num_tokens = held_out_tokens_at_once(model, free_bytes(device))
         for batches, labels in _groups(data, loss_fn.ignore_index, device, num_tokens):
             forward = ForwardByLayer(model, batches, "Validating in full precision")
             for index, run in forward:
@@ -96,7 +95,7 @@ def _mean(total: Tensor, num_here: int, world: World) -> tuple[float, int]:
     return world.sum_(total).item() / num_tokens, num_tokens
 
 
-def tokens_at_once(model: Any, free: int | None) -> int:
+def held_out_tokens_at_once(model: Any, free: int | None) -> int:
     """Held-out tokens whose hidden states are in memory at once. All weights are read from disk for each such group.
 
     Args:
@@ -114,9 +113,8 @@ def _groups(
     """Batches on ``device`` and their shifted labels, in groups of at least ``num_tokens`` tokens."""
     batches: list[dict[str, Tensor]] = []
     labels: list[Tensor] = []
-    for batch, num_rows in data:
+    for batch in data:
         batch_labels = shift_labels(batch.pop("labels"), ignore_index)
-        batch_labels[num_rows:] = ignore_index
         batches.append(batch_to_device(batch, device))
         labels.append(batch_labels)
         if sum(some.numel() for some in labels) >= num_tokens:
@@ -143,7 +141,7 @@ def check_trained(progress: Progress, inputs: Inputs) -> None:
         )
 
 
-def check_finite_weights(model: nn.Module, layers: ProjectedLayers, step: int, world: World = ALONE) -> None:
+def check_finite_weights(model: nn.Module, layers: ProjectedLayers, step: int, world: World) -> None:
     """Raise DivergedError if a weight of ``model`` is not finite on any process of ``world``."""
     named = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
     here = {name for name, parameter in (*named, *layers.trained().items()) if not is_finite(parameter)}
@@ -154,7 +152,7 @@ def check_finite_weights(model: nn.Module, layers: ProjectedLayers, step: int, w
         )
 
 
-def bad_gradients(layers: ProjectedLayers, world: World = ALONE) -> list[str]:
+def bad_gradients(layers: ProjectedLayers, world: World) -> list[str]:
     """The parts of the model, such as ``layers.3``, with a non-finite gradient on any process of ``world``."""
     grads = {name: parameter.grad for name, parameter in layers.trained().items() if parameter.grad is not None}
     bad = (name for name, grad in grads.items() if not local(grad).isfinite().all())

@@ -8,7 +8,7 @@ import torch
 
 from owlore_tune.checkpoints.checkpointer import weight_files
 from owlore_tune.distributed.fsdp import Sharding
-from owlore_tune.distributed.world import ALONE, World
+from owlore_tune.distributed.world import World
 from owlore_tune.layers.grouped import group_experts
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.scores import Score, score_each
@@ -23,7 +23,7 @@ from owlore_tune.run.report import Report
 from owlore_tune.run.scoring import (
     calibration_batches,
     errors_of_scoring,
-    read_scores,
+    known_scores,
     score_layers,
     score_of,
     with_origin,
@@ -45,7 +45,7 @@ class Loading:
     run: RunDirectory
     checkpoint: Path | None  # to resume from; None for the model directory
     sharding: Sharding | None  # of FSDP2
-    world: World = ALONE
+    world: World
 
 
 def load_and_score(
@@ -66,7 +66,7 @@ def load_and_score(
         RunError: if weights or activations are not finite.
     """
     settings, inputs, model = loading.settings, loading.inputs, loading.model
-    known = known or read_scores(settings, fingerprint, len(find_layers(model)))
+    known = known or known_scores(settings, fingerprint, len(find_layers(model)))
     if settings.owlore.weights != "full":
         with report.timed("load"):
             quantized = _open_store(loading)
@@ -132,7 +132,7 @@ def weight_writer(
     model: Decoder,
     layers: ProjectedLayers,
     quantized: QuantizedLayers | None,
-    world: World = ALONE,
+    world: World,
 ) -> tuple[Callable[[Path], None], int]:
     """The function that writes the weights of a checkpoint, and about how many bytes it writes.
 

@@ -30,7 +30,7 @@ from owlore_tune.optim.projection import OVERSAMPLING
 from owlore_tune.run.build import build_inputs
 from owlore_tune.run.directory import RunDirectory
 from owlore_tune.run.settings import TrainingSettings
-from runs import finetune, other_model, recipe_of, variant, weights, write
+from runs import finetune, other_model, variant, weights, write
 
 ALL_TRAINED = {"owlore__train_embeddings": True, "owlore__train_output": True, "owlore__train_norm": True}
 CASES = {
@@ -441,18 +441,6 @@ def test_ranks_with_other_rows_are_refused(config, tiny_data, tmp_path):
     done = run_ranks(2, "train", write(on_ranks(2, config, "other_rows", **data)))
     assert all(done.codes)
     assert "dataset has other rows on rank 1; give all machines the same files" in done.output
-
-
-def test_a_value_for_several_ranks_is_refused_on_one_device(config):
-    with pytest.raises(ConfigError, match="fsdp_cpu_offload=true; it needs FSDP2: launch with tune run --nproc_per"):
-        recipe_of(config | {"fsdp_cpu_offload": True})
-
-
-def test_another_number_of_rows_per_step_is_another_run(config):
-    finetune(config)
-    changed = variant(config, "changed", batch_size=3, resume_from_checkpoint=f"{config['output_dir']}/step_12")
-    with pytest.raises(ConfigError, match="rows per step=6 -> 3"):
-        recipe_of(changed).setup()
 
 
 @pytest.mark.slow

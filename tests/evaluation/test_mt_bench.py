@@ -337,10 +337,6 @@ def test_what_cannot_work_is_refused_with_the_way_out(data_dir, tmp_path, monkey
         JudgeConfig(base_url="http://localhost", model="gpt-4")
     with pytest.raises(ConfigError, match=r"judge\.repeats=0; it must be above 0"):
         JudgeConfig(base_url="http://localhost", model="gpt-4", api_key_env=None, repeats=0)
-    with pytest.raises(ConfigError, match=r"judge\.base_url=localhost; it must begin with http"):
-        JudgeConfig(base_url="localhost", model="gpt-4", api_key_env=None)
-    with pytest.raises(ConfigError, match="contains a user name, key or query, which would be logged"):
-        JudgeConfig(base_url="http://me:secret@localhost/v1", model="gpt-4", api_key_env=None)
     with pytest.raises(ConfigError, match=r"data_dir is not set\. .*git clone"):
         read_files(None)
     (data_dir / "judge_prompts.jsonl").unlink()
@@ -364,16 +360,6 @@ def test_what_cannot_work_is_refused_with_the_way_out(data_dir, tmp_path, monkey
 )
 def test_ratings(text, rating):
     assert parse_rating(text) == rating
-
-
-def test_a_line_cut_short_is_dropped_and_the_next_one_is_whole(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    append_line(file, {"a": 1})
-    with file.open("a") as handle:
-        handle.write('{"a": 2, "b')
-    assert read_lines(file) == [{"a": 1}]
-    append_line(file, {"a": 3})
-    assert read_lines(file) == [{"a": 1}, {"a": 3}]
 
 
 def test_judge_requests_equal_fastchats():
@@ -412,6 +398,10 @@ def test_rows_without_a_final_line_end_are_kept(tmp_path):
     with file.open("a") as opened:
         opened.write('{"a": ')
     assert len(read_lines(file)) == 3 and file.read_text().endswith('{"a": 3}\n')
+    with file.open("a") as opened:
+        opened.write('{"a": ')
+    append_line(file, {"a": 4})
+    assert read_lines(file) == [{"a": 1}, {"a": 2}, {"a": 3}, {"a": 4}]
 
 
 def test_fastchats_own_answers_are_refused(bench, lm, tmp_path):

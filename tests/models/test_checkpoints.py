@@ -6,15 +6,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchtune.models.llama2 import llama2
-from torchtune.models.llama3 import llama3
-from torchtune.models.mistral import mistral
 from torchtune.models.qwen2 import qwen2
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -31,12 +27,6 @@ HF = dict(
 TUNE = dict(vocab_size=96, num_layers=3, num_heads=4, num_kv_heads=2, embed_dim=32, intermediate_dim=48, max_seq_len=64)
 FAMILIES = {
     "LLAMA2": (LlamaForCausalLM, LlamaConfig(**HF), lambda: llama2(**TUNE)),
-    "LLAMA3": (
-        LlamaForCausalLM,
-        LlamaConfig(**HF, rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}),
-        lambda: llama3(**TUNE, rope_base=500_000),
-    ),
-    "MISTRAL": (MistralForCausalLM, MistralConfig(**HF, sliding_window=None), lambda: mistral(**TUNE)),
     "QWEN2": (
         Qwen2ForCausalLM,
         Qwen2Config(**HF, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),

@@ -190,15 +190,6 @@ def test_a_file_that_is_no_parquet_is_refused(tokenizer, tmp_path):
         gsm8k_dataset(tokenizer, data_files=str(tmp_path / "rows.parquet"))
 
 
-def test_bad_options_are_refused(tiny_dir, tokenizer):
-    with pytest.raises(ValueError, match="split='test'; choose train or held_out"):
-        mmlu_dev_dataset(tokenizer, split="test")
-    with pytest.raises(ValueError, match="num_held_out=282; choose 1 to 281"):
-        mmlu_dev_dataset(tokenizer, num_held_out=282)
-    with pytest.raises(ValueError, match=r"needs tokenizer\.max_seq_len"):
-        mmlu_dev_dataset(HFChatTokenizer(str(tiny_dir)), packed=True)
-
-
 def test_the_longest_row_is_looked_for_where_looking_is_cheap():
     rows = [{"tokens": [0] * (1 + i % 7)} for i in range(MOST_ROWS)]
     assert longest_row(rows, max_seq_len=512) == 7

@@ -141,8 +141,6 @@ def test_plot_draws_a_run_from_its_files(monkeypatch, tmp_path, tiny_config, cap
     owlore(monkeypatch, "plot", str(run))
     assert {Path(line).name for line in capsys.readouterr().out.splitlines()} == names
     assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in names)
-    with pytest.raises(SystemExit, match="error: .*nothing is not the output_dir of a training run"):
-        owlore(monkeypatch, "plot", str(tmp_path / "nothing"))
 
 
 def test_doctor_finds_this_environment_well(capsys, monkeypatch, tmp_path):
@@ -193,19 +191,11 @@ def test_score_writes_the_file_and_its_chart(monkeypatch, tmp_path, tiny_config,
     assert capsys.readouterr().out.count("layer ") == 4
 
 
-def test_score_reports_a_bad_config_in_one_line(monkeypatch, tmp_path, tiny_config):
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config))
-    with pytest.raises(SystemExit, match=r"error: owlore\.score=best"):
-        owlore(monkeypatch, "score", "--config", str(tmp_path / "config.yaml"), "owlore.score=best")
-
-
 def test_compare_prints_a_table_or_one_line(monkeypatch, tmp_path, capsys):
     results = {"results": {"piqa": {"acc,none": 0.5}}}
     (tmp_path / "results_1.json").write_text(json.dumps(results))
     owlore(monkeypatch, "compare", str(tmp_path), str(tmp_path / "results_1.json"))
     assert "| piqa | acc | 0.5000 | 0.5000 | +0.0000 |" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: .*nothing has no results_"):
-        owlore(monkeypatch, "compare", str(tmp_path / "nothing"))
 
 
 def test_download_makes_the_model_directory_once(monkeypatch, smollm2_dir, capsys):

@@ -3,7 +3,7 @@
 import json
 
 import torch
-from forks import Command, run_command
+from forks import run_command
 
 RANDOM = ("owlore", "random", "--config", "llama2/7B_owlore", "--output")
 SMALL = [
@@ -40,9 +40,3 @@ def test_random_weights_train_by_the_7b_config_and_load_in_transformers(tmp_path
     }
     assert changed == {layer for draw in manifest["draws"] for layer in draw["active"]}
     assert torch.equal(before.lm_head.weight, after.lm_head.weight)
-
-
-def test_an_existing_directory_is_not_overwritten(tmp_path):
-    command = Command(*RANDOM, str(tmp_path), *SMALL)
-    _, errors = command.communicate()
-    assert command.returncode != 0 and "exists" in errors

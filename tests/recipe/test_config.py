@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import re
 import sys
 from functools import cache
@@ -14,7 +13,6 @@ from omegaconf import OmegaConf
 
 from owlore_tune import cli
 from owlore_tune.catalog import find_config, packaged_configs
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
 from owlore_tune.config import changed_fields, check_config, device_and_dtype
 from owlore_tune.config_files import load_config, with_bases
 from owlore_tune.errors import ConfigError
@@ -22,7 +20,6 @@ from owlore_tune.expand import expanded
 from owlore_tune.run.build import build_model, prepare_layers
 from owlore_tune.run.planning import plan_run
 from owlore_tune.run.settings import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig, TrainingSettings
-from runs import recipe_of
 
 CONFIGS = [name for name, _ in packaged_configs()]
 EVALS = [name for name in CONFIGS if name.startswith("eval/")]
@@ -112,18 +109,7 @@ def test_shipped_config_is_valid(name, monkeypatch, capsys, tmp_path, tiny_dir):
 
 
 INVALID = {
-    "too many layers": (
-        "llama2/7B_owlore",
-        "owlore.num_active_layers=33",
-        "num_active_layers=33; the model has 32 layers",
-    ),
-    "rank": ("llama2/7B_owlore", "owlore.rank=4096", "rank=4096; no weight's shorter side is above it"),
-    "unknown key": ("llama2/7B_owlore", "owlore.rnk=4", "unknown key owlore.rnk; did you mean rank"),
-    "missing": (
-        "llama2/7B_owlore",
-        "~lr_scheduler.num_warmup_steps",
-        "missing a required argument: 'num_warmup_steps'",
-    ),
+    "training": ("llama2/7B_owlore", "owlore.num_active_layers=33", "num_active_layers=33; the model has 32 layers"),
     "evaluation": ("eval/mmlu", "num_fewshots=5", "unknown key num_fewshots; did you mean num_fewshot"),
     "torchtune's recipe": (
         "smollm2/135M_lora",
@@ -194,31 +180,6 @@ def test_a_config_differs_in_its_model_or_method_alone(name):
         written_out = {f"optimizer.{key}" for key in ("betas", "eps")}  # torch's defaults
         allowed = {"owlore.rank"} | written_out
         assert {path for path in changed("llama2/7B_owlore", own, 2) if path.startswith("o")} <= allowed
-
-
-def run(config: dict) -> None:
-    recipe_of(config).setup()
-
-
-def other_scores(path, **changes) -> str:
-    scores = {"scores": [1.0, 1, 1, 1], "score": "outlier", "fingerprint": "made-for-another-model"}
-    path.write_text(json.dumps(scores | changes))
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({}, r"made for other weights \(made-for-another-model"),
-        ({"scores": [1.0, 1, 1]}, "for a model with 3 layers; this one has 4"),
-        ({"scores": [1.0, float("nan"), 1, 1]}, "score of layer 1 is nan"),
-    ],
-)
-def test_scores_of_another_model_are_refused(tiny_config, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(HFCheckpointer, "load_checkpoint", lambda *args, **kwargs: pytest.fail("weights were loaded"))
-    tiny_config["owlore"]["scores_file"] = other_scores(tmp_path / "scores.json", **changes)
-    with pytest.raises(ConfigError, match=message):
-        run(tiny_config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

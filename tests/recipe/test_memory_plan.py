@@ -27,7 +27,7 @@ from owlore_tune.memory.step import StepShape
 from owlore_tune.models.hf_model import hf_decoder
 from owlore_tune.run.build import build_parts
 from owlore_tune.run.gpus import FREE_SHARE, fastest_that_fits, settings_of_step
-from owlore_tune.run.planning import longest_row, plan_run, plans_of_config, savings
+from owlore_tune.run.planning import plan_run, plans_of_config, savings, seq_len_to_plan
 from owlore_tune.run.settings import TrainingSettings
 from runs import recipe_of
 
@@ -186,7 +186,7 @@ def test_moments_of_16_bits_are_planned_for_what_trains_in_them(tiny_config):
 def test_a_bad_length_of_rows_is_refused_without_a_model(value, tiny_config):
     changes = {"tokenizer": tiny_config["tokenizer"] | {"path": "/nowhere", "max_seq_len": value}}
     with pytest.raises(ConfigError, match="tokenizer.path=/nowhere has no tokenizer.json"):
-        longest_row(TrainingSettings.from_config(OmegaConf.create(tiny_config | changes)), None)
+        seq_len_to_plan(TrainingSettings.from_config(OmegaConf.create(tiny_config | changes)), None)
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_a_plan_over_the_limit_is_refused_before_weights_load(tiny_config, tmp_p
     monkeypatch.setattr(memory_plan, "framework_bytes", lambda device: 10**8)  # the test process grows
     config = OmegaConf.create(tiny_config | {"batch_size": 40, "output_dir": str(tmp_path / "planned")})
     settings = TrainingSettings.from_config(config)
-    planned = plan_run(settings, longest_row(settings, None))
+    planned = plan_run(settings, seq_len_to_plan(settings, None))
     message = limited(tiny_config, tmp_path, (planned.total - planned.activations / 4) / 1e9)
     assert "device_memory_limit=" in message and "it fits with batch_size=1 gradient_accumulation_steps=40" in message
     assert "or with enable_activation_checkpointing=true" in message and "AdamW8bit" not in message
@@ -275,12 +275,6 @@ def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
     ]
     assert [word for word in first_words if word in wanted] == wanted
     assert picture.stat().st_size > 10_000
-
-
-def test_rows_longer_than_the_model_takes_are_refused(tiny_config):
-    config = tiny_config | {"model": tiny_config["model"] | {"max_seq_len": 8}}
-    with pytest.raises(ConfigError, match="row 0 has .* tokens, and the model takes 8; set tokenizer.max_seq_len"):
-        recipe_of(config).setup()
 
 
 def test_a_plan_for_gpus_counts_what_they_offload_wherever_it_is_made(tiny_config):

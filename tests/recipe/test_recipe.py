@@ -17,10 +17,7 @@ from reference import outlier_scores
 from transformers import AutoModelForCausalLM
 
 from owlore_tune.layers.scores import Outlier
-from owlore_tune.layers.scores_file import LayerScores
-from owlore_tune.run.scoring import score_model
-from owlore_tune.run.settings import TrainingSettings
-from runs import changed_by_draw, finetune, prepare, read_weights, start, variant, weights
+from runs import changed_by_draw, finetune, prepare, read_weights, variant, weights
 
 COSINE = {
     "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
@@ -60,15 +57,6 @@ def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(run / "step_10")
     before = AutoModelForCausalLM.from_pretrained(tiny_config["checkpointer"]["checkpoint_dir"])
     assert not torch.allclose(exported(ids).logits, before(ids).logits, atol=1e-4)
-
-
-def test_a_bad_config_ends_in_one_line(tiny_config):
-    run = start(tiny_config, "owlore.num_active_layers=40")
-    _, errors = run.communicate()
-    assert run.returncode == 1
-    last = errors.strip().splitlines()[-1]
-    assert last == "error: owlore.num_active_layers=40; the model has 4 layers"
-    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
@@ -315,13 +303,6 @@ def test_a_run_too_short_for_its_schedules_logs_warnings(tiny_config, caplog):
     all_layers = {"owlore__num_active_layers": None, "owlore__score": "uniform"}
     prepare(variant(tiny_config, "all", max_steps_per_epoch=3, **all_layers))
     assert "and the run has" not in caplog.text
-
-
-def test_scoring_alone(tiny_config):
-    scores = score_model(TrainingSettings.from_config(OmegaConf.create(tiny_config)))
-    assert isinstance(scores, LayerScores)
-    assert len(scores.scores) == 4
-    assert scores.data["batches"] == 8
 
 
 def test_nothing_keeps_the_weights_of_a_run_in_memory(tiny_config):

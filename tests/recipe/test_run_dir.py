@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from owlore_tune.checkpoints.sealed import read_seal
 from owlore_tune.errors import ConfigError
 from owlore_tune.run.directory import LOCK_FILE, RUN_FILE, RunDirectory
 from runs import checkpoints, finetune, finetune_until, prepare, recipe_of, start, variant, weights
@@ -177,12 +176,6 @@ def test_a_damaged_seal_is_passed_over_and_set_aside(tiny_config):
     finetune(config | {"resume_from_checkpoint": True})
     assert [d.name for d in checkpoints(config)] == ["step_5", "step_10"]
     assert (output_dir / "abandoned_step_10" / "checkpoint.json").read_text() == half
-
-
-def test_a_checkpoint_knows_its_run(tiny_config):
-    finetune(tiny_config)
-    output_dir = Path(tiny_config["output_dir"])
-    assert read_seal(output_dir / "step_10")["run_id"] == json.loads((output_dir / RUN_FILE).read_text())["run_id"]
 
 
 def test_download_leaves_what_is_there(tmp_path, smollm2_dir, monkeypatch):

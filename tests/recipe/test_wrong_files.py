@@ -237,6 +237,7 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     "a PyTorch file is empty": (
         lambda: (Path("model/pytorch_model.bin").write_bytes(b""), unlink_weights()), "pytorch_model.bin cannot be read"
     ),
+    "scores are of other weights": (lambda: scores([1.0] * 4), "was made for other weights (x"),
     "scores are huge": (lambda: scores([1e308] * 4), "the score of layer 0 is 1e+308; recreate the file"),
     "scores are huge integers": (lambda: scores([10**400] * 4), "the score of layer 0 is 1000000000"),
     "scores are texts": (lambda: scores(["1"] * 4), "the score of layer 0 is 1; recreate the file"),
@@ -309,6 +310,9 @@ DEEP = 100_000 * "[" + 100_000 * "]"
 PLOT, COMPARE = ["plot", "r"], ["compare", "e"]
 COMMANDS: dict[str, tuple[Callable[[], object], list[str], str]] = {
     "cp of nothing": (lambda: None, ["cp", "nope", "x.yaml"], "no file and no packaged recipe or config named nope"),
+    "random over a directory": (
+        lambda: None, ["random", "--config", "train.yaml", "--output", "model"], "model exists; choose another"
+    ),
     "cp over a file": (lambda: None, ["cp", "smollm2/135M_owlore", "train.yaml"], "train.yaml exists; use --force"),
     "cp to a directory": (lambda: None, ["cp", "smollm2/135M_owlore", "model"], "model is a directory"),
     "cp over a dead link": (
