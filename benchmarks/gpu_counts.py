@@ -210,6 +210,7 @@ def count_graphs(lengths: tuple[int, ...]) -> int:
     torch._dynamo.reset()
     GRAPHS.clear()
     model = llama2(64, 4, 4, 2, 32, max_seq_len=64, intermediate_dim=48)
+    fuse_parts(model, torch.device("cuda"))
     layers = ProjectedLayers(model, rank=8)
     optimizer = torch.optim.AdamW(layers.parameter_groups(), fused=True)
     schedule = Schedule(layers, optimizer, LayerSampler([1.0] * 4, num_active=2), resample_every=2)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torchtune.utils import get_logger
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,9 +27,10 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         args, rest = parser.parse_known_args()  # overrides can be on either side of --config
         if flags := [argument for argument in rest if argument.startswith("-")]:
             parser.error(f"unrecognized arguments: {' '.join(flags)}; override a field with field=value")
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-            # Read at the first use of a GPU. Segments that grow leave no gaps between rows of different lengths.
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+            # Segments that grow leave no gaps between rows of different lengths. To set a variable would be too late:
+            # torch reads it at the first use of a GPU, and torchtune uses it when it is imported.
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         # Print log lines above progress bars, not in the middle of them.
         with obey_signals(), errors_in_one_line(), logging_redirect_tqdm([get_logger()]):
             recipe_main(load_config(args.config, [*args.overrides, *rest]))

@@ -64,7 +64,7 @@ def _adamw_plan(
     trained: set[Tensor],
 ) -> MemoryPlan:
     """A plan of AdamW on ``trained`` parameters of ``model``, with state in their dtype."""
-    step = PlannedStep(model, loss_fn, shape, device, set())
+    step = PlannedStep(model, loss_fn, shape, device, set(), fuses=False)
     wanted = [index for index, parameter in enumerate(model.parameters()) if parameter in trained]
     with step.running():
         parameters = list(step.model.parameters())

@@ -47,6 +47,7 @@ class PlannedStep:
         model: on the meta device; it is not modified.
         quantized: its modules whose weights are quantized.
         sharded: whether FSDP2 shards the weights.
+        fuses: whether the run uses `fuse_parts`, as our recipe does.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class PlannedStep:
         quantized: set[nn.Module],
         *,
         sharded: bool = False,
+        fuses: bool = True,
     ) -> None:
         self._source, self._loss_fn, self._shape, self._device = model, copy.copy(loss_fn), shape, device
         self._quantized, self._sharded = quantized, sharded
         self.model = copy.deepcopy(model)
-        fuse_parts(self.model, device)
+        if fuses:
+            fuse_parts(self.model, device)
         with torch.device("cpu"):
             init_rope(self.model)  # it reads its own values, so it cannot run without data
         for module in self.model.modules():
@@ -74,7 +77,7 @@ class PlannedStep:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Have tensors without data in the block."""
-        with _attention_as_on(self._device), self.tracker:
+        with _fused_as_on(self._device), self.tracker:
             _materialize(self.model, self._source, self._shape, self._quantized)
             group_experts(self.model, self._device, sharded=self._sharded)
             self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
@@ -156,17 +159,42 @@ def _materialize(copied: nn.Module, model: nn.Module, shape: StepShape, quantize
 
 
 @contextmanager
-def _attention_as_on(device: torch.device) -> Iterator[None]:
-    """In the block, tensors without data have fused attention where ``device`` has it. torch would give them none.
+def _fused_as_on(device: torch.device) -> Iterator[None]:
+    """In the block, tensors without data have fused attention and norms where ``device`` has them. torch would give
+    them none.
 
     A function mode is not enough, because layers that are computed again in backward do not see it.
     """
-    of_torch = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = partial(_attention, of_torch, device)
+    attention, norm = F.scaled_dot_product_attention, F.rms_norm
+    F.scaled_dot_product_attention = partial(_attention, attention, device)
+    if device.type == "cuda":
+        F.rms_norm = partial(_norm, norm)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = of_torch
+        F.scaled_dot_product_attention, F.rms_norm = attention, norm
+
+
+def _norm(
+    of_torch: Callable[..., Tensor], input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: Any = None
+) -> Tensor:
+    if weight is None or weight.dtype != input.dtype:  # which torch does not fuse
+        return of_torch(input, normalized_shape, weight, eps)
+    return _FusedNorm.apply(input, weight)  # type: ignore[no-any-return]
+
+
+class _FusedNorm(torch.autograd.Function):
+    """torch's norm on a GPU. It keeps its input, and a number for each row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 def _attention(

@@ -1,6 +1,6 @@
 """torchtune's norms and rotary embeddings in forms that take one launch on a GPU."""
 
-from functools import partial
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,16 @@ from owlore_tune.kernels.rotary import rotate
 def fuse_parts(model: nn.Module, device: torch.device) -> None:
     """Let norms and rotary embeddings of a torchtune decoder on a GPU compute with fused operations.
 
-    Results are the same within rounding. Other kinds of embeddings, such as Qwen's, do not change.
+    Results are the same within rounding. Other kinds of embeddings, such as Qwen's, do not change. The functions become
+    methods, because torch compiles a partial anew for each module.
     """
     if device.type != "cuda":
         return
     for module in model.modules():
         if type(module) is RMSNorm:
-            module.forward = partial(_norm, module)
+            module.forward = MethodType(_norm, module)
         elif type(module) in (RotaryPositionalEmbeddings, Llama3ScaledRoPE):
-            module.forward = partial(_rotated, module)
+            module.forward = MethodType(_rotated, module)
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ torchao's int8 training weight saves its input for backward even if the weight i
 dequantize on a CPU. These formats hold plain tensors that get no gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import ClassVar
@@ -250,19 +251,24 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, weight):  # (t, n)
         ctx.weight = weight
         m, n = weight.shape
-        product = x.new_empty(len(x), m)
-        for rows in pieces(m, n, x.device):
-            torch.mm(x, weight.dequantize(x.dtype, rows).T, out=product[:, rows])
-        return product
+        return _by_pieces(x, lambda rows: weight.dequantize(x.dtype, rows).T, pieces(m, n, x.device))
 
     @staticmethod
     def backward(ctx, grad):
         weight = ctx.weight
-        m, n = weight.shape
-        product = grad.new_empty(len(grad), n)
-        for columns in pieces(n, m, grad.device):  # not rows: their products would be summed in 16 bits
-            torch.mm(grad, weight.dequantize(grad.dtype, columns=columns), out=product[:, columns])
-        return product, None
+        m, n = weight.shape  # pieces are not of rows: their products would be summed in 16 bits
+        each = pieces(n, m, grad.device)
+        return _by_pieces(grad, lambda columns: weight.dequantize(grad.dtype, columns=columns), each), None
+
+
+def _by_pieces(x: Tensor, columns_of: Callable[[slice], Tensor], each: list[slice]) -> Tensor:
+    """``x`` (t, k) times a matrix (k, l), of which ``columns_of`` makes a piece at a time → (t, l)."""
+    if torch.compiler.is_compiling():  # torch cannot compile an ``out`` that is part of a tensor
+        return torch.cat([x @ columns_of(columns) for columns in each], dim=1)
+    product = x.new_empty(len(x), each[-1].stop)
+    for columns in each:
+        torch.mm(x, columns_of(columns), out=product[:, columns])
+    return product
 
 
 class _Int8Product(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -46,14 +46,15 @@ def quantize(module: Any, kind: str, products: str = "full") -> None:
 
 
 def attach(module: Any, weight: QuantizedWeight, products: str, dtype: torch.dtype) -> None:
-    """Make ``module`` compute with a quantized weight, in ``dtype``."""
+    """Make ``module`` compute with a quantized weight, in ``dtype``.
+
+    Its forward becomes a method, because torch compiles a partial anew for each module.
+    """
     module.weight_format, module.weight_names = type(weight), list(weight.tensors())
+    module.products, module.weight_dtype = products, dtype
     for name, tensor in weight.tensors().items():  # buffers, so that they move with the model
         module.register_buffer(name, tensor, persistent=False)
-    if isinstance(module, nn.Embedding):
-        module.forward = partial(_rows, module, dtype)  # type: ignore[method-assign]
-    else:
-        module.forward = partial(_linear, module, products)
+    module.forward = MethodType(_rows if isinstance(module, nn.Embedding) else _linear, module)
 
 
 def requantize(module: Any, weight: Tensor) -> None:
@@ -66,7 +67,7 @@ def restore(module: Any, weight: Tensor) -> None:
     """Undo `quantize` with the full-precision ``weight``."""
     set_value(module.weight, weight)
     if is_quantized(module):
-        for name in (*module.weight_names, "forward", "weight_format", "weight_names"):
+        for name in (*module.weight_names, "forward", "weight_format", "weight_names", "products", "weight_dtype"):
             delattr(module, name)
 
 
@@ -112,12 +113,12 @@ def rounding_error(module: Any, weight: Tensor, basis: Tensor, right: bool) -> T
     return product
 
 
-def _rows(embedding: nn.Embedding, dtype: torch.dtype, tokens: Tensor) -> Tensor:
+def _rows(embedding: Any, tokens: Tensor) -> Tensor:
     """The embeddings of ``tokens``."""
-    return weight_of(embedding).dequantize(dtype, tokens.flatten()).view(*tokens.shape, -1)
+    return weight_of(embedding).dequantize(embedding.weight_dtype, tokens.flatten()).view(*tokens.shape, -1)
 
 
-def _linear(linear: nn.Linear, products: str, x: Tensor) -> Tensor:  # (..., n) → (..., m)
-    product = weight_of(linear).linear(x.reshape(-1, x.shape[-1]), products)
+def _linear(linear: Any, x: Tensor) -> Tensor:  # (..., n) → (..., m)
+    product = weight_of(linear).linear(x.reshape(-1, x.shape[-1]), linear.products)
     product = product.view(*x.shape[:-1], product.shape[-1])
     return product if linear.bias is None else product + linear.bias

@@ -74,8 +74,9 @@ def held_out_loss_of(
     total, num_here = torch.zeros((), dtype=torch.float64, device=device), 0
 
     with quantized.whole_outside():
-        num_tokens = held_out_tokens_at_once(model, free_bytes(device))
-        for batches, labels in _groups(data, loss_fn.ignore_index, device, num_tokens):
+        of_token = model.tok_embeddings.embedding_dim * next(model.parameters()).itemsize
+        num_bytes = held_out_bytes_at_once(of_token, free_bytes(device))
+        for batches, labels in _groups(data, loss_fn.ignore_index, device, of_token, num_bytes):
             forward = ForwardByLayer(model, batches, "Validating in full precision")
             for index, run in forward:
                 with quantized.in_full_precision(index, layers.merged_layer(index)):
@@ -95,31 +96,32 @@ def _mean(total: Tensor, num_here: int, world: World) -> tuple[float, int]:
     return world.sum_(total).item() / num_tokens, num_tokens
 
 
-def held_out_tokens_at_once(model: Any, free: int | None) -> int:
-    """Held-out tokens whose hidden states are in memory at once. All weights are read from disk for each such group.
+def held_out_bytes_at_once(of_token: int, free: int | None) -> int:
+    """Bytes of held-out batches and their hidden states in memory at once. All weights are read from disk for each such
+    group.
 
     Args:
+        of_token: bytes of a token's hidden state.
         free: see `free_bytes`.
     """
-    if free is None:
-        return _TOKENS_ON_CPU
-    of_token = model.tok_embeddings.embedding_dim * next(model.parameters()).itemsize
-    return max(int(_SHARE_ON_GPU * free) // of_token, _TOKENS_ON_CPU)
+    return max(int(_SHARE_ON_GPU * (free or 0)), _TOKENS_ON_CPU * of_token)
 
 
 def _groups(
-    data: HeldOutData, ignore_index: int, device: torch.device, num_tokens: int
+    data: HeldOutData, ignore_index: int, device: torch.device, of_token: int, num_bytes: int
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[Tensor]]]:
-    """Batches on ``device`` and their shifted labels, in groups of at least ``num_tokens`` tokens."""
+    """Batches on ``device`` and their shifted labels, in groups of at least ``num_bytes`` with their hidden states."""
     batches: list[dict[str, Tensor]] = []
     labels: list[Tensor] = []
+    kept = 0
     for batch in data:
         batch_labels = shift_labels(batch.pop("labels"), ignore_index)
         batches.append(batch_to_device(batch, device))
         labels.append(batch_labels)
-        if sum(some.numel() for some in labels) >= num_tokens:
+        kept += of_token * batch_labels.numel() + sum(value.nbytes for value in batches[-1].values())  # with its mask
+        if kept >= num_bytes:
             yield batches, labels
-            batches, labels = [], []
+            batches, labels, kept = [], [], 0
     if batches:
         yield batches, labels
 

@@ -398,8 +398,6 @@ def test_rows_without_a_final_line_end_are_kept(tmp_path):
     with file.open("a") as opened:
         opened.write('{"a": ')
     assert len(read_lines(file)) == 3 and file.read_text().endswith('{"a": 3}\n')
-    with file.open("a") as opened:
-        opened.write('{"a": ')
     append_line(file, {"a": 4})
     assert read_lines(file) == [{"a": 1}, {"a": 2}, {"a": 3}, {"a": 4}]
 

@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.backends.registry import register_backend
+from torchtune.models.llama2 import llama2
 
-from owlore_tune.run.compiled import RECOMPILE_LIMIT
+from owlore_tune.layers.projected import ProjectedLayers
+from owlore_tune.loss import LinearCrossEntropyLoss
+from owlore_tune.models.decoder import find_layers, find_linears
+from owlore_tune.models.fused import fuse_parts
+from owlore_tune.quantized import formats
+from owlore_tune.quantized.linear import quantize
+from owlore_tune.run.compiled import RECOMPILE_LIMIT, compile_parts
 from runs import other_model, prepare, variant
 
 KINDS: Counter = Counter()
@@ -19,6 +26,34 @@ def counting(graph: torch.fx.GraphModule, inputs: list):
     wanted = tuple(value.requires_grad for value in inputs if isinstance(value, torch.Tensor))
     KINDS[torch.is_grad_enabled(), wanted] += 1
     return aot_eager(graph, inputs)
+
+
+@pytest.mark.parametrize("weights", ["full", "int8", "nf4"])
+@pytest.mark.parametrize("num_layers", [2, 5])
+def test_all_layers_share_one_graph_in_the_form_that_they_have_on_a_gpu(weights, num_layers, monkeypatch):
+    """Regression: fused norms and quantized Linears were compiled anew for each layer, and 32 graphs ended the run.
+    Products of quantized weights in several pieces broke graphs."""
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "counting")
+    monkeypatch.setattr(formats, "_PIECE", 64 * 64)
+    torch._dynamo.reset()
+    KINDS.clear()
+    torch.manual_seed(0)
+    model = llama2(64, num_layers, 4, 2, 64, max_seq_len=64, intermediate_dim=192)
+    layers = ProjectedLayers(model, rank=8)
+    fuse_parts(model, torch.device("cuda"))
+    if weights != "full":
+        for _, linear in find_linears(find_layers(model)):
+            quantize(linear, weights)
+    tokens = torch.randint(64, (2, 8))
+    model.tok_embeddings.requires_grad_(True)
+
+    def gradient():
+        return torch.autograd.grad(model(tokens).square().mean(), model.tok_embeddings.weight)[0]
+
+    expected = gradient()
+    compile_parts(LinearCrossEntropyLoss(), model, layers)
+    torch.testing.assert_close(gradient(), expected)
+    assert KINDS.total() == 1
 
 
 SLOW = pytest.mark.slow

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from schedules import loss_of, setup
 from tiny import tiny_llama
 from torch import nn
-from torchtune.models.llama2 import llama2
 
 from owlore_tune.errors import RunError
 from owlore_tune.quantized import formats
@@ -193,13 +192,14 @@ def test_the_final_loss_is_that_of_the_saved_weights(kind, loss, tiny_config, mo
 
 
 def test_a_gpu_measures_the_loss_of_more_tokens_at_once():
-    """They take a quarter of the free memory, if that is more than on a CPU."""
-    model = llama2(64, 2, 4, 2, 256, max_seq_len=64)
-    assert [validation.held_out_tokens_at_once(model, free) for free in (None, 10**6, 4 * 10**9)] == [
-        2**15,
-        2**15,
-        976_562,
+    """Batches with their masks and hidden states take a quarter of the free memory, if that is more than on a CPU."""
+    found = [validation.held_out_bytes_at_once(512, free) for free in (None, 10**6, 4 * 10**9)]
+    assert found == [2**15 * 512, 2**15 * 512, 10**9]
+    rows = [
+        {key: torch.zeros(1, 64, dtype=torch.int64) for key in ("tokens", "labels", "sample_number")} for _ in "1234"
     ]
+    groups = validation._groups(rows, -100, torch.device("cpu"), of_token=10, num_bytes=2 * (512 + 64 * 64 + 64 * 10))
+    assert [len(batches) for batches, _ in groups] == [2, 2]
 
 
 def test_a_gpu_quantizes_a_weight_of_a_7b_model_at_once():

@@ -17,7 +17,6 @@ from owlore_tune.catalog import find_config
 from owlore_tune.doctor import fits
 from owlore_tune.errors import errors_in_one_line
 from owlore_tune.models import smollm2
-from owlore_tune.program import parse
 from owlore_tune.run import plots
 from runs import finetune_until, recipe_of, variant
 
@@ -68,24 +67,27 @@ def test_errors_of_other_packages_are_told_in_one_line(error, capsys):
 
 
 @pytest.mark.parametrize(
-    "before, after",
+    "name, expected",
     [
-        ({}, "expandable_segments:True"),
-        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        (None, "expandable_segments:True"),
+        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64"),
     ],
 )
-def test_recipes_use_segments_that_grow_unless_the_user_says_otherwise(monkeypatch, tmp_path, before, after):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.setenv(name, "")  # so that it is put back
-        monkeypatch.delenv(name)
-    for name, value in before.items():
-        monkeypatch.setenv(name, value)
+def test_recipes_use_segments_that_grow_unless_the_user_says_otherwise(tmp_path, name, expected):
+    """Regression: a variable was set, after imports had used the GPU and torch had read it."""
     (tmp_path / "config.yaml").write_text("field: 1")
-    monkeypatch.setattr("sys.argv", ["recipe", "--config", str(tmp_path / "config.yaml")])
-    found = []
-    parse(lambda cfg: found.append(os.environ.get("PYTORCH_ALLOC_CONF")))()
-    assert found == [after]
+    code = """
+import torch
+settings = torch._C._accelerator_getAllocatorSettings
+settings()
+from owlore_tune.program import parse
+parse(lambda cfg: print("settings", settings()))()
+"""
+    unset = {key: value for key, value in os.environ.items() if not key.endswith("ALLOC_CONF")}
+    command = [sys.executable, "-c", code, "--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, env=unset | ({name: "max_split_size_mb:64"} if name else {}), capture_output=True)
+    assert done.stdout.decode().splitlines()[-1] == f"settings {expected}"
 
 
 def test_cp_copies_and_does_not_overwrite(monkeypatch, tmp_path):

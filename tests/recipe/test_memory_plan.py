@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import FAMILIES
 from forks import Command
 from live_bytes import LiveBytes
@@ -23,7 +24,7 @@ from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.memory import plan as memory_plan
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
-from owlore_tune.memory.step import StepShape
+from owlore_tune.memory.step import StepShape, _fused_as_on
 from owlore_tune.models.hf_model import hf_decoder
 from owlore_tune.run.build import build_parts
 from owlore_tune.run.gpus import FREE_SHARE, fastest_that_fits, settings_of_step
@@ -275,6 +276,28 @@ def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
     ]
     assert [word for word in first_words if word in wanted] == wanted
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "is_fused"),
+    [("cuda", "bfloat16", True), ("cuda", "float32", False), ("cpu", "bfloat16", False)],
+)
+def test_a_plan_counts_what_a_norm_keeps_on_a_gpu(device, dtype, is_fused):
+    """torch fuses it there, if weight and input have one dtype: it keeps its input, and a number for each row."""
+    with torch.device("meta"), _fused_as_on(torch.device(device)):
+        x = torch.empty(2, 8, 64, dtype=torch.bfloat16, requires_grad=True)
+        weight, saved = torch.empty(64, dtype=getattr(torch, dtype)), {}
+
+        def keep(tensor):
+            saved[tensor.untyped_storage()._cdata] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = F.rms_norm(x, (64,), weight, 1e-5)
+        result.sum().backward()
+    fused = x.nbytes + weight.nbytes + 2 * 8 * 4
+    assert sum(saved.values()) == fused if is_fused else sum(saved.values()) > 1.5 * fused
+    assert result.shape == x.grad.shape == x.shape
 
 
 def test_a_plan_for_gpus_counts_what_they_offload_wherever_it_is_made(tiny_config):
