@@ -1,6 +1,9 @@
 """Triton kernels against torch, on a GPU, or in Triton's interpreter on a CPU."""
 
 import copy
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -272,3 +275,35 @@ def test_rows_of_any_number_are_one_compiled_graph(with_kernels):
         x = normal(num_rows, 64)
         torch.testing.assert_close(compiled(x), weight.linear(x, "int8"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import owlore_tune.kernels
+
+owlore_tune.kernels.HAS_TRITON = True  # in a build of torch for CPUs too
+from owlore_tune.kernels import quantize, rotary
+
+CONSTANTS = {"TINY": 1e-38, "HAS_FACTORS": True, "SIZE": 64, "SIGN": -1.0, "HAS_POSITIONS": True, "BLOCK": 1024}
+FLOATS = ("factors_ptr", "scale_ptr", "cache_ptr")
+TYPES = {"codes_ptr": "*i8", "positions_ptr": "*i64"} | dict.fromkeys(FLOATS, "*fp32")
+for kernel in (quantize._quantize_rows, quantize._dequantize_nf4, rotary._rotate):
+    types = {name: TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
+    constants = {name: value for name, value in CONSTANTS.items() if name in types}
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    for capability in (80, 89, 90, 100):
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        print(kernel.fn.__name__, capability, len(compiled.asm["cubin"]) > 1000)
+"""
+
+
+def test_kernels_compile_for_gpus(tmp_path):
+    """To machine code, which needs no GPU. The interpreter accepts more than the compiler."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    names = ("_quantize_rows", "_dequantize_nf4", "_rotate")
+    expected = [f"{name} {capability} True" for name in names for capability in (80, 89, 90, 100)]
+    assert done.stdout.splitlines() == expected, done.stderr
