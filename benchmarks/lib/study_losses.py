@@ -44,7 +44,7 @@ def divergence(weights: Path, rows: list[dict[str, Any]]) -> float:
     trains on."""
     models = [_model(directory) for directory in (fetch(), weights)]
     total, count = 0.0, 0
-    for batch, _ in tqdm(_data([_prompt(sample) for sample in _samples(rows)]), desc="KL", leave=False):
+    for batch in tqdm(_data([_prompt(sample) for sample in _samples(rows)]), desc="KL", leave=False):
         tokens, is_token = batch["tokens"].to(DEVICE), batch["labels"].to(DEVICE) != CROSS_ENTROPY_IGNORE_IDX
         before, after = (F.log_softmax(model(tokens)[is_token].float(), dim=-1) for model in models)
         total += F.kl_div(after, before, reduction="sum", log_target=True).item()
