@@ -12,7 +12,7 @@ int8. --methods chooses from all methods; without it, those run whose costs are 
 
 --costs measures the mean step and the memory of each method, with all cores. It runs in turn with the reference: ten
 seconds of one, then of the other, so that changes of the machine's speed do not change the ratio of their mean steps.
-With --against, it runs in turn with OwLore's first setting instead: so other settings of OwLore are measured.
+With --against, it runs in turn with OwLore's first setting instead. Other settings of OwLore are measured so.
 For BAdam, these are 22 steps, with another block every 3 steps. OwLore's recipe makes malloc keep freed memory; the
 other programs run as their authors ship them.
 
@@ -218,8 +218,8 @@ class Study:
         ends, since = [line["seconds"] for line in lines[1:]], turns.of_other[0][0]
         seconds = step_times(ends, turns.of_process)
         ends_of_other = [line["seconds"] for line in read_lines(log) if line["seconds"] > since]
-        own, others = (statistics.fmean(times) for times in (seconds, step_times(ends_of_other, turns.of_other)))
-        row = {"method": method, "ratio": own / others, "seconds": own, "reference": others}
+        own, reference = (statistics.fmean(times) for times in (seconds, step_times(ends_of_other, turns.of_other)))
+        row = {"method": method, "ratio": own / reference, "seconds": own, "reference": reference}
         row |= {"quartiles": statistics.quantiles(seconds, n=4), "memory": lines[-1]["peak_memory"]}
         return row | {"code": code_of(method), "cores": os.cpu_count(), "machine": processor(), "versions": versions()}
 
