@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from owlore_evals.generation import Prompts, generate
 from owlore_evals.harness import load_tasks
 from owlore_evals.torchtune_lm import TorchtuneLM
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.smollm2 import fetch, smollm2_135m

@@ -7,10 +7,9 @@ Prints the table of docs/memory.md. Nothing trains; each cell is planned.
 
 import argparse
 
-from owlore_tune.catalog import packaged_configs
-from owlore_tune.config_files import load_config
+from owlore_tune.config.load import load_config, packaged_configs
 from owlore_tune.errors import ConfigError
-from owlore_tune.run.gpus import SEQ_LEN, Setting, fastest_that_fits
+from owlore_tune.training.plan import SEQ_LEN, Setting, fastest_that_fits
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 

@@ -34,13 +34,13 @@ from owlore_tune.layers.grouped import group_experts
 from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
 from owlore_tune.models import fused
 from owlore_tune.models.decoder import find_layers, find_linears
+from owlore_tune.models.experts import split_experts
 from owlore_tune.models.fused import fuse_parts
-from owlore_tune.models.hf_experts import split_experts
-from owlore_tune.optim import projection
-from owlore_tune.optim.projected import ProjectedWeight
+from owlore_tune.optim import bases as projection
+from owlore_tune.optim.weights import ProjectedWeight
 from owlore_tune.quantized import formats
 from owlore_tune.quantized.linear import attach, set_value
-from owlore_tune.run.compiled import RECOMPILE_LIMIT, compile_parts
+from owlore_tune.training.compile import RECOMPILE_LIMIT, compile_parts
 
 META = torch.device("meta")
 ROWS = {  # layers that train, rank, format and products

@@ -17,8 +17,8 @@ from pathlib import Path
 from lib.report import command, machine, parser, publish
 from lib.tune_run import tune_run
 
-from owlore_tune.data.builders import mmlu_dev_rows
-from owlore_tune.run.records import read_records
+from owlore_tune.data.datasets import mmlu_dev_rows
+from owlore_tune.training.report import read_records
 
 RUN = [
     "dataset.source=null", "dataset.packed=true", "batch_size=1", "enable_activation_checkpointing=true",

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from lib.report import command, parser, publish
 
-from owlore_tune.config_files import load_config
+from owlore_tune.config.load import load_config
 from owlore_tune.memory.plan import MemoryPlan
-from owlore_tune.run.gpus import FREE_SHARE, SEQ_LEN
-from owlore_tune.run.planning import plan_run, plans_of_config
-from owlore_tune.run.plots import plot_memory
-from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.training.config import TrainingSettings
+from owlore_tune.training.plan import FREE_SHARE, SEQ_LEN, plan_run, plans_of_config
+from owlore_tune.training.plots import plot_memory
 
 CONFIG = "llama2/7B_owlore"
 INT8 = ("owlore.weights=int8", "owlore.products=int8")

@@ -32,7 +32,7 @@ from torchtune import config, training
 
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.models.smollm2 import fetch
-from owlore_tune.run.plots import BLUE, ORANGE
+from owlore_tune.training.plots import BLUE, ORANGE
 
 ALL = {"owlore.num_active_layers": None, "owlore.train_embeddings": True, "owlore.train_output": True,
        "owlore.train_norm": True}  # fmt: skip

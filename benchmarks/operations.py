@@ -28,17 +28,17 @@ from torchtune.data import padded_collate_packed
 from torchtune.models.llama2 import llama2
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.config_files import load_config
-from owlore_tune.data.builders import mmlu_dev_dataset
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
+from owlore_tune.config.load import load_config
+from owlore_tune.data.datasets import mmlu_dev_dataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.heap import reuse_freed_memory
 from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule, layer_scores
+from owlore_tune.measure import reuse_freed_memory
 from owlore_tune.models.decoder import find_layers, find_linears
 from owlore_tune.models.smollm2 import fetch, smollm2_135m
-from owlore_tune.optim.projection import sketch, svd_basis, truncate
+from owlore_tune.optim.bases import sketch, svd_basis, truncate
 from owlore_tune.quantized.linear import quantize
-from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.training.config import TrainingSettings
 
 NUM_LAYERS, TOKENS, RANK = 4, 512, 128
 FORMATS = {"full": "full", "int8": "int8", "nf4": "full"}  # with their products

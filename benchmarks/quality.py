@@ -50,8 +50,8 @@ from lib.turns import run_for, run_in_turn, step_times
 from methods import INT8
 
 from owlore_evals.jsonl import append_line, read_lines
-from owlore_tune.data.builders import read_file
-from owlore_tune.run.manifest import versions
+from owlore_tune.data.datasets import read_file
+from owlore_tune.measure import versions
 
 ROOT = Path(__file__).parents[1]
 ROWS = Path(__file__).with_name("quality.jsonl")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from quality import METHODS, OURS, REFERENCE, ROWS, SEEDS, costs_of, steps_in
 
 from owlore_evals.jsonl import read_lines
-from owlore_tune.run.plots import BLUE, ORANGE
+from owlore_tune.training.plots import BLUE, ORANGE
 
 Row = dict[str, Any]
 HEAD = (

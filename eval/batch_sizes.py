@@ -12,7 +12,7 @@ def tokens_at_once(model: Decoder, free: int | None) -> int:
     """Positions of a forward pass without gradients.
 
     Args:
-        free: bytes of free memory on the device, see `owlore_tune.memory.measure.free_bytes`; None for a CPU.
+        free: bytes of free memory on the device, see `owlore_tune.measure.free_bytes`; None for a CPU.
     """
     if free is None:
         return _CPU_TOKENS

@@ -15,7 +15,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import RunError
 from owlore_tune.models.decoder import Decoder, hidden_states
-from owlore_tune.models.hf_model import HFDecoder, key_value_cache
+from owlore_tune.models.hf import HFDecoder, key_value_cache
 
 NOT_FINITE = "the model's outputs are not finite; are its weights damaged, or too large for this dtype?"
 _SHRINK_AT = 0.75  # share of rows still running; then the others leave the batch

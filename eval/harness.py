@@ -14,7 +14,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from owlore_evals.local_choices import SCORINGS, local_choices_task
 from owlore_evals.local_math import local_math_task
 from owlore_tune.errors import ConfigError
-from owlore_tune.paths import user_path
+from owlore_tune.files import user_path
 
 # The harness warns of settings that are ours: num_fewshot, and metadata that no task here takes.
 logging.getLogger("lm_eval.evaluator").addFilter(lambda r: not str(r.msg).startswith("Overwriting default num_fewshot"))

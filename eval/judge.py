@@ -15,8 +15,8 @@ from lm_eval.models.openai_completions import LocalChatCompletion
 from omegaconf import DictConfig, OmegaConf
 from tenacity import RetryCallState, retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from owlore_tune.checks import check_type
-from owlore_tune.config import check_keys
+from owlore_tune.config.components import check_keys
+from owlore_tune.config.schema import check_type
 from owlore_tune.errors import ConfigError
 
 Chat = list[dict[str, str]]

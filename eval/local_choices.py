@@ -12,7 +12,7 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 
 from owlore_evals.local_files import local_task
-from owlore_tune.data.rows import read_questions
+from owlore_tune.data.datasets import read_questions
 from owlore_tune.data.tokenizer import plain_prompt
 
 Doc = dict[str, Any]

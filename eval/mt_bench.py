@@ -24,7 +24,7 @@ from owlore_evals.jsonl import append_line, read_lines
 from owlore_evals.judge import Chat, Judge, JudgeConfig
 from owlore_evals.mt_bench_files import Question, judge_chat, parse_rating, read_files
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.run.plots import plot_radar
+from owlore_tune.training.plots import plot_radar
 
 log = get_logger("INFO")
 

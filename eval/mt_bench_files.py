@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from owlore_evals.judge import Chat
 from owlore_tune.errors import ConfigError
-from owlore_tune.paths import user_path
+from owlore_tune.files import user_path
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories in which the judge sees gpt-4's answer
 # FastChat's patterns with a limit on digits. Without one, a long digit string takes quadratic time.

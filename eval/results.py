@@ -14,7 +14,7 @@ from lm_eval.utils import make_table
 
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.files import is_number, partial_name, read_json, write_json
-from owlore_tune.run.manifest import MANIFEST
+from owlore_tune.measure import MANIFEST
 
 Scores = dict[tuple[str, str], tuple[float, float | None]]  # (task, metric) -> (value, standard error)
 

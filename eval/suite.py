@@ -14,10 +14,9 @@ from owlore_evals.harness import averages, check_fewshot, leaf_tasks, load_tasks
 from owlore_evals.judge import JudgeConfig, check_url
 from owlore_evals.mt_bench import MT_BENCH, MTBench
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
-from owlore_tune.checks import check_type
+from owlore_tune.config.schema import COUNT, LARGEST_COUNT, Range, check_fields, check_type, config_field
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError
-from owlore_tune.fields import COUNT, LARGEST_COUNT, Range, check_fields, setting
 from owlore_tune.models.decoder import Decoder
 
 SHORTEST = 16  # tokens
@@ -31,22 +30,22 @@ class EvalConfig:
     tokenizer: Any
     checkpointer: Any
     output_dir: str
-    tasks: Any = setting([])  # harness tasks, ours in eval/tasks, and mt_bench
+    tasks: Any = config_field([])  # harness tasks, ours in eval/tasks, and mt_bench
     data_files: Any = None  # maps additional task names to JSON files
     scoring: str = "loglikelihood"  # for data_files
     data_root: str | None = None  # directory with copies of hub datasets
-    num_fewshot: int | None = setting(None, Range(0, LARGEST_COUNT))  # null: each task's default
-    limit: int | None = setting(None, COUNT)  # documents per task
+    num_fewshot: int | None = config_field(None, Range(0, LARGEST_COUNT))  # null: each task's default
+    limit: int | None = config_field(None, COUNT)  # documents per task
     apply_chat_template: bool | None = None  # null: if the model has one and tokenizer.chat_template is not plain
     fewshot_as_multiturn: bool = True
     data_dir: str | None = None  # MT-Bench: FastChat's files
-    max_new_tokens: int = setting(1024, COUNT)  # MT-Bench
-    min_coverage: float = setting(0.95, Range(0, 1))  # MT-Bench
+    max_new_tokens: int = config_field(1024, COUNT)  # MT-Bench
+    min_coverage: float = config_field(0.95, Range(0, 1))  # MT-Bench
     judge: Any = None  # MT-Bench
     add_bos: bool | None = None  # null: as the model's tokenizer does
-    max_length: int | None = setting(None, COUNT)  # null: the model's limit
-    batch_tokens: int | None = setting(None, COUNT)  # null: depends on the device
-    batch_size: int | None = setting(None, COUNT)  # null: depends on the device
+    max_length: int | None = config_field(None, COUNT)  # null: the model's limit
+    batch_tokens: int | None = config_field(None, COUNT)  # null: depends on the device
+    batch_size: int | None = config_field(None, COUNT)  # null: depends on the device
     seed: int = 0
     use_cache: bool = False
     log_samples: bool = True

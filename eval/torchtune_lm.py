@@ -24,9 +24,9 @@ from owlore_evals.ranks import patient_world, share
 from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows, warn_if_cut
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.memory.measure import free_bytes
+from owlore_tune.measure import free_bytes
 from owlore_tune.models.decoder import Decoder
-from owlore_tune.models.hf_model import HFDecoder
+from owlore_tune.models.hf import HFDecoder
 
 # The sampling of transformers' generate, unless generation_config.json or the task has other values.
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}

@@ -1,6 +1,7 @@
-"""The ``owlore`` command. Heavy imports are inside the commands that need them."""
+"""Command lines: of recipes, and the ``owlore`` command. Heavy imports are inside the commands that need them."""
 
 import argparse
+import functools
 import os
 import shutil
 import sys
@@ -8,10 +9,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from owlore_tune.catalog import RECIPES, find_packaged, packaged_configs, title
+from owlore_tune.config.load import RECIPES, find_packaged, packaged_configs, title
 from owlore_tune.errors import ConfigError, errors_in_one_line
-from owlore_tune.paths import user_path
-from owlore_tune.run.signals import obey_signals
+from owlore_tune.files import user_path
+from owlore_tune.training.signals import obey_signals
+
+
+def parse(recipe_main: Callable[[Any], Any]) -> Callable[[], None]:
+    """torchtune's ``config.parse``, which here also takes packaged config names and prints errors in one line."""
+
+    @functools.wraps(recipe_main)
+    def main() -> None:
+        import torch
+        from torchtune.utils import get_logger
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        from owlore_tune.config.load import load_config
+
+        parser = argparse.ArgumentParser(description=recipe_main.__doc__, allow_abbrev=False)
+        parser.add_argument("--config", required=True, metavar="CONFIG", help="name of a packaged config, or file")
+        parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the config")
+        args, rest = parser.parse_known_args()  # overrides can be on either side of --config
+        if flags := [argument for argument in rest if argument.startswith("-")]:
+            parser.error(f"unrecognized arguments: {' '.join(flags)}; override a field with field=value")
+        if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+            # Segments that grow leave no gaps between rows of different lengths. To set a variable would be too late:
+            # torch reads it at the first use of a GPU, and torchtune uses it when it is imported.
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        # Print log lines above progress bars, not in the middle of them.
+        with obey_signals(), errors_in_one_line(), logging_redirect_tqdm([get_logger()]):
+            recipe_main(load_config(args.config, [*args.overrides, *rest]))
+
+    return main
 
 
 def ls(args: argparse.Namespace) -> None:
@@ -24,8 +53,7 @@ def ls(args: argparse.Namespace) -> None:
 
 def cp(args: argparse.Namespace) -> None:
     """copy a packaged config or recipe for editing"""
-    from owlore_tune.config_files import with_bases
-    from owlore_tune.expand import expanded
+    from owlore_tune.config.load import expanded, with_bases
 
     target = _new_file(args.destination, args.force)
     source = find_packaged(args.name)
@@ -47,25 +75,15 @@ def download(args: argparse.Namespace) -> None:
     print(fetch(user_path(args.output_dir) if args.output_dir else None))
 
 
-def random(args: argparse.Namespace) -> None:
-    """write random weights in the size and layout of a config's model, for machines without a hub"""
-    from owlore_tune.config_files import load_config
-    from owlore_tune.run.random_weights import write_random
-
-    output = user_path(args.output)
-    write_random(load_config(args.config, args.overrides), output)
-    print(output)
-
-
 def validate(args: argparse.Namespace) -> None:
     """check a config and its components, without loading weights or data"""
-    from owlore_tune.config import COMPONENTS, check_components
-    from owlore_tune.config_files import load_config
+    from owlore_tune.config.components import COMPONENTS, check_components
+    from owlore_tune.config.load import load_config
 
     cfg = load_config(args.config, args.overrides)
     if "owlore" in cfg:
-        from owlore_tune.run.build import describe
-        from owlore_tune.run.settings import TrainingSettings
+        from owlore_tune.training.components import describe
+        from owlore_tune.training.config import TrainingSettings
 
         print(describe(TrainingSettings.from_config(cfg)))
     elif "tasks" in cfg or "data_files" in cfg:
@@ -75,7 +93,7 @@ def validate(args: argparse.Namespace) -> None:
     else:  # a config of torchtune's own recipes, which import only these
         if "model" not in cfg:
             raise ConfigError(f"{args.config} has no owlore block, no tasks and no model: no recipe takes it")
-        from owlore_tune.run.settings import SUPPLIED
+        from owlore_tune.training.config import SUPPLIED
 
         for key in cfg.keys() - COMPONENTS:
             del cfg[key]
@@ -85,10 +103,10 @@ def validate(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> None:
     """score a model's layers, and write the scores file and its chart"""
-    from owlore_tune.config_files import load_config
-    from owlore_tune.run.plots import plot_scores
-    from owlore_tune.run.scoring import score_model
-    from owlore_tune.run.settings import TrainingSettings
+    from owlore_tune.config.load import load_config
+    from owlore_tune.training.config import TrainingSettings
+    from owlore_tune.training.load_weights import score_model
+    from owlore_tune.training.plots import plot_scores
 
     cfg = load_config(args.config, args.overrides)
     output = user_path(args.output)
@@ -108,11 +126,11 @@ def score(args: argparse.Namespace) -> None:
 
 def memory(args: argparse.Namespace) -> None:
     """plan the memory of a run by category, and compare it with other methods"""
-    from owlore_tune.config_files import load_config
+    from owlore_tune.config.load import load_config
     from owlore_tune.memory.plan import CATEGORIES
-    from owlore_tune.run.planning import plans_of_config
-    from owlore_tune.run.plots import plot_memory
-    from owlore_tune.run.settings import TrainingSettings
+    from owlore_tune.training.config import TrainingSettings
+    from owlore_tune.training.plan import plans_of_config
+    from owlore_tune.training.plots import plot_memory
 
     cfg = load_config(args.config, args.overrides)
     if args.output and Path(args.output).suffix != ".png":
@@ -145,8 +163,7 @@ def memory(args: argparse.Namespace) -> None:
 
 def _fit(settings: Any, args: argparse.Namespace) -> None:
     """Print the fastest settings that fit on a card."""
-    from owlore_tune.run.gpus import fastest_that_fits
-    from owlore_tune.run.planning import seq_len_to_plan
+    from owlore_tune.training.plan import fastest_that_fits, seq_len_to_plan
 
     if not args.fit > 0 or args.world_size > 1 or args.output:
         raise ConfigError(f"--fit={args.fit:g}; it takes the GB of one card, and neither --world-size nor --output")
@@ -158,7 +175,7 @@ def _fit(settings: Any, args: argparse.Namespace) -> None:
 
 def plot(args: argparse.Namespace) -> None:
     """plot a finished or running training run: scores, draws, loss, memory and step times"""
-    from owlore_tune.run.plots import plot_run
+    from owlore_tune.training.plots import plot_run
 
     for picture in plot_run(user_path(args.run_dir)):
         print(picture)
@@ -218,8 +235,6 @@ def parser() -> argparse.ArgumentParser:
     downloading = command(download)
     downloading.add_argument("model", choices=["smollm2"])
     downloading.add_argument("--output-dir", help="directory, instead of the user's cache directory")
-    making = config_command(random)
-    making.add_argument("--output", required=True, metavar="DIR", help="directory to create")
     config_command(validate)
     scoring = config_command(score)
     scoring.add_argument(

@@ -99,7 +99,7 @@ def _imports() -> Iterator[Finding]:
 
 def fits(card_bytes: float) -> Iterator[Finding]:
     """The largest packaged models that a card can train. Shows progress, because plans take seconds each."""
-    from owlore_tune.run.gpus import SEQ_LEN, largest_that_fit
+    from owlore_tune.training.plan import SEQ_LEN, largest_that_fit
 
     for config, overrides, memory in largest_that_fit(card_bytes):
         how = f" with {' '.join(overrides)}" if overrides else ""

@@ -1,4 +1,4 @@
-"""Atomic writes of files, and cached digests of files."""
+"""Paths that a user writes, atomic writes of files, and cached digests of files."""
 
 import hashlib
 import json
@@ -11,13 +11,35 @@ from typing import Any
 from uuid import uuid4
 
 import xxhash
-from torchtune.utils import get_logger
 
 from owlore_tune.errors import ConfigError
 
+
+def way_out(directory: Path) -> str:
+    """What to do about a model directory that lacks a file: choose a checkpoint if it is that of a run."""
+    steps = [path for path in directory.glob("step_*") if path.name[5:].isdigit()]
+    if steps:
+        return f"name a checkpoint in it, such as {max(steps, key=lambda path: int(path.name[5:]))}"
+    return "download the model first (see the top of the config)"
+
+
+def user_path(text: str | Path) -> Path:
+    """The path that ``text`` names, with ``~`` replaced by the home directory.
+
+    Raises:
+        ConfigError: if it has a character that no path can have, or names the home of a user who does not exist.
+    """
+    if "\0" in str(text):
+        raise ConfigError(f"{str(text)!r} has a NUL character, which no path or name can have")
+    path = os.path.expanduser(str(text))
+    if path.startswith("~") and "/" in path:
+        name = path[1:].split("/")[0]
+        raise ConfigError(f"{path}: there is no user {name}; a file name that begins with ~ is written ./~{name}")
+    return Path(path)
+
+
 LARGEST_NUMBER = 1e18  # of a file that a person may have edited: 64-bit integers and sums hold it
 
-log = get_logger("INFO")
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # it can only be read by setting it, which is not safe once there are threads
 _checksums: dict[tuple[int, ...], str] = {}  # by identity of a file
@@ -163,5 +185,5 @@ def _write_cache(file: Path, known: dict[str, str]) -> None:
             if time.time() - leftover.stat().st_mtime > 3600:  # of a process that was killed
                 leftover.unlink()
         write_json(file, newest, "cache")
-    except OSError as error:  # the cache only saves time
-        log.debug(f"{file} cannot be written: {error}")
+    except OSError:
+        return  # the cache only saves time

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TiedLinear
 
-from owlore_tune.data.batches import batch_to_device, to_device
+from owlore_tune.data.loader import batch_to_device, to_device
 from owlore_tune.models.attention import missing
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.output import takes_hidden_states
@@ -126,7 +126,7 @@ def mean_loss(model: nn.Module, loss_fn: Any, batch: dict[str, Tensor], labels: 
     """The mean loss over the trained tokens of a micro-batch, ().
 
     Args:
-        batch: see `owlore_tune.data.batches.batch_to_device`, in host memory.
+        batch: see `owlore_tune.data.loader.batch_to_device`, in host memory.
         labels: (b, s), already shifted, in host memory.
     """
     return loss_of_outputs(loss_fn, model(**batch_to_device(batch, device)), labels)

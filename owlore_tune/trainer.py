@@ -25,7 +25,7 @@ from owlore_tune.quantized.layers import QuantizedLayers
 from owlore_tune.quantized.store import LayerStore
 
 STATE = "owlore"  # key of the schedule's state in the optimizer's
-MASTERS = "masters"
+QUANTIZED = "quantized"
 
 
 class OwLoreCallback(TrainerCallback):
@@ -123,7 +123,7 @@ class OwLoreCallback(TrainerCallback):
         """Make a model's ``state_dict`` that of a plain model with full-precision weights and the updates so far."""
         for key in [key for key in state_dict if key.startswith(f"{prefix}owlore.")]:
             del state_dict[key]
-        if self._layers.masters is None:
+        if self._layers.quantized is None:
             for name, parameter in model.named_parameters():
                 if prefix + plain_name(name) in state_dict:
                     state_dict[prefix + plain_name(name)] = self._layers.merged(parameter)
@@ -137,19 +137,19 @@ class OwLoreCallback(TrainerCallback):
         self._layers.forget_updates()
         for name, parameter in model.owlore.named_parameters():  # type: ignore[union-attr, operator]
             state_dict[f"{prefix}owlore.{name}"] = parameter.detach()
-        if (masters := self._layers.masters) is None:
+        if (quantized := self._layers.quantized) is None:
             return
         parameters = dict(model.named_parameters())
         for index, names in enumerate(self._names):
             weights = {name: state_dict[prefix + key] for key, name in names if prefix + key in state_dict}
             if weights:
-                masters.replace(index, masters.read(index) | weights)
+                quantized.replace(index, quantized.read(index) | weights)
                 state_dict.update({prefix + k: parameters[k].detach() for k, _ in names if not parameters[k].numel()})
 
     def _add_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state = self._schedule.state_dict()
-        if self._layers.masters is not None:
-            state[MASTERS] = {index: self._layers.masters.read(index) for index in self._schedule.active}
+        if self._layers.quantized is not None:
+            state[QUANTIZED] = {index: self._layers.quantized.read(index) for index in self._schedule.active}
         return {**state_dict, STATE: state}
 
     def _load_state(self, state_dict: dict[str, Any]) -> None:
@@ -158,15 +158,15 @@ class OwLoreCallback(TrainerCallback):
             raise ValueError("the checkpoint is of another optimizer; start a new run from its weights")
         state = tree_map_only(Tensor, Tensor.cpu, rest.pop(STATE))  # the generator's state is of the CPU
         self._schedule.check_settings(state)
-        for index, weights in state.pop(MASTERS, {}).items():
-            assert self._layers.masters is not None  # as in the settings
-            self._layers.masters.replace(index, weights)
+        for index, weights in state.pop(QUANTIZED, {}).items():
+            assert self._layers.quantized is not None  # as in the settings
+            self._layers.quantized.replace(index, weights)
         self._schedule.load_state_dict(state)
         self._load_optimizer(rest)
 
 
 def quantize_layers(model: nn.Module, kind: str, directory: str | Path, *, products: str = "full") -> QuantizedLayers:
-    """Write the layers' weights to files, and quantize them on the device. Assign the result to ``layers.masters``.
+    """Write the layers' weights to files, and quantize them on the device. Assign the result to ``layers.quantized``.
 
     Args:
         model: a decoder of transformers with loaded weights, in host memory or on a device.

@@ -17,19 +17,18 @@ from torchtune.recipe_interfaces import EvalRecipeInterface
 
 from owlore_evals.results import check_output_dir, print_results, save_results
 from owlore_evals.suite import EvalConfig, Suite, build_lm, check_suite
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.config import build, build_ours, check_config, device_and_dtype, plain
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
+from owlore_tune.cli import parse
+from owlore_tune.config.components import build, build_ours, check_config, device_and_dtype, plain
+from owlore_tune.config.schema import defaults, required
 from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
 from owlore_tune.distributed.launch import join_process_group, let_gloo_finish
 from owlore_tune.errors import ConfigError
-from owlore_tune.fields import defaults, required
-from owlore_tune.memory.measure import peak_memory_bytes
+from owlore_tune.measure import MANIFEST, machine, peak_memory_bytes, versions
 from owlore_tune.models.decoder import find_layers
 from owlore_tune.models.fused import fuse_parts
-from owlore_tune.program import parse
-from owlore_tune.run.directory import RunDirectory, writable_directory
-from owlore_tune.run.manifest import MANIFEST, machine, versions
-from owlore_tune.run.signals import stop_request
+from owlore_tune.training.output_dir import RunDirectory, writable_directory
+from owlore_tune.training.signals import stop_request
 
 OUTPUT_FILES = (MANIFEST, "answers.jsonl", "judgments.jsonl", "mt_bench.png")
 REQUIRED, DEFAULTS = required(EvalConfig), defaults(EvalConfig)

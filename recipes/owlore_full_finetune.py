@@ -19,32 +19,28 @@ from torchtune import training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 
-from owlore_tune.checkpoints.optimizer import OptimizerState
-from owlore_tune.checkpoints.state import load_state, save_checkpoint
-from owlore_tune.clock import Clock
-from owlore_tune.data.batches import Batch
-from owlore_tune.distributed.fsdp import shard_model
-from owlore_tune.distributed.grads import clip_grad_norm_, sum_grads
+from owlore_tune.checkpoints.sharded import OptimizerState
+from owlore_tune.checkpoints.training_state import RngState, load_state, save_checkpoint
+from owlore_tune.cli import parse
+from owlore_tune.data.loader import Batch
+from owlore_tune.distributed.fsdp import clip_grad_norm_, shard_model, sum_grads
 from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world
 from owlore_tune.errors import DivergedError
-from owlore_tune.heap import reuse_freed_memory
-from owlore_tune.layers.scores_file import SCORES_FILE, LayerScores
+from owlore_tune.layers.scores import SCORES_FILE, LayerScores
 from owlore_tune.loss import mean_loss, shift_labels
-from owlore_tune.memory.measure import PeakMemory
+from owlore_tune.measure import Clock, PeakMemory, reuse_freed_memory
 from owlore_tune.optim.moments import state_bytes
-from owlore_tune.program import parse
 from owlore_tune.quantized.layers import QuantizedLayers
-from owlore_tune.run import build, resume, validation
-from owlore_tune.run.compiled import compile_parts
-from owlore_tune.run.directory import RunDirectory, shared_directory
-from owlore_tune.run.planning import checked_plan
-from owlore_tune.run.progress import Progress
-from owlore_tune.run.report import Report, measured_bytes
-from owlore_tune.run.rng import RngState
-from owlore_tune.run.settings import TrainingSettings
-from owlore_tune.run.signals import Stop, stop_request
-from owlore_tune.run.weights import Loading, load_and_score, weight_writer
+from owlore_tune.training import components as build
+from owlore_tune.training import resume, validation
+from owlore_tune.training.compile import compile_parts
+from owlore_tune.training.config import TrainingSettings
+from owlore_tune.training.load_weights import Loading, load_and_score, weight_writer
+from owlore_tune.training.output_dir import RunDirectory, shared_directory
+from owlore_tune.training.plan import checked_plan
+from owlore_tune.training.report import Progress, Report, measured_bytes
+from owlore_tune.training.signals import Stop, stop_request
 
 log = utils.get_logger("INFO")
 
@@ -59,7 +55,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     With ``resume_from_checkpoint=true``, an interrupted run continues, on the same number of CPU ranks bit for bit.
 
     Args:
-        settings: of the run; see `owlore_tune.run.settings` for the fields of its config.
+        settings: of the run; see `owlore_tune.training.config` for the fields of its config.
 
     Attributes:
         run, report, progress: the run's directory, its records, and its counters.
@@ -98,7 +94,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         settings.warn_if_short(self.inputs.data.num_steps, len(self.layers.layers))
         self._profiler = build.build_profiler(settings)
         self.quantized, self.scores = self.load_checkpoint(checkpoint, saved)
-        self.layers.masters = self.quantized
+        self.layers.quantized = self.quantized
         self.schedule = build.build_schedule(settings, self.layers, self.optimizer, self.scores.scores)
         if cfg.compile:  # after scoring, whose hooks would be compiled too
             self.loss_fn = compile_parts(self.loss_fn, self.model, self.layers)
@@ -106,7 +102,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             resume.load_parts(self._parts(), saved, checkpoint)
             self.inputs.data.seek(self.progress.step)
             self._has_unproven_checkpoint = True  # the one that it resumes from
-            self._world.attempt(lambda: self.run.steps.set_aside_after(self.progress.step), first_alone=True)
+            self._world.call(lambda: self.run.steps.set_aside_after(self.progress.step), on_rank_zero=True)
         self._start_run()
 
     def _setup_model(self) -> build.Parts:
@@ -143,16 +139,16 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _start_run(self) -> None:
         """Mark the directory as this run's, then write its first files."""
-        attempt = partial(self._world.attempt, first_alone=True)
+        call = partial(self._world.call, on_rank_zero=True)
         if self.quantized is not None:
-            attempt(self.quantized.store.check_space)
-        attempt(self.run.start)
+            call(self.quantized.store.check_space)
+        call(self.run.start)
         if self.quantized is not None:
             self.quantized.fill_store()
-        attempt(lambda: self.scores.save(self.run.path / SCORES_FILE))
+        call(lambda: self.scores.save(self.run.path / SCORES_FILE))
         measure = partial(measured_bytes, self.model, self.layers, self.optimizer, self._memory, self._device)
-        attempt(lambda: self.report.start(self.settings, self.run.run_id, self.plan, self.schedule.sampler, measure))
-        attempt(lambda: self.report.write_manifest(self.progress, self._step_dir()))
+        call(lambda: self.report.start(self.settings, self.run.run_id, self.plan, self.schedule.sampler, measure))
+        call(lambda: self.report.write_manifest(self.progress, self._step_dir()))
 
     def train(self) -> None:
         try:
@@ -308,7 +304,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             CheckpointError: if it cannot be saved.
             DivergedError: if the weights are not finite. Every checkpoint has finite weights.
         """
-        self._world.attempt(self.run.check_in_place, first_alone=True)
+        self._world.call(self.run.check_in_place, on_rank_zero=True)
         with self.report.timed("save"):
             validation.check_finite_weights(self.model, self.layers, self.progress.step, self._world)
             state = {name: part.state_dict() for name, part in self._parts().items()}
@@ -322,7 +318,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         """Remove old checkpoints, once a finite loss shows that the newest one is good."""
         if self._has_unproven_checkpoint:
             self._has_unproven_checkpoint = False
-            self._world.attempt(lambda: self.run.steps.keep_last(self._cfg.keep_last_n), first_alone=True)
+            self._world.call(lambda: self.run.steps.keep_last(self._cfg.keep_last_n), on_rank_zero=True)
 
     def _finish(self) -> None:
         """Measure the final held-out loss, and write the last manifest, pictures and a summary."""

@@ -23,8 +23,7 @@ if not torch.cuda.is_available() and find_spec("triton") is not None:
 
 from tiny import TINY_MODEL, save_tokenizer
 
-from owlore_tune.heap import return_freed_memory
-from owlore_tune.memory.measure import resident_bytes
+from owlore_tune.measure import resident_bytes, return_freed_memory
 from owlore_tune.models import smollm2
 
 
@@ -37,7 +36,7 @@ def pytest_collection_modifyitems(items):
 def no_pictures(request, monkeypatch):
     """Disable plots, which take seconds, except in tests marked ``pictures``."""
     if request.node.get_closest_marker("pictures") is None:
-        monkeypatch.setattr("owlore_tune.run.plots.plot_run", lambda run: [])
+        monkeypatch.setattr("owlore_tune.training.plots.plot_run", lambda run: [])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,7 +44,7 @@ def plans_of_runs():
     """Let runs share plans, which take half a second, if they differ only in settings that need no memory."""
     from omegaconf import OmegaConf
 
-    from owlore_tune.run import planning
+    from owlore_tune.training import plan as planning
 
     make, made = planning.plan_run, {}
     not_in_memory = {
@@ -146,7 +145,7 @@ def tiny_config(tiny_dir, tiny_data, tmp_path) -> dict:
     """The SmolLM2 OwLore config with the tiny model and data."""
     from omegaconf import OmegaConf
 
-    from owlore_tune.catalog import find_config
+    from owlore_tune.config.load import find_config
 
     config = OmegaConf.to_container(OmegaConf.load(find_config("smollm2/135M_owlore")), resolve=False)
     data = {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(tiny_data)}

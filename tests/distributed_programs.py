@@ -24,18 +24,17 @@ from torchtune.models.llama2 import llama2
 import owlore_full_finetune
 from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.checkpoints.optimizer import OptimizerState
+from owlore_tune.checkpoints.sharded import OptimizerState
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.launch import process_group
 from owlore_tune.distributed.world import current_world, local
 from owlore_tune.layers.grouped import group_experts
+from owlore_tune.optim.bases import sketch, truncate
 from owlore_tune.optim.moments import state_bytes
-from owlore_tune.optim.projected import ProjectedWeight
-from owlore_tune.optim.projection import sketch, truncate
-from owlore_tune.quantized.background import BackgroundStore
-from owlore_tune.quantized.store import LayerStore
-from owlore_tune.run import weights as run_weights
-from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.optim.weights import ProjectedWeight
+from owlore_tune.quantized.store import BackgroundStore, LayerStore
+from owlore_tune.training import load_weights as run_weights
+from owlore_tune.training.config import TrainingSettings
 
 
 class SlowStore(BackgroundStore):

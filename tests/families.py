@@ -23,9 +23,9 @@ from transformers import (
     SmolLM3Config,
 )  # fmt: skip
 
-from owlore_tune.config_files import load_config
+from owlore_tune.config.load import load_config
 from owlore_tune.layers.grouped import GroupedExperts
-from owlore_tune.models.hf_experts import Experts
+from owlore_tune.models.experts import Experts
 
 SIZES = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from owlore_tune.models.decoder import find_layers, find_linears, model_parts
-from owlore_tune.optim.projection import side_factor, svd_basis
+from owlore_tune.optim.bases import side_factor, svd_basis
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
 

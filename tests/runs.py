@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torchtune.training.metric_logging import save_config
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.run.directory import RunDirectory
-from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
+from owlore_tune.training.config import TrainingSettings
+from owlore_tune.training.output_dir import RunDirectory
 
 
 def recipe_of(config: dict) -> OwLoreFullFinetuneRecipe:

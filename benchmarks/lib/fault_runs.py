@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.checkpoints.sealed import verify
-from owlore_tune.config_files import load_config
+from owlore_tune.checkpoints.steps import verify
+from owlore_tune.config.load import load_config
 from owlore_tune.models.smollm2 import fetch
-from owlore_tune.run.directory import RunDirectory
-from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.training.config import TrainingSettings
+from owlore_tune.training.output_dir import RunDirectory
 
 
 @dataclass

@@ -16,7 +16,7 @@ from pathlib import Path
 from lib.fault_runs import Found, config_for, weights
 from omegaconf import OmegaConf
 
-from owlore_tune.run.directory import RunDirectory
+from owlore_tune.training.output_dir import RunDirectory
 
 TIMEOUT = 30  # dist_timeout_s, in seconds
 

@@ -22,7 +22,7 @@ from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from owlore_tune.data.builders import instruction_dataset, mmlu_dev_dataset
+from owlore_tune.data.datasets import instruction_dataset, mmlu_dev_dataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
 
 

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune.training.metric_logging import MetricLoggerInterface
 
-from owlore_tune.memory.measure import peak_memory_bytes
+from owlore_tune.measure import peak_memory_bytes
 
 KEPT = ("loss", "optimizer_state_gb")
 

@@ -14,14 +14,14 @@ from lib.study_runs import DEVICE, SEQ_LEN
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 from tqdm import tqdm
 
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.data.builders import instruction_dataset, mmlu_dev_rows
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
+from owlore_tune.data.datasets import instruction_dataset, mmlu_dev_rows
 from owlore_tune.data.loader import HeldOutData
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.distributed.world import ALONE
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.models.smollm2 import fetch, smollm2_135m
-from owlore_tune.run import validation
+from owlore_tune.training import validation
 
 Sample = dict[str, list[int]]  # tokens and labels
 

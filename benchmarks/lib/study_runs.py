@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from owlore_tune.config_files import load_config
+from owlore_tune.config.load import load_config
 from owlore_tune.models.smollm2 import fetch
 
 LIB = Path(__file__).parent

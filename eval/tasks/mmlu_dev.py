@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from lm_eval.api.samplers import FirstNSampler
 
-from owlore_tune.data.builders import mmlu_dev_rows
+from owlore_tune.data.datasets import mmlu_dev_rows
 from owlore_tune.data.tokenizer import plain_prompt
 
 Doc = dict[str, Any]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchtune.models import convert_weights
 from torchtune.training.checkpointing import ModelType
 
-from owlore_tune.models.hf_model import disk_names
+from owlore_tune.models.hf import disk_names
 
 StateDict = dict[str, Tensor]
 Convert = Callable[[StateDict], StateDict]

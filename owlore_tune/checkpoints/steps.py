@@ -1,13 +1,197 @@
 """The checkpoints ``step_N`` of one run: find, verify and remove them."""
 
+import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
+from safetensors import SafetensorError
 from torchtune.utils import get_logger
 
-from owlore_tune.checkpoints.sealed import SEAL, discard, files_outside_seal, is_of_run, read_seal, verify
 from owlore_tune.errors import CheckpointError
+from owlore_tune.files import checksum, known_checksum, read_json
+
+SEAL = "checkpoint.json"  # the run's id; its name; name, size and checksum of every other file; written last
+_PARTIAL = ".partial"
+_DISCARDED = ".discarded"
+
+
+@contextmanager
+def sealed_directory(directory: Path, num_bytes: int, run_id: str) -> Iterator[Path]:
+    """Write a directory that gets its name only when it is complete and on disk.
+
+    Yields a temporary directory next to it. When the block ends, its files are checksummed and synced, and it is
+    renamed. If the block fails, it is removed. Existing files are never replaced.
+
+    Args:
+        num_bytes: approximate bytes to write. Fails at once if the disk has less space.
+        run_id: id of the run that writes it. It is in the seal and in the temporary name.
+
+    Raises:
+        CheckpointError: if ``directory`` exists or cannot be written, for example on a full disk. The message names
+            the path and the bytes needed.
+    """
+    partial = _beside(directory, run_id, _PARTIAL)
+    try:
+        if os.path.lexists(directory):
+            raise FileExistsError("it exists already")
+        partial.mkdir()  # its parent belongs to a run; if it is gone, the user moved it
+        free = shutil.disk_usage(partial).free
+        if free < num_bytes:
+            raise OSError(f"only {free:,} bytes are free")
+        yield partial
+        _seal(partial, directory.name, run_id)
+        os.rename(partial, directory)
+        _sync(directory.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot save {directory}, which needs {num_bytes:,} bytes: {error}; earlier checkpoints are intact"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _beside(directory: Path, run_id: str, ending: str) -> Path:
+    """An unused name next to ``directory``, from its name, the run's id and a random part."""
+    return directory.with_name(f"{directory.name}.{run_id}.{uuid4().hex[:8]}{ending}")
+
+
+def _seal(directory: Path, name: str, run_id: str) -> None:
+    files = {}
+    with ThreadPoolExecutor(1) as syncing:  # sync to disk while checksums are computed
+        synced = []
+        for file in sorted(directory.rglob("*")):
+            synced.append(syncing.submit(_sync, file))
+            if file.is_file():
+                files[file.relative_to(directory).as_posix()] = {
+                    "bytes": file.stat().st_size,
+                    "xxh3_128": known_checksum(file),
+                }
+        for sync in synced:
+            sync.result()
+    content = {"format": 1, "run_id": run_id, "name": name, "files": files}
+    (directory / SEAL).write_text(json.dumps(content, indent=2) + "\n")
+    _sync(directory / SEAL)
+    _sync(directory)
+
+
+def read_seal(directory: Path) -> dict[str, Any]:
+    """The seal of a directory, unverified; see `verify`.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be read.
+    """
+    try:
+        seal = read_json(directory / SEAL)
+        expected = {name: (int(f["bytes"]), str(f["xxh3_128"])) for name, f in seal["files"].items()}
+        run_id, name = str(seal["run_id"]), str(seal["name"])
+    except ValueError as error:
+        raise CheckpointError(f"{directory / SEAL} cannot be read: {error}; a checkpoint is named step_N") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory / SEAL} cannot be read: {error!r}") from error
+    return {**seal, "files": expected, "run_id": run_id, "name": name}
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Check every file of a sealed directory against its seal, and that there are no others; returns the seal.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, not in the seal, a link, or of another size or content.
+    """
+    seal = read_seal(directory)
+    expected = seal["files"]
+    if not expected:
+        raise CheckpointError(f"{directory / SEAL} names no files")
+    if links := [path for path in _walk(directory) if path.is_symlink()]:
+        raise CheckpointError(f"{links[0]} is a symbolic link; checkpoints must not contain links")
+    found = {path.relative_to(directory).as_posix() for path in _walk(directory)}
+    if missing := sorted(name for name in expected if name not in found):
+        raise CheckpointError(f"{directory / missing[0]} is missing")
+    if extra := files_outside_seal(directory):
+        raise CheckpointError(f"{directory / extra[0]} is not in {SEAL}: it was added later")
+    for name, (num_bytes, digest) in expected.items():
+        file = directory / name
+        try:
+            if file.stat().st_size != num_bytes:
+                raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, not {num_bytes:,}")
+            if checksum(file) != digest:
+                raise CheckpointError(f"{file} is damaged: its checksum differs from the saved one")
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    return seal
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    """All files and folders in a directory, without following links."""
+    for folder, folders, names in os.walk(directory):
+        yield from (Path(folder, name) for name in [*folders, *names])
+
+
+def files_outside_seal(directory: Path) -> list[str]:
+    """Files and links in a sealed directory that its seal does not name."""
+    known = {*read_seal(directory)["files"], SEAL}
+    found = {p.relative_to(directory).as_posix() for p in _walk(directory) if p.is_symlink() or not p.is_dir()}
+    return sorted(found - known)
+
+
+def is_of_run(directory: Path, run_id: str) -> bool:
+    """Whether ``directory`` was made by the run, with the name that it has now."""
+    try:
+        seal = read_seal(directory)
+    except CheckpointError:
+        return False
+    return (seal["run_id"], seal["name"]) == (run_id, directory.name)
+
+
+def discard(directory: Path, run_id: str) -> None:
+    """Remove a directory that the run made. It is renamed first, so no partial directory has its name."""
+    assert is_of_run(directory, run_id) and not directory.is_symlink(), f"{directory} is not of run {run_id}"
+    doomed = _beside(directory, run_id, _DISCARDED)
+    os.rename(directory, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, run_id: str) -> None:
+    """Remove leftovers of interrupted writes and removals in ``parent``, which have the run's id in their names.
+
+    If a directory is complete and only its final rename was interrupted, it is renamed now.
+    """
+    for leftover in sorted(parent.glob(f"*.{run_id}.*{_PARTIAL}")) + sorted(parent.glob(f"*.{run_id}.*{_DISCARDED}")):
+        if leftover.is_symlink():
+            continue
+        if leftover.is_file():  # of `owlore_tune.files.write_json`
+            leftover.unlink()
+            continue
+        target = parent / leftover.name.split(f".{run_id}.")[0]
+        if leftover.name.endswith(_PARTIAL) and not os.path.lexists(target) and _is_complete(leftover):
+            os.rename(leftover, target)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_complete(directory: Path) -> bool:
+    try:
+        verify(directory)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 _STEP = re.compile(r"step_[0-9]+")
 

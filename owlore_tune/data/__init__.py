@@ -1,6 +1,6 @@
 """Datasets, the tokenizer, and the order in which a run reads its rows."""
 
-from owlore_tune.data.builders import (
+from owlore_tune.data.datasets import (
     chat_dataset,
     gsm8k_dataset,
     instruction_dataset,

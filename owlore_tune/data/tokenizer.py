@@ -17,8 +17,7 @@ from tokenizers import Tokenizer
 from torchtune.data import Message
 
 from owlore_tune.errors import ConfigError
-from owlore_tune.files import read_object
-from owlore_tune.paths import user_path, way_out
+from owlore_tune.files import read_object, user_path, way_out
 
 CHAT_TEMPLATES = ("model", "plain")
 # Prompt, answer, EOS. The answer is on a new line, or after a space if the prompt ends in a colon, such as "Answer:".

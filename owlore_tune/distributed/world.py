@@ -93,7 +93,7 @@ class World:
             torch.manual_seed(seed)
             yield
 
-    def attempt(self, action: Callable[[], T], *, first_alone: bool = False) -> T | None:
+    def call(self, action: Callable[[], T], *, on_rank_zero: bool = False) -> T | None:
         """Run ``action`` on every process, or only on rank 0. An error on one rank is raised on all.
 
         No process then waits for one that failed. The call also synchronizes all processes.
@@ -103,7 +103,7 @@ class World:
             RankError: if it failed on another rank, with that rank's message.
         """
         result, error = None, None
-        if self.rank == 0 or not first_alone:
+        if self.rank == 0 or not on_rank_zero:
             try:
                 result = action()
             except Exception as raised:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from owlore_tune.models.hf_experts import Experts
-from owlore_tune.optim.projected import ProjectedWeight, stacked_update
+from owlore_tune.models.experts import Experts
+from owlore_tune.optim.weights import ProjectedWeight, stacked_update
 from owlore_tune.quantized.linear import is_quantized
 
 _MULTIPLE = 8  # torch's grouped product takes rows of 16 bytes

@@ -1,7 +1,9 @@
 """The layers of a model in the projected form: what an optimizer trains in them, and their merged weights."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import math
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,11 +13,37 @@ from torch.distributed.tensor import DTensor
 
 from owlore_tune.distributed.world import ALONE, World, full, shard_like
 from owlore_tune.models.decoder import find_layers, find_linears, model_parts, plain_name
-from owlore_tune.optim.basis_maker import BasisMaker
-from owlore_tune.optim.options import check_options, check_rank
-from owlore_tune.optim.projected import ProjectedWeight
-from owlore_tune.optim.whole import WholeParameter
+from owlore_tune.optim.bases import BASES, SIDES, BasisMaker
+from owlore_tune.optim.weights import ProjectedWeight, WholeParameter
 from owlore_tune.quantized.layers import QuantizedLayers
+
+
+def check_options(rank: Any, side: str, scale: Any, basis: str) -> None:
+    for name, value, choices in (("side", side, SIDES), ("basis", basis, BASES)):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}; choose one of {', '.join(choices)}")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ValueError(f"rank={rank}; it must be an integer >= 1, or null for full rank")
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale < math.inf:
+        raise ValueError(f"scale={scale!r}; it must be a finite number >= 0")
+
+
+def check_rank(rank: int, layers: list[dict[str, nn.Parameter]], projected: Collection[Tensor]) -> None:
+    """Refuse a rank that projects nothing, and warn of one that projects only some matrices."""
+    matrices = [parameter for layer in layers for parameter in layer.values() if parameter.ndim == 2]
+    others = [parameter for parameter in matrices if parameter not in projected]
+    if not others:
+        return
+    sides = sorted({min(parameter.shape) for parameter in others})
+    if not projected:
+        raise ValueError(
+            f"rank={rank}; no weight's shorter side is above it (shorter sides: {sides}); lower it, or set rank=null"
+        )
+    warnings.warn(
+        f"rank={rank} is not below the shorter side ({', '.join(map(str, sides))}) of {len(others)} of "
+        f"{len(matrices)} weights; these are trained at full rank",
+        stacklevel=3,
+    )
 
 
 class ProjectedLayer:
@@ -78,7 +106,7 @@ class ProjectedLayers:
         layers: bottom first.
         outside: what trains outside the layers, by name.
         active: the layers that train, ascending.
-        masters: full-precision weights of quantized layers; None if no layer is quantized. Set it once they exist.
+        quantized: full-precision weights of quantized layers; None if no layer is quantized. Set it once they exist.
         num_steps: optimizer steps so far.
         settings: how weights are projected.
 
@@ -108,7 +136,7 @@ class ProjectedLayers:
         self._options["maker"] = BasisMaker()
         self.world = world
         self.active: list[int] = []
-        self.masters: QuantizedLayers | None = None
+        self.quantized: QuantizedLayers | None = None
         self.num_steps = 0
         if hasattr(model, "owlore") or any(hasattr(module, "projected") for module in model.modules()):
             raise ValueError(
@@ -178,12 +206,12 @@ class ProjectedLayers:
             other.engage() if indices else other.release()
         for index in set(self.active) - set(indices):
             self.layers[index].release(forget=forget)
-            if self.masters is not None:
-                self.masters.quantize(index)
+            if self.quantized is not None:
+                self.quantized.quantize(index)
         for index in sorted(set(indices) - set(self.active)):
             layer = self.layers[index]
-            if self.masters is not None:
-                self.masters.restore(index, layer.others)
+            if self.quantized is not None:
+                self.quantized.restore(index, layer.others)
             layer.engage()
         self.active = sorted(indices)
 
@@ -220,14 +248,14 @@ class ProjectedLayers:
         """
         for index in self.active if indices is None else sorted(indices):
             layer = self.layers[index]
-            if self.masters is not None:
-                merged = self.world.attempt(partial(self.merged_layer, index, stochastic=True))  # all have read it
+            if self.quantized is not None:
+                merged = self.world.call(partial(self.merged_layer, index, stochastic=True))  # all have read it
                 assert merged is not None
-                self.masters.replace(index, merged)
+                self.quantized.replace(index, merged)
                 del merged  # or it would exist beside the next layer's
             for name, weight in layer.weights.items():
                 parameter = weight.linear.weight
-                if self.masters is None:
+                if self.quantized is None:
                     weight.merge_into(parameter, self.generator(name, parameter.device))
                 weight.restart() if keep_bases else weight.end_basis()
             if not keep_bases:
@@ -255,8 +283,8 @@ class ProjectedLayers:
 
         Weights without updates may still be in host memory.
         """
-        assert self.masters is not None
-        weights = self.masters.read(index)
+        assert self.quantized is not None
+        weights = self.quantized.read(index)
         if index not in self.active:
             return weights
         for name, weight in self.layers[index].weights.items():
@@ -284,7 +312,7 @@ class ProjectedLayers:
                 if weight.trained.numel() or weight.nbytes
             },
             "others": {name: self._gathered(other.trained) for name, other in self._not_in_weights().items()},
-            "base": base if self.masters is None else {},
+            "base": base if self.quantized is None else {},
         }  # fmt: skip
 
     def _gathered(self, parameter: Tensor) -> Tensor:
@@ -297,10 +325,10 @@ class ProjectedLayers:
         """Parameters that train as they are and are not in the weights, which are loaded before the state, by name.
 
         These are float32 copies, also of layers that have trained before, and, with quantized weights, all of active
-        layers, whose masters are older.
+        layers, whose full-precision weights are older.
         """
         found = {name: other for name, other in self._others() if other.is_copied and not other.trained.is_meta}
-        for index in () if self.masters is None else self.active:
+        for index in () if self.quantized is None else self.active:
             found |= self.layers[index].others
         return found
 

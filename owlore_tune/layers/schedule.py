@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import HOST, LayerSampler
 from owlore_tune.optim.moments import MOMENTS, carry_moments, check_moments, check_optimizer, move_state
-from owlore_tune.optim.projected import ProjectedWeight
+from owlore_tune.optim.weights import ProjectedWeight
 
 INACTIVE_STATES = ("drop", "offload", "keep")
 _with_schedule: WeakSet[Optimizer] = WeakSet()
@@ -141,8 +141,8 @@ class Schedule:
         ended = [index for index in self.active if self.layers.layers[index].age >= self._update_gap]
         self._note_moved(ended)
         self.layers.merge(ended)
-        if self.layers.masters is not None:
-            self.layers.masters.read_ahead(self._merged_next(), set(filter(self.layers.lacks_basis, self.active)))
+        if self.layers.quantized is not None:
+            self.layers.quantized.read_ahead(self._merged_next(), set(filter(self.layers.lacks_basis, self.active)))
         return self.active if is_due else None
 
     def _merged_next(self) -> set[int]:
@@ -201,7 +201,7 @@ class Schedule:
             move_state(self.optimizer, parameter, parameter.device)
         is_new = not any(weight.basis is not None for weight in layer.weights.values())
         self._has_returned |= not is_new
-        if is_new and self.layers.masters is not None and self.sampler.num_active == len(self.layers.layers):
+        if is_new and self.layers.quantized is not None and self.sampler.num_active == len(self.layers.layers):
             layer.age = index * self._update_gap // len(self.layers.layers)
 
     def _settle(self) -> None:
@@ -216,12 +216,12 @@ class Schedule:
             self.refresh_seconds = sum(weight.seconds() for weight in new)
             for weight, is_given in zip(new, are_given, strict=True):
                 self._settle_basis(weight, is_given)
-        if self.layers.masters is not None and (new or self._has_returned):
+        if self.layers.quantized is not None and (new or self._has_returned):
             self._has_returned = False
             for index in self.active:
                 weights = self.layers.layers[index].weights
                 bare = {name: w for name, w in weights.items() if w.basis is not None and w.correction is None}
-                self.layers.masters.correct(index, bare)
+                self.layers.quantized.correct(index, bare)
 
     def end_step(self) -> None:
         """Free gradients, and settle the bases of a step without an update."""
@@ -304,8 +304,8 @@ class Schedule:
         }
 
     def _all_settings(self) -> dict[str, Any]:
-        masters = self.layers.masters
-        return self._settings | {"weights": None if masters is None else masters.settings}
+        quantized = self.layers.quantized
+        return self._settings | {"weights": None if quantized is None else quantized.settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load it after the weights, and the optimizer's state after it.

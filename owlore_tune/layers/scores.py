@@ -1,21 +1,114 @@
-"""Scores of layers: a layer is drawn in proportion to its score.
+"""Scores of a model's layers in a file, for reuse."""
 
-A new score is one subclass of `Score` with a name, which `owlore.score` then takes.
-"""
-
+import importlib.metadata
+import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
 from itertools import repeat
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from owlore_tune.distributed.fsdp import reshard
 from owlore_tune.distributed.world import ALONE, World, full, local
-from owlore_tune.layers.inputs import InputNorms, input_norms
-from owlore_tune.models.decoder import find_layers, find_linears
+from owlore_tune.files import is_number, read_json, user_path
+from owlore_tune.models.decoder import find_layers, find_linears, plain_name
+from owlore_tune.models.experts import Experts
+
+InputNorms: TypeAlias = dict[str, Tensor]  # by a Linear's name in its layer: ‖X_:,j‖₂ (in,), float64
+
+
+@torch.no_grad()
+def input_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], world: World) -> list[InputNorms | None]:
+    """The `InputNorms` of each layer over the batches of all processes, in one forward pass per batch.
+
+    Args:
+        batches: as `owlore_tune.layers.scores.layer_scores`. Without any, the norms are None.
+    """
+    layers = [InputSquares(layer) for layer in find_layers(model)]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    num_batches = 0
+    try:
+        for batch in tqdm(batches, desc="Scoring layers", unit="batch", leave=False, disable=world.rank > 0):
+            inputs = dict(batch)
+            valid = inputs.pop("valid", None)
+            for layer in layers:
+                layer.mark(valid)
+            model(**inputs)
+            num_batches += 1
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
+        reshard(model)
+        for layer in layers:
+            layer.remove()
+    return [layer.norms(world) if num_batches else None for layer in layers]
+
+
+class InputSquares:
+    """Sums the squared inputs of a layer's Linears over the forward passes of the layer, until `remove`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._linears = dict(find_linears(layer))
+        self._experts = _experts_by_linear(layer)
+        self._squares: dict[str, Tensor] = {}
+        self._positions: Tensor | None = None  # (b · s,)
+        # The query, key and value projections share an input, as do gate and up. Each input is measured once.
+        self._last_input: Tensor | None = None
+        self._last_squares: Tensor | None = None
+        self._handles = [
+            linear.register_forward_pre_hook(partial(self._measure, name)) for name, linear in self._linears.items()
+        ]
+        self._handles.append(layer.register_forward_hook(self._forget))
+
+    def mark(self, valid: Tensor | None) -> None:
+        """Measure only these positions of the next forward pass, (b, s) bool; None for all."""
+        self._positions = None if valid is None or valid.all() else valid.flatten()
+
+    def _measure(self, name: str, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0] is not self._last_input:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            if self._positions is not None:
+                experts = self._experts.get(name)
+                x = x[self._positions if experts is None else self._positions[experts.tokens]]
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            self._last_input = args[0]
+            self._last_squares = torch.linalg.vector_norm(x, dim=0, dtype=dtype).double().square()
+        assert self._last_squares is not None
+        known = self._squares.get(name)
+        self._squares[name] = self._last_squares if known is None else known + self._last_squares
+
+    def _forget(self, *_: object) -> None:
+        self._last_input = self._last_squares = None
+
+    def norms(self, world: World) -> InputNorms:
+        """‖X_:,j‖₂ of each Linear by its name, (in,) float64, over all processes. 0 for an expert without tokens."""
+        norms = {}
+        for name, linear in self._linears.items():
+            total = self._squares.get(name)
+            if total is None:
+                device = next(iter(self._squares.values())).device
+                total = torch.zeros(linear.in_features, dtype=torch.float64, device=device)
+            norms[name] = world.sum_(total.clone()).sqrt()
+        return norms
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _experts_by_linear(layer: nn.Module) -> dict[str, Experts]:
+    """The mixture of experts that each Linear belongs to, by its name in ``layer``."""
+    found = [(plain_name(name), module) for name, module in layer.named_modules() if isinstance(module, Experts)]
+    return {f"{path}.{name}": experts for path, experts in found for name, _ in find_linears(experts)}
+
 
 SCORES: dict[str, type["Score"]] = {}
 
@@ -232,3 +325,67 @@ def score_each(score: Score, layers: Iterable[tuple[nn.Module, InputNorms | None
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+SCORES_FILE = "scores.json"
+
+
+@dataclass
+class LayerScores:
+    """Scores of a model's layers and their provenance, stored as JSON."""
+
+    scores: list[float]
+    score: str
+    fingerprint: str  # of the model's weights, see `owlore_tune.checkpoints.HFCheckpointer.fingerprint`
+    options: dict[str, Any] = field(default_factory=dict)  # of the score
+    data: dict[str, Any] | None = None
+    versions: dict[str, str] = field(
+        default_factory=lambda: {
+            name: importlib.metadata.version(name) for name in ("owlore-tune", "torchtune", "torch")
+        }
+    )
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        num_layers: int,
+        fingerprint: str,
+        score: Score,
+    ) -> "LayerScores":
+        """Read a score file, and check that it matches the model and the score.
+
+        Raises:
+            ValueError: if the file is missing or not a score file, if its scores are not finite numbers ≥ 0, or if
+                its number of layers, weights, score or options differ.
+        """
+        try:
+            loaded = cls(**read_json(user_path(path)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scores_file={path} cannot be read ({error}); create one with `owlore score`") from error
+        if not isinstance(loaded.scores, list):
+            raise ValueError(f"scores_file={path} has no list of scores; create one with `owlore score`")
+        for layer, value in enumerate(loaded.scores):
+            if not is_number(value) or value < 0:
+                shown = str(value)[:40]
+                raise ValueError(f"scores_file={path}: the score of layer {layer} is {shown}; recreate the file")
+        if len(loaded.scores) != num_layers:
+            raise ValueError(
+                f"scores_file={path} is for a model with {len(loaded.scores)} layers; this one has {num_layers}"
+            )
+        if loaded.fingerprint != fingerprint:
+            raise ValueError(
+                f"scores_file={path} was made for other weights ({loaded.fingerprint}, these are {fingerprint}); "
+                "create one for this checkpoint with `owlore score`, or omit scores_file"
+            )
+        if (loaded.score, loaded.options) != (score.name, score.options()):
+            raise ValueError(
+                f"scores_file={path} holds {loaded.score} scores with {loaded.options}, the config asks for "
+                f"{score.name} with {score.options()}; change the owlore block to match, or create another file"
+            )
+        return loaded

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.layers.projected import ProjectedLayers
-from owlore_tune.memory.measure import resident_bytes
+from owlore_tune.measure import resident_bytes
 from owlore_tune.memory.step import META, PlannedStep, StepShape
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, model_parts
 from owlore_tune.optim.moments import carry_moments, state_bytes
-from owlore_tune.optim.projected import ProjectedWeight
+from owlore_tune.optim.weights import ProjectedWeight
 from owlore_tune.quantized.linear import is_quantized, quantizable_outside, weight_of
 
 # Overhead of holes in glibc's heap, as a share of the memory in use. Between the activations that forward keeps, freed
 # ones leave holes that others do not fill. Blocks that come from the system one by one would leave none, but then each
-# activation causes page faults, see `owlore_tune.heap`. The share is fitted to the demo, methods.md and llama2_7b.md.
+# activation causes page faults, see `owlore_tune.measure`. The share is fitted to the demo and benchmarks.
 HEAP_LOSS = 0.095
 
 

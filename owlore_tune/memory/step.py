@@ -17,8 +17,8 @@ from torchtune import training
 
 from owlore_tune.layers.grouped import group_experts
 from owlore_tune.models.decoder import Decoder, find_layers, init_rope
+from owlore_tune.models.experts import Experts
 from owlore_tune.models.fused import fuse_parts
-from owlore_tune.models.hf_experts import Experts
 from owlore_tune.models.output import set_output, takes_hidden_states
 from owlore_tune.quantized.formats import format_of
 from owlore_tune.quantized.linear import attach

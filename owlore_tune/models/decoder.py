@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import TransformerDecoder
 
-from owlore_tune.models.hf_model import HFDecoder, part_names
+from owlore_tune.models.hf import HFDecoder, part_names
 
 _WRAPPER = "_checkpoint_wrapped_module."
 Decoder: TypeAlias = TransformerDecoder | HFDecoder

@@ -20,7 +20,7 @@ from owlore_tune.kernels.quantize import dequantize_nf4, int8_product, quantize_
 FORMATS: dict[str, type["QuantizedWeight"]] = {}
 BLOCK = 64  # values of NF4 that share a scale
 ALL = slice(None)
-# Values of a weight that are in full precision at once. On a CPU, `owlore_tune.heap.reuse_freed_memory` does
+# Values of a weight that are in full precision at once. On a CPU, `owlore_tune.measure.reuse_freed_memory` does
 # not keep larger blocks.
 _PIECE = 2**22
 _PIECE_ON_CUDA = 2**25

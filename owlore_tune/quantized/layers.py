@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
-from owlore_tune.checkpoints.checkpointer import TIED_COPY, TIED_TO, check_tied_copy
+from owlore_tune.checkpoints.hf_weights import TIED_COPY, TIED_TO, check_tied_copy
 from owlore_tune.distributed.world import ALONE, World, is_finite
 from owlore_tune.errors import ConfigError, DivergedError
-from owlore_tune.heap import return_freed_memory
+from owlore_tune.measure import return_freed_memory
 from owlore_tune.models.decoder import Decoder, find_layers, find_linears, plain_name
 from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.quantized.linear import (
@@ -103,7 +103,7 @@ class QuantizedLayers:
         """
         if bad := [name for name, weight in weights.items() if not is_finite(weight)]:
             raise DivergedError(f"weights are not finite: {bad[0]}; lower optimizer.lr")
-        written = self._world.attempt(lambda: self.store.write(index, weights), first_alone=True)
+        written = self._world.call(lambda: self.store.write(index, weights), on_rank_zero=True)
         written, unwritten = self._world.share((written, self.store.unwritten()))
         assert written is not None
         if self._world.rank != 0:
@@ -151,7 +151,7 @@ class QuantizedLayers:
         """Copy the model directory's layers to the store; see `LayerStore.fill`."""
         indices = (OUTSIDE, *range(len(self._layers)))
         names = {index: {name for name, _ in self._named(index)} for index in indices}
-        self._world.attempt(lambda: self.store.fill(names), first_alone=True)
+        self._world.call(lambda: self.store.fill(names), on_rank_zero=True)
         self.store.files = self._world.share(self.store.files)
 
     def write_checkpoint(self, directory: Path, merged: Callable[[int], dict[str, Tensor]], active: list[int]) -> None:

@@ -20,16 +20,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune.models.llama2 import llama2
 from transformers import AutoModelForCausalLM
 
-from owlore_tune.checkpoints.state import load_state
-from owlore_tune.distributed.fsdp import Sharding, shard_model
-from owlore_tune.distributed.grads import clip_grad_norm_, sum_grads
+from owlore_tune.checkpoints.training_state import load_state
+from owlore_tune.distributed.fsdp import Sharding, clip_grad_norm_, shard_model, sum_grads
 from owlore_tune.distributed.world import ALONE, current_world, shard_like
 from owlore_tune.errors import ConfigError
 from owlore_tune.models.decoder import init_rope
-from owlore_tune.optim.projection import OVERSAMPLING
-from owlore_tune.run.build import build_inputs
-from owlore_tune.run.directory import RunDirectory
-from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.optim.bases import OVERSAMPLING
+from owlore_tune.training.components import build_inputs
+from owlore_tune.training.config import TrainingSettings
+from owlore_tune.training.output_dir import RunDirectory
 from runs import finetune, other_model, variant, weights, write
 
 ALL_TRAINED = {"owlore__train_embeddings": True, "owlore__train_output": True, "owlore__train_norm": True}
@@ -395,7 +394,7 @@ def test_gradients_of_16_bits_are_summed_in_float32(fake_ranks):
 
 def test_each_gradient_is_sent_once(fake_ranks, monkeypatch):
     """Several at once, of one dtype."""
-    monkeypatch.setattr("owlore_tune.distributed.grads._BUCKET", 25)
+    monkeypatch.setattr("owlore_tune.distributed.fsdp._BUCKET", 25)
     parameters = [
         torch.nn.Parameter(torch.zeros(size, dtype=dtype))
         for size, dtype in ((10, torch.float32), (12, torch.bfloat16), (11, torch.float32), (40, torch.float32))

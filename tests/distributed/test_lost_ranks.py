@@ -19,7 +19,7 @@ from ranks import free_port, furthest, on_ranks, places_of, torchrun, train_toge
 from torch.distributed import HashStore
 
 from owlore_tune.distributed.launch import let_gloo_finish
-from owlore_tune.run.directory import RunDirectory
+from owlore_tune.training.output_dir import RunDirectory
 from runs import start
 
 TWO_RANKS = ("--standalone", "--nproc_per_node=2")  # options for torchrun

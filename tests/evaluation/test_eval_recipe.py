@@ -22,8 +22,7 @@ from owlore_evals import harness, torchtune_lm
 from owlore_evals.harness import load_tasks
 from owlore_evals.local_choices import first_option
 from owlore_evals.results import compare, read_scores, show_answers
-from owlore_tune.catalog import packaged_configs
-from owlore_tune.config_files import load_config
+from owlore_tune.config.load import load_config, packaged_configs
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 
@@ -125,7 +124,7 @@ def test_mmlu_dev_splits_a_question_only_at_its_choices():
 
 
 def test_mmlu_dev_held_out_is_what_training_leaves(make_config, tmp_path):
-    from owlore_tune.data.builders import mmlu_dev_rows
+    from owlore_tune.data.datasets import mmlu_dev_rows
 
     run(make_config("eval/mmlu_dev", tasks=["mmlu_dev_held_out"]))
     (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_held_out_*.jsonl")

@@ -25,8 +25,8 @@ from owlore_evals.judge import Judge, JudgeConfig, _wait
 from owlore_evals.mt_bench import TEMPERATURES, MTBench, _digest
 from owlore_evals.mt_bench_files import judge_chat, parse_rating, read_files
 from owlore_evals.torchtune_lm import TorchtuneLM
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.config_files import load_config
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
+from owlore_tune.config.load import load_config
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 

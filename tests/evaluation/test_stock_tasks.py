@@ -11,7 +11,7 @@ from test_eval_recipe import make_config, run  # noqa: F401
 from tiny import TINY_MODEL
 
 from owlore_evals.harness import load_tasks
-from owlore_tune.config_files import load_config
+from owlore_tune.config.load import load_config
 
 MMLU = 57
 LETTERS = ["A", "B", "C", "D"]

@@ -25,11 +25,11 @@ from owlore_evals.generation import Prompts, _Cache, _Chooser, _has_ended, sampl
 from owlore_evals.harness import load_tasks
 from owlore_evals.shared_prefix import make_rows
 from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.decoder import cached_values
 from owlore_tune.models.gemma2 import gemma2
-from owlore_tune.models.hf_model import hf_decoder
+from owlore_tune.models.hf import hf_decoder
 from owlore_tune.models.smollm2 import smollm2_135m
 
 QUESTIONS = [

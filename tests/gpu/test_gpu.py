@@ -7,14 +7,14 @@ from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from owlore_tune.config_files import load_config
+from owlore_tune.config.load import load_config
 from owlore_tune.layers.grouped import group_experts, has_grouped_product
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
 from owlore_tune.models.decoder import find_layers, find_linears
+from owlore_tune.models.experts import split_experts
 from owlore_tune.models.fused import fuse_parts
-from owlore_tune.models.hf_experts import split_experts
-from owlore_tune.optim.projected import ProjectedWeight
+from owlore_tune.optim.weights import ProjectedWeight
 from owlore_tune.quantized.linear import quantize
 from runs import finetune, finetune_until, prepare, read_weights, variant, weights
 

@@ -9,9 +9,8 @@ import torch
 
 from owlore_tune.errors import RunError
 from owlore_tune.layers.sampler import LayerSampler
-from owlore_tune.quantized.background import BackgroundStore
-from owlore_tune.quantized.store import LayerStore
-from owlore_tune.run import weights as run_weights
+from owlore_tune.quantized.store import BackgroundStore, LayerStore
+from owlore_tune.training import load_weights as run_weights
 from runs import after_step, assert_weights, finetune, finetune_until, prepare, unbroken_weights, variant
 
 FORMATS = {

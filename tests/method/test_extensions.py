@@ -8,7 +8,7 @@ import pytest
 from owlore_tune.layers.sampler import DRAWS
 from owlore_tune.layers.scores import SCORES
 from owlore_tune.quantized.formats import FORMATS
-from owlore_tune.run.planning import savings
+from owlore_tune.training.plan import savings
 from runs import finetune, variant
 
 MODULE = '''

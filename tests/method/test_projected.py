@@ -15,11 +15,9 @@ from torchtune import training
 
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.models.decoder import find_layers, find_linears
-from owlore_tune.models.hf_model import hf_decoder
-from owlore_tune.optim.basis_maker import BasisMaker
-from owlore_tune.optim.projected import ProjectedWeight
-from owlore_tune.optim.projection import side_factor
-from owlore_tune.optim.rounding import noise_for, round_to
+from owlore_tune.models.hf import hf_decoder
+from owlore_tune.optim.bases import BasisMaker, side_factor
+from owlore_tune.optim.weights import ProjectedWeight, noise_for, round_to
 from owlore_tune.quantized.linear import quantize, rounding_error
 
 
@@ -222,14 +220,14 @@ def test_merges_of_layers_round_at_random_and_each_time_anew(quantized):
         weight.linear.weight.data.fill_(1.0)
         weight.basis = torch.eye(weight.shape[1], 8, dtype=torch.bfloat16)
     if quantized:
-        layers.masters = Masters({name: weight.linear.weight.detach().clone() for name, weight in named.items()})
+        layers.quantized = Masters({name: weight.linear.weight.detach().clone() for name, weight in named.items()})
     after = []
     for _ in range(200):
         for weight in named.values():
             weight.trained.data.fill_(step / 4 / side_factor(weight.shape))
         layers.merge(keep_bases=True)
         layers.num_steps += 1
-        merged = layers.masters.weights if quantized else {name: w.linear.weight for name, w in named.items()}
+        merged = layers.quantized.weights if quantized else {name: w.linear.weight for name, w in named.items()}
         after.append({name: weight.detach()[:, :8].float() for name, weight in merged.items()})
     spread = 6 * step * (200 * 3 / 16) ** 0.5  # six standard deviations of 200 draws of a step with probability 1/4
     for moved in (weight - 1 for weight in after[-1].values()):
@@ -331,7 +329,7 @@ def bases_of_a_pass(makers: list[BasisMaker], is_nested: bool = False) -> list[t
 @pytest.mark.parametrize("is_nested", [False, True])
 def test_bases_are_made_in_batches(batch, batches, is_nested, monkeypatch):
     expected = bases_of_a_pass([BasisMaker(), BasisMaker(), BasisMaker()])
-    monkeypatch.setattr("owlore_tune.optim.basis_maker._BATCH", batch)
+    monkeypatch.setattr("owlore_tune.optim.bases._BATCH", batch)
     eigh, calls = torch.linalg.eigh, []
     monkeypatch.setattr(torch.linalg, "eigh", lambda grams: calls.append(len(grams)) or eigh(grams))
     found = bases_of_a_pass([BasisMaker()] * 3, is_nested)
@@ -441,7 +439,7 @@ def test_stochastic_rounding_goes_to_a_neighbor_and_is_exact_on_average():
 @pytest.mark.parametrize("side", ["right", "shape"])
 def test_a_bfloat16_weight_follows_its_float32_twin(side, monkeypatch):
     """Also with decay, and with a weight that is written in several pieces."""
-    monkeypatch.setattr("owlore_tune.optim.projected._MOVED", 100)
+    monkeypatch.setattr("owlore_tune.optim.weights._MOVED", 100)
     weights, steps = weights_and_grads(4)
     halves, half_steps = [w.bfloat16() for w in weights], [[g.bfloat16() for g in grads] for grads in steps]
     options = {"lr": 0.1, "rank": 4, "side": side, "weight_decay": 0.3}

@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from owlore_tune.data.builders import mmlu_dev_dataset
+from owlore_tune.data.datasets import mmlu_dev_dataset
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.smollm2 import smollm2_135m
-from owlore_tune.optim.projection import OVERSAMPLING, Basis, is_right, of_gradient, signs, sketch, svd_basis, truncate
+from owlore_tune.optim.bases import OVERSAMPLING, Basis, is_right, of_gradient, signs, sketch, svd_basis, truncate
 
 
 def generator() -> torch.Generator:
@@ -142,7 +142,7 @@ def test_the_shape_rule_projects_the_shorter_side():
 
 def test_energy_on_real_gradients_of_smollm2(smollm2_dir):
     """Every Linear of three layers: at least 0.99 of the energy that the exact rank-128 basis captures."""
-    from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+    from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 
     with torch.device("meta"):
         model = smollm2_135m()
@@ -206,7 +206,7 @@ def test_16_bit_factors_are_used_a_few_rows_at_a_time(monkeypatch):
     left, right = (torch.randn(70, size, generator=generator()).bfloat16() for size in (64, 48))
     options = {"rank": 8}
     expected = range_finder_of_product(left.float(), right.float(), generator=generator(), **options)
-    monkeypatch.setattr("owlore_tune.optim.projection._PIECE", 480)  # 7 to 10 rows
+    monkeypatch.setattr("owlore_tune.optim.bases._PIECE", 480)  # 7 to 10 rows
     with Sizes() as sizes:
         found = range_finder_of_product(left, right, generator=generator(), **options)
     for name, one in vars(expected).items():

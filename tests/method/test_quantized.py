@@ -16,8 +16,8 @@ from owlore_tune.errors import RunError
 from owlore_tune.quantized import formats
 from owlore_tune.quantized.formats import FORMATS, Int8Weight, NF4Weight, QuantizedWeight, format_of
 from owlore_tune.quantized.linear import quantizable_outside, quantize, restore, weight_of
-from owlore_tune.run import validation
 from owlore_tune.trainer import quantize_layers
+from owlore_tune.training import validation
 from runs import (
     after_step,
     changed,
@@ -57,7 +57,7 @@ def test_layers_that_train_as_they_are_are_drawn_while_a_loss_exists(kind, token
     """The graph of the loss holds their parameters."""
     model = tiny_llama()
     layers, optimizer, schedule = setup(model, rank=None, every=1)
-    layers.masters = quantize_layers(model, kind, tmp_path / "masters")
+    layers.quantized = quantize_layers(model, kind, tmp_path / "quantized")
     drawn = []
     for _ in range(6):
         schedule.begin_step()

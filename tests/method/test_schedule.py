@@ -20,7 +20,7 @@ from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.layers.schedule import Schedule
 from owlore_tune.models.decoder import find_layers, model_parts
 from owlore_tune.optim.moments import carry_moments, state_bytes
-from owlore_tune.optim.whole import WholeParameter
+from owlore_tune.optim.weights import WholeParameter
 
 
 @pytest.mark.parametrize("moments", ["keep", "project", "reset"])

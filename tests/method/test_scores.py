@@ -6,8 +6,7 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from owlore_tune.layers.scores import SCORES, Outlier, Reverse, Uniform, layer_scores
-from owlore_tune.layers.scores_file import LayerScores
+from owlore_tune.layers.scores import SCORES, LayerScores, Outlier, Reverse, Uniform, layer_scores
 from owlore_tune.models.decoder import find_linears
 
 

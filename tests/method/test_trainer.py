@@ -17,12 +17,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from owlore_tune.config_files import load_config
+from owlore_tune.config.load import load_config
 from owlore_tune.layers import LayerSampler, Outlier, ProjectedLayers, Schedule, layer_scores
 from owlore_tune.optim.moments import state_bytes
-from owlore_tune.run.build import build_inputs
-from owlore_tune.run.settings import TrainingSettings
 from owlore_tune.trainer import OwLoreCallback, quantize_layers
+from owlore_tune.training.components import build_inputs
+from owlore_tune.training.config import TrainingSettings
 from runs import Killed, checkpoints, finetune
 
 ARGUMENTS = dict(
@@ -80,7 +80,7 @@ def build(directory: Path, store: Path | None = None, kind: str = "int8", **opti
     layers = ProjectedLayers(model, rank=options.pop("rank", 8))
     optimizer = torch.optim.AdamW(layers.parameter_groups(), **of_optimizer)
     if store is not None:
-        layers.masters = quantize_layers(model, kind, store, products="int8" if kind == "int8" else "full")
+        layers.quantized = quantize_layers(model, kind, store, products="int8" if kind == "int8" else "full")
     schedule = Schedule(layers, optimizer, LayerSampler(scores, 2), **{"resample_every": 2} | options)
     return model, schedule
 
@@ -364,7 +364,7 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(weights, kinds, smollm2_d
         layers = ProjectedLayers(model, rank=32, seed=3)
         optimizer = torch.optim.AdamW(layers.parameter_groups(), **options)
         if weights != "full":
-            layers.masters = quantize_layers(model, weights, tmp_path / f"{kind}_{name}")
+            layers.quantized = quantize_layers(model, weights, tmp_path / f"{kind}_{name}")
         schedule = Schedule(layers, optimizer, LayerSampler([1.0] * 30, 2, seed=3), resample_every=2)
         watch = Watch(schedule)
         tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torchtune.models.llama2 import llama2
 
-from owlore_tune.clock import Clock
-from owlore_tune.distributed.grads import clip_grad_norm_
+from owlore_tune.distributed.fsdp import clip_grad_norm_
 from owlore_tune.distributed.world import ALONE
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
+from owlore_tune.measure import Clock
 
 META = torch.device("meta")
 

@@ -11,7 +11,7 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
-from owlore_tune.data.batches import batch_to_device, collate_packed
+from owlore_tune.data.loader import batch_to_device, collate_packed
 from owlore_tune.models.attention import attend_by_sample
 
 

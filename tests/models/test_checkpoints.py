@@ -15,7 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.smollm2 import smollm2_135m
 from runs import save
@@ -161,7 +161,7 @@ def test_only_known_companions_of_the_directory_itself_are_copied(tmp_path):
 
 
 def test_links_into_a_hub_cache_are_followed(tmp_path):
-    from owlore_tune.checkpoints.checkpointer import leads_outside
+    from owlore_tune.checkpoints.hf_weights import leads_outside
 
     snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
     snapshot.mkdir(parents=True), blobs.mkdir()

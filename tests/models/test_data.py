@@ -8,9 +8,8 @@ from tiny import save_tokenizer
 from tokenizers import Tokenizer
 
 from owlore_tune.data import chat_dataset, gsm8k_dataset, instruction_dataset, mmlu_dev_dataset, mmlu_train_dataset
-from owlore_tune.data.batches import collate_packed
-from owlore_tune.data.loader import TrainingData
-from owlore_tune.data.samples import MOST_ROWS, dataset_digest, longest_row
+from owlore_tune.data.checks import MOST_ROWS, dataset_digest, longest_row
+from owlore_tune.data.loader import TrainingData, collate_packed
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError
 from runs import prepare, variant

@@ -5,8 +5,7 @@ import torch
 from families import FAMILIES, family_config, hf_logits, hf_model
 from torchtune import config as tune_config
 
-from owlore_tune.catalog import packaged_configs
-from owlore_tune.config_files import load_config
+from owlore_tune.config.load import load_config, packaged_configs
 from owlore_tune.models.decoder import find_linears
 from runs import changed_by_draw, checkpoints, finetune
 

@@ -31,8 +31,8 @@ from transformers import (
     T5Config,
 )  # fmt: skip
 
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
-from owlore_tune.config_files import load_config
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
+from owlore_tune.config.load import load_config
 from owlore_tune.errors import ConfigError
 from owlore_tune.layers import layer_scores
 from owlore_tune.models import hf_decoder, smollm2_135m

@@ -14,14 +14,14 @@ from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.memory.plan import Method, plan_memory
 from owlore_tune.memory.step import StepShape
 from owlore_tune.models.decoder import find_linears
-from owlore_tune.models.hf_experts import Experts, split_experts
-from owlore_tune.models.hf_model import HFDecoder, hf_decoder
-from owlore_tune.optim.basis_maker import BasisMaker
-from owlore_tune.optim.projected import ProjectedWeight
+from owlore_tune.models.experts import Experts, split_experts
+from owlore_tune.models.hf import HFDecoder, hf_decoder
+from owlore_tune.optim.bases import BasisMaker
+from owlore_tune.optim.weights import ProjectedWeight
 from owlore_tune.quantized.formats import format_of
 from owlore_tune.quantized.linear import attach, in_full_precision, quantize, requantize, restore, set_value
-from owlore_tune.run.planning import plan_run
-from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.training.config import TrainingSettings
+from owlore_tune.training.plan import plan_run
 from runs import assert_weights, finetune, finetune_until, variant, weights
 
 META, DTYPE = torch.device("meta"), torch.bfloat16
@@ -286,6 +286,6 @@ def count_grouped_products(monkeypatch) -> list:
         products.append(x.shape)
         return of_torch(x, weights, offs=offs)
 
-    monkeypatch.setattr("owlore_tune.run.weights.group_experts", group_on_cpu)
+    monkeypatch.setattr("owlore_tune.training.load_weights.group_experts", group_on_cpu)
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", product)
     return products

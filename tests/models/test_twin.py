@@ -25,12 +25,13 @@ from transformers import (
     Qwen3Config,
 )  # fmt: skip
 
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 from owlore_tune.checkpoints.layouts import converters
-from owlore_tune.config_files import load_config
+from owlore_tune.config.load import load_config
 from owlore_tune.errors import ConfigError
-from owlore_tune.models import differences, hf_decoder, twin
-from owlore_tune.models.hf_model import check_config
+from owlore_tune.models import hf_decoder, twin
+from owlore_tune.models import twin as differences
+from owlore_tune.models.hf import check_config
 from owlore_tune.models.twin import check_builder
 from runs import finetune, prepare
 

@@ -13,11 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._errors import InstantiationError
 
 from owlore_tune import cli, doctor
-from owlore_tune.catalog import find_config
+from owlore_tune.config.load import find_config
 from owlore_tune.doctor import fits
 from owlore_tune.errors import errors_in_one_line
 from owlore_tune.models import smollm2
-from owlore_tune.run import plots
+from owlore_tune.training import plots
 from runs import finetune_until, recipe_of, variant
 
 
@@ -81,7 +81,7 @@ def test_recipes_use_segments_that_grow_unless_the_user_says_otherwise(tmp_path,
 import torch
 settings = torch._C._accelerator_getAllocatorSettings
 settings()
-from owlore_tune.program import parse
+from owlore_tune.cli import parse
 parse(lambda cfg: print("settings", settings()))()
 """
     unset = {key: value for key, value in os.environ.items() if not key.endswith("ALLOC_CONF")}
@@ -234,8 +234,8 @@ def test_doctor_lists_the_largest_models_that_fit_a_card(tiny_config, tmp_path, 
     for width, name in zip((512, 640, 768), names, strict=True):
         model = tiny_config["model"] | {"embed_dim": width, "intermediate_dim": 4 * width}
         OmegaConf.save(tiny_config | {"model": model, "batch_size": 64}, name)
-    monkeypatch.setattr("owlore_tune.run.gpus.packaged_configs", lambda: [(name, Path()) for name in names])
-    monkeypatch.setattr("owlore_tune.run.gpus.SEQ_LEN", 16)
+    monkeypatch.setattr("owlore_tune.training.plan.packaged_configs", lambda: [(name, Path()) for name in names])
+    monkeypatch.setattr("owlore_tune.training.plan.SEQ_LEN", 16)
     assert [finding.text.split(":")[0] for finding in fits(46e6)] == [
         "512_owlore",
         "640_owlore with owlore.weights=int8 owlore.products=int8",

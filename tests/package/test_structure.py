@@ -73,7 +73,7 @@ def test_parts_import_neither_recipes_nor_configs():
         assert not recipes, name
         parts = [f"owlore_tune.{folder}." for folder in ("layers", "optim", "models", "data", "memory", "distributed")]
         if name.startswith((*parts, "owlore_tune.checkpoints.")):
-            assert not {"owlore_tune.config", "owlore_tune.program"} & imported, name
+            assert not {"owlore_tune.config.components", "owlore_tune.cli"} & imported, name
             assert not any(module.startswith("owlore_tune.run") for module in imported), name
 
 
@@ -81,7 +81,7 @@ def test_parts_import_neither_recipes_nor_configs():
     ("module", "absent"),
     [
         ("owlore_eval", ["owlore_tune.optim", "owlore_tune.layers"]),
-        ("owlore_tune.config", ["owlore_tune.optim", "owlore_tune.layers", "owlore_tune.run"]),
+        ("owlore_tune.config.components", ["owlore_tune.optim", "owlore_tune.layers", "owlore_tune.run"]),
         ("owlore_tune.cli", ["torch", "numpy", "omegaconf"]),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from owlore_tune.catalog import RECIPES, packaged_configs
+from owlore_tune.config.load import RECIPES, packaged_configs
 
 pytestmark = pytest.mark.slow
 

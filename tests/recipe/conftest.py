@@ -5,8 +5,8 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import TINY_MODEL
 
-from owlore_tune.catalog import find_config
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
+from owlore_tune.config.load import find_config
 
 
 @pytest.fixture

@@ -12,14 +12,12 @@ import torch
 from omegaconf import OmegaConf
 
 from owlore_tune import cli
-from owlore_tune.catalog import find_config, packaged_configs
-from owlore_tune.config import changed_fields, check_config, device_and_dtype
-from owlore_tune.config_files import load_config, with_bases
+from owlore_tune.config.components import changed_fields, check_config, device_and_dtype
+from owlore_tune.config.load import expanded, find_config, load_config, packaged_configs, with_bases
 from owlore_tune.errors import ConfigError
-from owlore_tune.expand import expanded
-from owlore_tune.run.build import build_model, prepare_layers
-from owlore_tune.run.planning import plan_run
-from owlore_tune.run.settings import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig, TrainingSettings
+from owlore_tune.training.components import build_model, prepare_layers
+from owlore_tune.training.config import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig, TrainingSettings
+from owlore_tune.training.plan import plan_run
 
 CONFIGS = [name for name, _ in packaged_configs()]
 EVALS = [name for name in CONFIGS if name.startswith("eval/")]

@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 import owlore_full_finetune
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune import cli
-from owlore_tune.data import samples
+from owlore_tune.data import checks as samples
 from owlore_tune.data.loader import TrainingData
 from owlore_tune.distributed.world import RankError
 from owlore_tune.errors import CheckpointError, ConfigError, RunError, errors_in_one_line
 from owlore_tune.loss import LinearCrossEntropyLoss
-from owlore_tune.run import build, planning
-from owlore_tune.run.report import Report
-from owlore_tune.run.signals import Stop, obey_signals, stop_request
+from owlore_tune.training import components as build
+from owlore_tune.training import plan as planning
+from owlore_tune.training.report import Report
+from owlore_tune.training.signals import Stop, obey_signals, stop_request
 from runs import (
     after_step,
     assert_weights,

@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import json, sys, torch
 from pathlib import Path
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 from owlore_tune.models.smollm2 import smollm2_135m
 
 def status(key):

@@ -17,7 +17,7 @@ from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.config_files import load_config, override
+from owlore_tune.config.load import load_config, override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.loss import LinearCrossEntropyLoss
@@ -25,11 +25,18 @@ from owlore_tune.memory import plan as memory_plan
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
 from owlore_tune.memory.step import StepShape, _fused_as_on
-from owlore_tune.models.hf_model import hf_decoder
-from owlore_tune.run.build import build_parts
-from owlore_tune.run.gpus import FREE_SHARE, fastest_that_fits, settings_of_step
-from owlore_tune.run.planning import plan_run, plans_of_config, savings, seq_len_to_plan
-from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.models.hf import hf_decoder
+from owlore_tune.training.components import build_parts
+from owlore_tune.training.config import TrainingSettings
+from owlore_tune.training.plan import (
+    FREE_SHARE,
+    fastest_that_fits,
+    plan_run,
+    plans_of_config,
+    savings,
+    seq_len_to_plan,
+    settings_of_step,
+)
 from runs import recipe_of
 
 CPU = torch.device("cpu")
@@ -226,12 +233,12 @@ def test_a_plan_over_the_limit_is_refused_before_weights_load(tiny_config, tmp_p
     assert "device_memory_limit=" in message and "it fits with batch_size=1 gradient_accumulation_steps=40" in message
     assert "or with enable_activation_checkpointing=true" in message and "AdamW8bit" not in message
     assert "none of the settings tried makes it fit" in limited(tiny_config, tmp_path, 1e-3)
-    monkeypatch.setattr("owlore_tune.run.planning.free_bytes", lambda device: 10**6)  # as of a GPU
+    monkeypatch.setattr("owlore_tune.training.plan.free_bytes", lambda device: 10**6)  # as of a GPU
     with pytest.raises(
         ConfigError, match=r"the device has 0\.0 GB free, .*, and the plan is .* GB; none of the settings"
     ):
         recipe_of(tiny_config).setup()
-    monkeypatch.setattr("owlore_tune.run.planning.free_bytes", lambda device: 9 * 10**8)
+    monkeypatch.setattr("owlore_tune.training.plan.free_bytes", lambda device: 9 * 10**8)
     assert "device_memory_limit=0.001 GB" in limited(tiny_config, tmp_path, 1e-3)
 
 
@@ -331,9 +338,7 @@ def test_offloading_is_tried_if_it_can_save_memory(tiny_config):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     block = bytearray(2 * 10**9)
-    program = (
-        "import torch; from owlore_tune.memory.measure import peak_memory_bytes as p; print(p(torch.device('cpu')))"
-    )
+    program = "import torch; from owlore_tune.measure import peak_memory_bytes as p; print(p(torch.device('cpu')))"
     peak = int(subprocess.check_output([sys.executable, "-c", program], text=True).split()[-1])
     assert 10**8 < peak < len(block)
 
@@ -359,7 +364,7 @@ def test_the_fastest_settings_that_fit_a_card(one_layer, monkeypatch):
         each: plan_run(TrainingSettings.from_config(override(cfg, each.overrides())).for_gpu(), 64) for each in every
     }
     known = {plain_key(override(cfg, each.overrides())): plan for each, plan in plans.items()}
-    monkeypatch.setattr("owlore_tune.run.gpus.plan_run", lambda settings, seq_len: known[plain_key(settings.cfg)])
+    monkeypatch.setattr("owlore_tune.training.plan.plan_run", lambda settings, seq_len: known[plain_key(settings.cfg)])
     cards = [plan.total / FREE_SHARE for plan in plans.values()]
     found = fastest_that_fits(cfg, 64, [1e5, *cards])  # nothing fits the first one
     assert found.keys() == set(cards)

@@ -13,7 +13,7 @@ from places import nonempty, refused, rewrite
 import owlore_eval
 import owlore_full_finetune
 from owlore_tune import cli
-from owlore_tune.checkpoints.checkpointer import HFCheckpointer
+from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 from runs import recipe_of
 
 OVERRIDES = {
@@ -120,7 +120,7 @@ OVERRIDES = {
     "owlore.scores_file=/nope.json": "scores_file=/nope.json cannot be read",
     "owlore.scores_file=model": "scores_file=model cannot be read",
     "owlore.scores_file=5": "owlore.scores_file=5; it must be str | null",
-    "owlore.scores_file=train.json": "scores_file=train.json cannot be read (owlore_tune.layers.scores_file.LayerScores() argument after",
+    "owlore.scores_file=train.json": "scores_file=train.json cannot be read (owlore_tune.layers.scores.LayerScores() argument after",
     "owlore.inactive_state=x": "owlore.inactive_state=x; choose one of drop, offload, keep",
     "owlore.train_embeddings=5": "owlore.train_embeddings=5; it must be bool",
     # The run

@@ -18,10 +18,10 @@ from forks import Command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from owlore_tune.checkpoints.sealed import verify
+from owlore_tune.checkpoints.steps import verify
+from owlore_tune.checkpoints.training_state import get_rng_state, set_rng_state
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.optim.moments import state_bytes
-from owlore_tune.run.rng import get_rng_state, set_rng_state
 from runs import (
     assert_weights,
     checkpoints,
@@ -254,7 +254,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tiny_config):
 
 def test_a_later_signal_ends_at_once_and_one_at_the_same_time_does_not():
     code = (
-        "import os, signal, time; from owlore_tune.run.signals import ONE_REQUEST, StopRequest\n"
+        "import os, signal, time; from owlore_tune.training.signals import ONE_REQUEST, StopRequest\n"
         "with StopRequest() as stop, stop.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print(stop.signal.name, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('passed on', flush=True)\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from owlore_tune.errors import ConfigError
-from owlore_tune.run.directory import LOCK_FILE, RUN_FILE, RunDirectory
+from owlore_tune.training.output_dir import LOCK_FILE, RUN_FILE, RunDirectory
 from runs import checkpoints, finetune, finetune_until, prepare, recipe_of, start, variant, weights
 
 
@@ -22,7 +22,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 def test_a_directory_in_use_is_refused_and_free_again_after_a_kill(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from owlore_tune.run.directory import RunDirectory\n"
+        "import sys, time; from pathlib import Path; from owlore_tune.training.output_dir import RunDirectory\n"
         "RunDirectory(Path(sys.argv[1]), 'training').claim(); print('claimed', flush=True); time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

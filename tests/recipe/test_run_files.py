@@ -12,15 +12,14 @@ from omegaconf import OmegaConf
 from test_resume import assert_same_bits
 from tiny import TINY_MODEL, save_tokenizer
 
-from owlore_tune.checkpoints.sealed import verify
-from owlore_tune.checkpoints.steps import StepCheckpoints
+from owlore_tune.checkpoints.steps import StepCheckpoints, verify
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.files import cache_directory, files_digest, partial_name, write_json
-from owlore_tune.run.directory import RUN_FILE
-from owlore_tune.run.records import Records, read_records
-from owlore_tune.run.scoring import score_model
-from owlore_tune.run.settings import TrainingSettings
+from owlore_tune.training.config import TrainingSettings
+from owlore_tune.training.load_weights import score_model
+from owlore_tune.training.output_dir import RUN_FILE
+from owlore_tune.training.report import Records, read_records
 from runs import Killed, after_step, checkpoints, finetune, prepare, variant
 
 
@@ -174,7 +173,7 @@ def test_a_setting_of_the_environment_that_changed_is_told_without_its_value(tin
 
 def test_a_run_in_which_no_token_trains_fails(tiny_config, monkeypatch):
     """Every prompt is longer than the rows, so every answer is cut off, and the rows that are checked are others."""
-    monkeypatch.setattr("owlore_tune.run.build.check_labels", lambda *arguments: None)
+    monkeypatch.setattr("owlore_tune.training.components.check_labels", lambda *arguments: None)
     config = variant(tiny_config, "cut", dataset_val=None)
     config["tokenizer"]["max_seq_len"] = 3
     with pytest.raises(RunError, match="no token was trained in any step: .*raise tokenizer.max_seq_len, which is 3"):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from owlore_tune.checkpoints.sealed import SEAL, discard, is_of_run, remove_leftovers, sealed_directory, verify
+from owlore_tune.checkpoints.steps import SEAL, discard, is_of_run, remove_leftovers, sealed_directory, verify
 from owlore_tune.errors import CheckpointError
 
 RUN = "0123abcd"

@@ -1,1 +1,0 @@
-"""A training run: settings, components, output directory, report and resume."""

@@ -1,0 +1,246 @@
+"""A run's output directory: its lock, the run that owns it, and its checkpoints."""
+
+import fcntl
+import os
+import re
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryFile
+from uuid import uuid4
+
+from owlore_tune.checkpoints.steps import SEAL, StepCheckpoints, remove_leftovers, verify
+from owlore_tune.distributed.world import World
+from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.files import read_json, write_json
+
+RUN_FILE = "run.json"  # id and kind of the run that owns the directory
+LOCK_FILE = ".owlore.lock"
+_ID = re.compile(r"[0-9a-f]{32}")
+_PARTIAL_RUN_FILE = re.compile(r"\.run\.json\.[0-9a-f]{32}\.[0-9a-f]{8}\.partial")  # see `partial_name`
+_HOLDER = re.compile(r"process \d+ on .*\n?")
+_held: dict[Path, int] = {}  # locks of this process: directory → file descriptor
+
+
+class RunDirectory:
+    """The output directory of one run. One process writes to it at a time.
+
+    Files that the run did not make are never removed or overwritten. The run's id is in `RUN_FILE` and in every
+    checkpoint.
+
+    Args:
+        path: an existing directory.
+        kind: ``training`` or ``evaluation``.
+
+    Attributes:
+        run_id: id of the run that owns the directory; a new id if none does.
+        parent: id of the run that this one resumed from in another directory, if any.
+        resumed_from: checkpoint of ``parent`` that this run resumed from.
+        is_known: whether the directory belongs to a run already.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path = path
+        self._kind = kind
+        self.run_id = uuid4().hex
+        self.parent: str | None = None
+        self.resumed_from: str | None = None
+        self.is_known = False
+        self._place: tuple[int, int] | None = None
+
+    def claim(self) -> None:
+        """Lock the directory for this process, and read which run owns it.
+
+        Raises:
+            ConfigError: if another process has locked it, or it belongs to another kind of run.
+        """
+        self._lock()
+        self._place = _place(self.path)
+        self._read()
+        if self.is_known:  # before anyone looks for the newest checkpoint: a complete one may get its name only now
+            remove_leftovers(self.path, self.run_id)
+
+    @classmethod
+    def existing(cls, path: Path) -> "RunDirectory":
+        """The directory of a training run for reading, without a lock."""
+        run = cls(path, "training")
+        run._read()
+        return run
+
+    @property
+    def steps(self) -> StepCheckpoints:
+        """The run's checkpoints."""
+        return StepCheckpoints(self.path, self.run_id)
+
+    def _read(self) -> None:
+        file = self.path / RUN_FILE
+        if not os.path.lexists(file):
+            return
+        try:
+            known = read_json(file)
+            kind, self.run_id, self.parent = known["kind"], known["run_id"], known["parent"]
+            self.resumed_from = known.get("resumed_from")
+            if not _ID.fullmatch(self.run_id):
+                raise ValueError(f"run_id {self.run_id!r}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"output_dir={self.path}: {RUN_FILE} cannot be read ({error!r}); choose another directory"
+            ) from error
+        if kind != self._kind:
+            raise ConfigError(f"output_dir={self.path} holds the {kind} of {self.run_id[:8]}; choose another directory")
+        self.is_known = True
+
+    def _lock(self) -> None:
+        """The kernel frees the lock when the process ends, however it ends."""
+        path = self.path.resolve()
+        if path in _held:
+            return
+        try:
+            descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise ConfigError(f"output_dir={self.path}: {LOCK_FILE} cannot be opened: {error.strerror}") from error
+        content = os.read(descriptor, 1000).decode(errors="replace")
+        try:
+            if content and not _HOLDER.fullmatch(content):
+                raise ConfigError(f"output_dir={self.path}: {LOCK_FILE} is not a lock of this program; move it away")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ConfigError(
+                f"output_dir={self.path} is in use by {content.strip() or 'another process'}; wait for it to end, or "
+                "choose another directory"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigError(f"output_dir={self.path} cannot be locked ({error}); choose another disk") from error
+        except ConfigError:
+            os.close(descriptor)
+            raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        _held[path] = descriptor
+
+    def is_in_place(self) -> bool:
+        """Whether the directory is where it was when it was claimed."""
+        return self._place is None or self._place == _place(self.path)
+
+    def check_in_place(self) -> None:
+        """Raise RunError if the directory was moved or replaced since it was claimed."""
+        if not self.is_in_place():
+            raise RunError(f"output_dir={self.path} was moved or replaced during the run, and its files with it")
+
+    def release(self) -> None:
+        """Unlock the directory."""
+        if (descriptor := _held.pop(self.path.resolve(), None)) is not None:
+            os.close(descriptor)
+
+    def check_free(self, names: Iterable[str]) -> None:
+        """Check that the run overwrites no files of others.
+
+        Args:
+            names: files that the run writes. They may exist if the directory belongs to the run.
+
+        Raises:
+            ConfigError: naming the first checkpoint or file that the run did not make, or the rest of a checkpoint.
+        """
+        steps = self.steps.foreign() if self.is_known else self.steps.all()
+        taken = [] if self.is_known else [name for name in names if os.path.lexists(self.path / name)]
+        if self.is_known and (unsealed := self.steps.unsealed()):
+            raise ConfigError(
+                f"{unsealed[0]} has no {SEAL}, or an empty one; if it is what is left of a checkpoint, remove it; else "
+                "choose another output_dir"
+            )
+        if found := [*(directory.name for directory in steps), *taken]:
+            raise ConfigError(
+                f"output_dir={self.path} has {found[0]}, which this run did not make; choose another directory"
+            )
+
+    def start(self) -> None:
+        """Mark the directory as this run's, and remove leftovers of an interruption."""
+        if not self.is_known:
+            content = {
+                "kind": self._kind, "run_id": self.run_id, "parent": self.parent, "resumed_from": self.resumed_from
+            }  # fmt: skip
+            for leftover in self.path.glob(f".{RUN_FILE}.*"):  # of a process that was killed in the next line
+                if _PARTIAL_RUN_FILE.fullmatch(leftover.name):
+                    leftover.unlink()
+            write_json(self.path / RUN_FILE, content, self.run_id)
+            self.is_known = True
+
+    def resume_from(self, directory: Path) -> None:
+        """Verify a checkpoint, of this or another run, and record that the run resumes from it.
+
+        Raises:
+            ConfigError: if it belongs to another run, and this directory already belongs to a third.
+        """
+        seal = verify(directory)
+        if seal["run_id"] == self.run_id:
+            return
+        if self.is_known and self.parent != seal["run_id"]:
+            raise ConfigError(
+                f"resume_from_checkpoint={directory} is of run {seal['run_id'][:8]}, and output_dir={self.path} "
+                f"belongs to run {self.run_id[:8]}; choose another output_dir"
+            )
+        self.parent, self.resumed_from = seal["run_id"], str(directory)
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """An identity of the directory on its disk, which does not depend on its name; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def check_creatable(field: str, path: str) -> None:
+    """Raise ConfigError if a directory can neither be written to nor be created."""
+    directory = Path(path).absolute()
+    nearest = next(parent for parent in (directory, *directory.parents) if os.path.lexists(parent))
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{field}={path} is not writable: {nearest}: {error.strerror}") from error
+
+
+def writable_directory(path: str) -> Path:
+    """``path`` as an existing, writable directory. It is created if it does not exist.
+
+    Raises:
+        ConfigError: if it cannot be created or written to.
+    """
+    directory = Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir={path} is not writable: {error.strerror}") from error
+    return directory
+
+
+def shared_directory(path: str, world: World) -> Path:
+    """`writable_directory`, with a check that all processes of ``world`` see the same directory.
+
+    Raises:
+        ConfigError: if it cannot be created or written to, or this process does not see the first one's files.
+        RankError: if that happens on another process.
+    """
+    directory = world.call(lambda: writable_directory(path))
+    assert directory is not None
+    if world.size == 1:
+        return directory
+    probe = directory / world.share(f".shared_{uuid4().hex}")  # a new name, because network disks cache old ones
+
+    def look() -> None:
+        if not probe.exists():
+            raise ConfigError(f"output_dir={path} is not the same directory as on rank 0; choose one on a shared disk")
+
+    world.call(probe.touch, on_rank_zero=True)
+    try:
+        world.call(look)
+    finally:
+        if world.rank == 0:
+            probe.unlink()
+    return directory

@@ -1,0 +1,367 @@
+"""The output of a run for the user: metrics, records, a manifest, a progress bar and a summary."""
+
+import errno
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torchtune.training.metric_logging import DiskLogger, StdoutLogger, TensorBoardLogger
+from torchtune.utils import get_logger
+from tqdm import tqdm
+
+from owlore_tune.config.components import build_with, printable
+from owlore_tune.config.schema import plain
+from owlore_tune.distributed.world import World, local
+from owlore_tune.errors import ConfigError
+from owlore_tune.files import to_json, write_json
+from owlore_tune.layers.projected import ProjectedLayers
+from owlore_tune.layers.sampler import LayerSampler
+from owlore_tune.layers.scores import SCORES_FILE
+from owlore_tune.measure import MANIFEST, PeakMemory, machine, versions
+from owlore_tune.memory.plan import MemoryPlan
+from owlore_tune.optim.moments import state_bytes
+from owlore_tune.training.components import LOGGER_METHODS
+from owlore_tune.training.config import TrainingSettings
+
+
+@dataclass
+class Progress:
+    """Counters of a run."""
+
+    step: int = 0  # optimizer steps done, skipped ones included
+    skipped_steps: int = 0  # without an update, because the loss or a gradient was not finite
+    skipped_in_a_row: int = 0  # up to the current step
+    trained_tokens: int = 0
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether the number of steps is a multiple of ``every``; False if None."""
+        return every is not None and self.step % every == 0
+
+    def validation_due(self, every: int | None, num_steps: int) -> str | None:
+        """The name of the held-out loss to measure now: ``before`` or ``step N``; None if none is due. That of the last
+        step, ``after``, is not part of it."""
+        if self.step == 0:
+            return "before"
+        return f"step {self.step}" if self.is_due(every) and self.step < num_steps else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+
+log = get_logger("INFO")
+
+STEPS, DRAWS = "steps.jsonl", "draws.jsonl"
+PICTURES = ("scores", "draws", "loss", "memory", "step_times")  # of a run, without extension
+
+
+class Records:
+    """Records of steps, draws, held-out losses and phases of a run.
+
+    A checkpoint contains all of them, so a resumed run has the records of the whole run. It rewrites the files without
+    the steps after that checkpoint, because it repeats those.
+
+    Args:
+        directory: directory of ``steps.jsonl`` and ``draws.jsonl``; None writes no files.
+
+    Attributes:
+        steps: measurements of each optimizer step by name, with ``step`` from 1.
+        draws: for each draw, the ``step`` it was made at, the layers ``active``, the number of ``trainable``
+            parameters, and once it has ended: the last step (``end``), the layers whose weights ``moved``, and the
+            seconds of the bases.
+        losses: held-out loss by time of measurement: ``before``, ``step N``, ``after``.
+        seconds: seconds of whole phases: ``load``, ``score``, ``train``, ``save``.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self.steps: list[dict[str, float]] = []
+        self.draws: list[dict[str, Any]] = []
+        self.losses: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Write both files: empty ones, or with the records of a checkpoint."""
+        for name, records in ((STEPS, self.steps), (DRAWS, [d for d in self.draws if "moved" in d])):
+            if self._directory is not None:
+                (self._directory / name).write_text("".join(to_json(record) + "\n" for record in records))
+
+    def add_step(self, record: dict[str, float]) -> None:
+        self.steps.append(record)
+        self._append(STEPS, record)
+        self.draws[-1]["refresh_seconds"] += record["refresh_seconds"]
+        self.add_seconds("train", record["step_seconds"])
+
+    def open_draw(self, step: int, active: list[int], trainable: int) -> None:
+        self.draws.append({"step": step, "active": active, "trainable": trainable, "refresh_seconds": 0.0})
+
+    def close_draw(self, moved: list[int]) -> dict[str, Any] | None:
+        """Complete the last draw's record and write it. Returns the record; None if there is none to complete."""
+        if not self.draws or "moved" in self.draws[-1]:
+            return None
+        draw = self.draws[-1]
+        draw |= {"end": len(self.steps), "moved": moved}
+        self._append(DRAWS, draw)
+        return draw
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def median_step_seconds(self) -> float | None:
+        return statistics.median(step["step_seconds"] for step in self.steps) if self.steps else None
+
+    def tokens_per_second(self) -> float | None:
+        """The mean over the time of all steps."""
+        if not self.steps:
+            return None
+        tokens = sum(step["tokens_per_second"] * step["step_seconds"] for step in self.steps)
+        return tokens / sum(step["step_seconds"] for step in self.steps)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if self._directory is None:
+            return
+        line = (to_json(record) + "\n").encode()
+        try:
+            with open(self._directory / name, "ab", buffering=0, opener=_existing) as file:
+                size = file.seek(0, os.SEEK_END)
+                if (written := file.write(line)) < len(line):
+                    file.truncate(size)  # the next line must not begin behind a half one
+                    raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written")
+        except OSError as error:  # a full disk does not end the run; the next checkpoint has the records
+            log.warning(f"{self._directory / name} cannot be written: {error}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_directory"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        since = self.seconds  # of this process, which has loaded already
+        vars(self).update(state_dict)
+        for phase, seconds in since.items():
+            self.add_seconds(phase, seconds)
+
+
+def _existing(path: str, flags: int) -> int:
+    """Open a file that exists. Without it, a directory that took the run's place would get files of the run."""
+    return os.open(path, flags & ~os.O_CREAT)
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The records in a file of `Records`; empty if there is no file. An incomplete last line is skipped."""
+    lines = file.read_text().split("\n")[:-1] if file.is_file() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested too deeply") from error
+
+
+# The files of a run except checkpoints. torchtune's loggers write the config file.
+OUTPUT_FILES = (MANIFEST, STEPS, DRAWS, SCORES_FILE, "torchtune_config.yaml", *(f"{name}.png" for name in PICTURES))
+
+
+class Report:
+    """Sends metrics to the logger, writes records and the manifest to files, prints progress and a summary.
+
+    Processes of ``world`` except the first one only keep records.
+
+    Args:
+        directory: the run's output directory.
+        world: the processes that train together.
+    """
+
+    def __init__(self, directory: Path, world: World) -> None:
+        self._directory = directory
+        self._run_id = ""
+        self._is_first = world.rank == 0
+        self.records = Records(directory if self._is_first else None)
+        self._logger: Any = None
+        self._facts: dict[str, Any] = {}
+        self._bar: tqdm | None = None
+        self._log_every: int | None = None
+
+    def start(
+        self,
+        settings: TrainingSettings,
+        run_id: str,
+        plan: MemoryPlan,
+        sampler: LayerSampler,
+        measure_memory: Callable[[], dict[str, int]],
+    ) -> None:
+        """Open the metric logger, log the config through it, and write the files of the records.
+
+        Args:
+            run_id: of the directory.
+            plan: memory plan.
+            sampler: of the layers, for each one's probability to be in a draw.
+            measure_memory: returns bytes by category, see `measured_bytes`.
+        """
+        cfg, self._run_id, self._log_every = settings.cfg, run_id, settings.cfg.log_every_n_steps
+        with redirect_stdout(StringIO()):  # some print their path; docs/runs.md documents it
+            self._logger = build_with("metric_logger", cfg.metric_logger, LOGGER_METHODS)
+        # Other loggers resolve the config before they send it elsewhere, but environment variables may be secret.
+        if not isinstance(self._logger, DiskLogger | StdoutLogger | TensorBoardLogger):
+            cfg = printable(cfg)
+            cfg.output_dir = str(self._directory)  # the logger writes a file there
+        self._logger.log_config(cfg)
+        self._plan, self.measure_memory = plan, measure_memory
+        self._facts = {
+            "versions": versions(),
+            "machine": machine(settings.device),
+            "config": plain(settings.cfg),
+            "seed": cfg.seed,
+            "probabilities": sampler.probabilities.tolist(),
+        }
+        self.records.start()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of the block to ``phase``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.records.add_seconds(phase, time.perf_counter() - started)
+
+    @contextmanager
+    def progress_bar(self, progress: Progress, num_steps: int) -> Iterator[None]:
+        """Show a progress bar of the steps in the block."""
+        with tqdm(
+            total=num_steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=not self._is_first
+        ) as self._bar:
+            yield
+
+    def draw(self, step: int, active: list[int], trainable: int, last_moved: list[int]) -> None:
+        """Record new active layers, and log the draw that they replace."""
+        self.close_draw(last_moved)
+        self.records.open_draw(step, active, trainable)
+
+    def close_draw(self, moved: list[int]) -> None:
+        """Log the last draw, of whose layers ``moved`` have changed."""
+        if (draw := self.records.close_draw(moved)) is None:
+            return
+        if still := sorted(set(draw["active"]) - set(moved)):
+            log.warning(
+                f"The weights of layers {', '.join(map(str, still))} did not change in the draw of step "
+                f"{draw['step']}: its steps were skipped, or the updates were 0."
+            )
+        metrics = {
+            "num_active_layers": len(draw["active"]),
+            "moved_layers": len(moved),
+            "trainable_parameters": draw["trainable"],
+        }
+        self.log(metrics, len(self.records.steps))
+
+    def step(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Record an optimizer step, which ``progress`` counts. Every ``log_every_n_steps``, also log it."""
+        metrics = {"step": progress.step, **metrics}
+        self.records.add_step(metrics)
+        if self._bar is not None:
+            self._bar.update()
+            active = ",".join(map(str, self.records.draws[-1]["active"]))
+            self._bar.set_postfix_str(
+                f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {metrics['tokens_per_second']:.0f} tokens/s, "
+                f"layers {active}"
+            )
+        if progress.is_due(self._log_every):
+            self.log(metrics, progress.step)
+
+    def held_out_loss(self, when: str, step: int, loss: float, num_tokens: int) -> None:
+        """Record and log a held-out loss.
+
+        Args:
+            when: ``before``, ``step N`` or ``after``.
+        """
+        self.records.losses[when] = loss
+        log.info(f"Held-out loss, {when}: {loss:.4f} over {num_tokens} tokens")
+        self.log({"val_loss": loss}, step)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self._logger is None:
+            return
+        try:
+            self._logger.log_dict(metrics, step=step)
+        except OSError as error:  # such as a full disk
+            log.warning(f"metric_logger: step {step} cannot be logged: {error}")
+
+    def write_manifest(self, progress: Progress, checkpoint: Path, *, finished: bool = False) -> None:
+        """
+        Args:
+            checkpoint: checkpoint of the last step; recorded if it exists.
+        """
+        if not self._is_first:
+            return
+        records = self.records
+        content = self._facts | {
+            "steps": progress.step,
+            "finished": finished,
+            "skipped_steps": progress.skipped_steps,
+            "checkpoint": checkpoint.name if checkpoint.is_dir() else None,
+            "held_out_loss": records.losses,
+            "seconds": records.seconds,
+            "median_step_seconds": records.median_step_seconds(),
+            "tokens_per_second": records.tokens_per_second(),
+            "memory_bytes": {
+                "planned": asdict(self._plan) | {"total": self._plan.total},
+                "measured": self.measure_memory(),
+            },
+            "draws": records.draws,
+        }
+        try:
+            write_json(self._directory / MANIFEST, content, self._run_id)
+        except OSError as error:
+            log.warning(f"{self._directory / MANIFEST} cannot be written: {error}")
+
+    def print_summary(self, checkpoint: Path) -> None:
+        """Draw the pictures of the run, and print its results."""
+        if not self._is_first:
+            return
+        from owlore_tune.training import plots
+
+        try:
+            pictures = ", ".join(picture.name for picture in plots.plot_run(self._directory)) + " beside it"
+        except (ConfigError, OSError) as error:
+            pictures = f"cannot be drawn: {error}"
+        records, peak = self.records, self.measure_memory()["total"]
+        losses = [f"{when} {loss:.4f}" for when, loss in records.losses.items() if when in ("before", "after")]
+        print(
+            f"held-out loss   {', '.join(losses) or 'not measured'}\n"
+            f"median step     {records.median_step_seconds():.2f} s\n"
+            f"throughput      {records.tokens_per_second():.0f} tokens/s\n"
+            f"peak memory     {peak / 1e9:.2f} GB (planned {self._plan.total / 1e9:.2f} GB)\n"
+            f"weights         {checkpoint}\n"
+            f"manifest        {self._directory / MANIFEST}\n"
+            f"pictures        {pictures}"
+        )
+
+    def close(self) -> None:
+        if self._logger is None:
+            return
+        try:
+            self._logger.close()
+        except OSError as error:
+            log.warning(f"metric_logger cannot be closed: {error}")
+
+
+def measured_bytes(
+    model: nn.Module, layers: ProjectedLayers, optimizer: Optimizer, peak: PeakMemory, device: torch.device
+) -> dict[str, int]:
+    """Bytes in use on this process by category, and their peak so far as ``total``. Host memory apart from ``device``
+    counts for weights only."""
+    return {
+        "weights": sum(local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "projected": sum(weight.trained.nbytes for _, weight in layers.active_weights()),
+        "moments": state_bytes(optimizer, device),
+        "bases": layers.nbytes(),
+        "total": peak.read(),
+    }
