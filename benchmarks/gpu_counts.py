@@ -40,7 +40,7 @@ from owlore_tune.optim import bases as projection
 from owlore_tune.optim.weights import ProjectedWeight
 from owlore_tune.quantized import formats
 from owlore_tune.quantized.linear import attach, set_value
-from owlore_tune.training.compile import RECOMPILE_LIMIT, compile_parts
+from owlore_tune.training.components import RECOMPILE_LIMIT, compile_parts
 
 META = torch.device("meta")
 ROWS = {  # layers that train, rank, format and products

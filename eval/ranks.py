@@ -10,7 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from owlore_tune.distributed.world import ALONE, World, current_world
+from owlore_tune.distributed.launch import current_world
+from owlore_tune.distributed.world import ALONE, World
 
 # The other ranks wait while rank 0 loads datasets or waits for a judge.
 _PATIENCE = timedelta(days=7)

@@ -19,7 +19,7 @@ from owlore_evals.results import check_output_dir, print_results, save_results
 from owlore_evals.suite import EvalConfig, Suite, build_lm, check_suite
 from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 from owlore_tune.cli import parse
-from owlore_tune.config.components import build, build_ours, check_config, device_and_dtype, plain
+from owlore_tune.config.components import build, check_config, device_and_dtype, plain
 from owlore_tune.config.schema import defaults, required
 from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
 from owlore_tune.distributed.launch import join_process_group, let_gloo_finish
@@ -69,8 +69,8 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         if self._is_rank_zero:
             self._run_dir.claim()
             self._run_dir.check_free(OUTPUT_FILES)
-        tokenizer = build_ours("tokenizer", cfg.tokenizer, HFChatTokenizer)
-        checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
+        tokenizer = build("tokenizer", cfg.tokenizer, kind=HFChatTokenizer)
+        checkpointer = build("checkpointer", cfg.checkpointer, kind=HFCheckpointer)
         self._fingerprint, self._model_config = checkpointer.fingerprint(), checkpointer.config
         check_output_dir(self._output_dir, self._fingerprint)
         model = self._setup_model()

@@ -15,31 +15,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
+from torch import Tensor
 from torchtune import training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 
-from owlore_tune.checkpoints.sharded import OptimizerState
-from owlore_tune.checkpoints.training_state import RngState, load_state, save_checkpoint
+from owlore_tune.checkpoints.training_state import OptimizerState, RngState, load_parts, load_state, save_checkpoint
 from owlore_tune.cli import parse
-from owlore_tune.data.loader import Batch
 from owlore_tune.distributed.fsdp import clip_grad_norm_, shard_model, sum_grads
-from owlore_tune.distributed.launch import process_group
-from owlore_tune.distributed.world import current_world
-from owlore_tune.errors import DivergedError
-from owlore_tune.layers.scores import SCORES_FILE, LayerScores
+from owlore_tune.distributed.launch import current_world, process_group
 from owlore_tune.loss import mean_loss, shift_labels
 from owlore_tune.measure import Clock, PeakMemory, reuse_freed_memory
-from owlore_tune.optim.moments import state_bytes
-from owlore_tune.quantized.layers import QuantizedLayers
-from owlore_tune.training import components as build
-from owlore_tune.training import resume, validation
-from owlore_tune.training.compile import compile_parts
+from owlore_tune.training import components, load_weights, resume, validation
 from owlore_tune.training.config import TrainingSettings
-from owlore_tune.training.load_weights import Loading, load_and_score, weight_writer
 from owlore_tune.training.output_dir import RunDirectory, shared_directory
 from owlore_tune.training.plan import checked_plan
-from owlore_tune.training.report import Progress, Report, measured_bytes
+from owlore_tune.training.report import Progress, Report, measured_bytes, state_gb
 from owlore_tune.training.signals import Stop, stop_request
 
 log = utils.get_logger("INFO")
@@ -74,9 +65,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         self.run = RunDirectory(settings.output_dir, "training")
         self.report = Report(settings.output_dir, self._world)
         self.progress = Progress()
-        self._clock, self._rng = Clock(self._device), RngState(self._world)
+        self._clock = Clock(self._device)
         self._has_unproven_checkpoint = False
-        self._is_complete = True  # weights, optimizer and counters agree on ``progress.step``
         training.set_seed(seed=settings.cfg.seed)
         reuse_freed_memory(self._device)
         self._memory = PeakMemory(self._device)
@@ -85,57 +75,71 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         settings, cfg, world = self.settings, self._cfg, self._world
         shared_directory(cfg.output_dir, world)
         settings.check_log_directories()
-        build.check_metric_logger(settings)
+        components.check_metric_logger(settings)
         checkpoint = resume.find_checkpoint(self.run, cfg.resume_from_checkpoint, world)
         saved = load_state(checkpoint) if checkpoint else None
         self.inputs, self._identity = resume.matching_inputs(settings, saved, checkpoint, world)
         self.loss_fn, self.model, self.layers, self.optimizer = self._setup_model()
-        self._lr_scheduler = build.build_lr_scheduler(settings, self.optimizer, self.inputs.data.num_steps)
+        self._lr_scheduler = components.build_lr_scheduler(settings, self.optimizer, self.inputs.data.num_steps)
         settings.warn_if_short(self.inputs.data.num_steps, len(self.layers.layers))
-        self._profiler = build.build_profiler(settings)
+        self._profiler = components.build_profiler(settings)
         self.quantized, self.scores = self.load_checkpoint(checkpoint, saved)
         self.layers.quantized = self.quantized
-        self.schedule = build.build_schedule(settings, self.layers, self.optimizer, self.scores.scores)
-        if cfg.compile:  # after scoring, whose hooks would be compiled too
-            self.loss_fn = compile_parts(self.loss_fn, self.model, self.layers)
-        if saved is not None:
-            resume.load_parts(self._parts(), saved, checkpoint)
+        self.schedule = components.build_schedule(settings, self.layers, self.optimizer, self.scores.scores)
+        self.loss_fn = components.finish_model(settings, self.loss_fn, self.model, self.layers, self._sharding)
+        if saved is not None and checkpoint is not None:
+            load_parts(self._stateful(), saved, checkpoint)
+            log.info(f"Resumed from {checkpoint}, step {self.progress.step}.")
             self.inputs.data.seek(self.progress.step)
             self._has_unproven_checkpoint = True  # the one that it resumes from
-            self._world.call(lambda: self.run.steps.set_aside_after(self.progress.step), on_rank_zero=True)
+            world.call(lambda: self.run.steps.set_aside_after(self.progress.step), on_rank_zero=True)
         self._start_run()
 
-    def _setup_model(self) -> build.Parts:
+    def _setup_model(self) -> components.TrainedModel:
         """Build everything that needs no weights, and check its memory plan against the limit."""
         settings, world = self.settings, self._world
-        parts = build.build_parts(settings, world)
-        build.check_model(self.inputs, parts.model)
-        self.plan = checked_plan(settings, self.inputs, parts, self._sharding)
-        build.prepare_layers(settings, parts.model)
+        trained = components.build_trained_model(settings, world)
+        components.check_model(self.inputs, trained.model)
+        self.plan = checked_plan(settings, self.inputs, trained, self._sharding)
+        components.prepare_layers(settings, trained.model)
         if self._sharding is None:
-            return parts
-        shard_model(parts.model, self._device, self._sharding)  # which replaces the parameters
-        return build.Parts(parts.loss_fn, parts.model, *build.build_trained(settings, parts.model, world))
+            return trained
+        shard_model(trained.model, self._device, self._sharding)  # which replaces the parameters
+        layers, optimizer = components.build_trained(settings, trained.model, world)
+        return trained._replace(layers=layers, optimizer=optimizer)
 
-    def load_checkpoint(
-        self, checkpoint: Path | None, saved: dict[str, Any] | None
-    ) -> tuple[QuantizedLayers | None, LayerScores]:
-        """Load the weights, from the checkpoint to resume from if there is one, and score the layers."""
-        loading = Loading(self.settings, self.inputs, self.model, self.run, checkpoint, self._sharding, self._world)
+    def load_checkpoint(self, checkpoint: Path | None, saved: dict[str, Any] | None) -> tuple[Any, Any]:
+        """Load the weights, from the checkpoint to resume from if there is one, and score the layers.
+
+        Returns:
+            The quantized layers, None if the weights are in full precision; and the scores.
+        """
+        settings, inputs, model, world = self.settings, self.inputs, self.model, self._world
         fingerprint = self._identity["digests"][resume.BASE_WEIGHTS]
-        return load_and_score(loading, self.report, LayerScores(**saved["scores"]) if saved else None, fingerprint)
+        scores = load_weights.known_scores(settings, fingerprint, len(self.layers.layers), saved and saved["scores"])
+        quantized, values = None, None
+        with self.report.timed("load"):
+            if settings.owlore.weights == "full":
+                load_weights.load_full(settings, inputs, model, checkpoint, self._sharding)
+            else:
+                store = self.run.path / load_weights.STORE / self.run.run_id
+                quantized = load_weights.open_quantized(settings, inputs, model, checkpoint, store, world)
+                values = load_weights.load_quantized(quantized, settings, inputs, model, world, scores=scores is None)
+        with self.report.timed("score"):
+            scores = scores or load_weights.score_layers(settings, model, inputs.data, fingerprint, world, values)
+        return quantized, scores
 
-    def _parts(self) -> dict[str, Any]:
-        """The parts with state in a checkpoint. The optimizer's state depends on the schedule before it."""
-        parts = {
+    def _stateful(self) -> dict[str, Any]:
+        """What has state in a checkpoint. The optimizer's state depends on the schedule before it."""
+        owners = {
             "progress": self.progress,
             "schedule": self.schedule,
             "optimizer": OptimizerState(self.optimizer, self._world),
             "lr_scheduler": self._lr_scheduler,
             "report": self.report.records,
-            "rng": self._rng,
+            "rng": RngState(self._world),
         }
-        return {name: part for name, part in parts.items() if part is not None}
+        return {name: owner for name, owner in owners.items() if owner is not None}
 
     def _start_run(self) -> None:
         """Mark the directory as this run's, then write its first files."""
@@ -145,9 +149,9 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         call(self.run.start)
         if self.quantized is not None:
             self.quantized.fill_store()
-        call(lambda: self.scores.save(self.run.path / SCORES_FILE))
         measure = partial(measured_bytes, self.model, self.layers, self.optimizer, self._memory, self._device)
-        call(lambda: self.report.start(self.settings, self.run.run_id, self.plan, self.schedule.sampler, measure))
+        of_run = self.run.run_id, self.progress.step, self.plan, self.scores, self.schedule.sampler
+        call(lambda: self.report.start(self.settings, *of_run, measure))
         call(lambda: self.report.write_manifest(self.progress, self._step_dir()))
 
     def train(self) -> None:
@@ -158,8 +162,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                 self._train_loop()
             self._finish()
         except Exception as error:
-            save = self._save_whole_step if self._is_complete and not self.schedule.is_changing else None
-            resume.rescue(error, self.run, self.progress.step, self._world, save)
+            resume.raise_with_advice(error, self.run)
             raise
 
     def _train_loop(self) -> None:
@@ -180,8 +183,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
                     micro_batches = self.inputs.data.micro_batches()
                 metrics = self._train_step(micro_batches, started)
                 progress.step += 1
-                self._is_complete = True
-                self._rng.mark()
                 if metrics["trained_tokens_per_second"] and not progress.skipped_in_a_row:
                     self._prune_checkpoints()
                 self.report.step(progress, metrics)
@@ -192,32 +193,22 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
     def _save_and_leave_if_due(self) -> None:
         progress, cfg = self.progress, self._cfg
         signalled = self._signalled()
-        given_up = progress.skipped_in_a_row >= cfg.max_skipped_steps
-        is_last = given_up or signalled is not None or progress.step == self.inputs.data.num_steps
-        if is_last or progress.is_due(cfg.save_every_n_steps) or progress.is_due(self.inputs.data.steps_per_epoch):
+        is_last = progress.skipped_in_a_row >= cfg.max_skipped_steps or progress.step == self.inputs.data.num_steps
+        every = (cfg.save_every_n_steps, self.inputs.data.steps_per_epoch)
+        if is_last or signalled is not None or any(map(progress.is_due, every)):
             self.save_checkpoint()
             signalled = signalled or self._signalled()  # arrived during the save
-        if given_up:
-            raise DivergedError(
-                f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; lower "
-                "optimizer.lr, or set clip_grad_norm"
-            )
+        validation.check_skipped_steps(progress, cfg.max_skipped_steps)
         if signalled is not None:
             where = f"stopped after step {progress.step}, saved in {self._step_dir()}"
             raise Stop(signalled, f"{where}. To continue, {resume.HOW_TO_RESUME}")
-
-    def _save_whole_step(self) -> None:
-        """Save after an error in a step, without what the step has accumulated."""
-        self.schedule.abandon_step()
-        self._rng.rewind()
-        self.save_checkpoint()
 
     def _signalled(self) -> Signals | None:
         """The signal that this process or another one received, so that all stop after the same step."""
         number = self._world.largest(stop_request().signal or 0)
         return Signals(number) if number else None
 
-    def _train_step(self, micro_batches: list[Batch], started: float) -> dict[str, float]:
+    def _train_step(self, micro_batches: list[dict[str, Tensor]], started: float) -> dict[str, float]:
         """One optimizer step; returns its metrics. Its time counts from ``started``, before its draw."""
         ignore_index = self.loss_fn.ignore_index
         labels = [shift_labels(batch.pop("labels"), ignore_index) for batch in micro_batches]
@@ -241,7 +232,6 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         norm = clip_grad_norm_(trained, self.settings.clip_grad_norm, self._world)
         values = torch.stack([self._world.sum_(loss), norm.to(loss)])
         self.inputs.data.read_ahead(self._device)
-        self._is_complete = False  # until the step is counted
         loss_value, grad_norm = values.tolist()  # waits for the device
         self._update(loss_value, grad_norm, sum(num_trained))
         phases, seconds = self._clock.read(), time.perf_counter() - started  # on a GPU, the last step's update
@@ -256,7 +246,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "tokens_per_second": num_tokens / seconds,
             "trained_tokens_per_second": sum(num_trained) / seconds,
             **self._memory.metrics(),
-            "optimizer_state_gb": (state_bytes(self.optimizer, self._device) + self.layers.nbytes()) / 1e9,
+            "optimizer_state_gb": state_gb(self.optimizer, self.layers, self._device),
         }
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
@@ -293,9 +283,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         with self._memory.paused():
             loss, num_tokens = validation.held_out_loss_of(self.model, self.layers, *rest)
         self.report.held_out_loss(when, self.progress.step, loss, num_tokens)
-        if not math.isfinite(loss):
-            self.report.write_manifest(self.progress, self._step_dir())
-            raise DivergedError(f"the held-out loss, {when}, is {loss}: the run has diverged; lower optimizer.lr")
+        self.report.write_manifest(self.progress, self._step_dir())
+        validation.check_held_out_loss(when, loss)
 
     def save_checkpoint(self) -> None:
         """Save ``step_N``: weights in Hugging Face's layout, and the state for an exact resume.
@@ -304,12 +293,11 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             CheckpointError: if it cannot be saved.
             DivergedError: if the weights are not finite. Every checkpoint has finite weights.
         """
-        self._world.call(self.run.check_in_place, on_rank_zero=True)
         with self.report.timed("save"):
             validation.check_finite_weights(self.model, self.layers, self.progress.step, self._world)
-            state = {name: part.state_dict() for name, part in self._parts().items()}
+            state = {name: part.state_dict() for name, part in self._stateful().items()}
             state |= {"identity": self._identity, "scores": asdict(self.scores)}
-            writer = weight_writer(self.inputs, self.model, self.layers, self.quantized, self._world)
+            writer = load_weights.weight_writer(self.inputs, self.model, self.layers, self.quantized, self._world)
             save_checkpoint(self._step_dir(), self.run.run_id, *writer, state, self._world)
         self._has_unproven_checkpoint = True
         self.report.write_manifest(self.progress, self._step_dir())
@@ -322,7 +310,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
 
     def _finish(self) -> None:
         """Measure the final held-out loss, and write the last manifest, pictures and a summary."""
-        self.report.close_draw(self.schedule.moved())
+        self.report.close_draw(self.progress.step, self.schedule.moved())
         validation.check_trained(self.progress, self.inputs)
         self.validate("after", exact=True)
         self._prune_checkpoints()

@@ -24,10 +24,10 @@ from torchtune.models.llama2 import llama2
 import owlore_full_finetune
 from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.checkpoints.sharded import OptimizerState
+from owlore_tune.checkpoints.training_state import OptimizerState
 from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.distributed.launch import process_group
-from owlore_tune.distributed.world import current_world, local
+from owlore_tune.distributed.launch import current_world, process_group
+from owlore_tune.distributed.world import local
 from owlore_tune.layers.grouped import group_experts
 from owlore_tune.optim.bases import sketch, truncate
 from owlore_tune.optim.moments import state_bytes

@@ -1,4 +1,5 @@
-"""The checkpoints ``step_N`` of one run: find, verify and remove them."""
+"""The checkpoints ``step_N`` of one run. Each is complete or absent: written under another name, checksummed, synced,
+then renamed."""
 
 import json
 import os
@@ -17,9 +18,11 @@ from torchtune.utils import get_logger
 from owlore_tune.errors import CheckpointError
 from owlore_tune.files import checksum, known_checksum, read_json
 
-SEAL = "checkpoint.json"  # the run's id; its name; name, size and checksum of every other file; written last
-_PARTIAL = ".partial"
-_DISCARDED = ".discarded"
+SEAL = "checkpoint.json"  # the run's id; the directory's name; size and checksum of every other file; written last
+_PARTIAL, _DISCARDED = ".partial", ".discarded"
+_STEP = re.compile(r"step_[0-9]+")
+
+log = get_logger("INFO")
 
 
 @contextmanager
@@ -49,13 +52,12 @@ def sealed_directory(directory: Path, num_bytes: int, run_id: str) -> Iterator[P
         _seal(partial, directory.name, run_id)
         os.rename(partial, directory)
         _sync(directory.parent)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot save {directory}, which needs {num_bytes:,} bytes: {error}; earlier checkpoints are intact"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(
+                f"cannot save {directory}, which needs {num_bytes:,} bytes: {error}; earlier checkpoints are intact"
+            ) from error
         raise
 
 
@@ -71,16 +73,22 @@ def _seal(directory: Path, name: str, run_id: str) -> None:
         for file in sorted(directory.rglob("*")):
             synced.append(syncing.submit(_sync, file))
             if file.is_file():
-                files[file.relative_to(directory).as_posix()] = {
-                    "bytes": file.stat().st_size,
-                    "xxh3_128": known_checksum(file),
-                }
+                path = file.relative_to(directory).as_posix()
+                files[path] = {"bytes": file.stat().st_size, "xxh3_128": known_checksum(file)}
         for sync in synced:
             sync.result()
     content = {"format": 1, "run_id": run_id, "name": name, "files": files}
     (directory / SEAL).write_text(json.dumps(content, indent=2) + "\n")
     _sync(directory / SEAL)
     _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_seal(directory: Path) -> dict[str, Any]:
@@ -92,116 +100,60 @@ def read_seal(directory: Path) -> dict[str, Any]:
     try:
         seal = read_json(directory / SEAL)
         expected = {name: (int(f["bytes"]), str(f["xxh3_128"])) for name, f in seal["files"].items()}
-        run_id, name = str(seal["run_id"]), str(seal["name"])
-    except ValueError as error:
-        raise CheckpointError(f"{directory / SEAL} cannot be read: {error}; a checkpoint is named step_N") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory / SEAL} cannot be read: {error!r}") from error
-    return {**seal, "files": expected, "run_id": run_id, "name": name}
+        return {"run_id": str(seal["run_id"]), "name": str(seal["name"]), "files": expected}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise CheckpointError(f"{directory / SEAL} cannot be read: {reason}; a checkpoint is named step_N") from error
 
 
 def verify(directory: Path) -> dict[str, Any]:
     """Check every file of a sealed directory against its seal, and that there are no others; returns the seal.
 
     Raises:
-        CheckpointError: naming the first file that is missing, not in the seal, a link, or of another size or content.
+        CheckpointError: naming the first file that is missing, not in the seal, or of another size or content.
     """
     seal = read_seal(directory)
-    expected = seal["files"]
-    if not expected:
+    if not seal["files"]:
         raise CheckpointError(f"{directory / SEAL} names no files")
-    if links := [path for path in _walk(directory) if path.is_symlink()]:
-        raise CheckpointError(f"{links[0]} is a symbolic link; checkpoints must not contain links")
-    found = {path.relative_to(directory).as_posix() for path in _walk(directory)}
-    if missing := sorted(name for name in expected if name not in found):
-        raise CheckpointError(f"{directory / missing[0]} is missing")
     if extra := files_outside_seal(directory):
         raise CheckpointError(f"{directory / extra[0]} is not in {SEAL}: it was added later")
-    for name, (num_bytes, digest) in expected.items():
+    for name, (num_bytes, digest) in seal["files"].items():
         file = directory / name
         try:
             if file.stat().st_size != num_bytes:
                 raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, not {num_bytes:,}")
             if checksum(file) != digest:
                 raise CheckpointError(f"{file} is damaged: its checksum differs from the saved one")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file} is missing") from error
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     return seal
 
 
-def _walk(directory: Path) -> Iterator[Path]:
-    """All files and folders in a directory, without following links."""
-    for folder, folders, names in os.walk(directory):
-        yield from (Path(folder, name) for name in [*folders, *names])
-
-
 def files_outside_seal(directory: Path) -> list[str]:
-    """Files and links in a sealed directory that its seal does not name."""
+    """Files in a sealed directory that its seal does not name."""
     known = {*read_seal(directory)["files"], SEAL}
-    found = {p.relative_to(directory).as_posix() for p in _walk(directory) if p.is_symlink() or not p.is_dir()}
+    found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()}
     return sorted(found - known)
 
 
-def is_of_run(directory: Path, run_id: str) -> bool:
-    """Whether ``directory`` was made by the run, with the name that it has now."""
-    try:
-        seal = read_seal(directory)
-    except CheckpointError:
-        return False
-    return (seal["run_id"], seal["name"]) == (run_id, directory.name)
-
-
-def discard(directory: Path, run_id: str) -> None:
-    """Remove a directory that the run made. It is renamed first, so no partial directory has its name."""
-    assert is_of_run(directory, run_id) and not directory.is_symlink(), f"{directory} is not of run {run_id}"
-    doomed = _beside(directory, run_id, _DISCARDED)
-    os.rename(directory, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
 def remove_leftovers(parent: Path, run_id: str) -> None:
-    """Remove leftovers of interrupted writes and removals in ``parent``, which have the run's id in their names.
-
-    If a directory is complete and only its final rename was interrupted, it is renamed now.
-    """
-    for leftover in sorted(parent.glob(f"*.{run_id}.*{_PARTIAL}")) + sorted(parent.glob(f"*.{run_id}.*{_DISCARDED}")):
+    """Remove leftovers of interrupted writes and removals in ``parent``, which have the run's id in their names."""
+    for leftover in (*parent.glob(f"*.{run_id}.*{_PARTIAL}"), *parent.glob(f"*.{run_id}.*{_DISCARDED}")):
         if leftover.is_symlink():
             continue
         if leftover.is_file():  # of `owlore_tune.files.write_json`
             leftover.unlink()
-            continue
-        target = parent / leftover.name.split(f".{run_id}.")[0]
-        if leftover.name.endswith(_PARTIAL) and not os.path.lexists(target) and _is_complete(leftover):
-            os.rename(leftover, target)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_complete(directory: Path) -> bool:
-    try:
-        verify(directory)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-_STEP = re.compile(r"step_[0-9]+")
-
-log = get_logger("INFO")
 
 
 class StepCheckpoints:
     """The directories ``step_N`` in a run's output directory. No other code uses that name.
 
-    A directory belongs to the run if the run's id is in its seal. Other directories are never removed or renamed.
+    A directory belongs to the run if the run's id and its name are in its seal. Other directories are never removed or
+    renamed.
 
     Args:
         directory: the run's output directory.
@@ -220,16 +172,23 @@ class StepCheckpoints:
         return sorted((path for path in self._directory.glob("step_*") if _STEP.fullmatch(path.name)), key=step_of)
 
     def own(self) -> list[Path]:
-        """The run's checkpoints, oldest first, unverified. Some may be links. Copies with other names do not count."""
-        return [directory for directory in self.all() if is_of_run(directory, self._run_id)]
+        """The run's checkpoints, oldest first, unverified."""
+        return [directory for directory in self.all() if self._is_own(directory)]
 
     def foreign(self) -> list[Path]:
-        """Directories that another run or the user made. A truncated seal that contains the run's id is the run's."""
-        return [directory for directory in self.all() if not self._may_set_aside(directory)]
+        """Directories that the run did not make, or of which only a part is left. A damaged seal with the run's id is
+        the run's."""
+        return [directory for directory in self.all() if not self._is_own(directory, allow_damage=True)]
 
-    def unsealed(self) -> list[Path]:
-        """Directories without a seal, or with an empty one, such as the rest of a checkpoint that is partly removed."""
-        return [directory for directory in self.all() if not _has_seal(directory)]
+    def _is_own(self, directory: Path, *, allow_damage: bool = False) -> bool:
+        try:
+            seal = read_seal(directory)
+        except CheckpointError:
+            try:
+                return allow_damage and self._run_id in (directory / SEAL).read_text(errors="replace")
+            except OSError:
+                return False
+        return (seal["run_id"], seal["name"]) == (self._run_id, directory.name) and not directory.is_symlink()
 
     def newest(self) -> Path | None:
         """The newest complete and undamaged checkpoint of the run; None if the run has saved none yet.
@@ -240,15 +199,12 @@ class StepCheckpoints:
         directories = self.all()
         for directory in reversed(directories):
             try:
-                seal = verify(directory)
-                if seal["run_id"] != self._run_id:
-                    raise CheckpointError(f"{directory} belongs to another run")
-                if seal["name"] != directory.name:
-                    raise CheckpointError(f"{directory} is a copy of {seal['name']}")
+                verify(directory)
+                if self._is_own(directory):
+                    return directory
+                raise CheckpointError(f"{directory} is not of this run")
             except CheckpointError as error:
                 log.warning(f"Skipping {directory.name}: {error}")
-            else:
-                return directory
         if directories:
             raise CheckpointError(
                 f"none of the {len(directories)} checkpoints in {self._directory} is undamaged and of this run"
@@ -257,45 +213,29 @@ class StepCheckpoints:
 
     def set_aside_after(self, step: int) -> None:
         """Rename the run's checkpoints after ``step`` to ``abandoned_step_N``."""
-        for directory in filter(self._may_set_aside, self.all()):
-            if step_of(directory) > step:
-                name, number = f"abandoned_{directory.name}", 1
-                while os.path.lexists(directory.with_name(name)):
-                    number += 1
-                    name = f"abandoned_{directory.name}_{number}"
-                os.rename(directory, directory.with_name(name))
-                log.warning(f"Renamed {directory.name} to {name}: it is later than the checkpoint to resume from.")
+        for directory in self.all():
+            if step_of(directory) <= step or not self._is_own(directory, allow_damage=True):
+                continue
+            name, number = f"abandoned_{directory.name}", 1
+            while os.path.lexists(directory.with_name(name)):
+                number += 1
+                name = f"abandoned_{directory.name}_{number}"
+            os.rename(directory, directory.with_name(name))
+            log.warning(f"Renamed {directory.name} to {name}: it is later than the checkpoint to resume from.")
 
     def keep_last(self, count: int | None) -> None:
         """Remove the run's checkpoints except the newest ``count``; None keeps all.
 
-        A checkpoint with a file that the run did not make is kept.
+        A checkpoint with a file that the run did not make is kept. The others are renamed first, so that no directory
+        with a part of the files has the name of a checkpoint.
         """
-        if count is None:
-            return
-        for directory in [d for d in self.own() if not d.is_symlink()][:-count]:
+        for directory in [] if count is None else self.own()[:-count]:
             if extra := files_outside_seal(directory):
                 log.warning(f"Keeping {directory}, because the run did not make {extra[0]} in it.")
-            else:
-                discard(directory, self._run_id)
-
-    def _may_set_aside(self, directory: Path) -> bool:
-        """Whether the checkpoint is the run's. A truncated seal must contain the run's id."""
-        try:
-            read_seal(directory)
-        except CheckpointError:
-            try:
-                return self._run_id in (directory / SEAL).read_text(errors="replace")
-            except OSError:
-                return False
-        return is_of_run(directory, self._run_id)
-
-
-def _has_seal(directory: Path) -> bool:
-    try:
-        return (directory / SEAL).stat().st_size > 0
-    except OSError:
-        return False
+                continue
+            doomed = _beside(directory, self._run_id, _DISCARDED)
+            os.rename(directory, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def step_of(directory: Path) -> int:

@@ -181,49 +181,44 @@ def check_keys(node: Mapping[str, Any], known: Iterable[str], path: str) -> None
             raise UnknownKeyError(f"unknown key {name}; {hint}", name)
 
 
-def build(path: str, node: Any, *args: Any, **kwargs: Any) -> Any:
-    """``config.instantiate`` of the node at ``path``. An error of its constructor becomes a ConfigError."""
+def build(
+    path: str, node: Any, *args: Any, kind: type | None = None, attributes: Iterable[str] = (), **kwargs: Any
+) -> Any:
+    """``config.instantiate`` of the node at ``path``, with arguments of the recipe.
+
+    Args:
+        kind: class that the component must be an instance of.
+        attributes: that it must have.
+
+    Raises:
+        ConfigError: if its constructor raises any error, or the component is not such a one.
+    """
     check_block(path, node)
     try:
-        return config.instantiate(node, *args, **kwargs)
+        built = config.instantiate(node, *args, **kwargs)
     except Exception as error:  # a component can raise anything
         message = str(error) if not isinstance(error, KeyError) else f"missing key {error}"
         if not isinstance(error, ValueError | OSError):  # others come from Python or torch, and name no field
             fields_given = (f"{key}={value!r}" for key, value in plain(node).items() if key != "_component_")
             message += f" (with {', '.join(fields_given) or 'no fields'})"
         raise ConfigError(message if message.startswith(path) else f"{path}: {message}") from error
-
-
-def build_ours(path: str, node: DictConfig, wanted: type, *args: Any) -> Any:
-    """`build` for a component that must be an instance of ``wanted``.
-
-    Raises:
-        ConfigError: if it is not.
-    """
-    built = build(path, node, *args)
-    if not isinstance(built, wanted):
-        needed = f"{wanted.__module__.rpartition('.')[0]}.{wanted.__qualname__}"  # the name that its folder exports
+    if kind is not None and not isinstance(built, kind):
+        needed = f"{kind.__module__.rpartition('.')[0]}.{kind.__qualname__}"  # the name that its folder exports
         raise ConfigError(f"{path}._component_={node._component_}; this recipe needs {needed}")
+    _require(path, node, built, attributes)
     return built
 
 
-def build_with(path: str, node: DictConfig, attributes: Iterable[str], *args: Any, **kwargs: Any) -> Any:
-    """`build` for a component that must have ``attributes``.
-
-    Raises:
-        ConfigError: naming the first missing attribute.
-    """
-    built = build(path, node, *args, **kwargs)
-    if missing := [name for name in attributes if not hasattr(built, name)]:
+def _require(path: str, node: DictConfig, component: Any, attributes: Iterable[str]) -> None:
+    if missing := [name for name in attributes if not hasattr(component, name)]:
         raise ConfigError(f"{path}._component_={node._component_} is not a valid {path}: it has no {missing[0]}")
-    return built
 
 
 def check_attributes(path: str, node: DictConfig, attributes: Iterable[str]) -> None:
-    """The check of `build_with` on a class, because creating an instance writes files."""
+    """The check of ``attributes`` in `build` on a class, because creating an instance writes files."""
     component = find_component(f"{path}._component_", node._component_)
-    if isinstance(component, type) and (missing := [name for name in attributes if not hasattr(component, name)]):
-        raise ConfigError(f"{path}._component_={node._component_} is not a valid {path}: it has no {missing[0]}")
+    if isinstance(component, type):
+        _require(path, node, component, attributes)
 
 
 def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:

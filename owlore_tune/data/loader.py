@@ -11,7 +11,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
-from owlore_tune.distributed.world import ALONE, World, is_known_to_all
+from owlore_tune.distributed.world import ALONE, World
 
 Batch = dict[str, Tensor]
 
@@ -134,8 +134,6 @@ class TrainingData:
             try:
                 self._ahead = self._next()
             except Exception as error:
-                if not is_known_to_all(error):
-                    raise  # this process cannot go on with the others
                 self._ahead = error  # `micro_batches` raises it
 
     def micro_batches(self) -> list[Batch]:

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import default_pg_timeout
 from torchtune import training
 from torchtune.utils import get_logger
 
-from owlore_tune.distributed.world import RankError
+from owlore_tune.distributed.world import ALONE, RankError, World
 from owlore_tune.errors import CheckpointError, RunError
 
 # Parts of torch.distributed's error messages if a process died or does not answer.
@@ -23,6 +23,11 @@ LOST_PROCESS = (
     "connection closed by peer", "connection reset", "timed out", "timeout", "broken pipe", "connection refused",
     "communicator was aborted", "remote process exited",
 )  # fmt: skip
+
+
+def current_world() -> World:
+    """All processes of torch.distributed; only this one if it is not initialized."""
+    return World(dist.group.WORLD) if dist.is_initialized() and dist.get_world_size() > 1 else ALONE
 
 
 @contextmanager

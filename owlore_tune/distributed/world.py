@@ -13,15 +13,7 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """A failure on another rank.
-
-    Attributes:
-        is_value_error: whether it is a ValueError there.
-    """
-
-    def __init__(self, message: str, *, is_value_error: bool = False) -> None:
-        super().__init__(message)
-        self.is_value_error = is_value_error
+    """A failure on another rank."""
 
 
 class World:
@@ -108,33 +100,16 @@ class World:
                 result = action()
             except Exception as raised:
                 error = raised
-        told = None if error is None else (f"{type(error).__name__}: {error}", isinstance(error, ValueError))
-        errors = self.gather(told)
+        errors = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
-            raise known_to_all(error)
+            raise error
         for rank, found in enumerate(errors):
             if found is not None:
-                raise RankError(f"rank {rank} failed: {found[0]}", is_value_error=found[1])
+                raise RankError(f"rank {rank} failed: {found}")
         return result
 
 
 ALONE = World()
-
-
-def known_to_all(error: Exception) -> Exception:
-    """Mark ``error`` as one that all processes have; see `is_known_to_all`."""
-    vars(error)["known_to_all"] = True
-    return error
-
-
-def is_known_to_all(error: Exception) -> bool:
-    """Whether all processes have an error from the same call and can continue together."""
-    return isinstance(error, RankError) or getattr(error, "known_to_all", False)
-
-
-def current_world() -> World:
-    """All processes of torch.distributed; only this one if it is not initialized."""
-    return World(dist.group.WORLD) if dist.is_initialized() and dist.get_world_size() > 1 else ALONE
 
 
 def compute_device(parameter: Tensor) -> torch.device:

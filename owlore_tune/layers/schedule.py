@@ -52,7 +52,6 @@ class Schedule:
         drawn_at: optimizer steps before the last draw.
         last_moved: the layers of the draw before whose weights changed while they were active.
         refresh_seconds: time that the bases of the last step took.
-        is_changing: whether a draw is not complete. A checkpoint would then not be consistent.
 
     Raises:
         ValueError: if a value is out of range, or the optimizer lacks parameters of ``layers``, has weight decay that
@@ -109,7 +108,6 @@ class Schedule:
         self.drawn_at: int | None = None
         self.last_moved: list[int] = []
         self.refresh_seconds = 0.0
-        self.is_changing = False
         self._is_loaded = False  # whether optimizer state of inactive layers may be on the device
         self._has_returned = False  # whether a layer came back with its bases, whose corrections no longer hold
         self._moved: set[int] = set()  # active layers known to have changed since the draw
@@ -129,7 +127,7 @@ class Schedule:
             The active layers if there was a draw, else None.
 
         Raises:
-            OSError: if the disk of quantized layers is full or refuses. A checkpoint may still be saved.
+            OSError: if the disk of quantized layers is full or refuses.
             DivergedError: if the weights of a quantized layer are not finite.
         """
         self._settle()  # of a step that was skipped
@@ -154,23 +152,16 @@ class Schedule:
         return ended | set(self.active).difference(self.sampler.peek())
 
     def _draw(self) -> None:
-        before = self.sampler.state_dict()
         drawn = self.layers.world.share(self.sampler.draw())
         leaving, entering = (sorted(set(a) - set(b)) for a, b in ((self.active, drawn), (drawn, self.active)))
-        last_moved = self.moved()
-        try:
-            self.layers.merge(leaving, keep_bases=self._keeps_state)
-        except BaseException:
-            self.sampler.load_state_dict(before)  # layers that are merged train on: a checkpoint may be saved
-            raise
-        self.is_changing = True  # stays so after an error, since some layers may have changed
+        self.last_moved, self._moved = self.moved(), set()
+        self.layers.merge(leaving, keep_bases=self._keeps_state)
         self.layers.activate(drawn, forget=not self._keeps_state)
         for index in leaving:
             self._put_away(index)
         for index in entering:
             self._bring_back(index)
-        self.last_moved, self._moved = last_moved, set()
-        self.drawn_at, self.is_changing = self.layers.num_steps, False
+        self.drawn_at = self.layers.num_steps
 
     @property
     def _keeps_state(self) -> bool:
@@ -228,13 +219,6 @@ class Schedule:
         self.optimizer.zero_grad()
         if any(weight.is_new for _, weight in self.layers.active_weights()):
             self._settle()
-
-    def abandon_step(self) -> None:
-        """After an error, forget what backward passes of the step have made: gradients, and new bases."""
-        self.optimizer.zero_grad()
-        for _, weight in self.layers.active_weights():
-            if weight.is_new:
-                weight.give_up_basis()
 
     def _settle_basis(self, weight: ProjectedWeight, is_given: bool) -> None:
         if not is_given:
@@ -318,7 +302,7 @@ class Schedule:
         self.layers.load_state_dict(state_dict["layers"])
         self._moved = set(state_dict["moved"])
         self._is_loaded = self._has_returned = True
-        self.drawn_at, self.is_changing = state_dict["drawn_at"], False
+        self.drawn_at = state_dict["drawn_at"]
 
     def check_settings(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError if a state is of a schedule with other settings."""

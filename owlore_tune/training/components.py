@@ -1,7 +1,8 @@
-"""The parts of a run, built from its settings and checked against each other before any weights load."""
+"""The components of a run, built from its config and checked against each other before any weights load."""
 
 import inspect
 import math
+import os
 from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
@@ -9,26 +10,29 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, ListConfig
+from torch import nn
 from torchtune import training
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
 from torchtune.utils import get_logger
 
 from owlore_tune.checkpoints.hf_weights import HFCheckpointer
-from owlore_tune.config.components import build, build_ours, build_with, check_attributes, find_component, plain
-from owlore_tune.config.schema import check_type
+from owlore_tune.config.components import build, check_attributes, find_component
+from owlore_tune.config.schema import check_type, plain
 from owlore_tune.data.checks import check_labels, check_samples, fit_to_model, longest_row
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData, collate_packed
 from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
+from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError
+from owlore_tune.layers.grouped import group_experts
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import LayerSampler
 from owlore_tune.layers.schedule import Schedule
 from owlore_tune.models.attention import attend_by_sample
 from owlore_tune.models.decoder import Decoder, find_layers, model_parts
 from owlore_tune.models.fused import fuse_parts
-from owlore_tune.models.output import set_output
+from owlore_tune.models.output import set_output, takes_hidden_states
 from owlore_tune.optim.moments import check_optimizer
 from owlore_tune.training.config import TrainingSettings, tokenizer_files
 
@@ -37,6 +41,7 @@ LOGGER_PACKAGES = {
     "CometLogger": "comet_ml", "MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandBLogger": "wandb",
 }  # fmt: skip
 MOST_TOKENS = 2**24  # of a row: positions have a cache of this length
+RECOMPILE_LIMIT = 32  # graphs that all compiled layers share
 SCHEDULER_METHODS = ("step", "get_last_lr", "state_dict", "load_state_dict")
 
 log = get_logger("INFO")
@@ -60,8 +65,8 @@ def build_inputs(settings: TrainingSettings, world: World = ALONE, now: datetime
         ConfigError: if a file is missing or its content cannot be used.
     """
     cfg = settings.cfg
-    checkpointer = build_ours("checkpointer", cfg.checkpointer, HFCheckpointer)
-    tokenizer = build_with("tokenizer", cfg.tokenizer, ("pad_id", "max_seq_len", "tokenize_messages"))
+    checkpointer = build("checkpointer", cfg.checkpointer, kind=HFCheckpointer)
+    tokenizer = build("tokenizer", cfg.tokenizer, attributes=("pad_id", "max_seq_len", "tokenize_messages"))
     if isinstance(tokenizer, HFChatTokenizer):
         tokenizer.now = now or tokenizer.now
         checkpointer.take_tokenizer(tokenizer.directory)
@@ -96,7 +101,7 @@ def _build_dataset(cfg: DictConfig, key: str, tokenizer: Any) -> tuple[Any, Coll
     nodes = dataset_nodes(cfg[key])
     for node in nodes:
         check_type(f"{key}.packed", node.get("packed", False), bool)
-    datasets = [build_with(key, node, ("__len__", "__getitem__"), tokenizer) for node in nodes]
+    datasets = [build(key, node, tokenizer, attributes=("__len__", "__getitem__")) for node in nodes]
     if len({node.get("packed", False) for node in nodes}) > 1:
         raise ConfigError(f"{key}: packed must be the same for all datasets of the list")
     dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
@@ -150,8 +155,8 @@ def check_model(inputs: Inputs, model: Decoder) -> None:
             fit_to_model(data.dataset, inputs.tokenizer, model)
 
 
-class Parts(NamedTuple):
-    """The parts of a training step, without weights."""
+class TrainedModel(NamedTuple):
+    """A model without weights, and what trains it."""
 
     loss_fn: Any
     model: Decoder
@@ -159,14 +164,14 @@ class Parts(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def build_parts(settings: TrainingSettings, world: World = ALONE) -> Parts:
+def build_trained_model(settings: TrainingSettings, world: World = ALONE) -> TrainedModel:
     """Loss, model on the meta device, its layers in the projected form, and the optimizer.
 
     Raises:
         ConfigError: if one cannot be built, or they are incompatible.
     """
     loss_fn, model = build_model(settings)
-    return Parts(loss_fn, model, *build_trained(settings, model, world))
+    return TrainedModel(loss_fn, model, *build_trained(settings, model, world))
 
 
 def build_model(settings: TrainingSettings) -> tuple[Any, Decoder]:
@@ -198,7 +203,7 @@ def build_model(settings: TrainingSettings) -> tuple[Any, Decoder]:
 
 
 def _build_loss(cfg: DictConfig) -> Any:
-    loss_fn = build_with("loss", cfg.loss, ("ignore_index",))
+    loss_fn = build("loss", cfg.loss, attributes=("ignore_index",))
     try:
         inspect.signature(loss_fn.forward).bind(None, None)
     except (AttributeError, TypeError) as error:
@@ -243,7 +248,7 @@ def build_optimizer(settings: TrainingSettings, groups: list[Any]) -> torch.opti
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if (key == "lr" and not is_number) or (is_number and not math.isfinite(value)):
             raise ConfigError(f"optimizer.{key}={value!r}; it must be a finite number")
-    optimizer = build_ours("optimizer", node, torch.optim.Optimizer, groups)
+    optimizer = build("optimizer", node, groups, kind=torch.optim.Optimizer)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(f"optimizer._component_={node._component_} needs a closure, which the recipe does not have")
@@ -270,6 +275,45 @@ def attends_by_sample(settings: TrainingSettings) -> bool:
     return settings.device.type == "cpu" and not settings.cfg.compile
 
 
+def finish_model(
+    settings: TrainingSettings, loss_fn: Any, model: Decoder, layers: ProjectedLayers, sharding: Sharding | None
+) -> Any:
+    """Let a model with weights compute as fast as the device and the config want; returns the loss to use.
+
+    Call it after scoring, because it would compile the hooks of scoring too.
+    """
+    group_experts(model, settings.device, sharded=sharding is not None)
+    return compile_parts(loss_fn, model, layers) if settings.cfg.compile else loss_fn
+
+
+def compile_parts(loss_fn: Any, model: Decoder, layers: ProjectedLayers) -> Any:
+    """Compile ``model``, layer by layer, in place; returns the loss, compiled if possible.
+
+    All layers share their graphs. There is one for each kind of layer and pass: trained or frozen, with or without a
+    gradient to its input, and without any gradients in validation. A draw compiles nothing once each kind exists. A
+    layer whose bases are not made yet runs as it is, because its backward makes them.
+    """
+    # Kinds times row lengths (one, then any) times batch sizes can exceed torch's limit of 8. Beyond the limit, layers
+    # would run uncompiled without an error.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    backend = os.environ.get("TORCH_COMPILE_BACKEND", "inductor")  # as torchtune's parts
+    for index, layer in enumerate(find_layers(model)):
+        inner: nn.Module = getattr(layer, "_checkpoint_wrapped_module", layer)
+        inner.forward = partial(  # type: ignore[method-assign]
+            _compiled_or_not, inner.forward, torch.compile(inner.forward, backend=backend), layers, index
+        )
+    # A loss that takes the model's head computes gradients inside forward.
+    return loss_fn if takes_hidden_states(loss_fn) else training.compile_loss(loss_fn)
+
+
+def _compiled_or_not(
+    plain_forward: Any, compiled: Any, layers: ProjectedLayers, index: int, *args: Any, **kwargs: Any
+) -> Any:
+    forward = plain_forward if layers.lacks_basis(index) else compiled
+    return forward(*args, **kwargs)
+
+
 def build_profiler(settings: TrainingSettings) -> Any:
     """The config's profiler; a dummy if it is not enabled."""
     node = settings.cfg.profiler
@@ -286,8 +330,8 @@ def build_lr_scheduler(settings: TrainingSettings, optimizer: torch.optim.Optimi
     """
     if (node := settings.cfg.lr_scheduler) is None:
         return None
-    schedule = build_with(
-        "lr_scheduler", node, SCHEDULER_METHODS, optimizer, num_training_steps=num_steps, last_epoch=-1
+    schedule = build(
+        "lr_scheduler", node, optimizer, attributes=SCHEDULER_METHODS, num_training_steps=num_steps, last_epoch=-1
     )
     try:
         for factor in getattr(schedule, "lr_lambdas", ()):  # of all schedules of torchtune
@@ -337,7 +381,7 @@ def check_metric_logger(settings: TrainingSettings) -> None:
 def describe(settings: TrainingSettings) -> str:
     """Check everything that needs no files. Returns the size of the model and of its trained part, as text."""
     check_metric_logger(settings)
-    _, model, trained, optimizer = build_parts(settings)
+    _, model, trained, optimizer = build_trained_model(settings)
     build_lr_scheduler(settings, optimizer, num_steps=1000)  # of a run without data
     sizes = sorted(sum(parameter.numel() for parameter in layer.values()) for layer in model_parts(model).layers)
     num_active = settings.owlore.num_active_layers or len(sizes)

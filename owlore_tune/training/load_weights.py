@@ -1,8 +1,7 @@
 """The weights of a run: how they are loaded, scored on the way, kept on the device, and written."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from owlore_tune.data.loader import Batch, TrainingData, batch_to_device
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError, RunError
-from owlore_tune.layers.grouped import group_experts
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.scores import SCORES, InputNorms, InputSquares, LayerScores, Score, layer_scores, score_each
 from owlore_tune.models.decoder import Decoder, find_layers, init_rope, layer_inputs
@@ -25,50 +23,89 @@ from owlore_tune.quantized.layers import QuantizedLayers
 from owlore_tune.quantized.store import OUTSIDE, BackgroundStore, LayerStore
 from owlore_tune.training.components import Inputs, build_inputs, build_model, check_model
 from owlore_tune.training.config import TrainingSettings
-from owlore_tune.training.output_dir import RunDirectory
-from owlore_tune.training.report import Report
 
-BeforeBatch = Callable[[Batch], None]
-Run = Callable[..., None]  # takes a BeforeBatch, or nothing
+STORE = "weights"  # directory of the full-precision layers
+Run = Callable[..., None]  # takes a function to call before each batch, or nothing
 
 
-class ForwardByLayer:
-    """Runs batches through a decoder, all of them through one layer before any goes through the next.
-
-    Iterate over it for the index of each layer and a function that runs the layer. The layer needs weights only in that
-    function, which calls its argument, if there is one, before each batch.
+def load_full(
+    settings: TrainingSettings, inputs: Inputs, model: Decoder, checkpoint: Path | None, sharding: Sharding | None
+) -> None:
+    """Fill a model on the meta device with weights in full precision.
 
     Args:
-        batches: keyword arguments of the model's forward, on its device; other keys are ignored.
-        what: label of the progress bar.
+        checkpoint: to resume from; None for the model directory.
+        sharding: of FSDP2, which may keep weights in host memory.
 
-    Attributes:
-        hidden: of each batch, the hidden states (b, s, d) after the layers so far.
+    Raises:
+        ConfigError: if the weights do not fit the model.
     """
+    in_host_memory = sharding is not None and sharding.cpu_offload
+    inputs.checkpointer.load_checkpoint(
+        model,
+        dtype=settings.dtype,
+        device=settings.device,
+        weights_device=torch.device("cpu") if in_host_memory else settings.device,
+        directory=checkpoint,
+    )
 
-    def __init__(self, model: Decoder, batches: Sequence[Batch], what: str) -> None:
-        self._model, self._batches, self._what = model, batches, what
-        self.hidden: list[Tensor] = []
 
-    def __iter__(self) -> Iterator[tuple[int, Run]]:
-        model = self._model
-        was_training = model.training
-        model.eval()
-        arguments = []
-        for batch in self._batches:
-            extra = {key: batch[key] for key in ("mask", "input_pos") if key in batch}
-            first, of_layers = layer_inputs(model, batch["tokens"], **extra)
-            self.hidden.append(first)
-            arguments.append(of_layers)
-        for index, layer in enumerate(tqdm(find_layers(model), desc=self._what, unit="layer", leave=False)):
-            yield index, partial(self._run, layer, [of_layers[index] for of_layers in arguments])
-        model.train(was_training)
+def open_quantized(
+    settings: TrainingSettings, inputs: Inputs, model: Decoder, checkpoint: Path | None, directory: Path, world: World
+) -> QuantizedLayers:
+    """The quantized layers of a run, with a store of full-precision weights; the model has no weights yet.
 
-    def _run(self, layer: nn.Module, arguments: list[dict[str, Any]], before: BeforeBatch | None = None) -> None:
-        for number, batch in enumerate(self._batches):
-            if before is not None:
-                before(batch)
-            self.hidden[number] = layer(self.hidden[number], **arguments[number])
+    Args:
+        checkpoint: to resume from; None for the model directory.
+        directory: of the store's files.
+    """
+    files = inputs.checkpointer.files if checkpoint is None else weight_files(checkpoint)
+    kind = BackgroundStore if settings.device.type == "cuda" else LayerStore
+    store = kind(inputs.checkpointer, files, directory, settings.dtype)
+    world.call(store.remove_leftovers, on_rank_zero=True)
+    if checkpoint is not None:
+        world.call(store.adopt, on_rank_zero=True)
+        store.files = world.share(store.files)
+    return QuantizedLayers(model, store, settings.owlore.weights, settings.owlore.products, world)
+
+
+def load_quantized(
+    quantized: QuantizedLayers,
+    settings: TrainingSettings,
+    inputs: Inputs,
+    model: Decoder,
+    world: World,
+    *,
+    scores: bool,
+) -> list[float] | None:
+    """Load, score and quantize the layers one by one, so that one of them at a time is in full precision.
+
+    Args:
+        scores: whether to score them.
+
+    Raises:
+        ConfigError: if the weights do not fit the model.
+        RunError: if weights or activations are not finite.
+    """
+    owlore, score = settings.owlore, score_of(settings) if scores else None
+    quantized.load(OUTSIDE, settings.device)
+    with torch.device(settings.device):
+        init_rope(model)
+    quantized.quantize_outside(embeddings=False, output=not owlore.train_output)  # scores do not need the head
+    layers = loaded_layers(
+        model,
+        quantized,
+        settings.device,
+        list(calibration_batches(settings, inputs.data)) if score is not None and score.needs_inputs else [],
+        quantize_embeddings=not owlore.train_embeddings,
+        world=world,
+    )
+    if score is None:
+        for _ in layers:
+            pass
+        return None
+    with errors_of_scoring():
+        return score_each(score, layers, len(find_layers(model)))
 
 
 @torch.no_grad()
@@ -107,13 +144,54 @@ def _norms(layer: nn.Module, run: Run, world: World) -> InputNorms:
     return inputs.norms(world)
 
 
+class ForwardByLayer:
+    """Runs batches through a decoder, all of them through one layer before any goes through the next.
+
+    Iterate over it for the index of each layer and a function that runs the layer. The layer needs weights only in that
+    function, which calls its argument, if there is one, before each batch.
+
+    Args:
+        batches: keyword arguments of the model's forward, on its device; other keys are ignored.
+        what: label of the progress bar.
+
+    Attributes:
+        hidden: of each batch, the hidden states (b, s, d) after the layers so far.
+    """
+
+    def __init__(self, model: Decoder, batches: Sequence[Mapping[str, Tensor]], what: str) -> None:
+        self._model, self._batches, self._what = model, batches, what
+        self.hidden: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[tuple[int, Run]]:
+        model = self._model
+        was_training = model.training
+        model.eval()
+        arguments = []
+        for batch in self._batches:
+            extra = {key: batch[key] for key in ("mask", "input_pos") if key in batch}
+            first, of_layers = layer_inputs(model, batch["tokens"], **extra)
+            self.hidden.append(first)
+            arguments.append(of_layers)
+        for index, layer in enumerate(tqdm(find_layers(model), desc=self._what, unit="layer", leave=False)):
+            yield index, partial(self._run, layer, [of_layers[index] for of_layers in arguments])
+        model.train(was_training)
+
+    def _run(self, layer: nn.Module, arguments: list[dict[str, Any]], before: Any = None) -> None:
+        for number, batch in enumerate(self._batches):
+            if before is not None:
+                before(batch)
+            self.hidden[number] = layer(self.hidden[number], **arguments[number])
+
+
 def score_of(settings: TrainingSettings) -> Score:
     """The score of the config, with its options."""
     return SCORES[settings.owlore.score].from_config(settings.owlore)
 
 
-def known_scores(settings: TrainingSettings, fingerprint: str, num_layers: int) -> LayerScores | None:
-    """The scores of ``owlore.scores_file``; None if it is not set.
+def known_scores(
+    settings: TrainingSettings, fingerprint: str, num_layers: int, saved: dict[str, Any] | None = None
+) -> LayerScores | None:
+    """The scores ``saved`` in a checkpoint, else those of ``owlore.scores_file``; None if there are none.
 
     Args:
         fingerprint: of the model's weights.
@@ -122,6 +200,8 @@ def known_scores(settings: TrainingSettings, fingerprint: str, num_layers: int) 
         ConfigError: if the file cannot be read, or belongs to another model or score.
     """
     file = settings.owlore.scores_file
+    if saved is not None:
+        return LayerScores(**saved)
     if file is None:
         return None
     try:
@@ -131,16 +211,33 @@ def known_scores(settings: TrainingSettings, fingerprint: str, num_layers: int) 
 
 
 def score_layers(
-    settings: TrainingSettings, model: Decoder, data: TrainingData, fingerprint: str, world: World = ALONE
+    settings: TrainingSettings,
+    model: Decoder,
+    data: TrainingData,
+    fingerprint: str,
+    world: World = ALONE,
+    values: list[float] | None = None,
 ) -> LayerScores:
-    """Score the layers of ``model``, using the first batches of the training data if the score needs data.
+    """The scores of the layers of ``model`` with their origin, which a file of scores has.
+
+    Args:
+        data: training data, of which the first batches are used if the score needs data.
+        values: scores; computed if omitted.
 
     Raises:
         RunError: if weights or activations are not finite.
     """
-    with errors_of_scoring():
-        values = layer_scores(model, score_of(settings), calibration_batches(settings, data), world)
-    return with_origin(settings, values, fingerprint, world)
+    owlore, cfg, score = settings.owlore, settings.cfg, score_of(settings)
+    if values is None:
+        with errors_of_scoring():
+            values = layer_scores(model, score, calibration_batches(settings, data), world)
+    origin = {
+        "dataset": plain(cfg.dataset),
+        "batches": owlore.calibration_batches,
+        "batch_size": cfg.batch_size * world.size,
+        "seed": cfg.seed,
+    }
+    return LayerScores(values, score.name, fingerprint, score.options(), origin if score.needs_inputs else None)
 
 
 @contextmanager
@@ -160,148 +257,33 @@ def calibration_batches(settings: TrainingSettings, data: TrainingData) -> Itera
         yield batch_to_device(batch, settings.device)
 
 
-def with_origin(settings: TrainingSettings, values: list[float], fingerprint: str, world: World) -> LayerScores:
-    """Scores of the config's model and data, with what they depend on."""
-    owlore, cfg, score = settings.owlore, settings.cfg, score_of(settings)
-    origin = {
-        "dataset": plain(cfg.dataset),
-        "batches": owlore.calibration_batches,
-        "batch_size": cfg.batch_size * world.size,
-        "seed": cfg.seed,
-    }
-    return LayerScores(values, score.name, fingerprint, score.options(), origin if score.needs_inputs else None)
-
-
 def score_model(settings: TrainingSettings) -> LayerScores:
     """Load the config's model on one device and score its layers, without training."""
     inputs = build_inputs(settings)
     _, model = build_model(settings)
     check_model(inputs, model)
-    inputs.checkpointer.load_checkpoint(model, dtype=settings.dtype, device=settings.device)
+    load_full(settings, inputs, model, None, None)
     return score_layers(settings, model, inputs.data, inputs.checkpointer.fingerprint())
 
 
-HOST = torch.device("cpu")
-STORE = "weights"  # directory of the full-precision layers
-
-
-@dataclass(frozen=True)
-class Loading:
-    """The model to fill, and the places of its weights."""
-
-    settings: TrainingSettings
-    inputs: Inputs
-    model: Decoder  # on the meta device
-    run: RunDirectory
-    checkpoint: Path | None  # to resume from; None for the model directory
-    sharding: Sharding | None  # of FSDP2
-    world: World
-
-
-def load_and_score(
-    loading: Loading, report: Report, known: LayerScores | None, fingerprint: str
-) -> tuple[QuantizedLayers | None, LayerScores]:
-    """Fill the model, and score its layers.
-
-    Args:
-        report: gets the times.
-        known: existing scores; layers are not scored again. If there are none, those of ``owlore.scores_file`` are.
-        fingerprint: of the weights that the run starts from.
-
-    Returns:
-        The quantized layers, None if the weights are in full precision; and the scores.
-
-    Raises:
-        ConfigError: if the weights do not fit the model, or the file of scores is of another model or score.
-        RunError: if weights or activations are not finite.
-    """
-    settings, inputs, model = loading.settings, loading.inputs, loading.model
-    known = known or known_scores(settings, fingerprint, len(find_layers(model)))
-    if settings.owlore.weights != "full":
-        with report.timed("load"):
-            quantized = _open_store(loading)
-            values = _load_and_quantize(loading, quantized, None if known else score_of(settings))
-            group_experts(model, settings.device)
-        return quantized, known or with_origin(settings, values, fingerprint, loading.world)
-    with report.timed("load"):
-        inputs.checkpointer.load_checkpoint(
-            model,
-            dtype=settings.dtype,
-            device=settings.device,
-            weights_device=HOST if loading.sharding and loading.sharding.cpu_offload else settings.device,
-            directory=loading.checkpoint,
-        )
-    with report.timed("score"):
-        scores = known or score_layers(settings, model, inputs.data, fingerprint, loading.world)
-    group_experts(model, settings.device, sharded=loading.sharding is not None)
-    return None, scores
-
-
-def _open_store(loading: Loading) -> QuantizedLayers:
-    """The quantized layers of the run, with a store of full-precision weights, and without weights in the model."""
-    settings, checkpointer, world = loading.settings, loading.inputs.checkpointer, loading.world
-    files = checkpointer.files if loading.checkpoint is None else weight_files(loading.checkpoint)
-    kind = BackgroundStore if settings.device.type == "cuda" else LayerStore
-    store = kind(checkpointer, files, loading.run.path / STORE / loading.run.run_id, settings.dtype)
-    world.call(store.remove_leftovers, on_rank_zero=True)
-    if loading.checkpoint is not None:
-        world.call(store.adopt, on_rank_zero=True)
-        store.files = world.share(store.files)
-    return QuantizedLayers(loading.model, store, settings.owlore.weights, settings.owlore.products, world)
-
-
-def _load_and_quantize(loading: Loading, quantized: QuantizedLayers, score: Score | None) -> list[float]:
-    """Load, score and quantize the layers one by one, so that one of them at a time is in full precision.
-
-    Returns the scores; none without ``score``.
-    """
-    settings, model, owlore = loading.settings, loading.model, loading.settings.owlore
-    quantized.load(OUTSIDE, settings.device)
-    with torch.device(settings.device):
-        init_rope(model)
-    quantized.quantize_outside(embeddings=False, output=not owlore.train_output)  # scores do not need the head
-    needs_inputs = score is not None and score.needs_inputs
-    layers = loaded_layers(
-        model,
-        quantized,
-        settings.device,
-        list(calibration_batches(settings, loading.inputs.data)) if needs_inputs else [],
-        quantize_embeddings=not owlore.train_embeddings,
-        world=loading.world,
-    )
-    if score is None:
-        for _ in layers:
-            pass
-        return []
-    with errors_of_scoring():
-        return score_each(score, layers, len(find_layers(model)))
-
-
 def weight_writer(
-    inputs: Inputs,
-    model: Decoder,
-    layers: ProjectedLayers,
-    quantized: QuantizedLayers | None,
-    world: World,
+    inputs: Inputs, model: Decoder, layers: ProjectedLayers, quantized: QuantizedLayers | None, world: World
 ) -> tuple[Callable[[Path], None], int]:
     """The function that writes the weights of a checkpoint, and about how many bytes it writes.
 
     It writes the weights with the updates so far, without changing those on the device.
     """
     checkpointer = inputs.checkpointer
+    if quantized is None:
+        write = partial(checkpointer.write, model, value_of=layers.merged, world=world)
+        return write, sum(parameter.nbytes for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
 
-    def write(directory: Path) -> None:
-        if quantized is None:
-            checkpointer.write(model, directory, value_of=layers.merged, world=world)
-            return
+    def write_layers(directory: Path) -> None:
+        quantized.write_checkpoint(directory, layers.merged_layer, layers.active)
+        checkpointer.copy_companions(directory, dtype)
 
-        def write_layers() -> None:
-            quantized.write_checkpoint(directory, layers.merged_layer, layers.active)
-            checkpointer.copy_companions(directory, dtype)
-
-        world.call(write_layers, on_rank_zero=True)
-
-    if quantized is None:
-        return write, sum(parameter.nbytes for parameter in model.parameters())
-    return write, quantized.store.nbytes([OUTSIDE, *layers.active])
+    return (
+        lambda directory: world.call(partial(write_layers, directory), on_rank_zero=True),
+        quantized.store.nbytes([OUTSIDE, *layers.active]),
+    )

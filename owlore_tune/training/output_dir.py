@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from uuid import uuid4
 
-from owlore_tune.checkpoints.steps import SEAL, StepCheckpoints, remove_leftovers, verify
+from owlore_tune.checkpoints.steps import StepCheckpoints, remove_leftovers, verify
 from owlore_tune.distributed.world import World
-from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.errors import ConfigError
 from owlore_tune.files import read_json, write_json
 
 RUN_FILE = "run.json"  # id and kind of the run that owns the directory
@@ -35,7 +35,6 @@ class RunDirectory:
     Attributes:
         run_id: id of the run that owns the directory; a new id if none does.
         parent: id of the run that this one resumed from in another directory, if any.
-        resumed_from: checkpoint of ``parent`` that this run resumed from.
         is_known: whether the directory belongs to a run already.
     """
 
@@ -44,9 +43,7 @@ class RunDirectory:
         self._kind = kind
         self.run_id = uuid4().hex
         self.parent: str | None = None
-        self.resumed_from: str | None = None
         self.is_known = False
-        self._place: tuple[int, int] | None = None
 
     def claim(self) -> None:
         """Lock the directory for this process, and read which run owns it.
@@ -55,9 +52,8 @@ class RunDirectory:
             ConfigError: if another process has locked it, or it belongs to another kind of run.
         """
         self._lock()
-        self._place = _place(self.path)
         self._read()
-        if self.is_known:  # before anyone looks for the newest checkpoint: a complete one may get its name only now
+        if self.is_known:
             remove_leftovers(self.path, self.run_id)
 
     @classmethod
@@ -79,10 +75,9 @@ class RunDirectory:
         try:
             known = read_json(file)
             kind, self.run_id, self.parent = known["kind"], known["run_id"], known["parent"]
-            self.resumed_from = known.get("resumed_from")
             if not _ID.fullmatch(self.run_id):
                 raise ValueError(f"run_id {self.run_id!r}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"output_dir={self.path}: {RUN_FILE} cannot be read ({error!r}); choose another directory"
             ) from error
@@ -100,34 +95,22 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"output_dir={self.path}: {LOCK_FILE} cannot be opened: {error.strerror}") from error
         content = os.read(descriptor, 1000).decode(errors="replace")
+        problem = None
         try:
             if content and not _HOLDER.fullmatch(content):
-                raise ConfigError(f"output_dir={self.path}: {LOCK_FILE} is not a lock of this program; move it away")
+                problem = f"{LOCK_FILE} in it is not a lock of this program; move it away"
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ConfigError(
-                f"output_dir={self.path} is in use by {content.strip() or 'another process'}; wait for it to end, or "
-                "choose another directory"
-            ) from error
+        except BlockingIOError:
+            holder = content.strip() or "another process"
+            problem = f"it is in use by {holder}; wait for it to end, or choose another directory"
         except OSError as error:
+            problem = f"it cannot be locked ({error}); choose another disk"
+        if problem is not None:
             os.close(descriptor)
-            raise ConfigError(f"output_dir={self.path} cannot be locked ({error}); choose another disk") from error
-        except ConfigError:
-            os.close(descriptor)
-            raise
+            raise ConfigError(f"output_dir={self.path}: {problem}")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         _held[path] = descriptor
-
-    def is_in_place(self) -> bool:
-        """Whether the directory is where it was when it was claimed."""
-        return self._place is None or self._place == _place(self.path)
-
-    def check_in_place(self) -> None:
-        """Raise RunError if the directory was moved or replaced since it was claimed."""
-        if not self.is_in_place():
-            raise RunError(f"output_dir={self.path} was moved or replaced during the run, and its files with it")
 
     def release(self) -> None:
         """Unlock the directory."""
@@ -143,29 +126,27 @@ class RunDirectory:
         Raises:
             ConfigError: naming the first checkpoint or file that the run did not make, or the rest of a checkpoint.
         """
-        steps = self.steps.foreign() if self.is_known else self.steps.all()
-        taken = [] if self.is_known else [name for name in names if os.path.lexists(self.path / name)]
-        if self.is_known and (unsealed := self.steps.unsealed()):
+        if self.is_known:
+            found = [directory.name for directory in self.steps.foreign()]
+        else:
+            found = [name for name in names if os.path.lexists(self.path / name)]
+            found += [directory.name for directory in self.steps.all()]
+        if found:
             raise ConfigError(
-                f"{unsealed[0]} has no {SEAL}, or an empty one; if it is what is left of a checkpoint, remove it; else "
-                "choose another output_dir"
-            )
-        if found := [*(directory.name for directory in steps), *taken]:
-            raise ConfigError(
-                f"output_dir={self.path} has {found[0]}, which this run did not make; choose another directory"
+                f"output_dir={self.path} has {found[0]}, which this run did not make; choose another directory, or "
+                "remove it if it is what is left of a checkpoint"
             )
 
     def start(self) -> None:
-        """Mark the directory as this run's, and remove leftovers of an interruption."""
-        if not self.is_known:
-            content = {
-                "kind": self._kind, "run_id": self.run_id, "parent": self.parent, "resumed_from": self.resumed_from
-            }  # fmt: skip
-            for leftover in self.path.glob(f".{RUN_FILE}.*"):  # of a process that was killed in the next line
-                if _PARTIAL_RUN_FILE.fullmatch(leftover.name):
-                    leftover.unlink()
-            write_json(self.path / RUN_FILE, content, self.run_id)
-            self.is_known = True
+        """Mark the directory as this run's."""
+        if self.is_known:
+            return
+        for leftover in self.path.glob(f".{RUN_FILE}.*"):  # of a process that was killed in `write_json`
+            if _PARTIAL_RUN_FILE.fullmatch(leftover.name):
+                leftover.unlink()
+        content = {"kind": self._kind, "run_id": self.run_id, "parent": self.parent}
+        write_json(self.path / RUN_FILE, content, self.run_id)
+        self.is_known = True
 
     def resume_from(self, directory: Path) -> None:
         """Verify a checkpoint, of this or another run, and record that the run resumes from it.
@@ -173,35 +154,22 @@ class RunDirectory:
         Raises:
             ConfigError: if it belongs to another run, and this directory already belongs to a third.
         """
-        seal = verify(directory)
-        if seal["run_id"] == self.run_id:
+        run_id = verify(directory)["run_id"]
+        if run_id == self.run_id:
             return
-        if self.is_known and self.parent != seal["run_id"]:
+        if self.is_known and self.parent != run_id:
             raise ConfigError(
-                f"resume_from_checkpoint={directory} is of run {seal['run_id'][:8]}, and output_dir={self.path} "
-                f"belongs to run {self.run_id[:8]}; choose another output_dir"
+                f"resume_from_checkpoint={directory} is of run {run_id[:8]}, and output_dir={self.path} belongs to run "
+                f"{self.run_id[:8]}; choose another output_dir"
             )
-        self.parent, self.resumed_from = seal["run_id"], str(directory)
-
-
-def _place(path: Path) -> tuple[int, int] | None:
-    """An identity of the directory on its disk, which does not depend on its name; None if it is gone."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        self.parent = run_id
 
 
 def check_creatable(field: str, path: str) -> None:
     """Raise ConfigError if a directory can neither be written to nor be created."""
     directory = Path(path).absolute()
     nearest = next(parent for parent in (directory, *directory.parents) if os.path.lexists(parent))
-    try:
-        with TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{field}={path} is not writable: {nearest}: {error.strerror}") from error
+    _check_writable(field, path, nearest)
 
 
 def writable_directory(path: str) -> Path:
@@ -213,11 +181,18 @@ def writable_directory(path: str) -> Path:
     directory = Path(path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={path} is not writable: {error.strerror}") from error
+    _check_writable("output_dir", path, directory)
+    return directory
+
+
+def _check_writable(field: str, path: str, directory: Path) -> None:
+    try:
         with TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise ConfigError(f"output_dir={path} is not writable: {error.strerror}") from error
-    return directory
+        raise ConfigError(f"{field}={path} is not writable: {directory}: {error.strerror}") from error
 
 
 def shared_directory(path: str, world: World) -> Path:

@@ -25,12 +25,12 @@ from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.quantized.linear import quantizable_outside
 from owlore_tune.training.components import (
     Inputs,
-    Parts,
+    TrainedModel,
     attends_by_sample,
     build_inputs,
     build_model,
     build_optimizer,
-    build_parts,
+    build_trained_model,
     is_packed,
     row_length,
 )
@@ -55,7 +55,7 @@ def plan_run(
     sharding: Sharding | None = None,
     framework: int | None = None,
     *,
-    parts: Parts | None = None,
+    parts: TrainedModel | None = None,
 ) -> MemoryPlan:
     """The plan of a run on the device of ``settings``; see `TrainingSettings.for_gpu`.
 
@@ -68,7 +68,7 @@ def plan_run(
     Raises:
         ConfigError: if the model does not take rows of ``seq_len`` tokens, or its parts are incompatible.
     """
-    parts = build_parts(settings) if parts is None else parts
+    parts = build_trained_model(settings) if parts is None else parts
     if seq_len > parts.model.max_seq_len:
         raise ConfigError(
             f"rows can have {seq_len} tokens, and the model takes {parts.model.max_seq_len}; set tokenizer.max_seq_len"
@@ -130,7 +130,7 @@ def plans_of_config(
     """
     seq_len = seq_len_to_plan(settings, seq_len)
     sharding = settings.sharding(world_size) if world_size > 1 and settings.shards() else None
-    parts = build_parts(settings)
+    parts = build_trained_model(settings)
     own = plan_run(settings, seq_len, sharding, parts=parts)
     peers = peer_plans(
         parts.model,
@@ -146,7 +146,7 @@ def plans_of_config(
 
 
 def checked_plan(
-    settings: TrainingSettings, inputs: Inputs, parts: Parts, sharding: Sharding | None = None
+    settings: TrainingSettings, inputs: Inputs, parts: TrainedModel, sharding: Sharding | None = None
 ) -> MemoryPlan:
     """The plan of a run for its longest row.
 

@@ -1,4 +1,4 @@
-"""The output of a run for the user: metrics, records, a manifest, a progress bar and a summary."""
+"""The output of a run for the user: records of its steps and draws, metrics, a manifest, a progress bar, a summary."""
 
 import errno
 import json
@@ -12,26 +12,31 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torchtune.training.metric_logging import DiskLogger, StdoutLogger, TensorBoardLogger
 from torchtune.utils import get_logger
 from tqdm import tqdm
 
-from owlore_tune.config.components import build_with, printable
+from owlore_tune.config.components import build, printable
 from owlore_tune.config.schema import plain
 from owlore_tune.distributed.world import World, local
-from owlore_tune.errors import ConfigError
-from owlore_tune.files import to_json, write_json
+from owlore_tune.files import partial_name, to_json, write_json
 from owlore_tune.layers.projected import ProjectedLayers
 from owlore_tune.layers.sampler import LayerSampler
-from owlore_tune.layers.scores import SCORES_FILE
+from owlore_tune.layers.scores import SCORES_FILE, LayerScores
 from owlore_tune.measure import MANIFEST, PeakMemory, machine, versions
 from owlore_tune.memory.plan import MemoryPlan
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.training.components import LOGGER_METHODS
 from owlore_tune.training.config import TrainingSettings
+
+STEPS, DRAWS = "steps.jsonl", "draws.jsonl"
+PICTURES = ("scores", "draws", "loss", "memory", "step_times")  # of a run, without extension
+# The files of a run except checkpoints. torchtune's loggers write the config file.
+OUTPUT_FILES = (MANIFEST, STEPS, DRAWS, SCORES_FILE, "torchtune_config.yaml", *(f"{name}.png" for name in PICTURES))
+
+log = get_logger("INFO")
 
 
 @dataclass
@@ -61,73 +66,75 @@ class Progress:
         vars(self).update(state_dict)
 
 
-log = get_logger("INFO")
-
-STEPS, DRAWS = "steps.jsonl", "draws.jsonl"
-PICTURES = ("scores", "draws", "loss", "memory", "step_times")  # of a run, without extension
-
-
 class Records:
-    """Records of steps, draws, held-out losses and phases of a run.
+    """Records of a run: steps and draws in files, held-out losses and the time of phases in memory.
 
-    A checkpoint contains all of them, so a resumed run has the records of the whole run. It rewrites the files without
-    the steps after that checkpoint, because it repeats those.
+    Neither memory nor checkpoints grow with the number of steps. A resumed run cuts the files after its checkpoint,
+    because it repeats the steps after it. In another directory, it begins new files.
 
     Args:
         directory: directory of ``steps.jsonl`` and ``draws.jsonl``; None writes no files.
 
     Attributes:
-        steps: measurements of each optimizer step by name, with ``step`` from 1.
-        draws: for each draw, the ``step`` it was made at, the layers ``active``, the number of ``trainable``
-            parameters, and once it has ended: the last step (``end``), the layers whose weights ``moved``, and the
-            seconds of the bases.
+        draw: the current draw: the ``step`` it was made at, the layers ``active``, the number of ``trainable``
+            parameters, and the seconds of its bases. Once it has ended, its record in the file also has the last step
+            (``end``) and the layers whose weights ``moved``.
         losses: held-out loss by time of measurement: ``before``, ``step N``, ``after``.
         seconds: seconds of whole phases: ``load``, ``score``, ``train``, ``save``.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
-        self.steps: list[dict[str, float]] = []
-        self.draws: list[dict[str, Any]] = []
+        self.draw: dict[str, Any] | None = None
         self.losses: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
 
-    def start(self) -> None:
-        """Write both files: empty ones, or with the records of a checkpoint."""
-        for name, records in ((STEPS, self.steps), (DRAWS, [d for d in self.draws if "moved" in d])):
-            if self._directory is not None:
-                (self._directory / name).write_text("".join(to_json(record) + "\n" for record in records))
+    def start(self, step: int, run_id: str) -> None:
+        """Begin both files, or cut those of this run after ``step``."""
+        for name, key in ((STEPS, "step"), (DRAWS, "end")):
+            if self._directory is None:
+                continue
+            file = self._directory / name
+            partial = file.with_name(partial_name(name, run_id))
+            kept = [record for record in read_records(file) if record[key] <= step]
+            partial.write_text("".join(to_json(record) + "\n" for record in kept))
+            os.replace(partial, file)
 
     def add_step(self, record: dict[str, float]) -> None:
-        self.steps.append(record)
         self._append(STEPS, record)
-        self.draws[-1]["refresh_seconds"] += record["refresh_seconds"]
+        assert self.draw is not None
+        self.draw["refresh_seconds"] += record["refresh_seconds"]
         self.add_seconds("train", record["step_seconds"])
 
     def open_draw(self, step: int, active: list[int], trainable: int) -> None:
-        self.draws.append({"step": step, "active": active, "trainable": trainable, "refresh_seconds": 0.0})
+        self.draw = {"step": step, "active": active, "trainable": trainable, "refresh_seconds": 0.0}
 
-    def close_draw(self, moved: list[int]) -> dict[str, Any] | None:
-        """Complete the last draw's record and write it. Returns the record; None if there is none to complete."""
-        if not self.draws or "moved" in self.draws[-1]:
+    def close_draw(self, step: int, moved: list[int]) -> dict[str, Any] | None:
+        """Complete the record of the current draw, which ends at ``step``, and write it. Returns None without one."""
+        if (draw := self.draw) is None:
             return None
-        draw = self.draws[-1]
-        draw |= {"end": len(self.steps), "moved": moved}
-        self._append(DRAWS, draw)
+        self.draw = None
+        self._append(DRAWS, draw := draw | {"end": step, "moved": moved})
         return draw
+
+    @property
+    def draws(self) -> list[dict[str, Any]]:
+        """All draws, of which the last one may still be in progress."""
+        ended = [] if self._directory is None else read_records(self._directory / DRAWS)
+        return ended + ([] if self.draw is None else [self.draw])
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
-    def median_step_seconds(self) -> float | None:
-        return statistics.median(step["step_seconds"] for step in self.steps) if self.steps else None
-
-    def tokens_per_second(self) -> float | None:
-        """The mean over the time of all steps."""
-        if not self.steps:
-            return None
-        tokens = sum(step["tokens_per_second"] * step["step_seconds"] for step in self.steps)
-        return tokens / sum(step["step_seconds"] for step in self.steps)
+    def speed(self) -> dict[str, float | None]:
+        """The median time of a step, and the mean number of tokens per second over the time of all steps."""
+        steps = [] if self._directory is None else read_records(self._directory / STEPS)
+        seconds = [step["step_seconds"] for step in steps]
+        tokens = sum(step["tokens_per_second"] * step["step_seconds"] for step in steps)
+        return {
+            "median_step_seconds": statistics.median(seconds) if steps else None,
+            "tokens_per_second": tokens / sum(seconds) if steps else None,
+        }
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if self._directory is None:
@@ -139,7 +146,7 @@ class Records:
                 if (written := file.write(line)) < len(line):
                     file.truncate(size)  # the next line must not begin behind a half one
                     raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written")
-        except OSError as error:  # a full disk does not end the run; the next checkpoint has the records
+        except OSError as error:  # a full disk does not end the run
             log.warning(f"{self._directory / name} cannot be written: {error}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,14 +167,7 @@ def _existing(path: str, flags: int) -> int:
 def read_records(file: Path) -> list[dict[str, Any]]:
     """The records in a file of `Records`; empty if there is no file. An incomplete last line is skipped."""
     lines = file.read_text().split("\n")[:-1] if file.is_file() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except RecursionError as error:
-        raise ValueError(f"{file} is nested too deeply") from error
-
-
-# The files of a run except checkpoints. torchtune's loggers write the config file.
-OUTPUT_FILES = (MANIFEST, STEPS, DRAWS, SCORES_FILE, "torchtune_config.yaml", *(f"{name}.png" for name in PICTURES))
+    return [json.loads(line) for line in lines]
 
 
 class Report:
@@ -194,21 +194,25 @@ class Report:
         self,
         settings: TrainingSettings,
         run_id: str,
+        step: int,
         plan: MemoryPlan,
+        scores: LayerScores,
         sampler: LayerSampler,
         measure_memory: Callable[[], dict[str, int]],
     ) -> None:
-        """Open the metric logger, log the config through it, and write the files of the records.
+        """Open the metric logger, log the config through it, write the scores, and begin the files of the records.
 
         Args:
             run_id: of the directory.
+            step: optimizer steps that a resumed run has done.
             plan: memory plan.
+            scores: of the layers.
             sampler: of the layers, for each one's probability to be in a draw.
             measure_memory: returns bytes by category, see `measured_bytes`.
         """
         cfg, self._run_id, self._log_every = settings.cfg, run_id, settings.cfg.log_every_n_steps
         with redirect_stdout(StringIO()):  # some print their path; docs/runs.md documents it
-            self._logger = build_with("metric_logger", cfg.metric_logger, LOGGER_METHODS)
+            self._logger = build("metric_logger", cfg.metric_logger, attributes=LOGGER_METHODS)
         # Other loggers resolve the config before they send it elsewhere, but environment variables may be secret.
         if not isinstance(self._logger, DiskLogger | StdoutLogger | TensorBoardLogger):
             cfg = printable(cfg)
@@ -222,7 +226,9 @@ class Report:
             "seed": cfg.seed,
             "probabilities": sampler.probabilities.tolist(),
         }
-        self.records.start()
+        if self._is_first:
+            scores.save(self._directory / SCORES_FILE)
+        self.records.start(step, run_id)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -243,12 +249,12 @@ class Report:
 
     def draw(self, step: int, active: list[int], trainable: int, last_moved: list[int]) -> None:
         """Record new active layers, and log the draw that they replace."""
-        self.close_draw(last_moved)
+        self.close_draw(step, last_moved)
         self.records.open_draw(step, active, trainable)
 
-    def close_draw(self, moved: list[int]) -> None:
-        """Log the last draw, of whose layers ``moved`` have changed."""
-        if (draw := self.records.close_draw(moved)) is None:
+    def close_draw(self, step: int, moved: list[int]) -> None:
+        """Log the current draw, which ends at ``step``, and of whose layers ``moved`` have changed."""
+        if (draw := self.records.close_draw(step, moved)) is None:
             return
         if still := sorted(set(draw["active"]) - set(moved)):
             log.warning(
@@ -260,18 +266,17 @@ class Report:
             "moved_layers": len(moved),
             "trainable_parameters": draw["trainable"],
         }
-        self.log(metrics, len(self.records.steps))
+        self.log(metrics, step)
 
     def step(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Record an optimizer step, which ``progress`` counts. Every ``log_every_n_steps``, also log it."""
         metrics = {"step": progress.step, **metrics}
         self.records.add_step(metrics)
-        if self._bar is not None:
+        if self._bar is not None and self.records.draw is not None:
             self._bar.update()
-            active = ",".join(map(str, self.records.draws[-1]["active"]))
             self._bar.set_postfix_str(
                 f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {metrics['tokens_per_second']:.0f} tokens/s, "
-                f"layers {active}"
+                f"layers {','.join(map(str, self.records.draw['active']))}"
             )
         if progress.is_due(self._log_every):
             self.log(metrics, progress.step)
@@ -309,8 +314,7 @@ class Report:
             "checkpoint": checkpoint.name if checkpoint.is_dir() else None,
             "held_out_loss": records.losses,
             "seconds": records.seconds,
-            "median_step_seconds": records.median_step_seconds(),
-            "tokens_per_second": records.tokens_per_second(),
+            **records.speed(),
             "memory_bytes": {
                 "planned": asdict(self._plan) | {"total": self._plan.total},
                 "measured": self.measure_memory(),
@@ -330,14 +334,14 @@ class Report:
 
         try:
             pictures = ", ".join(picture.name for picture in plots.plot_run(self._directory)) + " beside it"
-        except (ConfigError, OSError) as error:
+        except Exception as error:  # of matplotlib, or a full disk: the run itself is complete
             pictures = f"cannot be drawn: {error}"
-        records, peak = self.records, self.measure_memory()["total"]
-        losses = [f"{when} {loss:.4f}" for when, loss in records.losses.items() if when in ("before", "after")]
+        losses = [f"{when} {loss:.4f}" for when, loss in self.records.losses.items() if when in ("before", "after")]
+        speed, peak = self.records.speed(), self.measure_memory()["total"]
         print(
             f"held-out loss   {', '.join(losses) or 'not measured'}\n"
-            f"median step     {records.median_step_seconds():.2f} s\n"
-            f"throughput      {records.tokens_per_second():.0f} tokens/s\n"
+            f"median step     {speed['median_step_seconds'] or 0:.2f} s\n"
+            f"throughput      {speed['tokens_per_second'] or 0:.0f} tokens/s\n"
             f"peak memory     {peak / 1e9:.2f} GB (planned {self._plan.total / 1e9:.2f} GB)\n"
             f"weights         {checkpoint}\n"
             f"manifest        {self._directory / MANIFEST}\n"
@@ -354,7 +358,7 @@ class Report:
 
 
 def measured_bytes(
-    model: nn.Module, layers: ProjectedLayers, optimizer: Optimizer, peak: PeakMemory, device: torch.device
+    model: nn.Module, layers: ProjectedLayers, optimizer: Optimizer, peak: PeakMemory, device: Any
 ) -> dict[str, int]:
     """Bytes in use on this process by category, and their peak so far as ``total``. Host memory apart from ``device``
     counts for weights only."""
@@ -365,3 +369,8 @@ def measured_bytes(
         "bases": layers.nbytes(),
         "total": peak.read(),
     }
+
+
+def state_gb(optimizer: Optimizer, layers: ProjectedLayers, device: Any) -> float:
+    """GB on ``device`` of the optimizer's state and of bases."""
+    return (state_bytes(optimizer, device) + layers.nbytes()) / 1e9

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import sys
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from omegaconf import OmegaConf
 from torchtune.utils import get_logger
 
 from owlore_tune.checkpoints.steps import step_of
-from owlore_tune.config.components import changed_fields, plain
+from owlore_tune.config.components import changed_fields
+from owlore_tune.config.schema import plain
 from owlore_tune.data.checks import dataset_digest
 from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.distributed.world import RankError, World, is_known_to_all, known_to_all
+from owlore_tune.distributed.world import World
 from owlore_tune.errors import CheckpointError, ConfigError, DivergedError, RunError, is_out_of_memory, message_of
 from owlore_tune.files import files_digest
 from owlore_tune.measure import versions
@@ -24,11 +24,8 @@ from owlore_tune.training.components import Inputs, build_inputs
 from owlore_tune.training.config import FIXED, FREE_PATHS, TrainingSettings, tokenizer_files
 from owlore_tune.training.output_dir import RunDirectory
 from owlore_tune.training.report import OUTPUT_FILES
-from owlore_tune.training.signals import stop_request
 
 BASE_WEIGHTS = "base weights (checkpointer.checkpoint_dir)"  # name of their digest, for messages too
-# Errors from data or files.
-EXPECTED_ERRORS = (ValueError, OSError, RunError, CheckpointError)
 HOW_TO_RESUME = "resume with the same command and resume_from_checkpoint=true"
 
 log = get_logger("INFO")
@@ -65,10 +62,10 @@ def _claim(run: RunDirectory, wanted: bool | str) -> Path | None:
             run.resume_from(found)
         elif wanted:
             found = run.steps.newest()
-            if found is None and run.resumed_from is not None:
+            if found is None and run.parent is not None:
                 raise CheckpointError(
-                    f"{run.path} has no checkpoint of its own yet; its run began with "
-                    f"resume_from_checkpoint={run.resumed_from}"
+                    f"{run.path} has no checkpoint of its own yet; its run began with a checkpoint of run "
+                    f"{run.parent[:8]}: give resume_from_checkpoint=PATH again"
                 )
     except CheckpointError as error:
         raise ConfigError(f"resume_from_checkpoint={wanted}: {error}") from error
@@ -80,7 +77,7 @@ def _claim(run: RunDirectory, wanted: bool | str) -> Path | None:
 
 def identity(settings: TrainingSettings, inputs: Inputs, world: World) -> dict[str, Any]:
     """Facts about a run, saved in every checkpoint and compared on resume."""
-    digests = world.share(world.call(lambda: input_digests(settings, inputs), on_rank_zero=True))
+    digests = world.share(world.call(lambda: _input_digests(settings, inputs), on_rank_zero=True))
     assert digests is not None
     _check_same_data(inputs, digests["dataset"], world)
     return {
@@ -91,6 +88,20 @@ def identity(settings: TrainingSettings, inputs: Inputs, world: World) -> dict[s
         "now": getattr(inputs.tokenizer, "now", datetime.now()).isoformat(),
         "versions": versions(),
     }
+
+
+def _input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
+    """Digests of data, tokenizer, chat template and base weights, by name."""
+    config = json.dumps(inputs.checkpointer.config, sort_keys=True)
+    digests = {
+        "dataset": dataset_digest(inputs.data.dataset),
+        "config.json": hashlib.sha256(config.encode()).hexdigest()[:16],
+        BASE_WEIGHTS: inputs.checkpointer.fingerprint(),
+    }
+    if isinstance(inputs.tokenizer, HFChatTokenizer):
+        return digests | inputs.tokenizer.digests()
+    files = tokenizer_files(settings.cfg)
+    return digests | ({"tokenizer": files_digest(files)} if files else {})
 
 
 def _check_same_data(inputs: Inputs, of_first: str, world: World) -> None:
@@ -110,7 +121,7 @@ def _check_same_data(inputs: Inputs, of_first: str, world: World) -> None:
     assert found is not None
     for rank, other in enumerate(world.gather(found)):
         for name in (name for name in found if other[name] != found[name]):
-            raise known_to_all(ConfigError(f"{name} has other rows on rank {rank}; give all machines the same files"))
+            raise ConfigError(f"{name} has other rows on rank {rank}; give all machines the same files")
 
 
 def matching_inputs(
@@ -123,44 +134,16 @@ def matching_inputs(
     """
     now = None
     if saved is not None:
-        check_settings(saved["identity"], settings, checkpoint)
+        _check_settings(saved["identity"], settings, checkpoint)
         now = datetime.fromisoformat(saved["identity"]["now"])
     inputs = build_inputs(settings, world, now)
     found = identity(settings, inputs, world)
     if saved is not None:
-        check_inputs(saved["identity"], found, checkpoint)
+        _check_inputs(saved["identity"], found, checkpoint)
     return inputs, found
 
 
-def load_parts(parts: dict[str, Any], saved: dict[str, Any], checkpoint: Path | None) -> None:
-    """Load the state of each part of a run.
-
-    Raises:
-        CheckpointError: if a part has no state in ``saved``, or that of another part.
-    """
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint} holds another state than this run saves: {error!r}") from error
-    log.info(f"Resumed from {checkpoint}, step {saved['progress']['step']}.")
-
-
-def input_digests(settings: TrainingSettings, inputs: Inputs) -> dict[str, str]:
-    """Digests of data, tokenizer, chat template and base weights, by name."""
-    config = json.dumps(inputs.checkpointer.config, sort_keys=True)
-    digests = {
-        "dataset": dataset_digest(inputs.data.dataset),
-        "config.json": hashlib.sha256(config.encode()).hexdigest()[:16],
-        BASE_WEIGHTS: inputs.checkpointer.fingerprint(),
-    }
-    if isinstance(inputs.tokenizer, HFChatTokenizer):
-        return digests | inputs.tokenizer.digests()
-    files = tokenizer_files(settings.cfg)
-    return digests | ({"tokenizer": files_digest(files)} if files else {})
-
-
-def check_settings(saved: dict[str, Any], settings: TrainingSettings, checkpoint: Path | None) -> None:
+def _check_settings(saved: dict[str, Any], settings: TrainingSettings, checkpoint: Path | None) -> None:
     """Raise ConfigError if a field that affects the result differs from the checkpoint's `identity`."""
     old, new = _fixed_fields(saved["config"]), _fixed_fields(plain(settings.cfg))
     _refuse(changed_fields(old, new), checkpoint)
@@ -194,7 +177,7 @@ def _interpolated(node: Any, path: str = "") -> list[str]:
     return [path] if isinstance(node, str) and "${" in node else []
 
 
-def check_inputs(saved: dict[str, Any], found: dict[str, Any], checkpoint: Path | None) -> None:
+def _check_inputs(saved: dict[str, Any], found: dict[str, Any], checkpoint: Path | None) -> None:
     """Raise ConfigError if data, tokenizer, weights or rows per step differ between two results of `identity`."""
     old, new = ({"rows per step": facts["rows_per_step"]} for facts in (saved, found))
     _refuse(changed_fields(old, new), checkpoint)
@@ -221,46 +204,22 @@ def _new_run(checkpoint: Path | None) -> str:
     )
 
 
-def rescue(error: Exception, run: RunDirectory, step: int, world: World, save: Callable[[], None] | None) -> None:
-    """After an error, save the state if possible and useful, and say where the newest checkpoint is.
-
-    Args:
-        step: the last complete step.
-        save: saves ``step``; None if weights or optimizer are in the middle of the next step.
+def raise_with_advice(error: Exception, run: RunDirectory) -> None:
+    """Say where the newest checkpoint is after an error in training. Nothing is saved.
 
     Raises:
-        RunError: for an expected error, with its message. Another one is a bug, whose traceback should be shown.
+        RunError: for an error that a user can solve, with its message. Another one is a bug, whose traceback shows.
     """
-    with stop_request().deferred():  # a signal would end the save
-        note = _rescued(error, run, step, world, save)
-        if isinstance(error, EXPECTED_ERRORS) or is_out_of_memory(error):
-            raise RunError(f"{message_of(error)}. {note}") from error
-        print(note, file=sys.stderr)
-
-
-def _rescued(error: Exception, run: RunDirectory, step: int, world: World, save: Callable[[], None] | None) -> str:
-    if not run.is_in_place():
-        return "Its checkpoints are there too; move it back to resume"
     own = run.steps.own()
     if isinstance(error, DivergedError):
-        saved = ", ".join(directory.name for directory in own) or "none"
-        return f"Checkpoints in {run.path}: {saved}; a new run can start from the weights of an earlier one"
-    newest = max(own, key=step_of, default=None)
-    # A row of the data that cannot be used would end a resumed run too, and cannot change in it.
-    is_of_data = isinstance(error, ValueError) or getattr(error, "is_value_error", False)
-    how = _new_run if is_of_data else lambda checkpoint: HOW_TO_RESUME
-    if newest is not None and step_of(newest) == step:
-        return f"The state after step {step} is in {newest}: {how(newest)}"
-    alone = world.size > 1 and not is_known_to_all(error)  # other processes might never join the save
-    if step and save is not None and not alone:
-        try:
-            save()
-        except Exception as again:
-            if not (isinstance(again, (RunError, CheckpointError, OSError, RankError)) or is_out_of_memory(again)):
-                raise
-            log.warning(message_of(again))
-        else:
-            return f"The state after step {step} is saved in {run.steps.path(step)}: {how(run.steps.path(step))}"
-    if newest is None:
-        return "No checkpoint was saved."
-    return f"The newest checkpoint is {newest}: {how(newest)}"
+        names = ", ".join(directory.name for directory in own) or "none"
+        advice = f"Checkpoints in {run.path}: {names}; a new run can start from the weights of an earlier one"
+    elif newest := max(own, key=step_of, default=None):
+        # A row of the data that cannot be used would end a resumed run too, and cannot change in it.
+        how = _new_run(newest) if isinstance(error, ValueError) else HOW_TO_RESUME
+        advice = f"The newest checkpoint is {newest}: {how}"
+    else:
+        advice = "No checkpoint was saved."
+    if isinstance(error, ValueError | OSError | RunError | CheckpointError) or is_out_of_memory(error):
+        raise RunError(f"{message_of(error)}. {advice}") from error
+    print(advice, file=sys.stderr)

@@ -1,5 +1,6 @@
 """Checks during training: the held-out loss, and finite weights and gradients."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,6 +124,21 @@ def _groups(
             batches, labels, kept = [], [], 0
     if batches:
         yield batches, labels
+
+
+def check_held_out_loss(when: str, loss: float) -> None:
+    """Raise DivergedError for a held-out loss that is not finite."""
+    if not math.isfinite(loss):
+        raise DivergedError(f"the held-out loss, {when}, is {loss}: the run has diverged; lower optimizer.lr")
+
+
+def check_skipped_steps(progress: Progress, most: int) -> None:
+    """Raise DivergedError after ``most`` skipped steps in a row."""
+    if progress.skipped_in_a_row >= most:
+        raise DivergedError(
+            f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; lower "
+            "optimizer.lr, or set clip_grad_norm"
+        )
 
 
 def check_trained(progress: Progress, inputs: Inputs) -> None:

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from owlore_tune.checkpoints.training_state import load_state
 from owlore_tune.distributed.fsdp import Sharding, clip_grad_norm_, shard_model, sum_grads
-from owlore_tune.distributed.world import ALONE, current_world, shard_like
+from owlore_tune.distributed.launch import current_world
+from owlore_tune.distributed.world import ALONE, shard_like
 from owlore_tune.errors import ConfigError
 from owlore_tune.models.decoder import init_rope
 from owlore_tune.optim.bases import OVERSAMPLING

@@ -14,7 +14,7 @@ from owlore_tune.models.decoder import find_layers, find_linears
 from owlore_tune.models.fused import fuse_parts
 from owlore_tune.quantized import formats
 from owlore_tune.quantized.linear import quantize
-from owlore_tune.training.compile import RECOMPILE_LIMIT, compile_parts
+from owlore_tune.training.components import RECOMPILE_LIMIT, compile_parts
 from runs import other_model, prepare, variant
 
 KINDS: Counter = Counter()
