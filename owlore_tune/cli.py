@@ -162,15 +162,14 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def _fit(settings: Any, args: argparse.Namespace) -> None:
-    """Print the fastest settings that fit on a card."""
-    from owlore_tune.training.plan import fastest_that_fits, seq_len_to_plan
+    """Print settings that fit on a card."""
+    from owlore_tune.training.plan import seq_len_to_plan, settings_that_fit
 
     if not args.fit > 0 or args.world_size > 1 or args.output:
         raise ConfigError(f"--fit={args.fit:g}; it takes the GB of one card, and neither --world-size nor --output")
-    card = 1e9 * args.fit
-    setting, plan = fastest_that_fits(settings.cfg, seq_len_to_plan(settings, args.seq_len), [card])[card]
-    print(" ".join(setting.overrides()))
-    print(f"planned {plan.total / 1e9:.1f} GB of {args.fit:g}; the fastest of the settings that fit, by an estimate")
+    overrides, plan = settings_that_fit(settings.cfg, seq_len_to_plan(settings, args.seq_len), 1e9 * args.fit)
+    print(" ".join(overrides))
+    print(f"planned {plan.total / 1e9:.1f} GB of {args.fit:g}; the largest plan of the settings that fit")
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -251,7 +250,7 @@ def parser() -> argparse.ArgumentParser:
         "--fit",
         type=float,
         metavar="GB",
-        help="print the fastest settings with the same rows per step that fit a card",
+        help="print settings with the same rows per step that fit a card",
     )
     plotting = command(plot)
     plotting.add_argument("run_dir", metavar="RUN", help="output_dir of a training run")

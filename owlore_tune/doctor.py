@@ -105,7 +105,7 @@ def fits(card_bytes: float) -> Iterator[Finding]:
         how = f" with {' '.join(overrides)}" if overrides else ""
         text = f"{config}{how}: from {memory / 1e9:.1f} GB planned, 1 × {SEQ_LEN} tokens with activation checkpointing"
         command = f"owlore memory --config {config} --seq-len {SEQ_LEN} --fit {card_bytes / 1e9:.1f}"
-        yield Finding("ok", "fits", text, f"for its fastest settings, {' '.join([command, *overrides])}")
+        yield Finding("ok", "fits", text, f"for its settings, {' '.join([command, *overrides])}")
 
 
 def _disk(directory: Path) -> Finding:

@@ -57,14 +57,14 @@ def plans_of_runs():
         for key in ("resample_every", "update_gap", "score", "scores_file", "calibration_batches", "draw")
     }
 
-    def make_once(settings, seq_len, sharding=None, framework=None, *, parts=None):
+    def make_once(settings, seq_len, sharding=None, framework=None, *, trained=None):
         config = OmegaConf.to_container(settings.cfg)
         config |= {f"owlore.{key}": value for key, value in config.pop("owlore").items()}
         config = {key: value for key, value in config.items() if key not in not_in_memory}
         config["dataset_val"] = config["dataset_val"] is not None
-        key = json.dumps(config), settings.device, seq_len, sharding, framework, parts and str(parts.model)
+        key = json.dumps(config), settings.device, seq_len, sharding, framework, trained and str(trained.model)
         if key not in made:
-            made[key] = make(settings, seq_len, sharding, framework, parts=parts)
+            made[key] = make(settings, seq_len, sharding, framework, trained=trained)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

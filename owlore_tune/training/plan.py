@@ -1,11 +1,11 @@
-"""The largest packaged models that fit on a card, and the fastest settings of a config that do."""
+"""The memory plan of a run, its check against the limit, and the settings that fit a card."""
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -19,10 +19,7 @@ from owlore_tune.measure import free_bytes
 from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory, state_per_value
 from owlore_tune.memory.step import StepShape
-from owlore_tune.models.decoder import find_layers
-from owlore_tune.models.experts import Experts
 from owlore_tune.quantized.formats import FORMATS
-from owlore_tune.quantized.linear import quantizable_outside
 from owlore_tune.training.components import (
     Inputs,
     TrainedModel,
@@ -45,6 +42,10 @@ SAVINGS = (
     ("dtype=bf16",),
 )
 OFFLOAD = "fsdp_cpu_offload=true"
+SEQ_LEN = 512  # of `largest_that_fit`
+# Overrides of a step with the least memory; optimizer steps of all configs have several rows
+SMALLEST_STEP = ("batch_size=1", "gradient_accumulation_steps=2", "enable_activation_checkpointing=true")
+FREE_SHARE = 0.9  # of a card's memory; the rest is for the CUDA context and fragmentation
 
 log = get_logger("INFO")
 
@@ -55,7 +56,7 @@ def plan_run(
     sharding: Sharding | None = None,
     framework: int | None = None,
     *,
-    parts: TrainedModel | None = None,
+    trained: TrainedModel | None = None,
 ) -> MemoryPlan:
     """The plan of a run on the device of ``settings``; see `TrainingSettings.for_gpu`.
 
@@ -63,15 +64,16 @@ def plan_run(
         seq_len: tokens of the longest row.
         sharding: plan for one of several devices.
         framework: bytes; the current `owlore_tune.memory.plan.framework_bytes` if omitted.
-        parts: parts of ``settings``, without weights; built if omitted.
+        trained: that of ``settings``, without weights; built if omitted.
 
     Raises:
         ConfigError: if the model does not take rows of ``seq_len`` tokens, or its parts are incompatible.
     """
-    parts = build_trained_model(settings) if parts is None else parts
-    if seq_len > parts.model.max_seq_len:
+    trained = build_trained_model(settings) if trained is None else trained
+    if seq_len > trained.model.max_seq_len:
         raise ConfigError(
-            f"rows can have {seq_len} tokens, and the model takes {parts.model.max_seq_len}; set tokenizer.max_seq_len"
+            f"rows can have {seq_len} tokens, and the model takes {trained.model.max_seq_len}; set "
+            "tokenizer.max_seq_len"
         )
     owlore = settings.owlore
     offloads_state = owlore.inactive_state == "offload" and settings.device.type != "cpu"
@@ -92,8 +94,8 @@ def plan_run(
     shape = _step_shape(settings.cfg, seq_len)
     has_masks = shape.packed and not attends_by_sample(settings)
     return plan_memory(
-        parts.model,
-        parts.loss_fn,
+        trained.model,
+        trained.loss_fn,
         method,
         replace(shape, packed=has_masks, weights=owlore.weights, products=owlore.products),
         device=settings.device,
@@ -130,11 +132,11 @@ def plans_of_config(
     """
     seq_len = seq_len_to_plan(settings, seq_len)
     sharding = settings.sharding(world_size) if world_size > 1 and settings.shards() else None
-    parts = build_trained_model(settings)
-    own = plan_run(settings, seq_len, sharding, parts=parts)
+    trained = build_trained_model(settings)
+    own = plan_run(settings, seq_len, sharding, trained=trained)
     peers = peer_plans(
-        parts.model,
-        parts.loss_fn,
+        trained.model,
+        trained.loss_fn,
         _step_shape(settings.cfg, seq_len),
         device=settings.device,
         rank=settings.owlore.rank or 128,
@@ -146,7 +148,7 @@ def plans_of_config(
 
 
 def checked_plan(
-    settings: TrainingSettings, inputs: Inputs, parts: TrainedModel, sharding: Sharding | None = None
+    settings: TrainingSettings, inputs: Inputs, trained: TrainedModel, sharding: Sharding | None = None
 ) -> MemoryPlan:
     """The plan of a run for its longest row.
 
@@ -155,7 +157,7 @@ def checked_plan(
             incompatible.
     """
     seq_len = row_length(settings, inputs)
-    plan = plan_run(settings, seq_len, sharding, parts=parts)
+    plan = plan_run(settings, seq_len, sharding, trained=trained)
     check_limit(settings, plan, seq_len, sharding)
     return plan
 
@@ -202,11 +204,6 @@ def format_overrides(name: str) -> tuple[str, str]:
     return f"owlore.weights={name}", f"owlore.products={products}"
 
 
-def formats() -> list[tuple[str, str]]:
-    """The overrides of each format, with its fastest products."""
-    return [format_overrides(name) for name in FORMATS]
-
-
 def savings(settings: TrainingSettings, sharding: Sharding | None) -> list[tuple[str, ...]]:
     """The overrides to try if a plan exceeds its limit: first each one, then all helpful ones together."""
     rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
@@ -219,7 +216,7 @@ def savings(settings: TrainingSettings, sharding: Sharding | None) -> list[tuple
         ("batch_size=1", f"gradient_accumulation_steps={rows}"),
         eight_bits,
         ("enable_activation_checkpointing=true",),
-        *(formats() if sharding is None else []),
+        *(map(format_overrides, FORMATS) if sharding is None else []),
         *SAVINGS,
         *offload,
     ]
@@ -236,22 +233,8 @@ def _step_shape(cfg: DictConfig, seq_len: int) -> StepShape:
     )
 
 
-SEQ_LEN = 512
-# Overrides of a step with the least memory; optimizer steps of all configs have several rows
-SMALLEST_STEP = ("batch_size=1", "gradient_accumulation_steps=2", "enable_activation_checkpointing=true")
-FREE_SHARE = 0.9  # of a card's memory; the rest is for the CUDA context and fragmentation
-CHUNK_SIZES = (2048, 1024, 512)  # of the loss; the default is 256
-
-
-def sizes_of_weights() -> list[tuple[tuple[str, ...], float]]:
-    """Overrides, from the most exact to the smallest, with the least bytes per weight."""
-    sizes = [kind.empty(torch.Size((1, 2**16)), torch.device("meta")).nbytes / 2**16 for kind in FORMATS.values()]
-    smallest = (*formats()[-1], "owlore.num_active_layers=2")
-    return [((), 2.0), *zip(formats(), sizes, strict=True), (smallest, sizes[-1])]
-
-
 class Fit(NamedTuple):
-    """A config that fits."""
+    """A config that fits a card."""
 
     config: str
     overrides: tuple[str, ...]
@@ -259,15 +242,23 @@ class Fit(NamedTuple):
 
 
 def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
-    """For each of `sizes_of_weights`, the OwLore config of the largest model that one card of ``card_bytes`` can train.
+    """For weights in full precision, in each format, and with two layers in the smallest one, the OwLore config of the
+    largest model that one card of ``card_bytes`` can train.
 
     Rows have `SEQ_LEN` tokens, one in each forward pass, with activation checkpointing. A saving that fits no larger
     model than the one before it is left out.
     """
     names = [name for name, _ in packaged_configs() if name.endswith("_owlore")]
     sizes = {name: sum(p.numel() for p in build_model(_settings(name))[1].parameters()) for name in names}
+    bytes_per_weight = {
+        name: kind.empty(torch.Size((1, 2**16)), torch.device("meta")).nbytes / 2**16 for name, kind in FORMATS.items()
+    }
+    smallest = min(FORMATS, key=lambda name: bytes_per_weight[name])
+    tries: list[tuple[tuple[str, ...], float]] = [((), 2.0)]
+    tries += [(format_overrides(name), bytes_per_weight[name]) for name in FORMATS]
+    tries += [((*format_overrides(smallest), "owlore.num_active_layers=2"), bytes_per_weight[smallest])]
     largest = 0
-    for overrides, least in sizes_of_weights():
+    for overrides, least in tries:
         # The others need no plan. A plan takes seconds, and longer with many experts.
         possible = [name for name in sizes if sizes[name] > largest and least * sizes[name] <= FREE_SHARE * card_bytes]
         for name in tqdm(sorted(possible, key=lambda name: -sizes[name]), desc="Planning", unit="model", leave=False):
@@ -282,120 +273,46 @@ def _settings(name: str, overrides: tuple[str, ...] = ()) -> TrainingSettings:
     return TrainingSettings.from_config(load_config(name, ["device=cpu", "dtype=bf16", *overrides]))
 
 
-# Constants of an estimate of step times, which only has to order settings. None was measured on a GPU.
-_FLOPS = 1.5e14  # per second, of bf16 products
-_LAUNCH = 5e-6  # seconds of a kernel
-_KERNELS = 90  # of a layer in a micro-batch; see benchmarks/gpu_counts.md
-_SPEED = {"full": 1.0, "int8": 1.6, "nf4": 0.8}  # of products with a format, with its fastest products
-_DEQUANTIZE = 1.3e-12  # seconds of a value of experts, which are dequantized in every pass
+def settings_that_fit(cfg: DictConfig, seq_len: int, card_bytes: float) -> tuple[list[str], MemoryPlan]:
+    """The overrides, with the same rows per optimizer step, of the largest plan that leaves a tenth of a card free.
 
-
-class Setting(NamedTuple):
-    """Settings of a step with the same rows."""
-
-    seconds: float  # estimated, of one optimizer step
-    batch_size: int
-    accumulation: int
-    checkpointing: bool
-    format: str
-    chunk_size: int | None = None  # of the loss; None: as in the config
-
-    def overrides(self) -> list[str]:
-        return [
-            f"batch_size={self.batch_size}",
-            f"gradient_accumulation_steps={self.accumulation}",
-            f"enable_activation_checkpointing={str(self.checkpointing).lower()}",
-            *format_overrides(self.format),
-            *([] if self.chunk_size is None else [f"loss.chunk_size={self.chunk_size}"]),
-        ]
-
-
-def settings_of_step(settings: TrainingSettings, seq_len: int) -> list[Setting]:
-    """All settings with the config's rows per optimizer step, the fastest first by estimate."""
-    model = build_model(settings)[1]
-    layers = find_layers(model)
-    weights = sum(parameter.numel() for parameter in layers.parameters())
-    in_experts, used = _weights_of_experts(model)
-    rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
-    kinds = ("full",) if settings.cfg.fsdp else ("full", *FORMATS)  # FSDP2 does not shard quantized weights
-    found = []
-    for batch_size in (size for size in range(1, rows + 1) if rows % size == 0):
-        for checkpointing, kind in itertools.product((False, True), kinds):
-            passes = 3 if checkpointing else 2  # forward, its repetition, and the products of backward
-            speed = 1.0 if in_experts else _SPEED.get(kind, 1.0)
-            products = 2 * passes * (weights - in_experts + used) * rows * seq_len / _FLOPS / speed
-            of_batch = passes / 2 * len(layers) * _KERNELS * _LAUNCH
-            of_batch += passes * in_experts * _DEQUANTIZE * (kind != "full")
-            accumulation = rows // batch_size
-            found.append(Setting(products + accumulation * of_batch, batch_size, accumulation, checkpointing, kind))
-    return sorted(found)
-
-
-def _weights_of_experts(model: Any) -> tuple[int, int]:
-    """The number of weights in experts, and about how many of them a token uses."""
-    experts = [module for module in model.modules() if isinstance(module, Experts)]
-    if not experts:
-        return 0, 0
-    number = sum(parameter.numel() for module in experts for parameter in module.parameters())
-    return number, number * getattr(model.config, "num_experts_per_tok", 1) // len(experts[0])
-
-
-def fastest_that_fits(cfg: DictConfig, seq_len: int, cards: Sequence[float]) -> dict[float, tuple[Setting, MemoryPlan]]:
-    """The fastest of `settings_of_step` whose plan leaves a tenth of a card free, and its plan, for each card.
-
-    A quantized output head is dequantized for each chunk of the loss. Its chunks are as large as the card allows.
-
-    Args:
-        cards: bytes of each card. A card that no setting fits has no entry in the result.
+    More memory mostly means a faster step: larger batches, and activations that are kept.
 
     Raises:
-        ConfigError: if nothing fits any card.
+        ConfigError: if nothing fits.
     """
     settings = TrainingSettings.from_config(cfg)
-    sizes = _larger_chunks(settings)
+    rows = settings.cfg.batch_size * settings.cfg.gradient_accumulation_steps
+    kinds = ("full",) if settings.cfg.fsdp else ("full", *FORMATS)  # FSDP2 does not shard quantized weights
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
 
     @cache
-    def plan_of(setting: Setting) -> MemoryPlan:
-        return plan_run(TrainingSettings.from_config(override(cfg, setting.overrides())).for_gpu(), seq_len)
+    def plan_of(overrides: tuple[str, ...]) -> MemoryPlan:
+        return plan_run(TrainingSettings.from_config(override(cfg, overrides)).for_gpu(), seq_len)
 
-    found: dict[float, tuple[Setting, MemoryPlan]] = {}
-    plans: list[tuple[Setting, MemoryPlan]] = []
-    for setting in tqdm(settings_of_step(settings, seq_len), desc="Planning", unit="setting", leave=False):
-        limits = {card: FREE_SHARE * card for card in cards if card not in found}
-        if not limits:
-            break
-        if any(_least(setting, *planned) > max(limits.values()) for planned in plans):
-            continue
-        plans.append((setting, plan := plan_of(setting)))
-        usable = [] if setting.format == "full" else [size for size in sizes if size <= setting.batch_size * seq_len]
-        possible = [*(setting._replace(chunk_size=size) for size in usable), setting]
-        for card, limit in limits.items():
-            if plan.total <= limit:
-                chosen = next(each for each in possible if plan_of(each).total <= limit)
-                found[card] = chosen, plan_of(chosen)
-    if not found:
-        smallest = [s for s in settings_of_step(settings, seq_len) if s.batch_size == 1 and s.checkpointing]
-        plan, least = min(((plan_of(setting), setting) for setting in smallest), key=lambda each: each[0].total)
-        rest = "Set a smaller owlore.num_active_layers or tokenizer.max_seq_len"
-        if plan.weights > FREE_SHARE * max(cards):
-            rest = f"Its weights alone take {plan.weights / 1e9:.1f} GB"
-        raise ConfigError(
-            f"nothing fits {max(cards) / 1e9:g} GB with a tenth free; the smallest plan is {plan.total / 1e9:.1f} GB, "
-            f"with {' '.join(least.overrides())}. {rest}"
+    def step_of(size: int, kind: str, recomputes: bool) -> tuple[str, ...]:
+        return (
+            f"batch_size={size}",
+            f"gradient_accumulation_steps={rows // size}",
+            f"enable_activation_checkpointing={str(recomputes).lower()}",
+            *format_overrides(kind),
         )
-    return found
 
-
-def _larger_chunks(settings: TrainingSettings) -> list[int]:
-    """Those of `CHUNK_SIZES` above the config's, if the loss has chunks and the output head can be quantized."""
-    loss, model = build_model(settings)
-    quantizable = model.output in quantizable_outside(model) and not settings.owlore.train_output
-    return [size for size in CHUNK_SIZES if quantizable and size > getattr(loss, "chunk_size", size)]
-
-
-def _least(setting: Setting, other: Setting, plan: MemoryPlan) -> int:
-    """Bytes that ``setting`` takes at least, by the plan of ``other``."""
-    if setting.format != other.format:
-        return 0
-    takes_more = setting.batch_size >= other.batch_size and setting.checkpointing <= other.checkpointing
-    return plan.total if takes_more else plan.weights
+    fitting: list[tuple[str, ...]] = []
+    for kind, recomputes in tqdm(list(itertools.product(kinds, (False, True))), desc="Planning", leave=False):
+        for size in sizes:  # a larger one takes more
+            if plan_of(overrides := step_of(size, kind, recomputes)).total > FREE_SHARE * card_bytes:
+                break
+            fitting.append(overrides)
+    if fitting:
+        best = max(fitting, key=lambda overrides: plan_of(overrides).total)
+        return list(best), plan_of(best)
+    least = min((step_of(1, kind, True) for kind in kinds), key=lambda overrides: plan_of(overrides).total)
+    plan = plan_of(least)
+    rest = "Set a smaller owlore.num_active_layers or tokenizer.max_seq_len"
+    if plan.weights > FREE_SHARE * card_bytes:
+        rest = f"Its weights alone take {plan.weights / 1e9:.1f} GB"
+    raise ConfigError(
+        f"nothing fits {card_bytes / 1e9:g} GB with a tenth free; the smallest plan is {plan.total / 1e9:.1f} GB, "
+        f"with {' '.join(least)}. {rest}"
+    )

@@ -2,8 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from owlore_tune.errors import ConfigError
-from owlore_tune.files import is_number, read_json
+from owlore_tune.files import read_json
 from owlore_tune.measure import MANIFEST
-from owlore_tune.training.report import DRAWS, PICTURES, STEPS, read_records
+from owlore_tune.training.report import PICTURES, STEPS, read_records
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
 PALETTE = (
@@ -34,60 +33,22 @@ def plot_run(run: Path) -> list[Path]:
     Raises:
         ConfigError: if ``run`` has no manifest and scores, or a file of it has other content than a run writes.
     """
+    pictures = [run / f"{name}.png" for name in PICTURES]
     try:
-        drawings = _drawings(run)
+        manifest, known = read_json(run / MANIFEST), read_json(run / "scores.json")
+        steps, draws = read_records(run / STEPS), manifest["draws"]
+        num_steps = max(manifest["steps"], *(step["step"] for step in steps)) if steps else manifest["steps"]
+        drawn = [(draw["step"], draw.get("end", num_steps), draw["active"]) for draw in draws]
+        starts = [draw["step"] for draw in draws]
+        memory, limit = manifest["memory_bytes"], manifest["config"].get("device_memory_limit")
+        plot_scores(pictures[0], known["scores"], known["score"], manifest["probabilities"])
+        plot_draws(pictures[1], drawn, len(known["scores"]))
+        plot_loss(pictures[2], steps, held_out_by_step(manifest["held_out_loss"], num_steps), starts)
+        plot_memory(pictures[3], memory_bars(memory["planned"], memory["measured"]), limit)
+        plot_step_times(pictures[4], steps, starts)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(f"{run} is not the output_dir of a training run: {error!r}") from error
-    for draw in drawings:
-        draw()
-    return [run / f"{name}.png" for name in PICTURES]
-
-
-def _drawings(run: Path) -> list[Callable[[], None]]:
-    """The functions that draw the pictures. Their arguments are read and checked here."""
-    manifest, known = read_json(run / MANIFEST), read_json(run / "scores.json")
-    scores, score = _numbers(known["scores"]), str(known["score"])
-    probabilities = _numbers(manifest["probabilities"])
-    if len(probabilities) != len(scores):
-        raise ValueError(f"{len(scores)} scores and {len(probabilities)} probabilities")
-    memory = manifest["memory_bytes"]
-    for category in (*memory["planned"].values(), *memory["measured"].values()):
-        _numbers([category])
-    bars = memory_bars(memory["planned"], memory["measured"])
-    limit = manifest["config"].get("device_memory_limit")
-    _numbers([limit] if limit is not None else [])
-    steps = read_records(run / STEPS)
-    for step in steps:
-        _numbers([step["step"], step["step_seconds"]])
-        _numbers([value for value in (step["loss"], *phase_seconds(step).values()) if value is not None])
-    num_steps = max(_numbers([manifest["steps"], *(step["step"] for step in steps)]))
-    draws = _draws(read_records(run / DRAWS), manifest["draws"], num_steps)
-    starts = [start for start, _, _ in draws]
-    held_out = held_out_by_step(manifest["held_out_loss"], num_steps)
-    _numbers([loss for _, loss in held_out if loss is not None])
-    return [
-        partial(plot_scores, run / "scores.png", scores, score, probabilities),
-        partial(plot_draws, run / "draws.png", draws, len(scores)),
-        partial(plot_loss, run / "loss.png", steps, held_out, starts),
-        partial(plot_memory, run / "memory.png", bars, limit),
-        partial(plot_step_times, run / "step_times.png", steps, starts),
-    ]
-
-
-def _draws(ended: list[Any], known: list[Any], num_steps: int) -> list[tuple[int, int, list[int]]]:
-    """(first step, last step, active layers) of the draws. The last one of ``known`` may still be in progress."""
-    last_end = max((draw["end"] for draw in ended), default=0)
-    open_draws = [{**draw, "end": num_steps} for draw in known[-1:] if "end" not in draw and draw["step"] >= last_end]
-    draws = [(draw["step"], draw["end"], _numbers(draw["active"])) for draw in (*ended, *open_draws)]
-    _numbers([step for start, end, _ in draws for step in (start, end)])
-    return draws
-
-
-def _numbers(values: Any) -> list[Any]:
-    """``values``, a list of numbers that can be drawn."""
-    if not isinstance(values, list) or not all(map(is_number, values)):
-        raise ValueError(f"{str(values)[:80]} are not numbers")
-    return values
+    return pictures
 
 
 def plot_scores(path: Path, scores: Sequence[float], score: str, probabilities: Sequence[float] | None = None) -> None:

@@ -90,13 +90,14 @@ class Records:
         self.seconds: dict[str, float] = {}
 
     def start(self, step: int, run_id: str) -> None:
-        """Begin both files, or cut those of this run after ``step``."""
-        for name, key in ((STEPS, "step"), (DRAWS, "end")):
+        """Begin both files, or cut those of this run after ``step``, and before the current draw."""
+        begins = step if self.draw is None else self.draw["step"]  # of the current draw
+        for name, last, key in ((STEPS, step, "step"), (DRAWS, begins, "end")):
             if self._directory is None:
                 continue
             file = self._directory / name
             partial = file.with_name(partial_name(name, run_id))
-            kept = [record for record in read_records(file) if record[key] <= step]
+            kept = [record for record in read_records(file) if record[key] <= last]
             partial.write_text("".join(to_json(record) + "\n" for record in kept))
             os.replace(partial, file)
 

@@ -26,7 +26,7 @@ from owlore_tune.memory.peers import peer_plans
 from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
 from owlore_tune.memory.step import StepShape, _fused_as_on
 from owlore_tune.models.hf import hf_decoder
-from owlore_tune.training.components import build_parts
+from owlore_tune.training.components import build_trained_model
 from owlore_tune.training.config import TrainingSettings
 from owlore_tune.training.plan import (
     FREE_SHARE,
@@ -184,7 +184,7 @@ def test_experts_have_plans_of_all_methods_on_a_gpu():
 def test_moments_of_16_bits_are_planned_for_what_trains_in_them(tiny_config):
     changes = {"dtype": "bf16", "owlore": tiny_config["owlore"] | {"rank": None, "train_embeddings": True}}
     settings = TrainingSettings.from_config(OmegaConf.create(tiny_config | changes))
-    model = build_parts(settings).model
+    model = build_trained_model(settings).model
     active = [*model.layers[0].parameters(), *model.layers[3].parameters(), *model.tok_embeddings.parameters()]
     expected = sum(2 * p.numel() * (4 if p.ndim == 1 else 2) for p in active)
     assert plan_run(settings, 32).moments == pytest.approx(expected, rel=1e-4)  # with counters of steps
