@@ -1,10 +1,9 @@
-"""Paths that a user writes, atomic writes of files, and cached digests of files."""
+"""Paths that a user writes, atomic writes of files, and digests of files."""
 
 import hashlib
 import json
 import math
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -136,25 +135,9 @@ def known_checksum(file: Path) -> str:
     return _checksums[identity]
 
 
-def files_digest(files: Iterable[Path], *, use_cache: bool = True) -> str:
-    """A digest of the names and contents of ``files``.
-
-    Each file's checksum is cached by path, size and modification time, because reading 7B weights takes seconds.
-    """
-    try:
-        cache = cache_directory() / "digests.json"
-    except ConfigError:
-        use_cache = False  # it only saves time
-    known = _read_cache(cache) if use_cache else {}
-    digests, is_new = {}, False
-    for file in files:
-        status = file.stat()
-        key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-        if key not in known:
-            known[key], is_new = checksum(file), True
-        digests[file.name] = known[key]
-    if is_new and use_cache:
-        _write_cache(cache, known)
+def files_digest(files: Iterable[Path]) -> str:
+    """A digest of the names and contents of ``files``."""
+    digests = {file.name: known_checksum(file) for file in files}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -168,22 +151,3 @@ def cache_directory() -> Path:
     if base.startswith("~"):
         raise ConfigError("this user has no home directory for a cache; set XDG_CACHE_HOME=DIR")
     return Path(base) / "owlore"
-
-
-def _read_cache(file: Path) -> dict[str, str]:
-    try:
-        return read_object(file)
-    except ValueError:
-        return {}
-
-
-def _write_cache(file: Path, known: dict[str, str]) -> None:
-    newest = dict(list(known.items())[-1000:])
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in file.parent.glob(f".{file.name}.cache.*.partial"):
-            if time.time() - leftover.stat().st_mtime > 3600:  # of a process that was killed
-                leftover.unlink()
-        write_json(file, newest, "cache")
-    except OSError:
-        return  # the cache only saves time

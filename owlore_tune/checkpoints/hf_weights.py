@@ -243,7 +243,7 @@ class HFCheckpointer:
         self._checked.add(model)
 
     def fingerprint(self) -> str:
-        """A digest of all bytes of the weight files. Files unchanged since an earlier digest are not read again."""
+        """A digest of all bytes of the weight files."""
         return files_digest(self.files)
 
     def load_checkpoint(

@@ -8,11 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, nodes
+from jinja2 import Template
 from jinja2.exceptions import TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from torchtune.data import Message
 
@@ -210,6 +207,8 @@ class HFChatTokenizer:
                 messages=turns,
                 add_generation_prompt=add_generation_prompt,
                 enable_thinking=self.enable_thinking,
+                tools=None,
+                documents=None,
                 **special,
             )
         except Exception as error:  # a template is a program and can raise anything
@@ -322,26 +321,11 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-class _Generation(Extension):
-    """``{% generation %}``: templates mark the assistant's words with it. They are rendered as without it."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
 def _compile_template(source: str) -> Template:
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
+    """Compile it with the settings and helpers that chat templates expect, as transformers does."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    # The settings and helpers that chat templates expect.
-    extensions = [loopcontrols, _Generation]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None}
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     try:
-        return environment.from_string(source)
+        return _compile_jinja_template(source)
     except TemplateError as error:
         raise ValueError(f"the chat template cannot be read: {error}") from error

@@ -125,5 +125,5 @@ def _convert(gguf: Path, directory: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(directory)
-    made = {"wheel": WHEEL, "files": files_digest((directory / name for name in _FILES), use_cache=False)}
+    made = {"wheel": WHEEL, "files": files_digest(directory / name for name in _FILES)}
     (directory / _MADE).write_text(json.dumps(made) + "\n")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import read_json
 from owlore_tune.measure import MANIFEST
-from owlore_tune.training.report import PICTURES, STEPS, read_records
+from owlore_tune.training.report import DRAWS, PICTURES, STEPS, read_records
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
 PALETTE = (
@@ -36,7 +36,9 @@ def plot_run(run: Path) -> list[Path]:
     pictures = [run / f"{name}.png" for name in PICTURES]
     try:
         manifest, known = read_json(run / MANIFEST), read_json(run / "scores.json")
-        steps, draws = read_records(run / STEPS), manifest["draws"]
+        steps, draws = read_records(run / STEPS), read_records(run / DRAWS)
+        last_end = draws[-1]["end"] if draws else 0
+        draws += [draw for draw in manifest["draws"][-1:] if "end" not in draw and draw["step"] >= last_end]
         num_steps = max(manifest["steps"], *(step["step"] for step in steps)) if steps else manifest["steps"]
         drawn = [(draw["step"], draw.get("end", num_steps), draw["active"]) for draw in draws]
         starts = [draw["step"] for draw in draws]
