@@ -145,9 +145,9 @@ def tiny_config(tiny_dir, tiny_data, tmp_path) -> dict:
     """The SmolLM2 OwLore config with the tiny model and data."""
     from omegaconf import OmegaConf
 
-    from owlore_tune.config.load import find_config
+    from owlore_tune.config.load import load_config
 
-    config = OmegaConf.to_container(OmegaConf.load(find_config("smollm2/135M_owlore")), resolve=False)
+    config = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
     data = {"_component_": "owlore_tune.data.instruction_dataset", "data_files": str(tiny_data)}
     return config | {
         "output_dir": str(tmp_path / "run"), "model": dict(TINY_MODEL),

@@ -17,6 +17,7 @@ from owlore_tune.config.schema import check_type, plain
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import user_path
 
+BASE = "base"  # the config with every field at its default
 RECIPES = {
     "owlore_full_finetune": "fine-tune all weights, a few layers at a time, on one device or several",
     "owlore_eval": "evaluate a torchtune model with lm-evaluation-harness, local files and MT-Bench",
@@ -24,10 +25,11 @@ RECIPES = {
 
 
 def packaged_configs() -> Iterator[tuple[str, Path]]:
-    """(name, file) of every packaged config, by name; a name is the path without its extension."""
+    """(name, file) of every packaged config but `BASE`, by name; a name is the path without its extension."""
     root = _origin("owlore_configs").parent
     for file in sorted(root.rglob("*.yaml")):
-        yield file.relative_to(root).with_suffix("").as_posix(), file
+        if (name := file.relative_to(root).with_suffix("").as_posix()) != BASE:
+            yield name, file
 
 
 def title(config: Path) -> str:
@@ -43,7 +45,7 @@ def find_config(name: str) -> Path:
         ConfigError: if it is neither; the message lists similar names.
     """
     path = user_path(name)
-    return path if path.is_file() else _find(name, dict(packaged_configs()), "packaged config")
+    return path if path.is_file() else _find(name, _configs(), "packaged config")
 
 
 def find_packaged(name: str) -> Path:
@@ -53,7 +55,11 @@ def find_packaged(name: str) -> Path:
         ConfigError: if there is none; the message lists similar names.
     """
     recipes = {recipe: _origin(recipe) for recipe in RECIPES}
-    return _find(name, recipes | dict(packaged_configs()), "packaged recipe or config")
+    return _find(name, recipes | _configs(), "packaged recipe or config")
+
+
+def _configs() -> dict[str, Path]:
+    return {BASE: _origin("owlore_configs").with_name(f"{BASE}.yaml"), **dict(packaged_configs())}
 
 
 def _find(name: str, files: dict[str, Path], kind: str) -> Path:

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from tiny import TINY_MODEL
 
 from owlore_tune.checkpoints.hf_weights import HFCheckpointer
-from owlore_tune.config.load import find_config
+from owlore_tune.config.load import find_config, load_config
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def place(tmp_path, tiny_dir, tiny_data, harness_index, monkeypatch) -> Path:
     monkeypatch.setattr(HFCheckpointer, "load_checkpoint", lambda *args, **kwargs: pytest.fail("weights were loaded"))
     shutil.copytree(tiny_dir, "model")
     shutil.copy(tiny_data, "train.json")
-    config = OmegaConf.to_container(OmegaConf.load(find_config("smollm2/135M_owlore")), resolve=False)
+    config = OmegaConf.to_container(load_config("smollm2/135M_owlore"), resolve=False)
     data = {"_component_": "owlore_tune.data.instruction_dataset", "data_files": "train.json"}
     config |= {
         "output_dir": "run", "model": dict(TINY_MODEL), "dataset": data, "dataset_val": None,
