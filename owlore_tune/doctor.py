@@ -8,9 +8,9 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -19,8 +19,7 @@ HUB_TIMEOUT = 5  # seconds
 LITTLE_DISK = 5  # GB; a checkpoint of a 1B model in bf16, and another one being written
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of the report: ``ok``, ``note`` or ``error``, the finding, and the fix."""
 
     level: str
@@ -29,12 +28,24 @@ class Finding:
     fix: str | None = None
 
 
+def report(directory: Path) -> bool:
+    """Print all findings; returns whether there was no error."""
+    good = True
+    for finding in examine(directory):
+        print(f"{finding.level:6}{finding.about:14}{finding.text}", flush=True)
+        if finding.fix:
+            print(f"{'':20}→ {finding.fix}")
+        good &= finding.level != "error"
+    if not good:
+        print("error: some checks failed; see the fixes after →", file=sys.stderr)
+    return good
+
+
 def examine(directory: Path) -> Iterator[Finding]:
     """Check Python, the packages, the device, the disk under ``directory``, and the model hub."""
     yield _python()
-    outside = list(_packages())
-    yield from outside or [Finding("ok", "packages", "all in the tested ranges")]
-    yield from _imports()
+    yield from list(_packages()) or [Finding("ok", "packages", "all in the tested ranges")]
+    yield from _device()
     yield _disk(directory)
     yield _model()
     yield _hub()
@@ -50,31 +61,35 @@ def _python() -> Finding:
     )
 
 
+def _requirements() -> Iterator[Requirement]:
+    for requirement in map(Requirement, importlib.metadata.requires("owlore-tune") or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield requirement
+
+
 def _packages() -> Iterator[Finding]:
     """Packages that are missing or outside the tested range."""
-    for text in importlib.metadata.requires("owlore-tune") or ():
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        wanted = f"{requirement.name}{requirement.specifier}"
-        fix = f"pip install '{wanted}'"
+    for requirement in _requirements():
+        name, wanted = requirement.name, requirement.specifier
+        fix = f"pip install '{name}{wanted}'"
         try:
-            found = importlib.metadata.version(requirement.name)
+            found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding("error", requirement.name, f"not installed, but {requirement.specifier} is needed", fix)
+            yield Finding("error", name, f"not installed, but {wanted} is needed", fix)
             continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            yield Finding("error", requirement.name, f"{found}, but only {requirement.specifier} is tested", fix)
+        if not wanted.contains(found, prereleases=True):
+            yield Finding("error", name, f"{found}, but only {wanted} is tested", fix)
 
 
-def _imports() -> Iterator[Finding]:
+def _device() -> Iterator[Finding]:
     """Whether torch and torchtune import, and the device that they find."""
     try:
         import torch
         from torchtune.utils import get_device
     except Exception as error:  # with an incompatible torchao, importing torchtune raises various errors
-        fix = "pip install 'torchtune==0.6.1' 'torchao>=0.13,<0.16' 'torch>=2.13,<2.14' 'torchvision>=0.28,<0.29'"
-        yield Finding("error", "torchtune", f"does not import: {error!r}", fix)
+        needed = {"torchtune", "torchao", "torch", "torchvision"}
+        wanted = [f"'{each.name}{each.specifier}'" for each in _requirements() if each.name in needed]
+        yield Finding("error", "torchtune", f"does not import: {error!r}", f"pip install {' '.join(wanted)}")
         return
     device = get_device(None)
     if device.type == "cuda":
@@ -110,12 +125,10 @@ def fits(card_bytes: float) -> Iterator[Finding]:
 
 def _disk(directory: Path) -> Finding:
     free = shutil.disk_usage(directory).free / 1e9
+    fix = "set output_dir to a larger disk, and keep_last_n to keep fewer checkpoints"
+    is_little = free < LITTLE_DISK
     text = f"{free:.0f} GB free under {directory.resolve()}"
-    if free < LITTLE_DISK:
-        return Finding(
-            "note", "disk", text, "set output_dir to a larger disk, and keep_last_n to keep fewer checkpoints"
-        )
-    return Finding("ok", "disk", text)
+    return Finding("note" if is_little else "ok", "disk", text, fix if is_little else None)
 
 
 def _model() -> Finding:
@@ -141,18 +154,4 @@ def _hub() -> Finding:
     except urllib.error.HTTPError as error:  # it answers, with an error
         return Finding("ok", "hub", f"{url} answers ({error.code})")
     except (OSError, ValueError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        return Finding("note", "hub", f"{url} cannot be reached: {reason}", fix)
-
-
-def report(directory: Path) -> bool:
-    """Print all findings; returns whether there was no error."""
-    good = True
-    for finding in examine(directory):
-        print(f"{finding.level:6}{finding.about:14}{finding.text}", flush=True)
-        if finding.fix:
-            print(f"{'':20}→ {finding.fix}")
-        good &= finding.level != "error"
-    if not good:
-        print("error: some checks failed; see the fixes after →", file=sys.stderr)
-    return good
+        return Finding("note", "hub", f"{url} cannot be reached: {getattr(error, 'reason', error)}", fix)

@@ -22,7 +22,7 @@ from torchtune.training.lr_schedulers import get_lr
 
 from owlore_tune.checkpoints.training_state import OptimizerState, RngState, load_parts, load_state, save_checkpoint
 from owlore_tune.cli import parse
-from owlore_tune.distributed.fsdp import clip_grad_norm_, shard_model, sum_grads
+from owlore_tune.distributed.fsdp import clip_grad_norm_, sum_grads
 from owlore_tune.distributed.launch import current_world, process_group
 from owlore_tune.loss import mean_loss, shift_labels
 from owlore_tune.measure import Clock, PeakMemory, reuse_freed_memory
@@ -101,12 +101,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         trained = components.build_trained_model(settings, world)
         components.check_model(self.inputs, trained.model)
         self.plan = checked_plan(settings, self.inputs, trained, self._sharding)
-        components.prepare_layers(settings, trained.model)
-        if self._sharding is None:
-            return trained
-        shard_model(trained.model, self._device, self._sharding)  # which replaces the parameters
-        layers, optimizer = components.build_trained(settings, trained.model, world)
-        return trained._replace(layers=layers, optimizer=optimizer)
+        return components.prepare(settings, trained, self._sharding, world)
 
     def load_checkpoint(self, checkpoint: Path | None, saved: dict[str, Any] | None) -> tuple[Any, Any]:
         """Load the weights, from the checkpoint to resume from if there is one, and score the layers.

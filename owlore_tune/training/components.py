@@ -22,7 +22,7 @@ from owlore_tune.config.schema import check_type, plain
 from owlore_tune.data.checks import check_labels, check_samples, fit_to_model, longest_row
 from owlore_tune.data.loader import Collate, HeldOutData, TrainingData, collate_packed
 from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
-from owlore_tune.distributed.fsdp import Sharding
+from owlore_tune.distributed.fsdp import Sharding, shard_model
 from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError
 from owlore_tune.layers.grouped import group_experts
@@ -259,8 +259,9 @@ def build_optimizer(settings: TrainingSettings, groups: list[Any]) -> torch.opti
     return optimizer
 
 
-def prepare_layers(settings: TrainingSettings, model: Decoder) -> None:
-    """Let the layers of ``model`` compute as the config and the device want, in place."""
+def prepare(settings: TrainingSettings, trained: TrainedModel, sharding: Sharding | None, world: World) -> TrainedModel:
+    """Let the layers of a model without weights compute as the config and the device want, and shard it with FSDP2."""
+    model = trained.model
     if attends_by_sample(settings):
         attend_by_sample(model)
     fuse_parts(model, settings.device)
@@ -268,6 +269,11 @@ def prepare_layers(settings: TrainingSettings, model: Decoder) -> None:
         torch.set_float32_matmul_precision("high")  # only thin products are in float32
     if settings.cfg.enable_activation_checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy={type(layer) for layer in find_layers(model)})
+    if sharding is None:
+        return trained
+    shard_model(model, settings.device, sharding)  # which replaces the parameters
+    layers, optimizer = build_trained(settings, model, world)
+    return trained._replace(layers=layers, optimizer=optimizer)
 
 
 def attends_by_sample(settings: TrainingSettings) -> bool:

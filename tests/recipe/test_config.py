@@ -15,7 +15,7 @@ from owlore_tune import cli
 from owlore_tune.config.components import changed_fields, check_config, device_and_dtype
 from owlore_tune.config.load import expanded, find_config, load_config, packaged_configs, with_bases
 from owlore_tune.errors import ConfigError
-from owlore_tune.training.components import build_model, prepare_layers
+from owlore_tune.training.components import build_trained_model, prepare
 from owlore_tune.training.config import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig, TrainingSettings
 from owlore_tune.training.plan import plan_run
 
@@ -303,7 +303,7 @@ def test_only_thin_products_on_a_gpu_have_tf32(dtype, precision, tiny_config):
     settings = TrainingSettings.from_config(OmegaConf.create(tiny_config | {"dtype": dtype}))
     on_cuda = dataclasses.replace(settings, device=torch.device("cuda"))
     try:
-        prepare_layers(on_cuda, build_model(settings)[1])
+        prepare(on_cuda, build_trained_model(settings), None, ALONE)
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
