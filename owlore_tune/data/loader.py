@@ -1,4 +1,4 @@
-"""The order in which a run reads its rows: training micro-batches, calibration batches and held-out batches."""
+"""Batches, and the order in which a run reads its rows: training micro-batches, calibration and held-out batches."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""Gradients of one step over all processes: their sum, and their norm."""
+"""Shard a model with FSDP2, layer by layer; and gradients of one step over all processes: their sum, and their norm."""
 
 import math
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,9 @@
-"""A `LayerStore` that uses the disk while the device trains."""
+"""Full-precision weights of every layer, on disk.
+
+A store begins with the files of a model directory. Then each layer gets a file of its own, which never changes again. A
+layer that has trained gets a new one. So a checkpoint consists of hard links to these files and the layers that train
+now. A `BackgroundStore` uses the disk while a GPU trains.
+"""
 
 import json
 import math
@@ -7,9 +12,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +29,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _OWN = re.compile(r"(?:outside|layer_\d+)\.\d+\.safetensors|\.tmp\w{6}")  # safetensors writes to the latter first
 
 
-@dataclass(frozen=True)
-class _BaseTensor:
+class _BaseTensor(NamedTuple):
     """A tensor of the model directory."""
 
     file: Path
@@ -34,22 +37,12 @@ class _BaseTensor:
     numel: int
 
 
-class Layout(Protocol):
-    """Converts weights between the model's names and those in files, as `HFCheckpointer` does."""
-
-    @property
-    def checkpoint_dir(self) -> Path: ...
-
-    def to_tune(self, name: str, tensor: Tensor) -> dict[str, Tensor]: ...
-
-    def write_tensors(self, weights: dict[str, Tensor], file: Path) -> list[str]: ...
-
-
 class LayerStore:
     """Weights by layer, in the run's dtype and a layout such as Hugging Face's.
 
     Args:
-        layout: such as `HFCheckpointer`.
+        layout: converts weights between the model's names and those in files, as `HFCheckpointer` does: it has
+            ``checkpoint_dir``, ``to_tune`` and ``write_tensors``.
         files: weights of a model directory, or of a checkpoint of this run.
         directory: of the store's own files, two levels below ``output_dir``. No other run has it; `fill` makes it.
         dtype: of the run.
@@ -58,7 +51,7 @@ class LayerStore:
         ConfigError: if a file is not in the safetensors format.
     """
 
-    def __init__(self, layout: Layout, files: Iterable[Path], directory: Path, dtype: torch.dtype) -> None:
+    def __init__(self, layout: Any, files: Iterable[Path], directory: Path, dtype: torch.dtype) -> None:
         self._layout = layout
         self._directory = directory
         self._dtype = dtype
