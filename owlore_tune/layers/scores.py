@@ -1,7 +1,7 @@
 """Scores of layers: a layer is drawn in proportion to its score.
 
-A new score is one subclass of `Score` with a name, which `owlore.score` then takes. Scores with data use the norms of the
-inputs of a layer's Linears (`InputSquares`). A file of scores can be used again (`LayerScores`).
+A new score is one subclass of `Score` with a name, which `owlore.score` then takes. Scores with data use the norms of
+the inputs of a layer's Linears (`InputSquares`). A file of scores can be used again (`LayerScores`).
 """
 
 import importlib.metadata

@@ -1,8 +1,8 @@
 """Low-rank bases for gradients (GaLore, arXiv 2403.03507) by a randomized range finder.
 
 The gradient of a weight is G (m, n). On the ``right`` side the basis is P (n, r) and the low gradient G P (m, r);
-on the ``left`` it is P (m, r) and Pᵀ G (r, n). The columns of P are orthonormal. A `BasisMaker` makes the bases of several
-weights at once.
+on the ``left`` it is P (m, r) and Pᵀ G (r, n). The columns of P are orthonormal. A `BasisMaker` makes the bases of
+several weights at once.
 """
 
 import math

@@ -1,12 +1,12 @@
 """The two forms in which a weight trains: projected, or as it is (`WholeParameter`).
 
-The projected form is W = c · W₀ + s · A Pᵀ, in which any optimizer trains A. Between two refreshes of its basis P (n, r),
-GaLore's update moves a weight only in the span of P (arXiv 2403.03507). So W₀ (m, n) stays as it is, in any format, and
-A (m, r) is the sum of the updates. It starts at 0, and its gradient is G P = (∂L/∂y)ᵀ (x P), for an input x and the
+The projected form is W = c · W₀ + s · A Pᵀ, in which any optimizer trains A. Between two refreshes of its basis P (n,
+r), GaLore's update moves a weight only in the span of P (arXiv 2403.03507). So W₀ (m, n) stays as it is, in any format,
+and A (m, r) is the sum of the updates. It starts at 0, and its gradient is G P = (∂L/∂y)ᵀ (x P), for an input x and the
 output's gradient. No full gradient exists, and backward keeps x P (t, r) instead of x (t, n). c is the product of the
-decay factors, and s a constant scale. When a basis ends, W₀ absorbs the rest (`ProjectedWeight.merge_into`). This is the
-duality of gradient projections and adapters (arXiv 2502.13811) with a basis that changes. On the left side (GaLore's rule
-for wide weights), W = c · W₀ + s · P A with P (m, r) and A (r, n).
+decay factors, and s a constant scale. When a basis ends, W₀ absorbs the rest (`ProjectedWeight.merge_into`). This is
+the duality of gradient projections and adapters (arXiv 2502.13811) with a basis that changes. On the left side
+(GaLore's rule for wide weights), W = c · W₀ + s · P A with P (m, r) and A (r, n).
 """
 
 from collections.abc import Callable

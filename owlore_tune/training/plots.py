@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import read_json
 from owlore_tune.measure import MANIFEST
-from owlore_tune.training.report import DRAWS, PICTURES, STEPS, read_records
+from owlore_tune.training.records import DRAWS, PICTURES, STEPS, read_records
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
 PALETTE = (
