@@ -64,10 +64,8 @@ class HFChatTokenizer:
         file = directory / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"tokenizer.path={path} has no tokenizer.json; {way_out(directory)}")
-        if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int)):
-            raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be a whole number, or null for no limit")
-        if max_seq_len is not None and max_seq_len < 1:
-            raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be at least 1, or null for no limit")
+        if max_seq_len is not None and (type(max_seq_len) is not int or max_seq_len < 1):
+            raise ValueError(f"tokenizer.max_seq_len={max_seq_len}; it must be a whole number from 1, or null")
         if chat_template not in CHAT_TEMPLATES:
             raise ValueError(f"tokenizer.chat_template={chat_template}; choose one of {', '.join(CHAT_TEMPLATES)}")
         if not isinstance(enable_thinking, bool):
@@ -151,19 +149,18 @@ class HFChatTokenizer:
 
     def digest(self) -> str:
         """A digest of all that `digests` covers."""
-        return hashlib.sha256(json.dumps(self.digests()).encode()).hexdigest()[:16]
+        return _digest(json.dumps(self.digests()))
 
     def digests(self) -> dict[str, str]:
         """Digests of the tokenizer with its special tokens, and of the chat template."""
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        special = [[self._special_token(name) for name in names], self.prefix, self.pad_id, self.stop_tokens]
-        contents = {
-            "tokenizer": self._tokenizer.to_str() + json.dumps(special), "chat template": self._prompt_format()
-        }  # fmt: skip
-        return {name: hashlib.sha256(content.encode()).hexdigest()[:16] for name, content in contents.items()}
+        special = [list(self._named_tokens().values()), self.prefix, self.pad_id, self.stop_tokens]
+        return {
+            "tokenizer": _digest(self._tokenizer.to_str() + json.dumps(special)),
+            "chat template": _digest(f"{self.chat_template} enable_thinking={self.enable_thinking}"),
+        }
 
-    def _prompt_format(self) -> str:
-        return f"{self.chat_template} enable_thinking={self.enable_thinking}"
+    def _named_tokens(self) -> dict[str, str | None]:
+        return {name: self._special_token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
 
     def _special_id(self, key: str) -> int | None:
         token = self._special_token(key)
@@ -195,8 +192,6 @@ class HFChatTokenizer:
             ValueError: if the model has no chat template, or the template rejects the messages.
         """
         turns = [{"role": message.role, "content": message.text_content} for message in messages]
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        special = {name: self._special_token(name) for name in names if self._special_token(name) is not None}
         if self._template is None:
             raise ValueError(
                 "this model has no chat template; set tokenizer.chat_template=plain, or use an instruct model"
@@ -209,7 +204,7 @@ class HFChatTokenizer:
                 enable_thinking=self.enable_thinking,
                 tools=None,
                 documents=None,
-                **special,
+                **{name: token for name, token in self._named_tokens().items() if token is not None},
             )
         except Exception as error:  # a template is a program and can raise anything
             raise ValueError(f"the chat template rejects these messages: {error}") from error
@@ -301,6 +296,10 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
             f"the tokenizer has token ids up to {most}, and the model has embeddings for {num_embeddings} tokens; "
             "check that tokenizer.path and the model belong together"
         )
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _read_json(file: Path) -> dict[str, Any]:
