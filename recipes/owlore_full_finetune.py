@@ -131,7 +131,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             "schedule": self.schedule,
             "optimizer": OptimizerState(self.optimizer, self._world),
             "lr_scheduler": self._lr_scheduler,
-            "report": self.report.records,
+            "records": self.report.records,
             "rng": RngState(self._world),
         }
         return {name: owner for name, owner in owners.items() if owner is not None}
@@ -254,7 +254,7 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
             log.warning(f"Step {progress.step}: no tokens to train on; is tokenizer.max_seq_len too short?")
         elif math.isfinite(loss) and math.isfinite(grad_norm):
             with self._clock("optimizer"):
-                self.optimizer.step()
+                self.optimizer.step()  # hooks of the schedule accept new bases before it, and count it after it
             progress.skipped_in_a_row = 0
             progress.trained_tokens += num_trained
         else:

@@ -259,7 +259,7 @@ class HFCheckpointer:
 
         Args:
             weights_device: device of the weights instead, for a model that moves them to ``device`` itself.
-            directory: a checkpoint of `save_checkpoint` to load instead of ``checkpoint_dir``.
+            directory: a checkpoint of a run to load instead of ``checkpoint_dir``.
 
         Raises:
             ConfigError: if a weight is not in the model or differs in shape, a weight of the model is missing, or the

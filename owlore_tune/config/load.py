@@ -17,7 +17,7 @@ from owlore_tune.config.schema import check_type, plain
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import user_path
 
-BASES = ("base", "owlore")  # configs that others name as their base, without a model
+SHARED_CONFIGS = ("base", "owlore")  # configs that others name as their base, without a model
 RECIPES = {
     "owlore_full_finetune": "fine-tune all weights, a few layers at a time, on one device or several",
     "owlore_eval": "evaluate a torchtune model with lm-evaluation-harness, local files and MT-Bench",
@@ -25,10 +25,10 @@ RECIPES = {
 
 
 def packaged_configs() -> Iterator[tuple[str, Path]]:
-    """(name, file) of every packaged config but `BASES`, by name; a name is the path without its extension."""
+    """(name, file) of every packaged config but `SHARED_CONFIGS`, by name; a name is the path without its extension."""
     root = _origin("owlore_configs").parent
     for file in sorted(root.rglob("*.yaml")):
-        if (name := file.relative_to(root).with_suffix("").as_posix()) not in BASES:
+        if (name := file.relative_to(root).with_suffix("").as_posix()) not in SHARED_CONFIGS:
             yield name, file
 
 
@@ -60,7 +60,7 @@ def find_packaged(name: str) -> Path:
 
 def _configs() -> dict[str, Path]:
     root = _origin("owlore_configs").parent
-    return {name: root / f"{name}.yaml" for name in BASES} | dict(packaged_configs())
+    return {name: root / f"{name}.yaml" for name in SHARED_CONFIGS} | dict(packaged_configs())
 
 
 def _find(name: str, files: dict[str, Path], kind: str) -> Path:

@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 
 from owlore_tune.distributed.world import ALONE, World, full, shard_like
 from owlore_tune.models.decoder import find_layers, find_linears, model_parts, plain_name
-from owlore_tune.optim.bases import BASES, SIDES, BasisMaker
+from owlore_tune.optim.bases import BASIS_KINDS, SIDES, BasisMaker
 from owlore_tune.optim.weights import ProjectedWeight, WholeParameter
 from owlore_tune.quantized.layers import QuantizedLayers
 
 
 def check_options(rank: Any, side: str, scale: Any, basis: str) -> None:
-    for name, value, choices in (("side", side, SIDES), ("basis", basis, BASES)):
+    for name, value, choices in (("side", side, SIDES), ("basis", basis, BASIS_KINDS)):
         if value not in choices:
             raise ValueError(f"{name}={value!r}; choose one of {', '.join(choices)}")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):

@@ -130,7 +130,7 @@ class Schedule:
             OSError: if the disk of quantized layers is full or refuses.
             DivergedError: if the weights of a quantized layer are not finite.
         """
-        self._settle()  # of a step that was skipped
+        self._accept_new_bases()  # of a step that was skipped
         self._put_idle_away()
         steps = self.layers.num_steps
         is_due = self.drawn_at is None or steps - self.drawn_at >= self._resample_every
@@ -195,7 +195,7 @@ class Schedule:
         if is_new and self.layers.quantized is not None and self.sampler.num_active == len(self.layers.layers):
             layer.age = index * self._update_gap // len(self.layers.layers)
 
-    def _settle(self) -> None:
+    def _accept_new_bases(self) -> None:
         """Carry moments over to new bases, correct quantized weights, and undo bases that a gradient did not give.
 
         Waits for the device if there are new bases.
@@ -206,7 +206,7 @@ class Schedule:
             are_given = torch.stack([weight.is_given for weight in new if weight.is_given is not None]).tolist()
             self.refresh_seconds = sum(weight.seconds() for weight in new)
             for weight, is_given in zip(new, are_given, strict=True):
-                self._settle_basis(weight, is_given)
+                self._accept_basis(weight, is_given)
         if self.layers.quantized is not None and (new or self._has_returned):
             self._has_returned = False
             for index in self.active:
@@ -218,9 +218,9 @@ class Schedule:
         """Free gradients, and settle the bases of a step without an update."""
         self.optimizer.zero_grad()
         if any(weight.is_new for _, weight in self.layers.active_weights()):
-            self._settle()
+            self._accept_new_bases()
 
-    def _settle_basis(self, weight: ProjectedWeight, is_given: bool) -> None:
+    def _accept_basis(self, weight: ProjectedWeight, is_given: bool) -> None:
         if not is_given:
             weight.give_up_basis()
             return
@@ -230,7 +230,7 @@ class Schedule:
         weight.is_new = False
 
     def _before_step(self) -> None:
-        self._settle()
+        self._accept_new_bases()
         self._step.close()  # of a step that failed
         world, generator = self.layers.world, self.layers.generator("optimizer", HOST)
         if world.size > 1 and generator is not None:  # an optimizer may round stochastically

@@ -18,7 +18,7 @@ from torch.autograd import Variable
 from owlore_tune.distributed.world import ALONE, World
 
 SIDES = ("right", "shape")
-BASES = ("randomized", "svd")
+BASIS_KINDS = ("randomized", "svd")
 OVERSAMPLING = 8
 _PIECE = 2**22  # values of a gradient that are copied to another dtype at once
 

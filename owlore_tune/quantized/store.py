@@ -24,7 +24,7 @@ from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.files import readable_by_others
 
 OUTSIDE = -1  # the index of everything outside the layers
-BASES = "base"  # folder of a checkpoint: what the layers that train had before their last updates
+BEFORE_UPDATES = "base"  # folder of a checkpoint: what the layers that train had before their last updates
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _OWN = re.compile(r"(?:outside|layer_\d+)\.\d+\.safetensors|\.tmp\w{6}")  # safetensors writes to the latter first
 
@@ -89,7 +89,7 @@ class LayerStore:
         self._directory.mkdir(parents=True, exist_ok=True)
         for index, tensors in self._base.items():
             (file,) = {tensor.file for tensor in tensors}
-            base = file.parent / BASES / _file_name(index)
+            base = file.parent / BEFORE_UPDATES / _file_name(index)
             target = self._new_file(index)
             _link(base if base.is_file() else file, target)
             self.files[index] = target
@@ -182,11 +182,11 @@ class LayerStore:
         """Write a model directory's weights: links to the store's files, and what trains now from memory.
 
         Args:
-            active: the layers, or OUTSIDE, that train now. The folder `BASES` gets links to the layers' files.
+            active: the layers, or OUTSIDE, that train now. The folder `BEFORE_UPDATES` gets links to the layers' files.
             weights_of: returns their weights, by torchtune's names.
         """
         self.finish()
-        (directory / BASES).mkdir()
+        (directory / BEFORE_UPDATES).mkdir()
         weight_map: dict[str, str] = {}
         total = 0
         for number, index in enumerate(sorted(self.files), start=1):
@@ -194,7 +194,7 @@ class LayerStore:
             if index in active:
                 self._save(weights_of(index), file)
                 if index != OUTSIDE:
-                    _link(self.files[index], directory / BASES / _file_name(index))
+                    _link(self.files[index], directory / BEFORE_UPDATES / _file_name(index))
             else:
                 _link(self.files[index], file)
             with safe_open(file, framework="pt") as opened:

@@ -28,7 +28,7 @@ from owlore_tune.files import user_path
 from owlore_tune.layers.sampler import DRAWS
 from owlore_tune.layers.schedule import INACTIVE_STATES
 from owlore_tune.layers.scores import SCORES
-from owlore_tune.optim.bases import BASES, SIDES
+from owlore_tune.optim.bases import BASIS_KINDS, SIDES
 from owlore_tune.optim.moments import MOMENTS
 from owlore_tune.quantized.formats import FORMATS
 from owlore_tune.training.output_dir import check_creatable
@@ -135,7 +135,7 @@ class OwLoreConfig:
     update_gap: int = config_field(100, COUNT)  # optimizer steps
     scale: float = config_field(1.0, Range(0, LARGEST_COUNT))
     side: str = config_field("right", choices=SIDES)
-    basis: str = config_field("randomized", choices=BASES)
+    basis: str = config_field("randomized", choices=BASIS_KINDS)
     moments: str = config_field("keep", choices=MOMENTS)
     weights: str = "full"
     products: str = "full"

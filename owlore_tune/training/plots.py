@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import read_json
 from owlore_tune.measure import MANIFEST
-from owlore_tune.training.records import DRAWS, PICTURES, STEPS, read_records
+from owlore_tune.training.records import DRAWS_FILE, PICTURES, STEPS_FILE, read_records
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
 PALETTE = (
@@ -36,7 +36,7 @@ def plot_run(run: Path) -> list[Path]:
     pictures = [run / f"{name}.png" for name in PICTURES]
     try:
         manifest, known = read_json(run / MANIFEST), read_json(run / "scores.json")
-        steps, draws = read_records(run / STEPS), read_records(run / DRAWS)
+        steps, draws = read_records(run / STEPS_FILE), read_records(run / DRAWS_FILE)
         last_end = draws[-1]["end"] if draws else 0
         draws += [draw for draw in manifest["draws"][-1:] if "end" not in draw and draw["step"] >= last_end]
         num_steps = max(manifest["steps"], *(step["step"] for step in steps)) if steps else manifest["steps"]

@@ -11,7 +11,7 @@ from torchtune.utils import get_logger
 
 from owlore_tune.files import partial_name, to_json
 
-STEPS, DRAWS = "steps.jsonl", "draws.jsonl"
+STEPS_FILE, DRAWS_FILE = "steps.jsonl", "draws.jsonl"
 PICTURES = ("scores", "draws", "loss", "memory", "step_times")  # of a run, without extension
 
 log = get_logger("INFO")
@@ -43,7 +43,7 @@ class Records:
     def start(self, step: int, run_id: str) -> None:
         """Begin both files, or cut those of this run after ``step``, and before the current draw."""
         begins = step if self.draw is None else self.draw["step"]  # of the current draw
-        for name, last, key in ((STEPS, step, "step"), (DRAWS, begins, "end")):
+        for name, last, key in ((STEPS_FILE, step, "step"), (DRAWS_FILE, begins, "end")):
             if self._directory is None:
                 continue
             file = self._directory / name
@@ -53,7 +53,7 @@ class Records:
             os.replace(partial, file)
 
     def add_step(self, record: dict[str, float]) -> None:
-        self._append(STEPS, record)
+        self._append(STEPS_FILE, record)
         assert self.draw is not None
         self.draw["refresh_seconds"] += record["refresh_seconds"]
         self.add_seconds("train", record["step_seconds"])
@@ -66,13 +66,13 @@ class Records:
         if (draw := self.draw) is None:
             return None
         self.draw = None
-        self._append(DRAWS, draw := draw | {"end": step, "moved": moved})
+        self._append(DRAWS_FILE, draw := draw | {"end": step, "moved": moved})
         return draw
 
     @property
     def draws(self) -> list[dict[str, Any]]:
         """All draws, of which the last one may still be in progress."""
-        ended = [] if self._directory is None else read_records(self._directory / DRAWS)
+        ended = [] if self._directory is None else read_records(self._directory / DRAWS_FILE)
         return ended + ([] if self.draw is None else [self.draw])
 
     def add_seconds(self, phase: str, seconds: float) -> None:
@@ -80,7 +80,7 @@ class Records:
 
     def speed(self) -> dict[str, float | None]:
         """The median time of a step, and the mean number of tokens per second over the time of all steps."""
-        steps = [] if self._directory is None else read_records(self._directory / STEPS)
+        steps = [] if self._directory is None else read_records(self._directory / STEPS_FILE)
         seconds = [step["step_seconds"] for step in steps]
         tokens = sum(step["tokens_per_second"] * step["step_seconds"] for step in steps)
         return {

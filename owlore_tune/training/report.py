@@ -26,10 +26,17 @@ from owlore_tune.memory.plan import MemoryPlan
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.training.components import LOGGER_METHODS
 from owlore_tune.training.config import TrainingSettings
-from owlore_tune.training.records import DRAWS, PICTURES, STEPS, Records
+from owlore_tune.training.records import DRAWS_FILE, PICTURES, STEPS_FILE, Records
 
 # The files of a run except checkpoints. torchtune's loggers write the config file.
-OUTPUT_FILES = (MANIFEST, STEPS, DRAWS, SCORES_FILE, "torchtune_config.yaml", *(f"{name}.png" for name in PICTURES))
+OUTPUT_FILES = (
+    MANIFEST,
+    STEPS_FILE,
+    DRAWS_FILE,
+    SCORES_FILE,
+    "torchtune_config.yaml",
+    *(f"{name}.png" for name in PICTURES),
+)
 
 log = get_logger("INFO")
 
