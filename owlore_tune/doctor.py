@@ -95,8 +95,8 @@ def _device() -> Iterator[Finding]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory = properties.total_memory / 1e9
-        yield Finding("ok", "device", f"{properties.name}, {memory:.0f} GB; torch {torch.__version__}")
-        yield from fits(properties.total_memory)
+        fix = f"for settings that fit, owlore memory --config CONFIG --fit {memory:.0f}"
+        yield Finding("ok", "device", f"{properties.name}, {memory:.0f} GB; torch {torch.__version__}", fix)
     else:
         text = f"{device.type}, {os.cpu_count()} cores; torch {torch.__version__}"
         if shutil.which("nvidia-smi"):
@@ -110,17 +110,6 @@ def _device() -> Iterator[Finding]:
         yield Finding("ok", "bf16", "supported")
     else:
         yield Finding("note", "bf16", "not supported by this device", "set dtype=fp32")
-
-
-def fits(card_bytes: float) -> Iterator[Finding]:
-    """The largest packaged models that a card can train. Shows progress, because plans take seconds each."""
-    from owlore_tune.training.plan import SEQ_LEN, largest_that_fit
-
-    for config, overrides, memory in largest_that_fit(card_bytes):
-        how = f" with {' '.join(overrides)}" if overrides else ""
-        text = f"{config}{how}: from {memory / 1e9:.1f} GB planned, 1 × {SEQ_LEN} tokens with activation checkpointing"
-        command = f"owlore memory --config {config} --seq-len {SEQ_LEN} --fit {card_bytes / 1e9:.1f}"
-        yield Finding("ok", "fits", text, f"for its settings, {' '.join([command, *overrides])}")
 
 
 def _disk(directory: Path) -> Finding:

@@ -2,17 +2,16 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from torchtune.utils import get_logger
 from tqdm import tqdm
 
-from owlore_tune.config.load import load_config, override, packaged_configs
+from owlore_tune.config.load import override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.measure import free_bytes
@@ -25,7 +24,6 @@ from owlore_tune.training.components import (
     TrainedModel,
     attends_by_sample,
     build_inputs,
-    build_model,
     build_optimizer,
     build_trained_model,
     is_packed,
@@ -42,9 +40,6 @@ SAVINGS = (
     ("dtype=bf16",),
 )
 OFFLOAD = "fsdp_cpu_offload=true"
-SEQ_LEN = 512  # of `largest_that_fit`
-# Overrides of a step with the least memory; optimizer steps of all configs have several rows
-SMALLEST_STEP = ("batch_size=1", "gradient_accumulation_steps=2", "enable_activation_checkpointing=true")
 FREE_SHARE = 0.9  # of a card's memory; the rest is for the CUDA context and fragmentation
 
 log = get_logger("INFO")
@@ -231,46 +226,6 @@ def _step_shape(cfg: DictConfig, seq_len: int) -> StepShape:
         checkpointing=cfg.enable_activation_checkpointing,
         validates=cfg.dataset_val is not None,
     )
-
-
-class Fit(NamedTuple):
-    """A config that fits a card."""
-
-    config: str
-    overrides: tuple[str, ...]
-    memory: int  # planned bytes
-
-
-def largest_that_fit(card_bytes: float) -> Iterator[Fit]:
-    """For weights in full precision, in each format, and with two layers in the smallest one, the OwLore config of the
-    largest model that one card of ``card_bytes`` can train.
-
-    Rows have `SEQ_LEN` tokens, one in each forward pass, with activation checkpointing. A saving that fits no larger
-    model than the one before it is left out.
-    """
-    names = [name for name, _ in packaged_configs() if name.endswith("_owlore")]
-    sizes = {name: sum(p.numel() for p in build_model(_settings(name))[1].parameters()) for name in names}
-    bytes_per_weight = {
-        name: kind.empty(torch.Size((1, 2**16)), torch.device("meta")).nbytes / 2**16 for name, kind in FORMATS.items()
-    }
-    smallest = min(FORMATS, key=lambda name: bytes_per_weight[name])
-    tries: list[tuple[tuple[str, ...], float]] = [((), 2.0)]
-    tries += [(format_overrides(name), bytes_per_weight[name]) for name in FORMATS]
-    tries += [((*format_overrides(smallest), "owlore.num_active_layers=2"), bytes_per_weight[smallest])]
-    largest = 0
-    for overrides, least in tries:
-        # The others need no plan. A plan takes seconds, and longer with many experts.
-        possible = [name for name in sizes if sizes[name] > largest and least * sizes[name] <= FREE_SHARE * card_bytes]
-        for name in tqdm(sorted(possible, key=lambda name: -sizes[name]), desc="Planning", unit="model", leave=False):
-            plan = plan_run(_settings(name, (*SMALLEST_STEP, *overrides)).for_gpu(), SEQ_LEN)
-            if plan.total <= FREE_SHARE * card_bytes:
-                yield Fit(name, overrides, plan.total)
-                largest = sizes[name]
-                break
-
-
-def _settings(name: str, overrides: tuple[str, ...] = ()) -> TrainingSettings:
-    return TrainingSettings.from_config(load_config(name, ["device=cpu", "dtype=bf16", *overrides]))
 
 
 def settings_that_fit(cfg: DictConfig, seq_len: int, card_bytes: float) -> tuple[list[str], MemoryPlan]:
