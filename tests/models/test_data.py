@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 
 from owlore_tune.data import chat_dataset, gsm8k_dataset, instruction_dataset, mmlu_dev_dataset, mmlu_train_dataset
 from owlore_tune.data.checks import MOST_ROWS, dataset_digest, longest_row
-from owlore_tune.data.loader import TrainingData, collate_packed
+from owlore_tune.data.loader import TrainingData
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.distributed.world import World
 from owlore_tune.errors import ConfigError
 from runs import prepare, variant
 
@@ -26,6 +27,23 @@ def texts(dataset, tokenizer) -> list[str]:
     return [tokenizer.decode(sample["tokens"]) for sample in dataset]
 
 
+def tokens_and_answer(dataset, tokenizer) -> tuple[list[int], str]:
+    """The tokens of the first row, and the text in it that is trained on."""
+    tokens, labels = (torch.as_tensor(dataset[0][key]).tolist() for key in ("tokens", "labels"))
+    return tokens, tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False)
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Write rows to a JSON file, and return its name."""
+
+    def write(*rows: dict) -> str:
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        return str(tmp_path / "rows.json")
+
+    return write
+
+
 def test_mmlu_dev_is_divided_by_seed(tokenizer):
     train, held_out = mmlu_dev_dataset(tokenizer), mmlu_dev_dataset(tokenizer, split="held_out")
     assert (len(train), len(held_out)) == (237, 45)
@@ -36,17 +54,13 @@ def test_mmlu_dev_is_divided_by_seed(tokenizer):
 
 
 def test_answers_are_what_is_trained_on(tokenizer):
-    sample = mmlu_dev_dataset(tokenizer)[0]
-    trained = [t for t, label in zip(sample["tokens"], sample["labels"], strict=True) if label != -100]
-    answer = tokenizer.decode(trained, skip_special_tokens=False)
-    assert answer.startswith("Let's think step by step.")
-    assert answer.endswith("<|end|>")
+    _, answer = tokens_and_answer(mmlu_dev_dataset(tokenizer), tokenizer)
+    assert answer.startswith("Let's think step by step.") and answer.endswith("<|end|>")
 
 
 def test_packed_rows_have_the_tokenizers_length(tokenizer):
     packed = mmlu_dev_dataset(tokenizer, packed=True)
-    assert len(packed) < 237
-    assert {len(row["tokens"]) for row in packed} == {2048}
+    assert len(packed) < 237 and {len(row["tokens"]) for row in packed} == {2048}
 
 
 def test_instruction_files(tokenizer, tmp_path):
@@ -69,22 +83,19 @@ def test_real_commonsense_files(tokenizer, task):
     assert "the correct answer is" in texts([dataset[0]], tokenizer)[0]
 
 
-def test_blank_rows_are_left_out_and_counted(tokenizer, tmp_path, caplog):
-    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}]
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    assert len(instruction_dataset(tokenizer, data_files=str(tmp_path / "data.json"))) == 1
+def test_blank_rows_are_left_out_and_counted(tokenizer, write_rows, caplog):
+    file = write_rows({"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""})
+    assert len(instruction_dataset(tokenizer, data_files=file)) == 1
     assert "skipped 1 of 2 rows with blank instruction or output" in caplog.text
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_all_answers_of_a_conversation_are_trained(packed, tokenizer, tmp_path, caplog):
-    blank = {"messages": [turn("user", "a"), turn("assistant", " ")]}
-    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(CHAT)}\n{json.dumps(blank)}\n")
-    dataset = chat_dataset(tokenizer, data_files=str(tmp_path / "rows.jsonl"), packed=packed)
+def test_all_answers_of_a_conversation_are_trained(packed, tokenizer, write_rows, caplog):
+    file = write_rows(CHAT, {"messages": [turn("user", "a"), turn("assistant", " ")]})
+    dataset = chat_dataset(tokenizer, data_files=file, packed=packed)
     assert len(dataset) == 1 and "skipped 1 of 2 rows with blank messages" in caplog.text
-    tokens, labels = (torch.as_tensor(dataset[0][key]).tolist() for key in ("tokens", "labels"))
-    trained = [label for label in labels if label != -100]
-    assert tokenizer.decode(trained, skip_special_tokens=False) == "3<|end|>7<|end|>"
+    tokens, answer = tokens_and_answer(dataset, tokenizer)
+    assert answer == "3<|end|>7<|end|>"
     assert [tokenizer.decode(tokens).count(text) for text in ("Be brief.", "1 + 2?", "And 3 + 4?")] == [1, 1, 1]
 
 
@@ -128,22 +139,18 @@ def hub_layout(directory: Path, place: str, rows: list[dict]) -> Path:
 
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_papers_trainings(training, packed, tokenizer, tmp_path):
+def test_the_papers_trainings(training, packed, tokenizer, tmp_path, write_rows):
     """A hub copy, a Parquet file and JSON give the same samples. Only the answer is trained on."""
     builder, row, place, prompt, answer = TRAININGS[training]
     parquet = hub_layout(tmp_path / "copy", place, [row] * 3)
-    (tmp_path / "rows.json").write_text(json.dumps([row] * 3))
-    datasets = [
-        builder(tokenizer, source=str(tmp_path / "copy"), packed=packed),
-        builder(tokenizer, data_files=str(parquet), packed=packed),
-        builder(tokenizer, data_files=[str(tmp_path / "rows.json")], packed=packed),
-    ]
-    for dataset in datasets:
-        assert len(dataset) == (1 if packed else 3)
-        tokens, labels = (torch.as_tensor(dataset[0][key]).tolist() for key in ("tokens", "labels"))
-        trained = [label for label in labels if label != -100]
-        times = 3 if packed else 1
-        assert tokenizer.decode(trained, skip_special_tokens=False) == f"{answer}<|end|>" * times
+    times = 3 if packed else 1
+    for place in (
+        {"source": str(tmp_path / "copy")}, {"data_files": str(parquet)}, {"data_files": [write_rows(row, row, row)]}
+    ):  # fmt: skip
+        dataset = builder(tokenizer, **place, packed=packed)
+        assert len(dataset) == 3 / times
+        tokens, trained = tokens_and_answer(dataset, tokenizer)
+        assert trained == f"{answer}<|end|>" * times
         assert tokenizer.decode(tokens).count(prompt) == times
 
 
@@ -170,12 +177,11 @@ def test_the_papers_trainings(training, packed, tokenizer, tmp_path):
         (chat_dataset, {"messages": [turn("system", "a"), turn("user", "b")]}, "row 1 has no answer of an assistant"),
     ],
 )  # fmt: skip
-def test_rows_of_another_schema_are_refused(builder, change, message, tokenizer, tmp_path):
+def test_rows_of_another_schema_are_refused(builder, change, message, tokenizer, write_rows):
     rows = {mmlu_train_dataset: CHOICE, gsm8k_dataset: PROBLEM, instruction_dataset: INSTRUCTION, chat_dataset: CHAT}
     row = rows[builder]
-    (tmp_path / "rows.json").write_text(json.dumps([row, row | change]))
     with pytest.raises(ValueError, match=f"data_files=.*rows.json: {message}"):
-        builder(tokenizer, data_files=str(tmp_path / "rows.json"))
+        builder(tokenizer, data_files=write_rows(row, row | change))
 
 
 def test_without_a_hub_the_way_out_is_named(tokenizer):
@@ -233,7 +239,7 @@ def test_reading_ahead_changes_no_step():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_token_without_an_embedding_is_refused_before_weights_load(packed, tiny_config, tiny_dir, tmp_path):
+def test_a_token_without_an_embedding_is_refused_before_weights_load(packed, tiny_config, tmp_path, write_rows):
     save_tokenizer(tmp_path / "tokenizer")
     file = tmp_path / "tokenizer" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
@@ -241,35 +247,30 @@ def test_a_token_without_an_embedding_is_refused_before_weights_load(packed, tin
     tokenizer.save(str(file))
     config = variant(tiny_config, "more tokens", tokenizer__path=str(tmp_path / "tokenizer"), batch_size=1)
     prepare(config).cleanup()
-    rows = [{"instruction": text, "output": "yes"} for text in ("is it so?", "and <|image|>?")]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    file = write_rows(*({"instruction": text, "output": "yes"} for text in ("is it so?", "and <|image|>?")))
     config["tokenizer"] = config["tokenizer"] | {"max_seq_len": 24}
-    config["dataset"] = config["dataset"] | {"data_files": str(tmp_path / "rows.json"), "packed": packed}
-    with pytest.raises(
-        ConfigError, match="a row has one of the tokens <.image.>, for which the model has no embedding"
-    ):
+    config["dataset"] = config["dataset"] | {"data_files": file, "packed": packed}
+    with pytest.raises(ConfigError, match="a row has one of the tokens <.image.>, for which the model has no embeddi"):
         prepare(variant(config, "refused"))
 
 
-def test_a_row_that_does_not_fit_is_named_while_memory_is_planned(tiny_config, tmp_path):
-    rows = [{"input": "a b", "output": "c"}, {"input": "a b", "output": None}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+def test_a_row_that_does_not_fit_is_named_while_memory_is_planned(tiny_config, write_rows):
+    file = write_rows({"input": "a b", "output": "c"}, {"input": "a b", "output": None})
     dataset = {"_component_": "torchtune.datasets.instruct_dataset", "source": "json", "split": "train"}
-    config = tiny_config | {"batch_size": 1, "dataset": dataset | {"data_files": str(tmp_path / "rows.json")}}
     with pytest.raises(ConfigError, match="row 1 does not fit the dataset's component: TypeError"):
-        prepare(config)
+        prepare(tiny_config | {"batch_size": 1, "dataset": dataset | {"data_files": file}})
 
 
-def test_torchtunes_conversations_without_a_text_are_refused(tiny_config, tmp_path):
+def test_torchtunes_conversations_without_a_text_are_refused(tiny_config, write_rows):
     """Its transform takes the text of the message before."""
     call = turn("assistant", None) | {"tool_calls": [{"id": "1", "type": "function"}]}
-    (tmp_path / "rows.json").write_text(json.dumps([CHAT, {"messages": [turn("user", "Weather?"), call]}]))
     dataset = {
         "_component_": "torchtune.datasets.chat_dataset", "source": "json", "conversation_column": "messages",
-        "conversation_style": "openai", "data_files": str(tmp_path / "rows.json"),
+        "conversation_style": "openai", "data_files": write_rows(CHAT, {"messages": [turn("user", "Weather?"), call]}),
+        "split": "train",
     }  # fmt: skip
     with pytest.raises(ConfigError, match="dataset: row 1 has tool_calls, which cannot be trained, in message 1"):
-        prepare(tiny_config | {"batch_size": 1, "dataset": dataset | {"split": "train"}})
+        prepare(tiny_config | {"batch_size": 1, "dataset": dataset})
 
 
 def test_a_digest_has_no_place_in_memory():
@@ -277,18 +278,8 @@ def test_a_digest_has_no_place_in_memory():
         def __repr__(self) -> str:
             return f"<Picture at {id(self)}>"
 
-    pictures = [Picture(), Picture()]
-    first, second, other = (
-        [{"text": text, "picture": p}] for text, p in zip("aab", [*pictures, Picture()], strict=True)
-    )
+    first, second, other = ([{"text": text, "picture": Picture()}] for text in "aab")
     assert dataset_digest(first) == dataset_digest(second) != dataset_digest(other)
-
-
-def test_a_packed_sample_does_not_predict_the_next_ones_first_token():
-    """Which has a label if all tokens have one, as in a dataset of texts."""
-    sample = {"tokens": torch.arange(6), "labels": torch.arange(6), "input_pos": torch.tensor([0, 1, 2, 0, 1, 0])}
-    labels = collate_packed([sample | {"seq_lens": torch.tensor([3, 2, 1])}])["labels"]
-    assert labels.tolist() == [[0, 1, 2, -100, 4, -100]]
 
 
 def test_a_row_that_cannot_be_read_ends_its_own_step():
@@ -301,11 +292,12 @@ def test_a_row_that_cannot_be_read_ends_its_own_step():
         data.micro_batches()
 
 
-def test_a_lost_process_is_no_error_of_the_next_step(monkeypatch):
-    def lose(action):
+class LostWorld(World):
+    def gather(self, value):
         raise RuntimeError("connection reset")
 
-    data, _ = data_of(6)
-    monkeypatch.setattr(data._world, "attempt", lose)
+
+def test_a_lost_process_is_no_error_of_the_next_step():
+    data, _ = data_of(6, world=LostWorld())
     with pytest.raises(RuntimeError, match="connection reset"):
         data.read_ahead(GPU)

@@ -17,6 +17,20 @@ CONVERSATIONS = [
 ]
 
 
+@pytest.fixture
+def directory(tmp_path):
+    """The directory of a tokenizer that a test changes."""
+    save_tokenizer(tmp_path)
+    return tmp_path
+
+
+def trained_text(tokenizer, turns) -> str:
+    """The tokens of ``turns``, messages or pairs of role and text, that are trained on."""
+    tokens, mask = tokenizer.tokenize_messages(messages(turns) if isinstance(turns[0], tuple) else turns)
+    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
+    return tokenizer.decode(trained, skip_special_tokens=False)
+
+
 def messages(turns) -> list[Message]:
     return [Message(role=role, content=text, masked=role != "assistant") for role, text in turns]
 
@@ -41,21 +55,14 @@ def test_tokens_equal_transformers(which, turns, request):
 
 @pytest.mark.parametrize("turns", CONVERSATIONS)
 def test_mask_leaves_the_assistants_turns_and_their_end(turns, smollm2_dir):
-    tokenizer = HFChatTokenizer(str(smollm2_dir))
-    tokens, mask = tokenizer.tokenize_messages(messages(turns))
-    trained = tokenizer.decode(
-        [t for t, masked in zip(tokens, mask, strict=True) if not masked], skip_special_tokens=False
-    )
+    trained = trained_text(HFChatTokenizer(str(smollm2_dir)), turns)
     assert trained == "".join(f"{text}<|im_end|>" for role, text in turns if role == "assistant")
 
 
 def test_masked_answers_are_not_trained_on(smollm2_dir):
-    tokenizer = HFChatTokenizer(str(smollm2_dir))
     turns = messages(CONVERSATIONS[1])
     turns[2].masked = True
-    tokens, mask = tokenizer.tokenize_messages(turns)
-    trained = [t for t, masked in zip(tokens, mask, strict=True) if not masked]
-    assert tokenizer.decode(trained) == "Ciao 👋 né"
+    assert trained_text(HFChatTokenizer(str(smollm2_dir)), turns) == "Ciao 👋 né<|im_end|>"
 
 
 def test_longer_conversations_are_cut_without_an_invented_end(smollm2_dir):
@@ -90,33 +97,30 @@ def change_config(directory, **changes):
     file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | changes).items() if v is not None}))
 
 
-def test_templates_in_other_places_and_special_tokens_as_objects(tmp_path):
-    save_tokenizer(tmp_path)
+def test_templates_in_other_places_and_special_tokens_as_objects(directory):
     named = [{"name": "other", "template": "x"}, {"name": "default", "template": TEMPLATE}]
-    change_config(tmp_path, chat_template=named, eos_token={"content": "<|end|>", "special": True})
-    tokenizer = HFChatTokenizer(str(tmp_path))
+    change_config(directory, chat_template=named, eos_token={"content": "<|end|>", "special": True})
+    tokenizer = HFChatTokenizer(str(directory))
     expected = tokenizer.tokenize_messages(messages(CONVERSATIONS[0]))
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    change_config(tmp_path, chat_template=None)
-    assert HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0])) == expected
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    change_config(directory, chat_template=None)
+    assert HFChatTokenizer(str(directory)).tokenize_messages(messages(CONVERSATIONS[0])) == expected
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
-    save_tokenizer(tmp_path)
+def test_a_template_that_rewrites_earlier_turns_is_refused(directory):
     rewriting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    change_config(tmp_path, chat_template=rewriting)
+    change_config(directory, chat_template=rewriting)
     with pytest.raises(ValueError, match="renders earlier turns"):
-        HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0]))
+        HFChatTokenizer(str(directory)).tokenize_messages(messages(CONVERSATIONS[0]))
 
 
-def test_templates_that_ask_for_tools_get_none(tmp_path):
+def test_templates_that_ask_for_tools_get_none(directory):
     """As in transformers, where both are none if there are none."""
-    save_tokenizer(tmp_path)
     text = "{{ m['content'] }}{% if tools is not none or documents is not none %}{{ tools | tojson }}{% endif %}"
-    change_config(tmp_path, chat_template="{% for m in messages %}" + text + "{% endfor %}")
+    change_config(directory, chat_template="{% for m in messages %}" + text + "{% endfor %}")
     turns = [{"role": "user", "content": "a"}]
-    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turns, tokenize=False)
-    assert HFChatTokenizer(str(tmp_path)).render(messages([("user", "a")])) == expected == "a"
+    expected = AutoTokenizer.from_pretrained(directory).apply_chat_template(turns, tokenize=False)
+    assert HFChatTokenizer(str(directory)).render(messages([("user", "a")])) == expected == "a"
 
 
 def change_tokenizer(directory, change) -> None:
@@ -125,25 +129,20 @@ def change_tokenizer(directory, change) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
-def test_truncation_and_padding_of_the_file_have_no_effect(tmp_path):
+def test_truncation_and_padding_of_the_file_have_no_effect(directory):
     """transformers writes those of the last call there, and ignores them in the next one."""
-    save_tokenizer(tmp_path)
-    expected = HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[1]))
-    change_tokenizer(tmp_path, lambda tokenizer: tokenizer.enable_truncation(8))
-    assert HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[1])) == expected
-    change_tokenizer(tmp_path, lambda tokenizer: (tokenizer.no_truncation(), tokenizer.enable_padding(length=500)))
-    assert HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[1])) == expected
+    expected = HFChatTokenizer(str(directory)).tokenize_messages(messages(CONVERSATIONS[1]))
+    change_tokenizer(directory, lambda tokenizer: tokenizer.enable_truncation(8))
+    assert HFChatTokenizer(str(directory)).tokenize_messages(messages(CONVERSATIONS[1])) == expected
+    change_tokenizer(directory, lambda tokenizer: (tokenizer.no_truncation(), tokenizer.enable_padding(length=500)))
+    assert HFChatTokenizer(str(directory)).tokenize_messages(messages(CONVERSATIONS[1])) == expected
 
 
-def test_an_end_token_that_takes_the_whitespace_after_it_is_trained(tmp_path):
+def test_an_end_token_that_takes_the_whitespace_after_it_is_trained(directory):
     """As in Phi-3, whose template writes a line break after it."""
-    save_tokenizer(tmp_path)
     end = AddedToken("<|end|>", special=True, rstrip=True)
-    change_tokenizer(tmp_path, lambda tokenizer: tokenizer.add_special_tokens([end]))
-    tokenizer = HFChatTokenizer(str(tmp_path))
-    tokens, mask = tokenizer.tokenize_messages(messages(CONVERSATIONS[1]))
-    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
-    assert tokenizer.decode(trained, skip_special_tokens=False) == "Hello!<|end|>Ciao 👋 né<|end|>"
+    change_tokenizer(directory, lambda tokenizer: tokenizer.add_special_tokens([end]))
+    assert trained_text(HFChatTokenizer(str(directory)), CONVERSATIONS[1]) == "Hello!<|end|>Ciao 👋 né<|end|>"
 
 
 def test_the_first_word_of_an_answer_is_trained_if_it_takes_the_space_before_it(smollm2_dir, tmp_path):
@@ -154,41 +153,35 @@ def test_the_first_word_of_an_answer_is_trained_if_it_takes_the_space_before_it(
         if "token" in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "chat_template.jinja").write_text(template)
-    tokenizer = HFChatTokenizer(str(tmp_path))
-    tokens, mask = tokenizer.tokenize_messages(messages([("user", "Which? "), ("assistant", "B"), ("user", " ")]))
-    trained = [t for t, masked in zip(tokens, mask, strict=True) if not masked]
-    assert tokenizer.decode(trained, skip_special_tokens=False) == " B<|im_end|>"
+    turns = [("user", "Which? "), ("assistant", "B"), ("user", " ")]
+    assert trained_text(HFChatTokenizer(str(tmp_path)), turns) == " B<|im_end|>"
 
 
-def test_special_tokens_of_older_directories(tmp_path):
-    save_tokenizer(tmp_path)
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|user|>", "bos_token": "<|system|>"}))
+def test_special_tokens_of_older_directories(directory):
+    (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|user|>", "bos_token": "<|system|>"}))
     for change in ({}, {"eos_token": None}, {"added_tokens_decoder": {}}, {"eos_token": "<|user|>"}):
-        change_config(tmp_path, **change)
-        ours, theirs = HFChatTokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+        change_config(directory, **change)
+        ours, theirs = HFChatTokenizer(str(directory)), AutoTokenizer.from_pretrained(directory)
         assert (ours.eos_id, ours.bos_id) == (theirs.eos_token_id, theirs.bos_token_id), change
 
 
-def test_answers_that_would_have_no_end_are_refused(tmp_path):
-    save_tokenizer(tmp_path)
-    change_config(tmp_path, eos_token=None)
-    with pytest.raises(ValueError, match=f"chat_template=plain ends answers with EOS, and {tmp_path} names none"):
-        HFChatTokenizer(str(tmp_path), chat_template="plain")
+def test_answers_that_would_have_no_end_are_refused(directory):
+    change_config(directory, eos_token=None)
+    with pytest.raises(ValueError, match=f"chat_template=plain ends answers with EOS, and {directory} names none"):
+        HFChatTokenizer(str(directory), chat_template="plain")
 
 
-def test_what_ends_an_answer_is_in_config_json_if_there_is_no_generation_config(tmp_path):
-    save_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [0, 7]}))
-    assert HFChatTokenizer(str(tmp_path)).stop_tokens == [0, 7]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
-    assert HFChatTokenizer(str(tmp_path)).stop_tokens == [0, 9]
+def test_what_ends_an_answer_is_in_config_json_if_there_is_no_generation_config(directory):
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": [0, 7]}))
+    assert HFChatTokenizer(str(directory)).stop_tokens == [0, 7]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert HFChatTokenizer(str(directory)).stop_tokens == [0, 9]
 
 
-def test_added_tokens_without_an_embedding_are_refused_only_in_a_text(tmp_path):
+def test_added_tokens_without_an_embedding_are_refused_only_in_a_text(directory):
     """Gemma 3's tokenizer has one for images, which its text models lack."""
-    save_tokenizer(tmp_path)
-    change_tokenizer(tmp_path, lambda tokenizer: tokenizer.add_special_tokens(["<|image|>"]))
-    tokenizer, model = HFChatTokenizer(str(tmp_path)), tiny_llama(vocab_size=300)
+    change_tokenizer(directory, lambda tokenizer: tokenizer.add_special_tokens(["<|image|>"]))
+    tokenizer, model = HFChatTokenizer(str(directory)), tiny_llama(vocab_size=300)
     assert tokenizer.vocab_size == 301
     check_vocabulary(tokenizer, model)
     tokenizer.tokenize_messages(messages(CONVERSATIONS[0]))
@@ -212,7 +205,7 @@ def test_a_user_message_that_should_be_trained_is_refused(tiny_dir):
 @pytest.mark.parametrize("marks_first", [False, True])  # as LLaMA-2's tokenizer, which marks a text's first word
 @pytest.mark.parametrize(("prompt", "between"), [("Is it so?", "\n"), ("Is it so?\nAnswer:", " ")])
 def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(
-    start, marks_first, prompt, between, tmp_path
+    start, marks_first, prompt, between, directory
 ):
     """The tokens are those of the evaluation adapter for prompt and answer, followed by EOS."""
     from owlore_evals.torchtune_lm import TorchtuneLM
@@ -227,38 +220,20 @@ def test_a_base_model_reads_prompts_as_evaluations_without_template_ask_them(
             [pre_tokenizers.Metaspace("~", "first"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
 
-    save_tokenizer(tmp_path)
     if marks_first:
-        change_tokenizer(tmp_path, mark)
+        change_tokenizer(directory, mark)
     if start:
-        change_tokenizer(tmp_path, begin)
-        change_config(tmp_path, bos_token="<|system|>")
-    tokenizer = HFChatTokenizer(str(tmp_path), chat_template="plain")
-    assert not tokenizer.is_chat and HFChatTokenizer(str(tmp_path)).is_chat
-    tokens, mask = tokenizer.tokenize_messages(messages([("user", prompt), ("assistant", "the fox")]))
-    assert tokens[:-1] == AutoTokenizer.from_pretrained(tmp_path)(f"{prompt}{between}the fox")["input_ids"]
+        change_tokenizer(directory, begin)
+        change_config(directory, bos_token="<|system|>")
+    tokenizer = HFChatTokenizer(str(directory), chat_template="plain")
+    assert not tokenizer.is_chat and HFChatTokenizer(str(directory)).is_chat
+    turns = [("user", prompt), ("assistant", "the fox")]
+    tokens, _ = tokenizer.tokenize_messages(messages(turns))
+    assert tokens[:-1] == AutoTokenizer.from_pretrained(directory)(f"{prompt}{between}the fox")["input_ids"]
     lm = TorchtuneLM(tiny_llama(vocab_size=300), tokenizer)
     assert tokens == [*lm.tok_encode(f"{prompt}{between}the fox"), tokenizer.eos_id]
-    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
-    answer = tokenizer.decode(trained, skip_special_tokens=False).replace("~", " ")
+    answer = trained_text(tokenizer, turns).replace("~", " ")
     assert answer == f"{between.strip(chr(10))}the fox<|end|>"
-
-
-def test_a_template_with_thinking_modes_asks_for_no_reasoning(tmp_path):
-    """As in Qwen3's template, where an empty block precedes the last answer: it is part of the prompt."""
-    save_tokenizer(tmp_path)
-    template = (
-        "{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}(no thought){% endif %}"
-        "{{ message.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
-        "{% if enable_thinking is defined and enable_thinking is false %}(no thought){% endif %}{% endif %}"
-    )
-    change_config(tmp_path, chat_template=template)
-    tokenizer = HFChatTokenizer(str(tmp_path))
-    tokens, mask = tokenizer.tokenize_messages(messages([("user", "Is it so?"), ("assistant", "the fox")]))
-    prompt = tokenizer.render(messages([("user", "Is it so?")]), add_generation_prompt=True)
-    assert prompt == "<|user|>Is it so?<|end|><|assistant|>(no thought)"
-    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
-    assert tokenizer.decode(trained, skip_special_tokens=False) == "the fox<|end|>"
 
 
 THINKING = (
@@ -268,29 +243,29 @@ THINKING = (
 )
 
 
-def test_reasoning_in_answers_needs_the_thinking_mode(tmp_path):
-    save_tokenizer(tmp_path)
-    change_config(tmp_path, chat_template=THINKING)
-    conversation = messages([("user", "Is it so?"), ("assistant", "<think>the fox</think> it is")])
-    without, thinking = (HFChatTokenizer(str(tmp_path), enable_thinking=mode) for mode in (False, True))
+def test_thinking_modes(directory):
+    """As in Qwen3's template, where an empty block precedes an answer without reasoning: it is part of the prompt."""
+    change_config(directory, chat_template=THINKING)
+    without, thinking = (HFChatTokenizer(str(directory), enable_thinking=mode) for mode in (False, True))
+    asked = HFChatTokenizer(str(directory)).render(messages([("user", "Is it so?")]), add_generation_prompt=True)
+    assert asked == "<|user|>Is it so?<|end|><|assistant|>(no thought)"
+    assert trained_text(without, [("user", "Is it so?"), ("assistant", "the fox")]) == "the fox<|end|>"
+    reasoned = [("user", "Is it so?"), ("assistant", "<think>the fox</think> it is")]
     with pytest.raises(ValueError, match=r"reasoning block \(<think>\).*tokenizer\.enable_thinking=true"):
-        without.tokenize_messages(conversation)
-    tokens, mask = thinking.tokenize_messages(conversation)
-    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
-    assert thinking.decode(trained, skip_special_tokens=False) == "<think>the fox</think> it is<|end|>"
+        without.tokenize_messages(messages(reasoned))
+    assert trained_text(thinking, reasoned) == "<think>the fox</think> it is<|end|>"
     assert without.digest() != thinking.digest() and without.digests() != thinking.digests()
     with pytest.raises(ValueError, match="tokenizer.enable_thinking=yes; it must be true or false"):
-        HFChatTokenizer(str(tmp_path), enable_thinking="yes")
+        HFChatTokenizer(str(directory), enable_thinking="yes")
 
 
-def test_marks_around_the_assistants_words_change_nothing(tmp_path):
+def test_marks_around_the_assistants_words_change_nothing(directory):
     """SmolLM3's template has them."""
-    save_tokenizer(tmp_path)
     plain = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     marked = plain.replace("{{ m.content }}<|end|>", "{% generation %}{{ m.content }}<|end|>{% endgeneration %}")
     assert marked != plain
     rendered = []
     for template in (plain, marked):
-        change_config(tmp_path, chat_template=template + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-        rendered.append(HFChatTokenizer(str(tmp_path)).tokenize_messages(messages(CONVERSATIONS[0])))
+        change_config(directory, chat_template=template + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+        rendered.append(HFChatTokenizer(str(directory)).tokenize_messages(messages(CONVERSATIONS[0])))
     assert rendered[0] == rendered[1]

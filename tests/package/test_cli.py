@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._errors import InstantiationError
 
-from owlore_tune import cli, doctor
+from owlore_tune import cli
 from owlore_tune.config.load import find_config
 from owlore_tune.doctor import fits
 from owlore_tune.errors import errors_in_one_line
@@ -29,17 +30,10 @@ def owlore(monkeypatch, *arguments: str) -> None:
 def test_ls_names_recipes_and_configs(monkeypatch, capsys):
     owlore(monkeypatch, "ls")
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("recipe  owlore_full_finetune ") for line in lines)
-    assert any(line.startswith("recipe  owlore_eval ") for line in lines)
+    recipes = [line.split()[1] for line in lines if line.startswith("recipe  ")]
+    assert recipes == ["owlore_full_finetune", "owlore_eval"]
     (line,) = [line for line in lines if line.startswith("config  smollm2/135M_owlore ")]
     assert line.endswith("  OwLore on SmolLM2-135M-Instruct: a real model that needs no GPU and no model hub")
-
-
-def test_listing_imports_nothing_heavy():
-    code = "import sys; sys.argv = ['owlore', 'ls']; from owlore_tune import cli; cli.main(); "
-    code += "print([m for m in ('torch', 'numpy', 'omegaconf') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_bug_is_called_one_and_shows_its_traceback(monkeypatch, capsys):
@@ -49,9 +43,8 @@ def test_a_bug_is_called_one_and_shows_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr("owlore_tune.doctor.report", broken)
     with pytest.raises(SystemExit) as stop:
         owlore(monkeypatch, "doctor")
-    told = str(stop.value.code)
-    assert told.startswith(
-        "error: KeyError, a bug in owlore-tune 0.1.0. Please report it in the project's issue tracker"
+    assert str(stop.value.code).startswith(
+        f"error: KeyError, a bug in owlore-tune {version('owlore-tune')}. Please report it in the project's issue"
     )
     printed = capsys.readouterr().err
     assert "Traceback (most recent call last)" in printed and "KeyError: 'a bug'" in printed
@@ -66,51 +59,28 @@ def test_errors_of_other_packages_are_told_in_one_line(error, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        (None, "expandable_segments:True"),
-        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64"),
-        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64"),
-    ],
-)
-def test_recipes_use_segments_that_grow_unless_the_user_says_otherwise(tmp_path, name, expected):
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_recipes_use_segments_that_grow_unless_the_user_says_otherwise(tmp_path, name):
     """Regression: a variable was set, after imports had used the GPU and torch had read it."""
     (tmp_path / "config.yaml").write_text("field: 1")
-    code = """
-import torch
-settings = torch._C._accelerator_getAllocatorSettings
-settings()
-from owlore_tune.cli import parse
-parse(lambda cfg: print("settings", settings()))()
-"""
+    code = "import torch; settings = torch._C._accelerator_getAllocatorSettings; settings(); "
+    code += "from owlore_tune.cli import parse; parse(lambda cfg: print('settings', settings()))()"
     unset = {key: value for key, value in os.environ.items() if not key.endswith("ALLOC_CONF")}
     command = [sys.executable, "-c", code, "--config", str(tmp_path / "config.yaml")]
     done = subprocess.run(command, env=unset | ({name: "max_split_size_mb:64"} if name else {}), capture_output=True)
+    expected = "max_split_size_mb:64" if name else "expandable_segments:True"
     assert done.stdout.decode().splitlines()[-1] == f"settings {expected}"
 
 
-def test_cp_copies_and_does_not_overwrite(monkeypatch, tmp_path):
+def test_cp_copies_configs_and_recipes_and_does_not_overwrite(monkeypatch, tmp_path):
     target = tmp_path / "configs" / "mine.yaml"
     owlore(monkeypatch, "cp", "smollm2/135M_owlore", str(target))
     assert target.read_text() == find_config("smollm2/135M_owlore").read_text()
     with pytest.raises(SystemExit, match="exists; use --force"):
         owlore(monkeypatch, "cp", "smollm2/135M_owlore", str(target))
-    owlore(monkeypatch, "cp", "--force", "smollm2/135M_owlore", str(target))
-
-
-def test_random_weights_of_a_model_with_adapters_are_refused_and_leave_nothing(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="^error: model: .*random weights need a model without adapters"):
-        owlore(monkeypatch, "random", "--config", "smollm2/135M_lora", "--output", str(tmp_path / "model"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_cp_copies_recipes_too_and_names_near_ones(monkeypatch, tmp_path):
-    owlore(monkeypatch, "cp", "owlore_full_finetune", str(tmp_path / "mine.py"))
-    assert "class OwLoreFullFinetuneRecipe" in (tmp_path / "mine.py").read_text()
-    with pytest.raises(
-        SystemExit, match="no file and no packaged recipe or config named owlore_ful; available: owlore_"
-    ):
+    owlore(monkeypatch, "cp", "--force", "owlore_full_finetune", str(target))
+    assert "class OwLoreFullFinetuneRecipe" in target.read_text()
+    with pytest.raises(SystemExit, match="no file and no packaged recipe or config named owlore_ful; available: owl"):
         owlore(monkeypatch, "cp", "owlore_ful", str(tmp_path / "other.py"))
 
 
@@ -155,14 +125,15 @@ def test_doctor_finds_this_environment_well(capsys, monkeypatch, tmp_path):
     assert any(line.startswith("note  hub") and "HF_HUB_OFFLINE" in line for line in lines)
 
 
-def test_doctor_names_the_fix(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://mirror:port"])  # no process listens on port 9
+def test_doctor_names_the_fix(endpoint, monkeypatch, capsys):
     """A package with the wrong version, a missing package, a full disk, and an unreachable hub."""
     monkeypatch.setattr(
         "importlib.metadata.requires", lambda name: ["torchao<0.1", "no-such-package>=1", 'pytest>99; extra == "dev"']
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no process listens on this port
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
     with pytest.raises(SystemExit) as ended:
         owlore(monkeypatch, "doctor")
     text = capsys.readouterr().out
@@ -170,13 +141,7 @@ def test_doctor_names_the_fix(monkeypatch, capsys, tmp_path):
     assert "→ pip install 'torchao<0.1'" in text and "→ pip install 'no-such-package>=1'" in text
     assert "pytest" not in text
     assert "1 GB free" in text and "keep_last_n" in text
-    assert "http://127.0.0.1:9 cannot be reached" in text
-
-
-def test_doctor_takes_an_endpoint_that_is_no_url(monkeypatch, capsys):
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", "http://mirror:port")
-    assert "cannot be reached: nonnumeric port" in doctor._hub().text
+    assert f"{endpoint} cannot be reached: " in text
 
 
 def test_score_writes_the_file_and_its_chart(monkeypatch, tmp_path, tiny_config, capsys):
@@ -219,8 +184,6 @@ def test_a_failed_download_leaves_nothing(monkeypatch, tmp_path):
 
 
 def test_lora_builder_matches_the_full_model():
-    import torch
-
     with torch.device("meta"):
         lora = smollm2.lora_smollm2_135m(["q_proj", "v_proj"], apply_lora_to_mlp=True)
         full = smollm2.smollm2_135m()

@@ -3,13 +3,13 @@
 import json
 import re
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from forks import run_command
+from torchtune._cli.tune import TuneCLIParser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]  # docs/ first, for the trial run's model
@@ -58,23 +58,17 @@ def commands() -> list[str]:
     """Return the unique commands in indented blocks, in order, with continued lines joined and comments removed."""
     found: dict[str, None] = {}
     for page in PAGES:
-        text = re.sub(r" *\\\n\s+", " ", page.read_text())
-        for line in text.splitlines():
+        for line in re.sub(r" *\\\n\s+", " ", page.read_text()).splitlines():
             if line.startswith("    ") and line.split()[0] in PROGRAMS:
                 found[line.split("  #")[0].strip()] = None
     return list(found)
 
 
 def shortened(command: str) -> str:
-    prefix = next((prefix for prefix in SHORT if command.startswith(prefix)), None)
-    if prefix is None:
-        return command
-    overrides = SHORT[prefix]
+    overrides = next((overrides for prefix, overrides in SHORT.items() if command.startswith(prefix)), [])
     if overrides is None:
         trial = next(c for c in commands() if "checkpointer.checkpoint_dir=tiny" in c and c.startswith("tune run"))
-        words = trial.split()
-        overrides = [word for word in words if "=" in word or word.startswith("~")]
-        overrides = [word for word in overrides if not word.startswith("output_dir")]
+        overrides = [word for word in trial.split() if re.match(r"~|(?!output_dir).*=", word)]
     return " ".join([command, *(override for override in overrides if override.split("=")[0] not in command)])
 
 
@@ -84,9 +78,8 @@ def place(tmp_path_factory, smollm2_dir) -> Path:
     place = tmp_path_factory.mktemp("docs")
     row = {"instruction": "what is 1 and 1?", "input": "", "output": "it is 2"}
     (place / "train.json").write_text(json.dumps([row] * 40))
-    (place / "test.json").write_text(
-        json.dumps([row | {"instruction": "Is it?\n\nAnswer format: true/false", "answer": "true"}] * 4)
-    )
+    question = row | {"instruction": "Is it?\n\nAnswer format: true/false", "answer": "true"}
+    (place / "test.json").write_text(json.dumps([question] * 4))
     copy = place / "copies" / "gsm8k"
     (copy / "main").mkdir(parents=True)
     Dataset.from_list([{"question": "1 + 1?", "answer": "#### 2"}] * 40).to_parquet(copy / "main" / "train-0.parquet")
@@ -155,16 +148,12 @@ def test_a_command_that_is_not_run_is_valid(command, place):
     assert run(" ".join(["owlore validate --config", name, *overrides]), place).endswith(f"{name} is valid\n")
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])
-def test_a_make_target_exists(command):
-    assert subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True).returncode == 0
-
-
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("tune download")])
-def test_a_download_has_options_that_torchtune_knows(command):
-    from torchtune._cli.tune import TuneCLIParser
-
-    assert str(TuneCLIParser()._parser.parse_args(command.split()[1:]).output_dir).startswith("/tmp/")
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith(("make", "tune download"))])
+def test_a_target_or_an_option_exists(command):
+    if command.startswith("make"):
+        assert subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True).returncode == 0
+    else:
+        assert str(TuneCLIParser()._parser.parse_args(command.split()[1:]).output_dir).startswith("/tmp/")
 
 
 def test_links_between_pages_lead_somewhere():
@@ -177,4 +166,3 @@ def test_links_between_pages_lead_somewhere():
 def test_python_blocks_are_run_elsewhere():
     """test_recipe.py runs the code blocks of docs/python.md, and test_trainer.py those of docs/trainer.md."""
     assert [page.name for page in PAGES if "```python" in page.read_text()] == ["python.md", "trainer.md"]
-    assert shutil.which("tune")
