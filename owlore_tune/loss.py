@@ -66,7 +66,8 @@ class LinearCrossEntropyLoss(nn.Module):
         """The loss of positions that all have a label."""
         (head,) = self._head
         grad_enabled = torch.is_grad_enabled()  # autograd disables it inside the function
-        return _ChunkedHead.apply(hidden, labels, head, self.chunk_size, grad_enabled, *_head_parameters(head))
+        parameters = [head.tied_module.weight] if isinstance(head, TiedLinear) else list(head.parameters())
+        return _ChunkedHead.apply(hidden, labels, head, self.chunk_size, grad_enabled, *parameters)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -108,12 +109,6 @@ class _ChunkedHead(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         hidden_grad, *parameter_grads = [next(saved) * (grad_loss / ctx.count) if has else None for has in ctx.has_grad]
         return hidden_grad, None, None, None, None, *parameter_grads
-
-
-def _head_parameters(head: nn.Module | TiedLinear) -> list[nn.Parameter]:
-    if isinstance(head, TiedLinear):
-        return [head.tied_module.weight]
-    return list(head.parameters())
 
 
 def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:

@@ -172,11 +172,11 @@ class HFCheckpointer:
             raise ValueError(
                 f"no readable config.json in {self.checkpoint_dir}: {error}; {way_out(self.checkpoint_dir)}"
             ) from error
-        if self.config.get("quantization_config") is not None:
+        if (quantization := self.config.get("quantization_config")) is not None:
+            kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise ValueError(
-                f"{self.checkpoint_dir}: config.json has a quantization_config "
-                f"({_kind_of_quantization(self.config)}), and quantized weights cannot be trained; use the model in "
-                "full precision"
+                f"{self.checkpoint_dir}: config.json has a quantization_config ({kind}), and quantized weights cannot "
+                "be trained; use the model in full precision"
             )
         self._model_type = model_type
         self._to_tune, self._to_hf = converters(model_type, self.config)
@@ -194,9 +194,10 @@ class HFCheckpointer:
         for file in files:
             for name in check_readable(file, self._is_weight):
                 if (other := places.setdefault(name, file)) != file:
+                    whole = max(other.name, file.name, key=("model.safetensors", "pytorch_model.bin").__contains__)
                     raise ValueError(
                         f"{name} is in {other.name} and in {file.name} of {self.checkpoint_dir}; choose with "
-                        f"checkpointer.checkpoint_files, such as [{max(other.name, file.name, key=_looks_whole)}]"
+                        f"checkpointer.checkpoint_files, such as [{whole}]"
                     )
         return files
 
@@ -388,15 +389,6 @@ def check_tied_copy(copy: Tensor, embeddings: Tensor, directory: Path) -> None:
             f"{directory} has an output head that differs from the embeddings, and the model ties them; choose a model "
             "with a head of its own (tie_word_embeddings=false in config.json)"
         )
-
-
-def _looks_whole(name: str) -> bool:
-    return name in ("model.safetensors", "pytorch_model.bin")
-
-
-def _kind_of_quantization(config: dict[str, Any]) -> str:
-    field = config["quantization_config"]
-    return f"quant_method={field.get('quant_method')}" if isinstance(field, dict) else str(field)
 
 
 def _converted(to_tune: Convert, name: str, tensor: Tensor, directory: Path) -> StateDict:

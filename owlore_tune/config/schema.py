@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
@@ -79,11 +79,11 @@ def required(kind: Any) -> list[str]:
 
 def defaults(kind: Any) -> dict[str, Any]:
     """The other fields, with their default values."""
-    return {each.name: _default(each) for each in fields(kind) if each.name not in required(kind)}
-
-
-def _default(each: Field) -> Any:
-    return each.default if each.default_factory is MISSING else each.default_factory()
+    return {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(kind)
+        if each.name not in required(kind)
+    }
 
 
 def check_fields(kind: Any, values: Mapping[str, Any], block: str = "") -> None:

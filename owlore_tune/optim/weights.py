@@ -219,8 +219,12 @@ class ProjectedWeight:
         def low(columns: Tensor) -> Tensor:
             return of_gradient(rows.T, features, columns, self._dtype)
 
+        def make() -> Sketch:
+            generator = self._generator(rows.device)
+            return sketch(rows, features, self.rank, generator=generator, start=self.start, world=self.world)
+
         if self.basis is None and self._kind == "randomized":
-            if self._maker.defer(self, lambda: self._sketch(rows, features), low):
+            if self._maker.defer(self, make, low):
                 return None
         elif self.basis is None:
             with self.clock("basis"):
@@ -229,10 +233,6 @@ class ProjectedWeight:
                 self._begin(self.world.from_first_(basis), self.world.from_first_(is_given))
         assert self.basis is not None
         return low(self.basis) if self.right else low(self.basis).T
-
-    def _sketch(self, rows: Tensor, features: Tensor) -> Sketch:
-        generator = self._generator(rows.device)
-        return sketch(rows, features, self.rank, generator=generator, start=self.start, world=self.world)
 
     def _begin(self, basis: Tensor, is_given: Tensor) -> None:
         self.is_given, self.is_new = is_given, True
