@@ -20,6 +20,7 @@ from owlore_tune.trainer import quantize_layers
 from owlore_tune.training import validation
 from runs import (
     after_step,
+    assert_weights,
     changed,
     checkpoints,
     finetune,
@@ -28,6 +29,7 @@ from runs import (
     poison,
     prepare,
     read_weights,
+    unbroken_weights,
     variant,
     weights,
 )
@@ -55,18 +57,16 @@ def test_a_format_is_near_the_weight_and_small(kind, most, dtype):
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_layers_that_train_as_they_are_are_drawn_while_a_loss_exists(kind, tokens, tmp_path):
     """The graph of the loss holds their parameters."""
-    model = tiny_llama()
+    model, drawn = tiny_llama(), set()
     layers, optimizer, schedule = setup(model, rank=None, every=1)
     layers.quantized = quantize_layers(model, kind, tmp_path / "quantized")
-    drawn = []
     for _ in range(6):
-        schedule.begin_step()
-        drawn.append(schedule.active)
+        drawn.add(tuple(schedule.begin_step()))
         loss = loss_of(model, tokens)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert len({*map(tuple, drawn)}) > 1 and loss.isfinite()
+    assert len(drawn) > 1 and loss.isfinite()
 
 
 def test_zeros_and_widths_that_blocks_do_not_divide():
@@ -102,21 +102,13 @@ def test_products_are_in_full_precision_where_8_bit_ones_overflow(monkeypatch):
     assert torch.equal(weight.linear(x, "int8"), weight.linear(x, "full"))
 
 
-def test_the_index_of_a_checkpoint_counts_the_bytes_of_its_tensors(tiny_config):
-    config = quantized_config(tiny_config, "int8", dataset_val=None, max_steps_per_epoch=2)
-    finetune(config)
-    index = json.loads((checkpoints(config)[-1] / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights(config).values())
-
-
-@pytest.mark.parametrize("piece", [2**22, 64 * 96], ids=["whole", "pieces"])  # 64 rows or columns at once
+@pytest.mark.parametrize("sizes", [(128, 96), (2112, 2112)], ids=["whole", "pieces"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantized_linear_is_the_linear_of_its_dequantized_weight(kind, piece, monkeypatch):
-    monkeypatch.setattr("owlore_tune.quantized.formats._PIECE", piece)
+def test_a_quantized_linear_is_the_linear_of_its_dequantized_weight(kind, sizes):
     torch.manual_seed(0)
-    linear = nn.Linear(128, 96)
+    linear = nn.Linear(*sizes)
     parameter, weight = linear.weight, linear.weight.detach().clone()
-    x = torch.randn(2, 7, 128, requires_grad=True)
+    x = torch.randn(2, 7, sizes[0], requires_grad=True)
     quantize(linear, *KINDS[kind])
     assert linear.weight is parameter and parameter.numel() == 0
     product = linear(x)
@@ -133,10 +125,12 @@ def test_a_quantized_linear_is_the_linear_of_its_dequantized_weight(kind, piece,
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_that_never_trained_are_saved_bit_for_bit(kind, tiny_config, tiny_dir):
     config = quantized_config(tiny_config, kind, dataset_val=None)
-    recipe = finetune(config)
-    layers, outside = changed(tiny_dir, checkpoints(config)[-1])
+    recipe, (checkpoint,) = finetune(config), checkpoints(config)
+    layers, outside = changed(tiny_dir, checkpoint)
     assert layers == sorted({layer for draw in recipe.report.records.draws for layer in draw["active"]})
     assert outside == []
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights(config).values())
 
 
 @pytest.mark.parametrize("score", ["outlier", "reverse", "weight_norm", "heavy_tail", "increase"])
@@ -148,15 +142,12 @@ def test_scores_equal_those_of_the_whole_model(score, tiny_config):
 
 @pytest.mark.parametrize(("kind", "state"), [(kind, "drop") for kind in KINDS] + [("nf4", "keep"), ("int8", "offload")])
 def test_a_resumed_run_equals_the_unbroken_one(kind, state, tiny_config):
-    changes = {"owlore__inactive_state": state, "epochs": 2, "dataset_val": None}
-    config = quantized_config(tiny_config, kind, "unbroken", **changes)
+    config = quantized_config(tiny_config, kind, owlore__inactive_state=state, epochs=2, dataset_val=None)
     broken = variant(config, "broken", save_every_n_steps=3, keep_last_n=1)
-    finetune(config)
     finetune_until(broken, 4)
     finetune_until(broken | {"resume_from_checkpoint": True}, 17)
     finetune(broken | {"resume_from_checkpoint": True})
-    for name, weight in weights(config).items():
-        assert torch.equal(weight, weights(broken)[name]), name
+    assert_weights(broken, unbroken_weights(config))
 
 
 def test_a_layer_that_returned_in_a_skipped_step_is_corrected_after_a_resume(tiny_config, tmp_path):
@@ -169,8 +160,7 @@ def test_a_layer_that_returned_in_a_skipped_step_is_corrected_after_a_resume(tin
     assert recipe.progress.skipped_steps == 1
     again = variant(config, "again", resume_from_checkpoint=f"{config['output_dir']}/step_10")
     finetune(again)
-    for name, weight in weights(config).items():
-        assert torch.equal(weight, weights(again)[name]), name
+    assert_weights(again, weights(config))
 
 
 LOSSES = ("owlore_tune.loss.LinearCrossEntropyLoss", "torchtune.modules.loss.CEWithChunkedOutputLoss")
@@ -178,17 +168,19 @@ LOSSES = ("owlore_tune.loss.LinearCrossEntropyLoss", "torchtune.modules.loss.CEW
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_final_loss_is_that_of_the_saved_weights(kind, loss, tiny_config, monkeypatch):
-    """In full precision, whatever is quantized on the device; and so is the loss before training."""
-    monkeypatch.setattr(validation, "_TOKENS_ON_CPU", 1)  # every batch reads the weights
+def test_losses_are_those_of_whole_weights_and_the_plan_that_of_quantized_ones(kind, loss, tiny_config, monkeypatch):
+    """The loss before training, and that after it, which is the loss of the saved weights."""
+    monkeypatch.setattr(validation, "held_out_bytes_at_once", lambda *args: 1)  # every batch reads the weights
     config = quantized_config(tiny_config, kind, loss={"_component_": loss})
-    losses = finetune(config).report.records.losses
-    final = losses["after"]
-    whole = finetune(variant(tiny_config, "whole", max_steps_per_epoch=1)).report.records.losses
-    assert losses["before"] == pytest.approx(whole["before"], abs=1e-6)
+    recipe, whole = finetune(config), finetune(variant(tiny_config, "whole", max_steps_per_epoch=1))
+    losses, measured, plan = recipe.report.records.losses, recipe.report.measure_memory(), recipe.plan
+    assert losses["before"] == pytest.approx(whole.report.records.losses["before"], abs=1e-6)
     saved = variant(tiny_config, "saved", max_steps_per_epoch=1)
     saved["checkpointer"]["checkpoint_dir"] = str(checkpoints(config)[-1])
-    assert finetune(saved).report.records.losses["before"] == pytest.approx(final, abs=1e-6)
+    assert finetune(saved).report.records.losses["before"] == pytest.approx(losses["after"], abs=1e-6)
+    for category in ("weights", "projected", "bases"):
+        assert measured[category] == getattr(plan, category) > 0
+    assert plan.weights < 0.5 * whole.plan.weights  # in float32
 
 
 def test_a_gpu_measures_the_loss_of_more_tokens_at_once():
@@ -208,31 +200,19 @@ def test_a_gpu_quantizes_a_weight_of_a_7b_model_at_once():
     assert rows[0] >= 4096 and rows[1] == 256
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_plan_counts_the_quantized_weights(kind, tiny_config):
-    recipe = finetune(quantized_config(tiny_config, kind))
-    measured, plan = recipe.report.measure_memory(), recipe.plan
-    for category in ("weights", "projected", "bases"):
-        assert measured[category] == getattr(plan, category) > 0
-    whole = finetune(variant(tiny_config, "whole")).plan
-    assert plan.weights < 0.5 * whole.weights  # in float32
-
-
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_training_equals_that_with_rounded_weights_in_full_precision(kind, tiny_config, monkeypatch):
     """Bit for bit: a run whose weights are in full precision on the device, but rounded to the format's values."""
-    real = quantized_config(tiny_config, kind, "real", dataset_val=None)
-    finetune(real)
+    config = quantized_config(tiny_config, kind, dataset_val=None)
+    expected = unbroken_weights(config)
 
     def product(weight, x, products):
         return nn.functional.linear(x, weight.dequantize(x.dtype))
 
-    monkeypatch.setattr(QuantizedWeight, "linear", product)
-    monkeypatch.setattr(Int8Weight, "linear", product)
-    pretended = quantized_config(tiny_config, kind, "fake", dataset_val=None)
-    finetune(pretended)
-    for name, weight in weights(real).items():
-        assert torch.equal(weight, weights(pretended)[name]), name
+    for kind_of_weight in (QuantizedWeight, Int8Weight):
+        monkeypatch.setattr(kind_of_weight, "linear", product)
+    finetune(config)
+    assert_weights(config, expected)
 
 
 def wide(config: dict, tmp_path: Path) -> dict:
@@ -264,12 +244,8 @@ def test_saved_weights_are_those_before_and_the_updates(kind, tiny_config, tmp_p
     [{}, {"update_gap": 2}, {"inactive_state": "keep", "resample_every": 1}, {"side": "shape", "update_gap": 2}],
     ids=str,
 )
-def test_a_weight_in_nf4_is_exact_within_its_basis(changes, tiny_config, tmp_path, monkeypatch):
-    """Also after a refresh, and in a layer that returns with its old basis: (Q(W₀) + correction Pᵀ) P = W₀ P.
-
-    The correction is made of several pieces, as in large models.
-    """
-    monkeypatch.setattr("owlore_tune.quantized.formats._QUANTIZED_AT_ONCE", 1000)
+def test_a_weight_in_nf4_is_exact_within_its_basis(changes, tiny_config, tmp_path):
+    """Also after a refresh, and in a layer that returns with its old basis: (Q(W₀) + correction Pᵀ) P = W₀ P."""
     changes = {f"owlore__{key}": value for key, value in changes.items()}
     config = wide(quantized_config(tiny_config, "nf4", dataset_val=None, **changes), tmp_path)
     recipe = finetune(config)
@@ -325,7 +301,7 @@ def test_weights_that_are_not_finite_are_not_kept(tiny_config):
 
 def test_a_disk_that_fills_up_at_a_draw_loses_no_step(tiny_config, monkeypatch):
     """The layers that leave are written before anything changes, so the state after the last step can be saved."""
-    config = quantized_config(tiny_config, "int8", "full", dataset_val=None)
+    config = quantized_config(tiny_config, "int8", dataset_val=None)
     recipe = prepare(config)
     write = recipe.quantized.store.write
 
@@ -339,29 +315,26 @@ def test_a_disk_that_fills_up_at_a_draw_loses_no_step(tiny_config, monkeypatch):
         recipe.train()
     recipe.cleanup()
     finetune(config | {"resume_from_checkpoint": True})
-    unbroken = quantized_config(tiny_config, "int8", "unbroken", dataset_val=None)
-    finetune(unbroken)
-    for name, weight in weights(unbroken).items():
-        assert torch.equal(weight, weights(config)[name]), name
+    assert_weights(config, unbroken_weights(config))
 
 
-def test_checkpoints_share_the_files_of_frozen_layers(tiny_config):
+def test_checkpoints_share_the_files_of_the_store_in_which_those_of_a_user_stay(tiny_config):
+    """Layers that do not train, also those that never did, are not written or read again."""
     config = quantized_config(tiny_config, "nf4", dataset_val=None, save_every_n_steps=2)
-    finetune(config)
-    last_two = checkpoints(config)[-2:]
-    files = [{file.stat().st_ino for file in directory.glob("model-*.safetensors")} for directory in last_two]
-    assert len(files[0] & files[1]) >= 1 + 4 - 2 - 2  # the outside, and layers that trained in neither interval
-    store = Path(config["output_dir"]) / "weights"
-    assert {f.stat().st_ino for f in store.rglob("*.safetensors")} & files[1]
-
-
-def test_a_checkpoint_writes_only_the_layers_that_train(tiny_config):
-    """All others, also those that never trained, are files of the store, and are not read again for their checksum."""
-    config = quantized_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=2)
     finetune_until(config, 3)
     (first,) = checkpoints(config)
     own = [file for file in first.glob("model-*.safetensors") if file.stat().st_nlink == 1]
     assert len(own) == config["owlore"]["num_active_layers"]
+    (store,) = (Path(config["output_dir"]) / "weights").iterdir()
+    (store / "layer_0.999.safetensors").write_text("of an interrupted process")
+    (store / "notes.txt").write_text("mine")
+    (store / "mine").mkdir()
+    finetune(config | {"resume_from_checkpoint": True})
+    assert (store / "notes.txt").read_text() == "mine" and (store / "mine").is_dir()
+    assert not (store / "layer_0.999.safetensors").exists()
+    files = [{file.stat().st_ino for file in each.glob("model-*.safetensors")} for each in checkpoints(config)[-2:]]
+    assert len(files[0] & files[1]) >= 1 + 4 - 2 - 2  # the outside, and layers that trained in neither interval
+    assert {file.stat().st_ino for file in store.glob("*.safetensors")} & files[1]
 
 
 def test_a_disk_too_small_for_the_store_is_refused(tiny_config, monkeypatch):
@@ -381,15 +354,3 @@ def test_embeddings_that_are_more_than_a_table_are_not_quantized():
     for embeddings, found in ((torch.nn.Embedding(9, 4), 2), (Scaled(9, 4), 1)):
         modules = quantizable_outside(SimpleNamespace(tok_embeddings=embeddings, output=head))
         assert len(modules) == found and modules[-1] is head
-
-
-def test_a_users_file_in_the_store_stays(tiny_config):
-    config = quantized_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=4)
-    finetune_until(config, 5)
-    (store,) = (Path(config["output_dir"]) / "weights").iterdir()
-    (store / "layer_0.999.safetensors").write_text("of an interrupted process")
-    (store / "notes.txt").write_text("mine")
-    (store / "mine").mkdir()
-    finetune(config | {"resume_from_checkpoint": True})
-    assert (store / "notes.txt").read_text() == "mine" and (store / "mine").is_dir()
-    assert not (store / "layer_0.999.safetensors").exists()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,24 +46,26 @@ class Die(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """Records active layers, the layers whose weights they change, and the size of the state."""
+    """Records active layers, and the layers whose weights a step changes."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.active: list[list[int]] = []
-        self.changed: list[set[int]] = []
-        self.state_bytes: list[int] = []
+        self.sizes: set[int] = set()
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.active.append(list(self.schedule.active))
         self.before = {name: weight.clone() for name, weight in model.state_dict().items()}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        names = [name for name, weight in model.state_dict().items() if not torch.equal(weight, self.before[name])]
-        assert all(".layers." in name for name in names)
-        del self.before
-        self.changed.append({int(name.split(".layers.")[1].split(".")[0]) for name in names})
-        self.state_bytes.append(state_bytes(self.schedule.optimizer) + self.schedule.layers.nbytes())
+        assert layers_of_changes(self.before, model) == set(self.active[-1])
+        self.sizes.add(state_bytes(self.schedule.optimizer) + self.schedule.layers.nbytes())
+
+
+def layers_of_changes(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[int]:
+    """The layers of ``model`` with other weights than ``before``; all weights elsewhere must be the same."""
+    names = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
+    return {int(name.split(".layers.")[1].split(".")[0]) for name in names}
 
 
 def rows(vocab_size: int, number: int = 80, length: int = 24) -> Dataset:
@@ -70,26 +73,25 @@ def rows(vocab_size: int, number: int = 80, length: int = 24) -> Dataset:
     return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": tokens.tolist()})
 
 
-def build(directory: Path, store: Path | None = None, kind: str = "int8", **options):
+def build(directory: Path, store: Path | None = None, kind: str = "int8", rank: int = 8, **options):
     """A model and a schedule; its layers are quantized if there is a ``store``."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     batches = [{"input_ids": torch.tensor(rows(300)[:4]["input_ids"])}]
     scores = layer_scores(model, Outlier(3.0), batches)
-    of_optimizer = {"lr": 1e-3, "weight_decay": 0.01} | {key: options.pop(key) for key in ("eps",) if key in options}
-    layers = ProjectedLayers(model, rank=options.pop("rank", 8))
-    optimizer = torch.optim.AdamW(layers.parameter_groups(), **of_optimizer)
+    layers = ProjectedLayers(model, rank=rank)
+    optimizer = options.pop("optimizer", torch.optim.AdamW)(layers.parameter_groups(), lr=1e-3, weight_decay=0.01)
     if store is not None:
         layers.quantized = quantize_layers(model, kind, store, products="int8" if kind == "int8" else "full")
     schedule = Schedule(layers, optimizer, LayerSampler(scores, 2), **{"resample_every": 2} | options)
     return model, schedule
 
 
-def trainer(directory, output, callbacks=(), arguments=None, model_and_schedule=None, **options) -> Trainer:
+def trainer(directory, output, callbacks=(), model_and_schedule=None, arguments=None, **options) -> Trainer:
     model, schedule = model_and_schedule or build(directory, **options)
     settings = ARGUMENTS | {"max_steps": 20, "save_steps": 6} | (arguments or {})
     return Trainer(
-        model, TrainingArguments(str(output), **settings), train_dataset=rows(300),
+        model, TrainingArguments(str(output), **settings), train_dataset=rows(300), eval_dataset=rows(300, 4),
         optimizers=(schedule.optimizer, None), callbacks=[OwLoreCallback(model, schedule), *callbacks],
     )  # fmt: skip
 
@@ -100,33 +102,45 @@ def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
         assert torch.equal(weight, theirs[name]), name
 
 
+class Own(torch.optim.AdamW):
+    """An optimizer that loads without hooks, as those of bitsandbytes do."""
+
+    def load_state_dict(self, state_dict):
+        hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, {}
+        super().load_state_dict(state_dict)
+        self._optimizer_load_state_dict_pre_hooks = hooks
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"inactive_state": "drop"},
         {"inactive_state": "keep"},
         {"inactive_state": "offload", "update_gap": 3},
-        "int8",
-        "nf4",
+        {"optimizer": Own},
+        {"kind": "int8"},
+        {"kind": "nf4"},
     ],
     ids=str,
 )
 def test_a_killed_run_resumes_to_the_same_bits(options, tiny_dir, tmp_path):
-    def options_of(name: str) -> dict:
-        return {"store": tmp_path / name, "kind": options} if isinstance(options, str) else options
+    def start(name: str, *callbacks: TrainerCallback) -> Trainer:
+        stores = {"store": tmp_path / f"store_{len(list(tmp_path.iterdir()))}"} if "kind" in options else {}
+        return trainer(tiny_dir, tmp_path / name, callbacks, **options, **stores)
 
-    whole = trainer(tiny_dir, tmp_path / "whole", **options_of("one"))
+    whole = start("whole")
     whole.train()
-    broken = trainer(tiny_dir, tmp_path / "broken", [Die(15)], **options_of("two"))
     with pytest.raises(Killed):
-        broken.train()
-    resumed = trainer(tiny_dir, tmp_path / "broken", **options_of("three"))
+        start("broken", Die(15)).train()
+    resumed = start("broken")
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(whole.model, resumed.model)
-    last = [record for record in whole.state.log_history if "grad_norm" in record][-5:]
-    again = [record for record in resumed.state.log_history if "grad_norm" in record][-5:]
     keys = ("loss", "grad_norm", "active_layers", "learning_rate", "step")
-    assert [[record[key] for key in keys] for record in last] == [[record[key] for key in keys] for record in again]
+    last, again = (
+        [[record[key] for key in keys] for record in run.state.log_history if "grad_norm" in record][-5:]
+        for run in (whole, resumed)
+    )
+    assert last == again
 
 
 @pytest.mark.parametrize("kind", ["full", "int8", "nf4"])
@@ -137,46 +151,26 @@ def test_a_saved_model_has_full_precision_weights_and_the_updates(kind, tiny_dir
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-6", dtype=torch.float32)
     before = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).state_dict()
     trained = {layer for record in run.state.log_history for layer in record.get("active_layers", ())}
-    changed = [name for name, weight in saved.state_dict().items() if not torch.equal(weight, before[name])]
-    assert {int(name.split(".layers.")[1].split(".")[0]) for name in changed} == trained
+    assert layers_of_changes(before, saved) == trained
     for name, weight in run.model.state_dict().items():  # merged at the end
         torch.testing.assert_close(weight, saved.state_dict()[name], atol=1e-6, rtol=1e-6)
     assert run.model.state_dict().keys() == before.keys()
 
 
 def test_only_active_layers_change_and_state_does_not_grow(tiny_dir, tmp_path):
-    model, schedule = build(tiny_dir)
-    watch = Watch(schedule)
-    run = trainer(tiny_dir, tmp_path / "run", [watch], model_and_schedule=(model, schedule))
+    parts = build(tiny_dir)
+    watch = Watch(parts[1])
+    run = trainer(tiny_dir, tmp_path / "run", [watch], parts)
     run.train()
-    assert [set(active) for active in watch.active] == watch.changed
-    assert len({tuple(active) for active in watch.active}) > 2
-    assert len(set(watch.state_bytes)) == 1 and watch.state_bytes[0] > 0
-    logged = [record["active_layers"] for record in run.state.log_history if "active_layers" in record]
-    assert logged == watch.active
-    norms = [record["grad_norm"] for record in run.state.log_history if "grad_norm" in record]
-    assert len(norms) == 20 and min(norms) > 0.01
-
-
-def test_accumulation_and_clipping_are_those_of_larger_batches(tiny_dir, tmp_path):
-    """At full rank: low-rank bases are those of the first micro-batch's gradient."""
-    runs, options = [], {"rank": None, "eps": 1e-3}
-    for name, batch_size, accumulation in (("two", 2, 2), ("one", 4, 1)):
-        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        arguments = sizes | {"max_steps": 6, "max_grad_norm": 0.1}
-        runs.append(trainer(tiny_dir, tmp_path / name, arguments=arguments, **options))
-        runs[-1].train()
-    theirs = runs[1].model.state_dict()
-    for name, weight in runs[0].model.state_dict().items():
-        torch.testing.assert_close(weight, theirs[name], atol=1e-6, rtol=0)
+    assert len({*map(tuple, watch.active)}) > 2 and len(watch.sizes) == 1 and min(watch.sizes) > 0
+    records = [record for record in run.state.log_history if "grad_norm" in record]
+    assert [record["active_layers"] for record in records] == watch.active
+    assert len(records) == 20 and min(record["grad_norm"] for record in records) > 0.01
 
 
 def test_the_trainer_clips_projected_gradients(tiny_dir, tmp_path):
     """SGD moves by the gradient, so the updates of a step are as long as the limit."""
-    model, schedule = build(tiny_dir)
-    optimizer = torch.optim.SGD(schedule.layers.parameter_groups(), lr=1.0)
-    schedule = Schedule(schedule.layers, optimizer, LayerSampler([1.0] * 4, 2))
-    arguments = {"max_steps": 1, "max_grad_norm": 1e-3, "save_strategy": "no"}
+    model, schedule = build(tiny_dir, optimizer=lambda groups, **options: torch.optim.SGD(groups, lr=1.0))
     lengths = []
 
     class Measure(TrainerCallback):
@@ -184,36 +178,26 @@ def test_the_trainer_clips_projected_gradients(tiny_dir, tmp_path):
             parts = [weight.trained.detach().square().sum() for _, weight in schedule.layers.active_weights()]
             lengths.append(torch.stack(parts).sum().sqrt().item())
 
-    run = trainer(tiny_dir, tmp_path, [Measure()], arguments=arguments, model_and_schedule=(model, schedule))
+    arguments = {"max_steps": 1, "max_grad_norm": 1e-3, "save_strategy": "no"}
+    run = trainer(tiny_dir, tmp_path, [Measure()], (model, schedule), arguments)
     run.train()
     assert 0.9e-3 < lengths[0] <= 1.001e-3
     assert run.state.log_history[0]["grad_norm"] > 0.1
 
 
 def test_bf16_trains_in_autocast(tiny_dir, tmp_path):
-    losses = {}
+    losses = []
     for bf16 in (False, True):
-        arguments = {"bf16": bf16, "max_steps": 8}
-        run = trainer(tiny_dir, tmp_path / str(bf16), arguments=arguments)
+        run = trainer(tiny_dir, tmp_path / str(bf16), arguments={"bf16": bf16, "max_steps": 8})
         run.train()
-        losses[bf16] = [record["loss"] for record in run.state.log_history if "loss" in record]
-    assert losses[True] == pytest.approx(losses[False], rel=5e-3) and losses[True] != losses[False]
+        losses.append([record["loss"] for record in run.state.log_history if "loss" in record])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3) and losses[1] != losses[0]
 
 
 def test_the_trainer_can_load_the_best_weights_at_its_end(tiny_dir, tmp_path):
     """Without the updates of the last steps, which are not theirs."""
-    arguments = {
-        "max_steps": 6,
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "load_best_model_at_end": True,
-    }
-    model, schedule = build(tiny_dir)
-    run = Trainer(
-        model, TrainingArguments(str(tmp_path), **ARGUMENTS | arguments), train_dataset=rows(300),
-        eval_dataset=rows(300, 4), optimizers=(schedule.optimizer, None), callbacks=[OwLoreCallback(model, schedule)],
-    )  # fmt: skip
+    often = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    run = trainer(tiny_dir, tmp_path, arguments={"max_steps": 6, "save_steps": 2, **often})
     run.train()
     best = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint, dtype=torch.float32)
     assert_same_weights(best, run.model)
@@ -221,71 +205,52 @@ def test_the_trainer_can_load_the_best_weights_at_its_end(tiny_dir, tmp_path):
 
 def test_settings_that_would_train_something_else_are_refused(tiny_dir, tmp_path):
     model, schedule = build(tiny_dir)
-    plain = TrainingArguments(str(tmp_path), max_steps=1, **ARGUMENTS)
-    with pytest.raises(ValueError, match="the Trainer's optimizer is another AdamW; pass optimizers="):
-        Trainer(model, plain, train_dataset=rows(300), callbacks=[OwLoreCallback(model, schedule)]).train()
-
-
-def test_another_model_or_callback_is_refused(tiny_dir, tmp_path):
-    model, schedule = build(tiny_dir)
-    other = build(tiny_dir)[0]
     run = trainer(tiny_dir, tmp_path, model_and_schedule=(model, schedule))
-    run.callback_handler.model = run.model = run.model_wrapped = other  # as an adapter of the model would be
-    with pytest.raises(ValueError, match="the Trainer's model is another LlamaForCausalLM than the callback's"):
-        run.train()
     with pytest.raises(ValueError, match="this model already has a callback; pass that one, or load the model anew"):
         OwLoreCallback(model, schedule)
-    with pytest.raises(ValueError, match="other ProjectedLayers train this model; .*, or load it anew"):
-        ProjectedLayers(model, rank=8)
+    (callback,) = (each for each in run.callback_handler.callbacks if isinstance(each, OwLoreCallback))
+    one, several = (SimpleNamespace(world_size=ranks, n_gpu=1) for ranks in (1, 2))
+    adapted, other = torch.nn.Sequential(model), torch.optim.AdamW(model.parameters())
+    for args, of_model, optimizer, message in (
+        (one, adapted, schedule.optimizer, "the Trainer's model is another Sequential than the callback's"),
+        (one, model, other, "the Trainer's optimizer is another AdamW; pass optimizers="),
+        (several, model, schedule.optimizer, "the Trainer has several devices, and their layers would differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            callback.on_train_begin(args, run.state, run.control, model=of_model, optimizer=optimizer)
 
 
-def test_an_optimizer_that_loads_without_hooks_resumes(tiny_dir, tmp_path):
-    """The optimizers of bitsandbytes call no hooks."""
-
-    class Own(torch.optim.AdamW):
-        def load_state_dict(self, state_dict):
-            hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, {}
-            super().load_state_dict(state_dict)
-            self._optimizer_load_state_dict_pre_hooks = hooks
-
-    def parts():
-        model, schedule = build(tiny_dir)
-        optimizer = Own(schedule.layers.parameter_groups(), lr=1e-3)
-        return model, Schedule(schedule.layers, optimizer, LayerSampler([1.0] * 4, 2), resample_every=2)
-
-    whole = trainer(tiny_dir, tmp_path / "whole", arguments={"max_steps": 8}, model_and_schedule=parts())
-    whole.train()
-    again = trainer(tiny_dir, tmp_path / "whole", arguments={"max_steps": 8}, model_and_schedule=parts())
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
-    assert_same_weights(whole.model, again.model)
-
-
-def test_a_checkpoint_that_cannot_continue_is_refused(tiny_dir, tmp_path):
+def test_a_checkpoint_without_the_state_of_the_optimizer_is_refused(tiny_dir, tmp_path):
     arguments = {"max_steps": 4, "save_steps": 2}
-    trainer(tiny_dir, tmp_path / "models", arguments=arguments | {"save_only_model": True}).train()
+    trainer(tiny_dir, tmp_path, arguments=arguments | {"save_only_model": True}).train()
     with pytest.raises(ValueError, match="the Trainer is at step 4 and the schedule at 0; resume from a checkpoint"):
-        trainer(tiny_dir, tmp_path / "models", arguments=arguments).train(resume_from_checkpoint=True)
-    parts = {name: build(tiny_dir, **options) for name, options in OTHERS.items()}
-    parts |= {kind: build(tiny_dir, tmp_path / kind, kind) for kind in ("int8", "nf4")}
-    for model, schedule in parts.values():
+        trainer(tiny_dir, tmp_path, arguments=arguments).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ({"rank": 4}, {}, "rank=4, and the checkpoint has 8; pass the same value"),
+        ({"resample_every": 3}, {}, "resample_every=3, and the checkpoint has 2; pass the same value"),
+        ({"kind": "int8"}, {}, "weights={'kind': 'int8', .*, and the checkpoint has None; pass the same"),
+        ({}, {"kind": "int8"}, "weights=None, and the checkpoint has {'kind': 'int8'"),
+        ({"kind": "nf4"}, {"kind": "int8"}, "weights={'kind': 'nf4', .*, and the checkpoint has {'kind': 'int8'"),
+        ({}, None, "the checkpoint is of another optimizer"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_other_settings_is_refused(ours, theirs, message, tiny_dir, tmp_path):
+    optimizers = []
+    for number, options in enumerate((ours, theirs or {})):
+        stores = {"store": tmp_path / str(number)} if "kind" in options else {}
+        model, schedule = build(tiny_dir, **options, **stores)
         OwLoreCallback(model, schedule)
-    state = parts["same"][1].optimizer.state_dict()
-    with pytest.raises(ValueError, match="rank=4, and the checkpoint has 8; pass the same value"):
-        parts["narrow"][1].optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match="resample_every=3, and the checkpoint has 2; pass the same value"):
-        parts["other"][1].optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match="weights={'kind': 'int8', .*, and the checkpoint has None; pass the same"):
-        parts["int8"][1].optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match="weights=None, and the checkpoint has {'kind': 'int8'"):
-        parts["same"][1].optimizer.load_state_dict(parts["int8"][1].optimizer.state_dict())
-    with pytest.raises(ValueError, match="weights={'kind': 'nf4', .*, and the checkpoint has {'kind': 'int8'"):
-        parts["nf4"][1].optimizer.load_state_dict(parts["int8"][1].optimizer.state_dict())
-    with pytest.raises(ValueError, match="the checkpoint is of another optimizer"):
+        optimizers.append(schedule.optimizer)
+    state = optimizers[1].state_dict()
+    if theirs is None:
         state.pop("owlore")
-        parts["same"][1].optimizer.load_state_dict(state)
-
-
-OTHERS = {"same": {}, "narrow": {"rank": 4}, "other": {"resample_every": 3}}
+    with pytest.raises(ValueError, match=message):
+        optimizers[0].load_state_dict(state)
 
 
 def test_an_existing_directory_gets_no_weights(tiny_dir, tmp_path):
@@ -344,7 +309,7 @@ def recipe_config(weights: str, smollm2_dir: Path, directory: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "kinds"), [("full", ["Trainer", "SFTTrainer"]), ("int8", ["Trainer"])])
 def test_trainers_on_smollm2_are_as_good_as_the_recipe(weights, kinds, smollm2_dir, tmp_path):
-    """The same rows, draws and settings, also resumed.
+    """The same rows, draws and settings.
 
     Random sketches differ, because torchtune has other names of weights. Products are in full precision: with int8
     products, differences of 1e-6 between the two decoders move inputs to the next of 255 values, and losses by 1 %.
@@ -358,34 +323,25 @@ def test_trainers_on_smollm2_are_as_good_as_the_recipe(weights, kinds, smollm2_d
     samples = [tokenized[i] for i in range(len(tokenized))]
     data = Dataset.from_list([{"input_ids": sample["tokens"], "labels": sample["labels"]} for sample in samples])
     options = {key: value for key, value in cfg["optimizer"].items() if key != "_component_"}
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
 
-    def build_trainer(kind, name):
+    def train(kind):
         model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
         layers = ProjectedLayers(model, rank=32, seed=3)
         optimizer = torch.optim.AdamW(layers.parameter_groups(), **options)
         if weights != "full":
-            layers.quantized = quantize_layers(model, weights, tmp_path / f"{kind}_{name}")
+            layers.quantized = quantize_layers(model, weights, tmp_path / "store")
         schedule = Schedule(layers, optimizer, LayerSampler([1.0] * 30, 2, seed=3), resample_every=2)
-        watch = Watch(schedule)
-        tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
         parts = {"Trainer": (Trainer, TrainingArguments, {}), "SFTTrainer": (trl.SFTTrainer, trl.SFTConfig, FOR_SFT)}
         trainer_class, config_class, more = parts[kind]
-        arguments = config_class(str(tmp_path / kind), max_steps=6, save_steps=3, **ARGUMENTS, **more)
-        return watch, type("InOrder", (InOrder, trainer_class), {})(
-            model, arguments, train_dataset=data.select(range(30)), optimizers=(optimizer, None),
-            data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer,
-            callbacks=[OwLoreCallback(model, schedule), watch],
+        run = type("InOrder", (InOrder, trainer_class), {})(
+            model, config_class(str(tmp_path / kind), max_steps=6, **ARGUMENTS, **more),
+            train_dataset=data.select(range(30)), optimizers=(optimizer, None), processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer), callbacks=[OwLoreCallback(model, schedule)],
         )  # fmt: skip
-
-    def train(kind):
-        watch, whole = build_trainer(kind, "whole")
-        whole.train()
-        assert [set(active) for active in watch.active] == watch.changed
-        assert watch.active[::2] == draws
-        assert len(set(watch.state_bytes)) == 1
-        _, resumed = build_trainer(kind, "resumed")
-        resumed.train(resume_from_checkpoint=str(tmp_path / kind / "checkpoint-3"))
-        assert_same_weights(whole.model, resumed.model)
+        run.train()
+        active = [record["active_layers"] for record in run.state.log_history if "active_layers" in record]
+        assert active[::2] == draws
         return tmp_path / kind / "checkpoint-6"
 
     held_out = [data[i] for i in range(30, 40)]
