@@ -46,6 +46,10 @@ FILES: dict[str, tuple[Callable[[], object], str]] = {
     "a config that is a list": (write("train.yaml", "- 1\n- 2\n"), "not a mapping of fields"),
     "a config that is not YAML": (write("train.yaml", "a: [1\nb: }"), "cannot be read as YAML"),
     "a number for a key": (lambda: rewrite("train.yaml", lambda text: text + "\n5: 1\n"), "the key 5"),
+    "a NUL": (
+        lambda: rewrite("train.yaml", lambda text: text.replace("output_dir: run", 'output_dir: "a\\0b"')),
+        "output_dir='a\\x00b' has a NUL character",
+    ),
     "no weights": (lambda: Path("model/model.safetensors").unlink(), "weights missing in model"),
     "weights that are text": (write("model/model.safetensors", "x"), "model.safetensors cannot be read"),
     "an index without a map": (write("model/model.safetensors.index.json", "{}"), "has no readable weight_map"),
