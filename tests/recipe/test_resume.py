@@ -129,16 +129,6 @@ def test_a_held_out_loss_that_a_resumed_run_has_is_not_measured_again(tiny_confi
     assert validated == ["after"]
 
 
-def test_checkpoints_after_the_one_resumed_from_are_set_aside(tiny_config):
-    config = variant(tiny_config, "branch", save_every_n_steps=3)
-    finetune(config)
-    output_dir = Path(config["output_dir"])
-    finetune_until(config | {"resume_from_checkpoint": f"{output_dir}/step_3", "keep_last_n": 1}, 7)
-    assert [d.name for d in checkpoints(config)] == ["step_6"]
-    assert sorted(d.name for d in output_dir.glob("abandoned_*")) == [f"abandoned_step_{n}" for n in (10, 6, 9)]
-    assert_resumes_exactly(config)
-
-
 def test_a_run_without_a_checkpoint_begins_and_a_finished_one_has_nothing_left_to_do(tiny_config):
     assert assert_resumes_exactly(tiny_config).progress.step == 10
     before = (checkpoints(tiny_config)[-1] / "model.safetensors").stat()
