@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +35,6 @@ from runs import (
     checkpoints,
     finetune,
     prepare,
-    recipe_of,
     scale_loss,
     start,
     variant,
@@ -159,15 +157,6 @@ def test_a_run_without_held_out_data_that_diverges_fails(tiny_config):
         finetune(config)
 
 
-def test_a_bad_row_of_held_out_data_is_told_in_one_line(tiny_config, tmp_path):
-    rows = [{"instruction": f"what is {i}?", "output": "x " * (400 if i == 3 else 1)} for i in range(8)]
-    (tmp_path / "val.json").write_text(json.dumps(rows))
-    config = variant(tiny_config, "val")
-    config["dataset_val"]["data_files"] = str(tmp_path / "val.json")
-    with pytest.raises(ConfigError, match=r"val.json: row 3 has \d+ tokens, and the model takes 256"):
-        prepare(config)
-
-
 def test_weights_that_are_not_finite_are_never_saved(tiny_config):
     config = variant(tiny_config, "inf", dataset_val=None, save_every_n_steps=2, keep_last_n=1, max_skipped_steps=1)
     recipe = prepare(config)
@@ -205,7 +194,6 @@ PHASES = {  # phase: (interrupted object, method, newest checkpoint afterwards)
     "validating": (OwLoreFullFinetuneRecipe, "validate", None),
     "a step": (LinearCrossEntropyLoss, "forward", 1),
     "saving": (OwLoreFullFinetuneRecipe, "save_checkpoint", 5),
-    "finishing": (OwLoreFullFinetuneRecipe, "_finish", 10),
     "printing": (Report, "print_summary", 10),
 }
 
@@ -214,9 +202,7 @@ PHASES = {  # phase: (interrupted object, method, newest checkpoint afterwards)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_is_obeyed_in_every_phase(phase, number, tiny_config, monkeypatch, capsys, tmp_path):
     owner, method, step = PHASES[phase]
-    original = getattr(owner, method)
-
-    sent = []
+    original, sent = getattr(owner, method), []
 
     def interrupted(self, *args, **kwargs):
         if not sent:
@@ -234,29 +220,15 @@ def test_a_signal_is_obeyed_in_every_phase(phase, number, tiny_config, monkeypat
     assert stop.value.code == 128 + number
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
-    assert errors.strip().splitlines()[-1].startswith(f"{number.name}: stopped")
+    told = f"{number.name}: stopped"
+    if phase in ("a step", "saving"):
+        told += f" after step {step}, saved in {config['output_dir']}/step_{step}. To continue, resume with the same"
+    assert errors.strip().splitlines()[-1].startswith(told)
     expected = [] if step is None else [*(s for s in (5, 10) if s < step), step]
     assert [d.name for d in checkpoints(config)] == [f"step_{s}" for s in expected]
     monkeypatch.setattr(owner, method, original)
     if step is not None:
         assert_resumes_exactly(config)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_a_process_saves_and_says_how_to_go_on(number, tiny_config):
-    config = variant(tiny_config, "signal", epochs=10, save_every_n_steps=20, keep_last_n=1)
-    process = start(config)
-    while not list(Path(config["output_dir"]).glob("step_*[0-9]")):
-        assert process.returncode is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    saved = checkpoints(config)[-1]
-    told = f"{number.name}: stopped after step {saved.name[5:]}, saved in {saved}. To continue, resume with the sa"
-    assert errors.strip().splitlines()[-1].startswith(told)
-    assert "Traceback" not in output + errors
-    assert_resumes_exactly(config)
 
 
 def test_a_later_signal_ends_at_once_and_one_at_the_same_time_does_not():
@@ -289,24 +261,6 @@ def test_a_validation_is_left_out_after_a_signal(tiny_config, monkeypatch):
     assert validated == ["before", "step 1", "step 2"] and [d.name for d in checkpoints(config)] == ["step_3"]
     finetune(config | {"resume_from_checkpoint": True})
     assert validated[3:] == [*(f"step {step}" for step in range(3, 10)), "after"]
-
-
-def test_a_signal_in_the_last_save_is_obeyed(tiny_config, monkeypatch, capsys):
-    """The run stops after the save, without evaluation or plots."""
-    original = OwLoreFullFinetuneRecipe.save_checkpoint
-
-    def interrupted(self):
-        original(self)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(OwLoreFullFinetuneRecipe, "save_checkpoint", interrupted)
-    monkeypatch.setattr(OwLoreFullFinetuneRecipe, "_finish", lambda self: pytest.fail("went on"))
-    recipe = recipe_of(tiny_config)
-    with pytest.raises(SystemExit), obey_signals():
-        recipe.setup()
-        recipe.train()
-    recipe.cleanup()
-    assert "SIGTERM: stopped after step 10, saved in" in capsys.readouterr().err
 
 
 def test_a_command_is_stopped_in_one_line(monkeypatch, capsys, tiny_config, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 from pathlib import Path
 
@@ -142,34 +141,19 @@ def test_another_runs_checkpoints_are_not_written_over(tiny_config):
         finetune(tiny_config)
 
 
-def test_old_checkpoints_are_removed(tiny_config):
-    config = variant(tiny_config, "kept", save_every_n_steps=1, keep_last_n=2)
-    finetune(config)
-    assert [d.name for d in checkpoints(config)] == ["step_9", "step_10"]
-
-
 def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-DAMAGES = {
-    "truncated": lambda d: os.truncate(d / "model.safetensors", 1000),
-    "flipped byte": lambda d: flip(d / "model.safetensors"),
-    "flipped byte in the state": lambda d: flip(d / "recipe_state.pt"),
-    "missing file": lambda d: (d / "recipe_state.pt").unlink(),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tiny_config, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tiny_config, monkeypatch):
     warnings = []
     monkeypatch.setattr("owlore_tune.checkpoints.steps.log.warning", warnings.append)
     config = variant(tiny_config, "damaged", save_every_n_steps=3)
     finetune(config)
     newest = checkpoints(config)[-1]
-    DAMAGES[damage](newest)
+    flip(newest / "model.safetensors")
     assert_resumes_exactly(config)
     assert any(newest.name in warning for warning in warnings)
     verify(newest)
@@ -187,13 +171,8 @@ def test_only_damaged_checkpoints_are_an_error(tiny_config):
 
 CHANGES = {
     "γ": ("owlore.num_active_layers=2 -> 1", {"owlore__num_active_layers": 1}),
-    "K": ("owlore.resample_every=3 -> 4", {"owlore__resample_every": 4}),
-    "rank": ("owlore.rank=8 -> 4", {"owlore__rank": 4}),
-    "lr": ("optimizer.lr=0.0003 -> 0.001", {"optimizer__lr": 1e-3}),
     "seed": ("seed=42 -> 7", {"seed": 7}),
     "data": ("rows per step=4 -> 5", {"batch_size": 5}),
-    "epochs": ("epochs=1 -> 2", {"epochs": 2}),
-    "dtype": ("dtype=fp32 -> bf16", {"dtype": "bf16"}),
 }
 
 
