@@ -90,10 +90,20 @@ def assert_weights(config: dict, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(weight, got[name]), name
 
 
+def assert_resumes_exactly(config: dict) -> OwLoreFullFinetuneRecipe:
+    """Resume a run, and assert that its final weights are those of an uninterrupted one, bit for bit."""
+    recipe = finetune(config | {"resume_from_checkpoint": True})
+    free = {"save_every_n_steps": None, "keep_last_n": None, "resume_from_checkpoint": False}
+    assert_weights(config, unbroken_weights(config, **free))
+    return recipe
+
+
 def finetune_until(config: dict, step: int) -> None:
     """Train, and raise `Killed` right after step ``step``."""
-    recipe = prepare(config)
+    kill_after(prepare(config), step)
 
+
+def kill_after(recipe: OwLoreFullFinetuneRecipe, step: int) -> None:
     def die():
         raise Killed
 

@@ -4,12 +4,12 @@ import dataclasses
 import inspect
 import re
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from places import refused
 
 from owlore_tune import cli
 from owlore_tune.config.components import changed_fields, check_config, device_and_dtype
@@ -108,22 +108,15 @@ def test_shipped_config_is_valid(name, monkeypatch, capsys, tmp_path, tiny_dir):
 
 INVALID = {
     "training": ("llama2/7B_owlore", "owlore.num_active_layers=33", "num_active_layers=33; the model has 32 layers"),
-    "evaluation": ("eval/mmlu", "num_fewshots=5", "unknown key num_fewshots; did you mean num_fewshot"),
-    "torchtune's recipe": (
-        "smollm2/135M_lora",
-        "model.lora_rnk=4",
-        "unknown key model.lora_rnk; did you mean lora_rank",
-    ),
-}
+    "evaluation": ("eval/local_choices", "scorng=generate", "unknown key scorng; did you mean scoring"),
+    "torchtune's recipe": ("smollm2/135M_lora", "model.lora_rnk=4", "unknown key model.lora_rnk; did you mean lora_ra"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_an_invalid_config_is_told_in_one_line(case, monkeypatch):
+def test_an_invalid_config_is_told_in_one_line(case, monkeypatch, capsys):
     name, override, message = INVALID[case]
-    monkeypatch.setattr(sys, "argv", ["owlore", "validate", "--config", name, override])
-    with pytest.raises(SystemExit) as error:
-        cli.main()
-    assert str(error.value).startswith("error: ") and message in str(error.value) and "\n" not in str(error.value)
+    assert message in refused(cli.main, ["validate", "--config", name, override], capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -132,52 +125,6 @@ def test_shipped_config_opens_with_its_download_and_launch(name):
     assert "Download" in head
     assert "Launch" in head
     assert name in head
-
-
-# Fields that may differ between a method's config and the model's OwLore config; all others must match.
-METHODS = {
-    "owlore": set(),
-    "owlore_full_rank": {"owlore.rank", "optimizer.lr", "optimizer.betas", "optimizer.eps"},
-    "lisa": {"owlore.num_active_layers", "owlore.resample_every", "owlore.score", "owlore.train_embeddings",
-             "owlore.train_output", "owlore.train_norm", "owlore.rank", "optimizer.lr", "optimizer.betas",
-             "optimizer.eps", "optimizer.fused", "optimizer._component_", "optimizer.bf16_stochastic_round"},
-    "galore": {"owlore.num_active_layers", "owlore.score", "owlore.train_embeddings", "owlore.train_output",
-               "owlore.train_norm", "owlore.side", "owlore.rank", "optimizer.lr", "optimizer.betas", "optimizer.eps"},
-    "full": {"owlore.num_active_layers", "owlore.score", "owlore.train_embeddings", "owlore.train_output",
-             "owlore.train_norm", "owlore.rank", "optimizer.lr", "optimizer.betas", "optimizer.eps"},
-}  # fmt: skip
-# Fields that may differ between a model's OwLore config and that of LLaMA-2-7B.
-MODEL_FIELDS = {
-    "model", "tokenizer", "checkpointer", "batch_size", "gradient_accumulation_steps", "dist_timeout_s",
-    "enable_activation_checkpointing",
-}  # fmt: skip
-
-
-@cache
-def filled_in(name: str) -> dict:
-    """A config with all its defaults."""
-    cfg = OmegaConf.to_container(TrainingSettings.from_config(load_config(name, ["device=cpu"])).cfg)
-    cfg["dataset"] = {key: value for key, value in cfg["dataset"].items() if value not in (None, False)}
-    return cfg
-
-
-def changed(one: str, other: str, depth: int) -> set[str]:
-    """Return the fields that differ between two configs, by the first ``depth`` parts of their paths."""
-    paths = {change.split("=")[0] for change in changed_fields(filled_in(one), filled_in(other))}
-    return {".".join(path.split(".")[:depth]) for path in paths if path.split(".")[0] != "output_dir"}
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_a_config_differs_in_its_model_or_method_alone(name):
-    (method,) = [known for known in METHODS if name.endswith(f"_{known}")]
-    own = f"{name.removesuffix(f'_{method}')}_owlore"
-    assert changed(own, name, 2) <= METHODS[method]
-    if not name.startswith("smollm2/"):
-        unpacked = {"dataset"} if name.startswith("gemma2/") else set()  # torchtune's Gemma 2 takes no block masks
-        assert changed("llama2/7B_owlore", own, 1) <= MODEL_FIELDS | {"owlore", "optimizer"} | unpacked
-        written_out = {f"optimizer.{key}" for key in ("betas", "eps")}  # torch's defaults
-        allowed = {"owlore.rank"} | written_out
-        assert {path for path in changed("llama2/7B_owlore", own, 2) if path.startswith("o")} <= allowed
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -217,19 +164,11 @@ def test_a_file_changes_fields_of_its_base(tmp_path):
     assert mine.tokenizer == packaged.tokenizer
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"base": "nowhere/7B"}, r"one.yaml: base=nowhere/7B; no file and no packaged config named nowhere/7B"),
-        ({"base": 5}, "one.yaml: base=5; it must be str"),
-        ({"base": "one.yaml"}, r"one.yaml: base=one.yaml leads back to .*one.yaml; remove one of these bases"),
-        ({"base": "two.yaml"}, r"two.yaml: base=one.yaml leads back to .*one.yaml; remove one of these bases"),
-    ],
-)
-def test_a_wrong_base_is_refused(fields, message, tmp_path):
+@pytest.mark.parametrize("base", ["one.yaml", "two.yaml"])
+def test_bases_that_lead_back_are_refused(base, tmp_path):
     write_config(tmp_path / "two.yaml", base="one.yaml")
-    one = write_config(tmp_path / "one.yaml", **fields)
-    with pytest.raises(ConfigError, match=message):
+    one = write_config(tmp_path / "one.yaml", base=base)
+    with pytest.raises(ConfigError, match=r"base=one.yaml leads back to .*one.yaml; remove one of these bases"):
         load_config(one)
 
 
@@ -264,29 +203,6 @@ def test_a_default_that_is_written_out_is_the_same_config(tiny_config):
     explicit = tiny_config | {"owlore": {"num_active_layers": 2, "resample_every": 50, "rank": 128}}
     one, other = (TrainingSettings.from_config(OmegaConf.create(config)).cfg for config in (implicit, explicit))
     assert changed_fields(OmegaConf.to_container(one), OmegaConf.to_container(other)) == []
-
-
-def test_an_evaluation_of_data_files_alone_is_validated(monkeypatch, tmp_path):
-    config = OmegaConf.load(find_config("eval/local_choices"))
-    del config.tasks
-    config.scorng = "generate"
-    OmegaConf.save(config, tmp_path / "eval.yaml")
-    overrides = ["data_files.mine=mine.json"]
-    monkeypatch.setattr(sys, "argv", ["owlore", "validate", "--config", str(tmp_path / "eval.yaml"), *overrides])
-    with pytest.raises(SystemExit, match="unknown key scorng; did you mean scoring"):
-        cli.main()
-
-
-def test_overrides_and_files(tmp_path):
-    cfg = load_config("smollm2/135M_owlore", ["owlore.num_active_layers=2", "owlore.rank=null"])
-    assert cfg.owlore.num_active_layers == 2
-    assert cfg.owlore.rank is None
-    (tmp_path / "mine.yaml").write_text("a: 1")
-    assert load_config(str(tmp_path / "mine.yaml")).a == 1
-    with pytest.raises(
-        ConfigError, match="no file and no packaged config named smolm2/135M_owlore; available: smollm2"
-    ):
-        find_config("smolm2/135M_owlore")
 
 
 def test_a_dtype_that_is_not_given_depends_on_the_device(monkeypatch):

@@ -12,30 +12,30 @@ from families import FAMILIES
 from forks import Command
 from live_bytes import LiveBytes
 from omegaconf import OmegaConf
+from places import refused
 from tiny import tiny_llama
 from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.config.load import load_config, override
+from owlore_tune import cli
+from owlore_tune.config.load import override
 from owlore_tune.distributed.fsdp import Sharding
 from owlore_tune.errors import ConfigError
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.memory import plan as memory_plan
 from owlore_tune.memory.peers import peer_plans
-from owlore_tune.memory.plan import MemoryPlan, Method, plan_memory
+from owlore_tune.memory.plan import CATEGORIES, MemoryPlan, Method, plan_memory
 from owlore_tune.memory.step import StepShape, _fused_as_on
 from owlore_tune.models.hf import hf_decoder
 from owlore_tune.training.components import build_trained_model
 from owlore_tune.training.config import TrainingSettings
 from owlore_tune.training.plan import (
     FREE_SHARE,
-    fastest_that_fits,
     plan_run,
     plans_of_config,
     savings,
     seq_len_to_plan,
-    settings_of_step,
 )
 from runs import recipe_of
 
@@ -56,22 +56,24 @@ def plan(
     return plan_memory(model, loss_fn, Method({"rank": 8} | options | outside, num_active, 8.0), shape, device=CPU)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_without_data_holds_what_a_real_one_holds(checkpointing):
-    """Compare with an independent count of the same model with data."""
-    shape = StepShape(batch_size=4, seq_len=32, checkpointing=checkpointing)
-    planned = plan(shape, num_active=4, rank=None)
-    model, loss_fn = tiny_llama(), LinearCrossEntropyLoss()
+def assert_as_real(planned: MemoryPlan, model, shape: StepShape) -> None:
+    """Compare the plan of a step that trains all layers with an independent count of ``model`` with data."""
+    loss_fn = LinearCrossEntropyLoss()
     model.requires_grad_(False).layers.requires_grad_(True)
     loss_fn.set_model_output(model)
-    if checkpointing:
+    if shape.checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy={type(model.layers[0])})
     with LiveBytes(model) as real:
-        tokens = torch.zeros(4, 32, dtype=torch.long)
+        tokens = torch.zeros(shape.batch_size, shape.seq_len, dtype=torch.long)
         loss_fn(model(tokens), tokens).backward()
-    assert planned.gradients + planned.activations + planned.logits + planned.temporary == pytest.approx(
-        real.most, rel=0.03
-    )
+    counted = planned.gradients + planned.activations + planned.logits + planned.temporary
+    assert counted == pytest.approx(real.most, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_without_data_holds_what_a_real_one_holds(checkpointing):
+    shape = StepShape(batch_size=4, seq_len=32, checkpointing=checkpointing)
+    assert_as_real(plan(shape, num_active=4, rank=None), tiny_llama(), shape)
 
 
 LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
@@ -88,20 +90,11 @@ def test_attention_that_a_cpu_cannot_fuse_is_planned(fields):
     fields |= dict(num_attention_heads=4, num_key_value_heads=4, pad_token_id=0)
     with torch.device("meta"):
         empty = hf_decoder(**fields)
-    shape = StepShape(batch_size=1, seq_len=256)
-    planned = plan(shape, num_active=3, rank=None, model=empty)
-    model, loss_fn = hf_decoder(**fields), LinearCrossEntropyLoss()
-    model.requires_grad_(False).layers.requires_grad_(True)
-    loss_fn.set_model_output(model)
-    with LiveBytes(model) as real:
-        tokens = torch.zeros(1, 256, dtype=torch.long)
-        loss_fn(model(tokens), tokens).backward()
-    assert planned.gradients + planned.activations + planned.logits + planned.temporary == pytest.approx(
-        real.most, rel=0.03
-    )
-    on_gpu = plan_memory(
-        empty, loss_fn, Method({"rank": None}, 3, 8.0), shape, device=torch.device("cuda"), framework=0
-    )
+    shape, loss_fn = StepShape(batch_size=1, seq_len=256), LinearCrossEntropyLoss()
+    planned = plan(shape, num_active=3, rank=None, model=empty, loss_fn=loss_fn)
+    assert_as_real(planned, hf_decoder(**fields), shape)
+    method = Method({"rank": None}, 3, 8.0)
+    on_gpu = plan_memory(empty, loss_fn, method, shape, device=torch.device("cuda"), framework=0)
     assert on_gpu.activations < planned.activations
 
 
@@ -190,13 +183,6 @@ def test_moments_of_16_bits_are_planned_for_what_trains_in_them(tiny_config):
     assert plan_run(settings, 32).moments == pytest.approx(expected, rel=1e-4)  # with counters of steps
 
 
-@pytest.mark.parametrize("value", ["2k", 0, -5, 512.5])
-def test_a_bad_length_of_rows_is_refused_without_a_model(value, tiny_config):
-    changes = {"tokenizer": tiny_config["tokenizer"] | {"path": "/nowhere", "max_seq_len": value}}
-    with pytest.raises(ConfigError, match="tokenizer.path=/nowhere has no tokenizer.json"):
-        seq_len_to_plan(TrainingSettings.from_config(OmegaConf.create(tiny_config | changes)), None)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("method", ["owlore", "full"])
@@ -267,21 +253,8 @@ def test_the_command_prints_every_category_and_draws_a_picture(tmp_path):
     output, errors = command.communicate()
     assert command.returncode == 0, errors
     assert "Planning for rows of tokenizer.max_seq_len=512" in errors + output
-    first_words = [line.split()[0] for line in output.splitlines()]
-    wanted = [
-        "weights",
-        "projected",
-        "moments",
-        "bases",
-        "gradients",
-        "activations",
-        "logits",
-        "temporary",
-        "framework",
-        "allocator",
-        "total",
-    ]
-    assert [word for word in first_words if word in wanted] == wanted
+    categories = [line.split()[0] for line in output.splitlines() if line.split()[0] in (*CATEGORIES, "total")]
+    assert categories == [*(category for category in CATEGORIES if category not in ("gathered", "merging")), "total"]
     assert picture.stat().st_size > 10_000
 
 
@@ -343,65 +316,24 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     assert 10**8 < peak < len(block)
 
 
-def plain_key(cfg) -> tuple:
-    owlore = cfg.owlore
-    return cfg.batch_size, cfg.gradient_accumulation_steps, cfg.enable_activation_checkpointing, owlore.weights
-
-
-@pytest.fixture
-def one_layer(tiny_config) -> dict:
-    """A config in bf16 whose plans take little time."""
+def test_settings_that_fit_a_card_are_found(tiny_config, tmp_path, capsys, monkeypatch):
+    """With the same rows per step, and a tenth of the card free."""
     small = {"model": {"num_layers": 1}, "owlore": {"num_active_layers": 1}}
-    return tiny_config | {key: tiny_config[key] | value for key, value in small.items()} | {"dtype": "bf16"}
+    config = tiny_config | {key: tiny_config[key] | value for key, value in small.items()} | {"dtype": "bf16"}
+    cfg = OmegaConf.create(config | {"batch_size": 1, "gradient_accumulation_steps": 2})
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    command = ["owlore", "memory", "--config", str(tmp_path / "config.yaml"), "--seq-len", "64", "--fit"]
 
+    def total(*overrides):
+        return plan_run(TrainingSettings.from_config(override(cfg, overrides)).for_gpu(), 64).total
 
-def test_the_fastest_settings_that_fit_a_card(one_layer, monkeypatch):
-    cfg = OmegaConf.create(one_layer | {"batch_size": 1, "gradient_accumulation_steps": 2})
-    every = settings_of_step(TrainingSettings.from_config(cfg), 64)
-    assert every == sorted(every) and len(every) == 2 * 2 * 3  # batches of 1 and 2 rows
-    assert {each.batch_size * each.accumulation for each in every} == {2}
-    plans = {
-        each: plan_run(TrainingSettings.from_config(override(cfg, each.overrides())).for_gpu(), 64) for each in every
-    }
-    known = {plain_key(override(cfg, each.overrides())): plan for each, plan in plans.items()}
-    monkeypatch.setattr("owlore_tune.training.plan.plan_run", lambda settings, seq_len: known[plain_key(settings.cfg)])
-    cards = [plan.total / FREE_SHARE for plan in plans.values()]
-    found = fastest_that_fits(cfg, 64, [1e5, *cards])  # nothing fits the first one
-    assert found.keys() == set(cards)
-    for card, (setting, plan) in found.items():
-        fastest = next(each for each in every if plans[each].total <= FREE_SHARE * card)
-        assert (setting, plan) == (fastest, plans[fastest])
-        assert fastest_that_fits(cfg, 64, [card]) == {card: (setting, plan)}
-    smallest = " ".join(min(plans, key=lambda each: plans[each].total).overrides())
-    for card, rest in ((1e5, "Set a smaller owlore.num_active_layers or"), (1e3, "Its weights alone take")):
-        with pytest.raises(
-            ConfigError, match=rf"nothing fits {card / 1e9:g} GB .*smallest plan is .*, with {smallest}. {rest}"
-        ):
-            fastest_that_fits(cfg, 64, [card])
-
-
-def test_full_precision_is_fastest_for_experts():
-    """Experts in other formats are dequantized in every pass."""
-    formats = {}
-    for name in ("olmoe/1B_7B_owlore", "llama3_2/1B_owlore"):
-        settings = TrainingSettings.from_config(load_config(name, ["device=cpu", "dtype=bf16"]))
-        formats[name] = [setting.format for setting in settings_of_step(settings, 512)]
-    assert [found[0] for found in formats.values()] == ["full", "int8"]
-    assert all(set(found) == {"full", "int8", "nf4"} for found in formats.values())
-
-
-def test_chunks_of_the_loss_are_as_large_as_a_card_allows(one_layer):
-    """If they dequantize an output head. 16 rows have 1,024 positions."""
-    cfg = OmegaConf.create(one_layer | {"batch_size": 16, "gradient_accumulation_steps": 1})
-
-    def fit(card, *overrides):
-        return fastest_that_fits(override(cfg, overrides), 64, [card])[card]
-
-    setting, plan = fit(1e12)
-    assert setting.format == "int8" and setting.overrides()[-1] == "loss.chunk_size=1024"
-    shorter = setting._replace(chunk_size=None)
-    least = plan_run(TrainingSettings.from_config(override(cfg, shorter.overrides())).for_gpu(), 64)
-    assert least.total < plan.total
-    assert fit(plan.total / FREE_SHARE) == (setting, plan)
-    assert fit(least.total / FREE_SHARE) == (shorter, least)
-    assert fit(1e12, "loss.chunk_size=1024")[0] == fit(1e12, "owlore.train_output=true")[0] == shorter
+    least = total("enable_activation_checkpointing=true", "owlore.weights=nf4")
+    for gb in (1.01 * least / FREE_SHARE / 1e9, 24):
+        monkeypatch.setattr(sys, "argv", [*command, str(gb)])
+        cli.main()
+        overrides = capsys.readouterr().out.splitlines()[0].split()
+        found = override(cfg, overrides)
+        assert found.batch_size * found.gradient_accumulation_steps == 2
+        assert total(*overrides) <= FREE_SHARE * 1e9 * gb
+    message = refused(cli.main, [*command[1:], str(0.5 * least / 1e9)], capsys, monkeypatch)
+    assert "with a tenth free; the smallest plan is" in message

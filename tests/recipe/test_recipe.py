@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from reference import outlier_scores
 from transformers import AutoModelForCausalLM
 
 from owlore_tune.layers.scores import Outlier
-from runs import changed_by_draw, finetune, prepare, read_weights, variant, weights
+from owlore_tune.training.report import read_records
+from runs import assert_weights, changed_by_draw, checkpoints, finetune, prepare, read_weights, variant, weights
 
 COSINE = {
     "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
@@ -69,29 +71,30 @@ def test_a_run_by_name_from_another_directory(tiny_config, tmp_path):
     ids=["checkpointing", "chunked loss", "plain loss"],
 )
 def test_how_it_is_computed_changes_nothing(tiny_config, changes):
-    finetune(tiny_config)
-    other = variant(tiny_config, "other", **changes)
-    finetune(other)
-    for name, weight in weights(tiny_config).items():
-        torch.testing.assert_close(weight, weights(other)[name], atol=2e-5, rtol=0, msg=name)
+    assert_near(tiny_config, variant(tiny_config, "other", **changes), 2e-5)
+
+
+def assert_near(one: dict, other: dict, atol: float) -> None:
+    """Train by both configs, and compare the final weights."""
+    finetune(one), finetune(other)
+    expected, got = weights(one), weights(other)
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, atol=atol, rtol=0, msg=name)
 
 
 def test_accumulated_micro_batches_train_like_one_batch(tiny_config):
     full = variant(tiny_config, "full", owlore__rank=None, batch_size=8)
     split = variant(full, "split", batch_size=2, gradient_accumulation_steps=4)
-    assert finetune(full).progress.step == finetune(split).progress.step == 5
-    for name, weight in weights(full).items():
-        torch.testing.assert_close(weight, weights(split)[name], atol=2e-5, rtol=0, msg=name)
+    assert_near(full, split, 2e-5)
+    assert checkpoints(full)[-1].name == checkpoints(split)[-1].name == "step_5"
 
 
 def test_the_same_seed_gives_the_same_bits(tiny_config):
-    finetune(tiny_config)
-    again = variant(tiny_config, "again")
-    finetune(again)
-    assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(tiny_config).items())
-    other = variant(tiny_config, "other", seed=1)
-    finetune(other)
-    assert not all(torch.equal(weight, weights(other)[name]) for name, weight in weights(tiny_config).items())
+    first, again, other = (variant(tiny_config, name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    for config in (first, again, other):
+        finetune(config)
+    assert_weights(again, weights(first))
+    assert not all(torch.equal(weight, weights(other)[name]) for name, weight in weights(first).items())
 
 
 @pytest.mark.parametrize(
@@ -127,11 +130,7 @@ def test_bf16_packed_with_everything_trained(tiny_config):
 
 @pytest.mark.slow
 def test_compiled_layers_train_alike(tiny_config):
-    compiled = variant(tiny_config, "compiled", compile=True)
-    finetune(tiny_config)
-    finetune(compiled)
-    for name, weight in weights(tiny_config).items():
-        torch.testing.assert_close(weight, weights(compiled)[name], atol=1e-4, rtol=0, msg=name)
+    assert_near(tiny_config, variant(tiny_config, "compiled", compile=True), 1e-4)
 
 
 def test_several_datasets_are_chained(tiny_config):
@@ -163,7 +162,7 @@ def test_validation_schedule_profiler_and_tensorboard(tiny_config):
     shown.Reload()
     for name in ("loss", "lr", "grad_norm", "backward_seconds", "tokens_per_second", "peak_memory_gb"):
         values = [make_ndarray(event.tensor_proto).item() for event in shown.Tensors(name)]
-        assert values == pytest.approx([step[name] for step in recipe.report.records.steps], rel=1e-6)
+        assert values == pytest.approx([step[name] for step in read_records(recipe.run.path / "steps.jsonl")], rel=1e-6)
     assert [event.step for event in shown.Tensors("val_loss")] == [0, 4, 8, 10]
     assert list(Path(f"{output}/traces").rglob("*.json*"))
 
@@ -185,42 +184,41 @@ def test_a_draw_that_changes_nothing_is_reported(tiny_config, caplog):
     assert "did not change in the draw of step 0: its steps were skipped, or the updates were 0" in caplog.text
 
 
+def with_long_prompts(config: dict, which: Iterable[int], number: int = 40) -> str:
+    """Write the first rows of the data, some of which are cut off before their answers, and return the file."""
+    rows = json.loads(Path(config["dataset"]["data_files"]).read_text())[:number]
+    for i in which:
+        rows[i]["instruction"] *= 50
+    file = Path(config["output_dir"]).with_name("long.json")
+    file.write_text(json.dumps(rows))
+    return str(file)
+
+
 def test_samples_without_trained_tokens_do_not_poison_the_step(tiny_config):
     """A prompt longer than max_seq_len leaves no trained tokens; their mean would be NaN."""
-    config = variant(tiny_config, "short", batch_size=1, gradient_accumulation_steps=4)
-    data = Path(config["dataset"]["data_files"]).with_name("long.json")
-    rows = json.loads(Path(config["dataset"]["data_files"]).read_text())
-    for row in rows[::2]:
-        row["instruction"] *= 50
-    data.write_text(json.dumps(rows))
-    config["dataset"]["data_files"] = str(data)
-    config["tokenizer"]["max_seq_len"] = 64
+    changes = {"dataset__data_files": with_long_prompts(tiny_config, range(0, 40, 2)), "tokenizer__max_seq_len": 64}
+    config = variant(tiny_config, "short", batch_size=1, gradient_accumulation_steps=4, **changes)
     recipe = finetune(config)
     assert recipe.progress.skipped_steps == 0
     assert all(weight.isfinite().all() for weight in weights(config).values())
 
 
 def test_a_step_without_trained_tokens_has_no_loss(tiny_config):
-    rows = json.loads(Path(tiny_config["dataset"]["data_files"]).read_text())[:4]
-    rows[1]["instruction"] *= 50
-    data = Path(tiny_config["output_dir"]).with_name("long.json")
-    data.write_text(json.dumps(rows))
-    changes = {"dataset__data_files": str(data), "tokenizer__max_seq_len": 64, "batch_size": 1, "shuffle": False}
+    data = with_long_prompts(tiny_config, [1], number=4)
+    changes = {"dataset__data_files": data, "tokenizer__max_seq_len": 64, "batch_size": 1, "shuffle": False}
     recipe = finetune(variant(tiny_config, "cut", **changes, dataset_val=None))
-    lines = [json.loads(line) for line in (recipe.run.path / "steps.jsonl").read_text().splitlines()]
-    assert [step["loss"] is None for step in lines] == [False, True, False, False]
+    steps = read_records(recipe.run.path / "steps.jsonl")
+    assert [step["loss"] is None for step in steps] == [False, True, False, False]
+    assert recipe.progress.skipped_steps == 0
 
 
 def test_the_held_out_loss_is_that_of_transformers(tiny_config, tiny_dir):
     """Over rows that fill no whole number of batches, one of which is cut off before its answer."""
-    rows = json.loads(Path(tiny_config["dataset_val"]["data_files"]).read_text())[:10]
-    rows[4]["instruction"] *= 50
-    data = Path(tiny_config["output_dir"]).with_name("held_out.json")
-    data.write_text(json.dumps(rows))
-    changes = {"dataset_val__data_files": str(data), "tokenizer__max_seq_len": 64, "batch_size_val": 1}
+    data = with_long_prompts(tiny_config, [4], number=10)
+    changes = {"dataset_val__data_files": data, "tokenizer__max_seq_len": 64}
     losses = []
     for size in (1, 3):
-        recipe = prepare(variant(tiny_config, f"val_{size}", **changes | {"batch_size_val": size}))
+        recipe = prepare(variant(tiny_config, f"val_{size}", **changes, batch_size_val=size))
         recipe.validate("now")
         losses.append(recipe.report.records.losses["now"])
         recipe.cleanup()
@@ -271,7 +269,8 @@ def test_clipping_shortens_the_steps(tiny_config):
 
 def test_the_schedule_ends_with_the_run(tiny_config):
     config = variant(tiny_config, "cosine", lr_scheduler=COSINE, dataset_val=None)
-    rates = [step["lr"] for step in finetune(config).report.records.steps]
+    finetune(config)
+    rates = [step["lr"] for step in read_records(Path(config["output_dir"]) / "steps.jsonl")]
     peak = config["optimizer"]["lr"]
     assert len(rates) == 10 and max(rates) == pytest.approx(peak) and rates[-1] < 0.05 * peak
 
@@ -283,15 +282,11 @@ def test_activation_checkpointing_wraps_the_layers(tiny_config):
 
 
 def test_every_epoch_has_another_order(tiny_config):
-    recipe = prepare(variant(tiny_config, "epochs", epochs=2))
-    epochs = [
-        [row for _ in range(10) for batch in recipe.inputs.data.micro_batches() for row in batch["tokens"].tolist()]
-    ]
-    epochs += [
-        [row for _ in range(10) for batch in recipe.inputs.data.micro_batches() for row in batch["tokens"].tolist()]
-    ]
-    first, second = ([[token for token in row if token] for row in rows] for rows in epochs)  # without padding
-    assert first != second and sorted(first) == sorted(second)
+    data, epochs = prepare(variant(tiny_config, "epochs", epochs=2)).inputs.data, []
+    for _ in range(2):
+        rows = [row for _ in range(10) for batch in data.micro_batches() for row in batch["tokens"].tolist()]
+        epochs.append([[token for token in row if token] for row in rows])  # without padding
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1])
 
 
 def test_a_run_too_short_for_its_schedules_logs_warnings(tiny_config, caplog):
@@ -331,13 +326,8 @@ def test_the_docs_training_example_runs(tokens):
     def loss(model, batch):
         return model(batch).logsumexp(-1).mean()
 
-    names = {
-        "Outlier": Outlier,
-        "model": model,
-        "calibration_batches": [{"tokens": tokens}],
-        "batches": [tokens] * 3,
-        "loss": loss,
-    }
+    names = {"Outlier": Outlier, "model": model, "calibration_batches": [{"tokens": tokens}]}
+    names |= {"batches": [tokens] * 3, "loss": loss}
     exec(code, names)
     changed = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert len(changed) == 2

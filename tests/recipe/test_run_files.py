@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from test_resume import assert_same_bits
+from places import with_json
+from safetensors.torch import load_file, save_file
 from tiny import TINY_MODEL, save_tokenizer
 
-from owlore_tune.checkpoints.steps import StepCheckpoints, verify
+from owlore_tune.checkpoints.steps import StepCheckpoints
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.files import cache_directory, files_digest, partial_name, write_json
@@ -20,57 +21,11 @@ from owlore_tune.training.config import TrainingSettings
 from owlore_tune.training.load_weights import score_model
 from owlore_tune.training.output_dir import RUN_FILE
 from owlore_tune.training.report import Records, read_records
-from runs import Killed, after_step, checkpoints, finetune, prepare, variant
+from runs import Killed, assert_resumes_exactly, checkpoints, finetune, finetune_until, prepare, variant
 
 
 def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
-
-
-def test_a_copy_of_a_checkpoint_never_displaces_the_newest(tiny_config):
-    config = variant(tiny_config, "copied", save_every_n_steps=2, keep_last_n=1, dataset_val=None)
-    recipe = prepare(config)
-    output_dir = Path(config["output_dir"])
-    after_step(recipe, 3, lambda: shutil.copytree(output_dir / "step_2", output_dir / "step_100"))
-    recipe.train()
-    recipe.cleanup()
-    assert names(output_dir) >= {"step_10", "step_100"} and not names(output_dir) & {"step_2", "step_8"}
-    verify(output_dir / "step_10")
-    assert [directory.name for directory in checkpoints(config)] == ["step_10"]
-    with pytest.raises(ConfigError, match="has step_100, which this run did not make"):
-        prepare(config | {"resume_from_checkpoint": True})
-    shutil.move(output_dir / "step_100", output_dir / "mine")
-    finetune(config | {"resume_from_checkpoint": True})
-
-
-@pytest.mark.parametrize("weights", ["full", "int8"])
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_directory_that_is_moved_during_a_run_ends_it(weights, replaced, tiny_config, tmp_path):
-    config = variant(tiny_config, "moved", save_every_n_steps=2, dataset_val=None)
-    config["owlore"]["weights"] = weights
-    recipe = prepare(config)
-    output_dir, moved = Path(config["output_dir"]), tmp_path / "elsewhere"
-
-    def move():
-        os.rename(output_dir, moved)
-        if replaced:
-            output_dir.mkdir()
-            (output_dir / "notes.txt").write_text("mine")
-
-    after_step(recipe, 5, move)
-    message = "was moved or replaced during the run, and its files with it. Its checkpoints are there too; move it back"
-    with pytest.raises(RunError, match=message if weights == "full" else "move it back"):
-        recipe.train()
-    recipe.cleanup()
-    assert {"step_2", "step_4", RUN_FILE} <= names(moved)
-    assert not output_dir.exists() if not replaced else names(output_dir) == {"notes.txt"}
-    if replaced:
-        shutil.rmtree(output_dir)
-    os.rename(moved, output_dir)
-    finetune(config | {"resume_from_checkpoint": True})
-    unbroken = variant(config, "unbroken")
-    finetune(unbroken)
-    assert_same_bits(unbroken, config)
 
 
 def test_a_run_that_was_killed_before_it_pruned_prunes_when_it_resumes(tiny_config, monkeypatch):
@@ -138,21 +93,17 @@ def test_checkpoints_have_the_tokenizer_that_trained(weights, tiny_config, tiny_
 
 
 def test_a_model_and_data_that_were_moved_can_go_on_and_changed_ones_cannot(tiny_config, tiny_dir, tiny_data, tmp_path):
-    config = variant(tiny_config, "unbroken", save_every_n_steps=4, dataset_val=None)
-    finetune(config)
+    config = variant(tiny_config, "moved", save_every_n_steps=4, dataset_val=None)
+    finetune_until(config, 5)
     shutil.copytree(tiny_dir, tmp_path / "new place" / "model")
     shutil.copy(tiny_data, tmp_path / "new place" / "data.json")
-    moved = json.loads(json.dumps(config)) | {"resume_from_checkpoint": f"{config['output_dir']}/step_4"}
-    moved["output_dir"] = str(tmp_path / "moved")
-    moved["checkpointer"]["checkpoint_dir"] = str(tmp_path / "new place" / "model")
-    moved["tokenizer"]["path"] = str(tmp_path / "new place" / "model")
-    moved["dataset"]["data_files"] = str(tmp_path / "new place" / "data.json")
-    finetune(moved)
-    assert_same_bits(config, moved)
-    file = tmp_path / "new place" / "model" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"initializer_range": 0.03}))
+    config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "new place" / "model")
+    config["tokenizer"]["path"] = str(tmp_path / "new place" / "model")
+    config["dataset"]["data_files"] = str(tmp_path / "new place" / "data.json")
+    assert_resumes_exactly(config)
+    with_json(str(tmp_path / "new place" / "model" / "config.json"), initializer_range=0.03)
     with pytest.raises(ConfigError, match="config.json changed since .* was saved"):
-        prepare(moved | {"output_dir": str(tmp_path / "third")})
+        prepare(config | {"resume_from_checkpoint": True})
 
 
 def test_a_setting_of_the_environment_that_changed_is_told_without_its_value(tiny_config, monkeypatch):
@@ -162,9 +113,7 @@ def test_a_setting_of_the_environment_that_changed_is_told_without_its_value(tin
     finetune(config)
     monkeypatch.setenv("LR_OF_A_TEST", "0.0007")
     resumed = config | {"resume_from_checkpoint": True}
-    with pytest.raises(
-        ConfigError, match="the value of optimizer.lr, which comes from .* the environment, ch"
-    ) as error:
+    with pytest.raises(ConfigError, match="the value of optimizer.lr, which comes from .* environment") as error:
         prepare(resumed)
     assert "0.0007" not in str(error.value) and "0.0003" not in str(error.value)
     monkeypatch.setenv("LR_OF_A_TEST", "0.0003")
@@ -183,15 +132,12 @@ def test_a_run_in_which_no_token_trains_fails(tiny_config, monkeypatch):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tiny_config, tiny_dir, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(tiny_dir, tmp_path / "model")
     weights = load_file(tiny_dir / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = weights[name][:290].clone()
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    file = tmp_path / "model" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 290}))
+    with_json(str(tmp_path / "model" / "config.json"), vocab_size=290)
     tiny_config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "model")
     tiny_config["model"] = TINY_MODEL | {"vocab_size": 290}
     for start in (prepare, lambda config: score_model(TrainingSettings.from_config(OmegaConf.create(config)))):
@@ -217,14 +163,13 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(tiny_config, tmp_path):
     assert json.loads((Path(config["output_dir"]) / "manifest.json").read_text())["finished"]
 
 
-@pytest.mark.pictures
-def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tiny_config, capsys):
-    recipe = prepare(tiny_config)
-    steps = Path(tiny_config["output_dir"]) / "steps.jsonl"
-    after_step(recipe, 4, lambda: steps.write_text("no record\n"))
-    recipe.train()
-    recipe.cleanup()
-    assert "pictures        cannot be drawn: " in capsys.readouterr().out
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tiny_config, capsys, monkeypatch):
+    def full_disk(run):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("owlore_tune.training.plots.plot_run", full_disk)
+    finetune(tiny_config)
+    assert "pictures        cannot be drawn: No space left on device" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("weights", ["full", "int8"])
@@ -252,7 +197,6 @@ def test_a_record_that_a_full_disk_cuts_leaves_whole_lines(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     records.add_step(record | {"step": 3})
     assert [step["step"] for step in read_records(tmp_path / "steps.jsonl")] == [1, 3]
-    assert [step["step"] for step in records.steps] == [1, 2, 3]
 
 
 def test_a_user_without_a_home_has_no_cache(monkeypatch, tmp_path):
