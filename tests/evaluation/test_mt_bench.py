@@ -169,7 +169,7 @@ def test_a_judge_that_dies_is_asked_only_for_what_is_missing(bench, lm, tmp_path
     assert len(requests_in(log)) == 8  # no request is repeated
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "slow", "empty"])
+@pytest.mark.parametrize("fault", ["429", "slow", "empty"])
 def test_a_passing_failure_is_tried_again(bench, lm, tmp_path, fault):
     with judge_server(tmp_path / "log", fault, "1") as url:
         scores = bench(url, timeout=1).run(lm, "model", tmp_path)["results"]["mt_bench"]
@@ -179,7 +179,7 @@ def test_a_passing_failure_is_tried_again(bench, lm, tmp_path, fault):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("429", "HTTP 429"), ("drip", "timeout"), ("empty", "empty or malformed answer"),
+        ("500", "HTTP 500"), ("drip", "timeout"), ("empty", "empty or malformed answer"),
         ("html", "empty or malformed answer"), ("parts", "empty or malformed answer"),
         ("malformed", "empty or malformed answer"), ("surrogate", "empty or malformed answer"),
         ("deep", "empty or malformed answer"),
@@ -240,7 +240,9 @@ def test_a_question_that_changed_is_answered_and_judged_again(bench, lm, tmp_pat
 
 def test_as_long_as_the_endpoint_asks_for_is_waited(bench, lm, tmp_path):
     with judge_server(tmp_path / "log", "retry_after", "1") as url:
+        started = time.perf_counter()
         bench(url, longest_wait=5.0).run(lm, "model", tmp_path)
+    assert time.perf_counter() - started >= 2  # the judge's own first wait is shorter
     failed = SimpleNamespace(exception=lambda: SimpleNamespace(headers={"Retry-After": "3"}))
     for own, longest, seconds in ((0.5, 60.0, 3.0), (9.0, 60.0, 9.0), (0.5, 2.0, 2.0)):
         assert _wait(lambda _, own=own: own, longest, SimpleNamespace(outcome=failed)) == seconds
