@@ -7,17 +7,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from torchtune.modules import KVCache
 from torchtune.modules.common_utils import local_kv_cache
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from owlore_evals.shared_prefix import SHARE, bytes_per_position
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import RunError
-from owlore_tune.models.decoder import Decoder, hidden_states
+from owlore_tune.models.decoder import Decoder, cached_values, hidden_states
 from owlore_tune.models.hf import HFDecoder, key_value_cache
 
 NOT_FINITE = "the model's outputs are not finite; are its weights damaged, or too large for this dtype?"
+_CPU_SEQUENCES, _MOST_SEQUENCES = 8, 256
+# The sampling of transformers' generate, unless generation_config.json or the task has other values.
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 _SHRINK_AT = 0.75  # share of rows still running; then the others leave the batch
 
 
@@ -72,6 +77,58 @@ def generate(prompts: Prompts, model: Decoder, tokenizer: HFChatTokenizer) -> li
                 chooser.keep_rows(running)
             mask = valid[:, None]
     return generated
+
+
+def sequences_at_once(model: Decoder, length: int, free: int | None) -> int:
+    """Sequences that are generated together, so that their key-value caches and the first forward pass fit.
+
+    The first pass runs all prompts at once. With grouped queries, its activations can take more than the caches.
+
+    Args:
+        length: tokens of the longest sequence, with the new ones.
+        free: as for `tokens_at_once`.
+    """
+    if free is None:
+        return _CPU_SEQUENCES
+    per_token = cached_values(model) * model.tok_embeddings.weight.element_size() + bytes_per_position(model)
+    return min(max(int(SHARE * free) // (per_token * length), 1), _MOST_SEQUENCES)
+
+
+def generation_options(
+    gen_kwargs: dict[str, Any], max_length: int, max_gen_toks: int = 256, defaults: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """Normalize the ``gen_kwargs`` of a task like the harness does. Greedy decoding has temperature 0.
+
+    Args:
+        defaults: the model's own values of the fields of ``SAMPLING``, from its generation_config.json.
+
+    Raises:
+        ValueError: if an option is not supported, or ``max_gen_toks`` leaves no room for a prompt.
+    """
+    options = normalize_gen_kwargs(gen_kwargs, max_gen_toks)
+    given = {key: value for key, value in options.items() if value is not None}
+    if not options["do_sample"]:
+        given["temperature"] = 0.0
+    elif not gen_kwargs.get("temperature"):
+        given.pop("temperature", None)
+    options = SAMPLING | (defaults or {}) | given
+    greedy = options["temperature"] == 0  # and top_k and top_p have no effect
+    valid = {
+        "temperature": options["temperature"] >= 0,
+        "top_k": greedy or (isinstance(options["top_k"], int) and options["top_k"] >= 0),
+        "top_p": greedy or 0 < options["top_p"] <= 1,
+        "repetition_penalty": options["repetition_penalty"] > 0,
+    }
+    if wrong := [f"{name}={options[name]}" for name, is_valid in valid.items() if not is_valid]:
+        raise ValueError(f"generation with {', '.join(wrong)}; it is out of range")
+    neutral = {"num_beams": 1, "min_p": 0.0}
+    known = {"until", "do_sample", "max_gen_toks", *SAMPLING}
+    wanted = {key: value for key, value in options.items() if key not in known}
+    if unknown := [f"{key}={value}" for key, value in wanted.items() if value not in (None, False, neutral.get(key))]:
+        raise ValueError(f"generation with {', '.join(unknown)} is not supported")
+    if options["max_gen_toks"] >= max_length:
+        raise ValueError(f"max_gen_toks={options['max_gen_toks']} leaves no room in {max_length} tokens for a prompt")
+    return options
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from owlore_evals.local_choices import SCORINGS, local_choices_task
-from owlore_evals.local_math import local_math_task
+from owlore_evals.local_tasks import SCORINGS, local_choices_task, local_math_task
 from owlore_tune.errors import ConfigError
 from owlore_tune.files import user_path
 
@@ -39,7 +38,7 @@ def load_tasks(
         names: tasks, groups and tags of the harness, and our tasks in eval/tasks.
         data_root: directory with copies of hub datasets, for example ``DATA_ROOT/cais/mmlu`` for cais/mmlu. Missing
             datasets are loaded from the hub.
-        data_files: maps task names to JSON files (local_math.py for ``last_number``, otherwise local_choices.py).
+        data_files: maps task names to JSON files (see local_tasks.py).
         scoring: how ``data_files`` are scored.
         plain_prompts: for evaluations without a chat template: ask local files and mmlu_dev_worked as training with
             ``chat_template: plain`` does. The format of all other tasks is the harness's.

@@ -1,19 +1,19 @@
-"""An LLM judge behind an OpenAI-compatible endpoint, built on lm-evaluation-harness's API model."""
+"""An LLM judge behind an OpenAI-compatible endpoint, and its ratings."""
 
 import asyncio
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from aiohttp import ClientError, ClientResponseError, ClientSession
-from lm_eval.models.api_models import JsonChatStr
-from lm_eval.models.openai_completions import LocalChatCompletion
+from aiohttp import ClientError, ClientResponseError, ClientSession, ClientTimeout, TCPConnector
 from omegaconf import DictConfig, OmegaConf
 from tenacity import RetryCallState, retry, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tqdm.asyncio import tqdm_asyncio
 
 from owlore_tune.config.components import check_keys
 from owlore_tune.config.schema import check_type
@@ -21,7 +21,8 @@ from owlore_tune.errors import ConfigError
 
 Chat = list[dict[str, str]]
 _MALFORMED = "empty or malformed answer"
-LARGEST_REPLY = 2**20  # bytes, decompressed; 2048 tokens take about 1 % of this
+# FastChat's patterns with a limit on digits. Without one, a long digit string takes quadratic time.
+_RATINGS = (re.compile(r"\[\[(\d{1,9}\.?\d{0,9})\]\]"), re.compile(r"\[(\d{1,9}\.?\d{0,9})\]"))
 
 
 @dataclass(frozen=True)
@@ -82,91 +83,77 @@ def check_url(base_url: Any) -> None:
         raise ConfigError(f"judge.base_url={base_url}; it must begin with http:// or https:// and a host")
 
 
-class Judge(LocalChatCompletion):
+class Judge:
     """Sends judgment requests concurrently. Failed requests are retried; the final failures are counted.
 
     Requests have the same fields as those of FastChat's judge: model, messages, n=1, temperature=0, max_tokens=2048.
 
     Args:
         on_judgment: called with the index of a request and the judge's text as soon as the text arrives.
+
+    Attributes:
+        failures: the reason for each failed request.
     """
 
     def __init__(self, config: JudgeConfig, on_judgment: Callable[[int, str], None]) -> None:
         path = "/chat/completions"
-        super().__init__(
-            base_url=config.base_url.rstrip("/").removesuffix(path) + path,
-            model=config.model,
-            num_concurrent=config.num_concurrent,
-            timeout=config.timeout,
-            max_retries=1,  # retries are handled below, because a failure here would abort all requests
-        )
+        self._url = config.base_url.rstrip("/").removesuffix(path) + path
+        self._config = config
         self._key = os.environ[config.api_key_env] if config.api_key_env else ""
         self._on_judgment = on_judgment
-        self._retry = retry(
+        self._post_until_answered = retry(
             retry=retry_if_exception(_is_passing),
             stop=stop_after_attempt(config.max_retries),
             wait=partial(_wait, wait_random_exponential(multiplier=2, max=config.longest_wait), config.longest_wait),
             reraise=True,
-        )
-        self.failures: list[str] = []  # the reason for each failed request
-
-    @property
-    def api_key(self) -> str:
-        return self._key
-
-    @property
-    def header(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        )(self._post)
+        self.failures: list[str] = []
 
     def ask(self, chats: list[Chat]) -> None:
         """Judge ``chats``. Results go to ``on_judgment``, errors to ``failures``."""
-        requests = [JsonChatStr(json.dumps(chat, ensure_ascii=False)) for chat in chats]
-        asyncio.run(
-            self.get_batched_requests(requests, cache_keys=list(range(len(chats))), generate=True, gen_kwargs={})
-        )
+        asyncio.run(self._ask_all(chats))
 
-    def _create_payload(self, messages: Chat, **kwargs: Any) -> dict[str, Any]:
-        return {"model": self.model, "messages": messages, "n": 1, "temperature": 0, "max_tokens": 2048}
+    async def _ask_all(self, chats: list[Chat]) -> None:
+        places = asyncio.Semaphore(self._config.num_concurrent)
+        async with ClientSession(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=ClientTimeout(total=self._config.timeout),
+            connector=TCPConnector(limit=self._config.num_concurrent),
+            raise_for_status=True,
+        ) as session:
+            asked = [self._ask(session, places, number, chat) for number, chat in enumerate(chats)]
+            await tqdm_asyncio.gather(*asked, desc="Judging")
 
-    async def amodel_call(self, session, sem, messages, *, cache_keys, **kwargs) -> list[str]:  # type: ignore[override]
-        payload = self._create_payload(self.create_message(messages))
-
-        async def attempt() -> str:
-            async with asyncio.timeout(self.timeout):
-                text = await self._post(session, payload)
-            return text.replace(self._key, "***") if self._key else text
-
+    async def _ask(self, session: ClientSession, places: asyncio.Semaphore, number: int, chat: Chat) -> None:
         try:
-            async with sem:  # also between attempts: others would use up what the endpoint allows in a minute
-                text = await self._retry(attempt)()
+            async with places:  # also between attempts: others would use up what the endpoint allows in a minute
+                text = await self._post_until_answered(session, chat)
         except (ClientError, TimeoutError, ValueError) as error:
             self.failures.append(_reason(error))
-            return [""]
-        self._on_judgment(cache_keys[0], text)
-        return [text]
+        else:
+            self._on_judgment(number, text.replace(self._key, "***") if self._key else text)
 
-    async def _post(self, session: ClientSession, payload: dict[str, Any]) -> str:
-        """Return the judge's text. Unlike the harness's own call, this limits the size of the reply.
+    async def _post(self, session: ClientSession, chat: Chat) -> str:
+        """Return the judge's text.
 
         Raises:
-            ValueError: if the reply is too large or malformed, or has no valid text.
+            ValueError: if the reply is malformed, or has no valid text.
             ClientError: if the endpoint rejects the request or the connection breaks.
         """
-        async with session.post(self.base_url, json=payload, headers=self.header) as response:
-            response.raise_for_status()
-            content = bytearray()
-            async for chunk in response.content.iter_chunked(2**16):
-                content += chunk
-                if len(content) > LARGEST_REPLY:
-                    raise ValueError(f"answer of more than {LARGEST_REPLY:,} bytes")
+        async with session.post(self._url, json=self.payload(chat)) as response:
+            content = await response.read()
         try:
-            (text,) = self.parse_generations(outputs=json.loads(content))
+            text = json.loads(content)["choices"][0]["message"]["content"]
             text.encode()  # a lone surrogate could not be written to a file
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(_MALFORMED) from error
         if not text.strip():
             raise ValueError(_MALFORMED)
         return text
+
+    def payload(self, chat: Chat) -> dict[str, Any]:
+        """The JSON of a request."""
+        return {"model": self._config.model, "messages": chat, "n": 1, "temperature": 0, "max_tokens": 2048}
 
 
 def _wait(exponential: Callable[[RetryCallState], float], longest: float, state: RetryCallState) -> float:
@@ -189,3 +176,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ClientResponseError):
         return f"HTTP {error.status}"
     return {"TimeoutError": "timeout", "ValueError": str(error)}.get(type(error).__name__, type(error).__name__)
+
+
+def parse_rating(judgment: str) -> float | None:
+    """Return the first [[rating]], else the first [rating]; None if there is none or it is not in 1 to 10."""
+    found = next(filter(None, (pattern.search(judgment) for pattern in _RATINGS)), None)
+    rating = float(found.group(1)) if found else 0.0
+    return rating if 1 <= rating <= 10 else None

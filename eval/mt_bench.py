@@ -12,6 +12,8 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,9 +23,9 @@ from lm_eval.api.model import LM
 from torchtune.utils import get_logger
 
 from owlore_evals.jsonl import append_line, read_lines
-from owlore_evals.judge import Chat, Judge, JudgeConfig
-from owlore_evals.mt_bench_files import Question, judge_chat, parse_rating, read_files
+from owlore_evals.judge import Chat, Judge, JudgeConfig, parse_rating
 from owlore_tune.errors import ConfigError, RunError
+from owlore_tune.files import user_path
 from owlore_tune.training.plots import plot_radar
 
 log = get_logger("INFO")
@@ -33,7 +35,24 @@ TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0, "stem": 0.1,
     "humanities": 0.1,
 }  # fmt: skip
+WITH_REFERENCE = ("math", "reasoning", "coding")  # categories in which the judge sees gpt-4's answer
+_HOW_TO_GET = (
+    "FastChat's files are needed: judge_prompts.jsonl, mt_bench/question.jsonl, mt_bench/reference_answer/gpt-4.jsonl. "
+    "Run `git clone https://github.com/lm-sys/FastChat` and set data_dir=FastChat/fastchat/llm_judge/data; "
+    "docs/evaluation.md shows an alternative"
+)
 _OF_CATEGORIES = ("score,none", "score_stderr,none", "turn_1,none", "turn_2,none")
+
+Answers = dict[int, list[str]]  # both answers by question id
+Judgments = dict[tuple[int, int, int], dict[str, Any]]  # rows by (question id, turn, repeat)
+
+
+@dataclass(frozen=True)
+class Question:
+    question_id: int
+    category: str
+    turns: list[str]
+    reference: list[str] | None  # gpt-4's answers, if the judge sees them
 
 
 class MTBench:
@@ -59,11 +78,12 @@ class MTBench:
         min_coverage: float = 0.95,
         limit: int | None = None,
     ) -> None:
-        self._questions, self._prompts = read_files(data_dir)
-        if limit is not None:
-            categories = {q.category: [p for p in self._questions if p.category == q.category] for q in self._questions}
-            self._questions = [question for some in categories.values() for question in some[:limit]]
+        questions, self._prompts = read_files(data_dir)
+        categories = dict.fromkeys(question.category for question in questions)
+        self._categories = {name: [q for q in questions if q.category == name][:limit] for name in categories}
+        self._questions = [question for some in self._categories.values() for question in some]
         self._judge_config = judge
+        self._repeats = range(judge.repeats if judge else 0)
         self._max_new_tokens = max_new_tokens
         self._min_coverage = min_coverage
 
@@ -79,12 +99,15 @@ class MTBench:
         answers = self.answer(lm, model_id, directory / "answers.jsonl")
         if self._judge_config is None:
             return _as_results({MT_BENCH: {"answered,none": len(answers)}}, [])
-        judgments, failures = self.judge(answers, directory / "judgments.jsonl")
-        scores = self._scores(judgments)
+        judgments, failures = self._judge(answers, self._judge_config, directory / "judgments.jsonl")
+        scores = {MT_BENCH: self._score(self._questions, judgments)}
+        for category, questions in self._categories.items():
+            score = self._score(questions, judgments)
+            scores[f"{MT_BENCH}_{category}"] = {metric: score[metric] for metric in score if metric in _OF_CATEGORIES}
         self._check_coverage(scores[MT_BENCH]["coverage,none"], failures, directory)
-        rated = {name: values["score,none"] for name, values in scores.items() if "score,none" in values}
-        categories = {name.removeprefix(f"{MT_BENCH}_"): rated[name] for name in rated if name != MT_BENCH}
-        plot_radar(directory / "mt_bench.png", categories, highest=10)
+        means = {category: scores[f"{MT_BENCH}_{category}"].get("score,none") for category in self._categories}
+        rated = {category: mean for category, mean in means.items() if mean is not None}
+        plot_radar(directory / "mt_bench.png", rated, highest=10)
         return _as_results(scores, self._samples(answers, judgments))
 
     def check_saved(self, model_id: str, directory: Path) -> None:
@@ -93,25 +116,24 @@ class MTBench:
         if self._judge_config is not None:
             _rated(directory / "judgments.jsonl")
 
-    def _saved_answers(self, model_id: str, file: Path) -> dict[int, list[str]]:
+    def _saved_answers(self, model_id: str, file: Path) -> Answers:
         answers = {}
-        asks = {question.question_id: _digest(question.turns) for question in self._questions}
+        digests = {question.question_id: _digest(question.turns) for question in self._questions}
         for row in _read(file, ("question_id", "question", "model_id", "max_new_tokens", "choices")):
             if (row["model_id"], row["max_new_tokens"]) != (model_id, self._max_new_tokens):
                 raise ConfigError(
                     f"{file} has answers of model {row['model_id']} with max_new_tokens={row['max_new_tokens']}, but "
                     f"this run has {model_id} with {self._max_new_tokens}; choose another output_dir"
                 )
-            if row["question"] == asks.get(row["question_id"]):
+            if row["question"] == digests.get(row["question_id"]):
                 answers[row["question_id"]] = row["choices"][0]["turns"]
         return answers
 
-    def answer(self, lm: LM, model_id: str, file: Path) -> dict[int, list[str]]:
+    def answer(self, lm: LM, model_id: str, file: Path) -> Answers:
         """Return both answers by question id. Each category is saved to ``file`` before the next one starts."""
         answers = self._saved_answers(model_id, file)
-        asks = {question.question_id: _digest(question.turns) for question in self._questions}
-        for category in dict.fromkeys(question.category for question in self._questions):
-            asked = [q for q in self._questions if q.category == category and q.question_id not in answers]
+        for category, questions in self._categories.items():
+            asked = [question for question in questions if question.question_id not in answers]
             if not asked:
                 continue
             log.info(f"Answering {len(asked)} questions: {category}")
@@ -123,12 +145,12 @@ class MTBench:
             for question, done in zip(asked, turns, strict=True):
                 answers[question.question_id] = done
                 row = {
-                    "question_id": question.question_id, "question": asks[question.question_id], "model_id": model_id,
+                    "question_id": question.question_id, "question": _digest(question.turns), "model_id": model_id,
                     "max_new_tokens": self._max_new_tokens, "choices": [{"index": 0, "turns": done}],
                     "tstamp": time.time(),
                 }  # fmt: skip
                 append_line(file, row)
-        return {question.question_id: answers[question.question_id] for question in self._questions}
+        return answers
 
     def _generate(self, lm: LM, chats: list[Chat], category: str) -> list[str]:
         temperature = TEMPERATURES.get(category, 0.7)  # FastChat's default for other categories
@@ -140,27 +162,22 @@ class MTBench:
             [Instance("generate_until", {}, (prompt, options), number) for number, prompt in enumerate(prompts)]
         )
 
-    def judge(
-        self, answers: dict[int, list[str]], file: Path
-    ) -> tuple[dict[tuple[int, int, int], dict[str, Any]], Counter[str]]:
-        """Return judgments by (question id, turn, repeat), and the number of failed requests by reason.
+    def _judge(self, answers: Answers, config: JudgeConfig, file: Path) -> tuple[Judgments, Counter[str]]:
+        """Return judgments, and the number of failed requests by reason.
 
         A judgment in ``file`` is reused if the endpoint's host, the judge and the request are the same.
         """
-        config = self._judge_config
-        assert config is not None
         known = {(row["host"], row["judge"], row["request"], row["repeat"]): row for row in _rated(file)}
         host = urlsplit(config.base_url).hostname
-        judgments, missing = {}, []
-        for question in self._questions:
-            for turn in (1, 2):
-                chat = judge_chat(self._prompts, question, answers[question.question_id], turn)
-                for repeat in range(config.repeats):
-                    key = (question.question_id, turn, repeat)
-                    if row := known.get((host, config.model, _digest(chat), repeat)):
-                        judgments[key] = row
-                    else:
-                        missing.append((key, chat))
+        judgments: Judgments = {}
+        missing = []
+        for question, turn, repeat in product(self._questions, (1, 2), self._repeats):
+            key = (question.question_id, turn, repeat)
+            chat = judge_chat(self._prompts, question, answers[question.question_id], turn)
+            if row := known.get((host, config.model, _digest(chat), repeat)):
+                judgments[key] = row
+            else:
+                missing.append((key, chat))
 
         def keep(number: int, text: str) -> None:
             key, chat = missing[number]
@@ -171,60 +188,37 @@ class MTBench:
             append_line(file, judgments[key])
 
         judge = Judge(config, keep)
-        if missing:
-            try:
-                judge.ask([chat for _, chat in missing])
-            except OSError as error:
-                raise RunError(f"{file} cannot be written: {error}; run the same command again to resume") from error
+        try:
+            judge.ask([chat for _, chat in missing])
+        except OSError as error:
+            raise RunError(f"{file} cannot be written: {error}; run the same command again to resume") from error
         return judgments, Counter(judge.failures)
 
-    def _scores(self, judgments: dict[tuple[int, int, int], dict[str, Any]]) -> dict[str, dict[str, float]]:
-        """Compute metrics over all questions and per category."""
-        categories = dict.fromkeys(question.category for question in self._questions)
-        scores = {MT_BENCH: self._score(self._questions, judgments)}
-        for category in categories:
-            questions = [question for question in self._questions if question.category == category]
-            score = self._score(questions, judgments)
-            scores[f"{MT_BENCH}_{category}"] = {metric: score[metric] for metric in score if metric in _OF_CATEGORIES}
-        return scores
-
-    def _score(
-        self, questions: list[Question], judgments: dict[tuple[int, int, int], dict[str, Any]]
-    ) -> dict[str, float]:
+    def _score(self, questions: list[Question], judgments: Judgments) -> dict[str, float]:
         """The mean over answers of the median over repeats, with turn means, spread and coverage; only those that are
         numbers, since JSON has no other."""
-        assert self._judge_config is not None
-        repeats = range(self._judge_config.repeats)
-        medians: dict[int, list[float]] = {1: [], 2: []}
-        by_repeat: list[list[float]] = [[] for _ in repeats]
-        judged = unparsable = 0
-        for question in questions:
-            for turn in (1, 2):
-                ratings = []
-                for repeat in repeats:
-                    row = judgments.get((question.question_id, turn, repeat))
-                    judged += row is not None
-                    if row is not None and row["score"] is not None:
-                        ratings.append(row["score"])
-                        by_repeat[repeat].append(row["score"])
-                    elif row is not None:
-                        unparsable += 1
-                if ratings:
-                    medians[turn].append(statistics.median(ratings))
-        expected = 2 * len(questions) * len(repeats)
-        every = medians[1] + medians[2]
-        means = [statistics.fmean(ratings) for ratings in by_repeat if ratings]
-        found = {
-            "score,none": _mean(every),
-            "score_stderr,none": statistics.stdev(every) / math.sqrt(len(every)) if len(every) > 1 else math.nan,
-            "turn_1,none": _mean(medians[1]),
-            "turn_2,none": _mean(medians[2]),
-            "repeat_spread,none": max(means) - min(means) if means else math.nan,
-            "coverage,none": (judged - unparsable) / expected,
+        asked = set(product((question.question_id for question in questions), (1, 2), self._repeats))
+        judged = {key: row["score"] for key, row in judgments.items() if key in asked}
+        by_answer: dict[tuple[int, int], list[float]] = {}
+        by_repeat: dict[int, list[float]] = {}
+        for (question_id, turn, repeat), score in judged.items():
+            if score is not None:
+                by_answer.setdefault((question_id, turn), []).append(score)
+                by_repeat.setdefault(repeat, []).append(score)
+        medians = {answer: statistics.median(scores) for answer, scores in by_answer.items()}
+        values = {"score": list(medians.values())}
+        values |= {f"turn_{turn}": [value for key, value in medians.items() if key[1] == turn] for turn in (1, 2)}
+        found = {f"{name},none": statistics.fmean(some) for name, some in values.items() if some}
+        if len(medians) > 1:
+            found["score_stderr,none"] = statistics.stdev(medians.values()) / math.sqrt(len(medians))
+        if means := [statistics.fmean(scores) for scores in by_repeat.values()]:
+            found["repeat_spread,none"] = max(means) - min(means)
+        unparsable = sum(score is None for score in judged.values())
+        return found | {
+            "coverage,none": (len(judged) - unparsable) / len(asked),
             "unparsable,none": unparsable,
-            "missing,none": expected - judged,
+            "missing,none": len(asked) - len(judged),
         }
-        return {metric: value for metric, value in found.items() if not math.isnan(value)}
 
     def _check_coverage(self, coverage: float, failures: Counter[str], directory: Path) -> None:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in failures.most_common())
@@ -238,26 +232,22 @@ class MTBench:
                 "judge.num_concurrent if the endpoint limits the rate"
             )
 
-    def _samples(
-        self, answers: dict[int, list[str]], judgments: dict[tuple[int, int, int], dict[str, Any]]
-    ) -> list[dict[str, Any]]:
+    def _samples(self, answers: Answers, judgments: Judgments) -> list[dict[str, Any]]:
         """Return one sample per answer, in the format of the harness's tracker."""
-        assert self._judge_config is not None
         samples = []
-        for question in self._questions:
-            for turn in (1, 2):
-                found = [judgments.get((question.question_id, turn, r)) for r in range(self._judge_config.repeats)]
-                chat = judge_chat(self._prompts, question, answers[question.question_id], turn)
-                text = answers[question.question_id][turn - 1]
-                samples.append(
-                    {
-                        "doc_id": question.question_id, "doc": {"category": question.category, "turns": question.turns},
-                        "turn": turn, "target": "", "arguments": [(json.dumps(chat),)], "resps": [[text]],
-                        "filtered_resps": [row and row["judgment"] for row in found],
-                        "scores": [row and row["score"] for row in found], "filter": "none", "metrics": ["score"],
-                        "doc_hash": _digest(question.turns), "prompt_hash": _digest(chat), "target_hash": _digest(""),
-                    }
-                )  # fmt: skip
+        for question, turn in product(self._questions, (1, 2)):
+            found = [judgments.get((question.question_id, turn, repeat)) for repeat in self._repeats]
+            texts = answers[question.question_id]
+            chat = judge_chat(self._prompts, question, texts, turn)
+            samples.append(
+                {
+                    "doc_id": question.question_id, "doc": {"category": question.category, "turns": question.turns},
+                    "turn": turn, "target": "", "arguments": [(json.dumps(chat),)], "resps": [[texts[turn - 1]]],
+                    "filtered_resps": [row and row["judgment"] for row in found],
+                    "scores": [row and row["score"] for row in found], "filter": "none", "metrics": ["score"],
+                    "doc_hash": _digest(question.turns), "prompt_hash": _digest(chat), "target_hash": _digest(""),
+                }
+            )  # fmt: skip
         return samples
 
 
@@ -299,11 +289,6 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return statistics.fmean(values) if values else math.nan
-
-
 def _as_results(scores: dict[str, dict[str, float]], samples: list[dict[str, Any]]) -> dict[str, Any]:
     better = {"score": True, "turn_1": True, "turn_2": True}
     return {
@@ -314,3 +299,49 @@ def _as_results(scores: dict[str, dict[str, float]], samples: list[dict[str, Any
         "higher_is_better": dict.fromkeys(scores, better),
         "samples": {MT_BENCH: samples} if samples else {},
     }
+
+
+def read_files(data_dir: str | None) -> tuple[list[Question], dict[str, dict[str, str]]]:
+    """Read questions with references, and the judge's prompts by name, from FastChat's files.
+
+    Raises:
+        ConfigError: if a file is missing or malformed.
+    """
+    if data_dir is None:
+        raise ConfigError(f"data_dir is not set. {_HOW_TO_GET}")
+    root = user_path(data_dir)
+    names = ("mt_bench/question", "mt_bench/reference_answer/gpt-4", "judge_prompts")
+    try:
+        questions, references, prompts = (
+            [json.loads(line) for line in (root / f"{name}.jsonl").open() if line.strip()] for name in names
+        )
+        reference = {row["question_id"]: row["choices"][0]["turns"] for row in references}
+        by_name = {row["name"]: row for row in prompts}
+        found = []
+        for row in questions:
+            seen = reference[row["question_id"]] if row["category"] in WITH_REFERENCE else None
+            found.append(Question(row["question_id"], row["category"], row["turns"], seen))
+            for texts in filter(None, (row["turns"], seen)):
+                if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+                    raise ValueError(f"question {row['question_id']} does not have two turns of text")
+            for turn in (1, 2):  # check that all placeholders of the prompts can be filled
+                judge_chat(by_name, found[-1], ["", ""], turn)
+    except OSError as error:
+        raise ConfigError(f"data_dir={data_dir}: {error}. {_HOW_TO_GET}") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ConfigError(f"data_dir={data_dir} does not have FastChat's format: {error!r}") from error
+    if not found:
+        raise ConfigError(f"data_dir={data_dir}: mt_bench/question.jsonl has no questions. {_HOW_TO_GET}")
+    return found, by_name
+
+
+def judge_chat(prompts: dict[str, dict[str, str]], question: Question, answers: list[str], turn: int) -> Chat:
+    """Build the request to grade the answer of ``turn`` (1 or 2)."""
+    name = ("single-math-v1" if question.reference else "single-v1") + ("-multi-turn" if turn == 2 else "")
+    values = {"question": question.turns[0], "answer": answers[0]}
+    numbered = {"question": question.turns, "answer": answers, "ref_answer": question.reference or []}
+    for kind, texts in numbered.items():
+        values |= {f"{kind}_{number}": text for number, text in enumerate(texts, start=1)}
+    system = prompts[name]["system_prompt"]
+    messages = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": prompts[name]["prompt_template"].format(**values)}]

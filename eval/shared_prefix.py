@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchtune.utils import get_logger
 
-from owlore_tune.models.decoder import Decoder, hidden_states
+from owlore_tune.models.decoder import Decoder, find_layers, hidden_states
 
 log = get_logger("INFO")
 
@@ -22,6 +22,8 @@ _HEAD_POSITIONS = 512  # per call of the output head, to limit the memory of log
 _LEAST_SHARED = 32  # tokens of common prefix that contexts need to share a row
 # Most tokens in a row of several contexts, or twice their common prefix if that is more: attention is quadratic.
 _ROW_TOKENS = 2048
+SHARE = 0.5  # of the free memory; the rest is for logits, masks and fragmentation
+_CPU_TOKENS, _MOST_TOKENS = 2_048, 65_536
 
 
 @dataclass
@@ -122,6 +124,25 @@ def make_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
     remaining = iter(rows)
     for first in remaining:
         yield [first, *islice(remaining, max(0, batch_tokens // len(first) - 1))]
+
+
+def tokens_at_once(model: Decoder, free: int | None) -> int:
+    """Positions of a forward pass without gradients.
+
+    Args:
+        free: bytes of free memory on the device, see `owlore_tune.measure.free_bytes`; None for a CPU.
+    """
+    if free is None:
+        return _CPU_TOKENS
+    return min(max(int(SHARE * free) // bytes_per_position(model), _CPU_TOKENS), _MOST_TOKENS)
+
+
+def bytes_per_position(model: Decoder) -> int:
+    """Bytes of a forward pass without gradients for each position: activations of one layer."""
+    layer = next(iter(find_layers(model)))
+    width = model.tok_embeddings.weight.shape[1]
+    widest = max(parameter.numel() // width for parameter in layer.parameters() if parameter.ndim == 2)
+    return (8 * width + 4 * widest) * model.tok_embeddings.weight.element_size()
 
 
 @torch.inference_mode()

@@ -10,10 +10,11 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from omegaconf import DictConfig, ListConfig
 
+from owlore_evals.generation import generation_options
 from owlore_evals.harness import averages, check_fewshot, leaf_tasks, load_tasks
 from owlore_evals.judge import JudgeConfig, check_url
 from owlore_evals.mt_bench import MT_BENCH, MTBench
-from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
+from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_tune.config.schema import COUNT, LARGEST_COUNT, Range, check_fields, check_type, config_field
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError

@@ -5,31 +5,33 @@ import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import Collator, handle_stop_sequences, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torchtune.data import Message
 from torchtune.modules.common_utils import delete_kv_caches
 from tqdm import tqdm
 
-from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
-from owlore_evals.generation import NOT_FINITE, Prompts, generate
-from owlore_evals.ranks import patient_world, share
-from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows, warn_if_cut
+from owlore_evals.generation import NOT_FINITE, SAMPLING, Prompts, generate, generation_options, sequences_at_once
+from owlore_evals.shared_prefix import Result, Row, make_batches, make_rows, score_rows, tokens_at_once, warn_if_cut
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.distributed.launch import current_world
+from owlore_tune.distributed.world import ALONE, World
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.measure import free_bytes
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.hf import HFDecoder
 
-# The sampling of transformers' generate, unless generation_config.json or the task has other values.
-_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+# The other ranks wait while rank 0 loads datasets or waits for a judge.
+_PATIENCE = timedelta(days=7)
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation)
 
 
@@ -39,13 +41,15 @@ class TorchtuneLM(TemplateLM):
     Continuations of one context share one row (shared_prefix.py). Rows are sorted by length to reduce padding. The
     longest come first, so an out-of-memory error shows up early.
 
-    Under torchrun, each rank has a model. Pass the adapter of rank 0 to the harness; the other ranks call `serve`.
+    Under torchrun, each rank has a model. Pass the adapter of rank 0 to the harness; the other ranks call `serve`. Only
+    rank 0 talks to the harness, so results do not depend on the number of ranks: few-shot examples are drawn once, and
+    there is one cache and one set of files.
 
     Args:
         model: the model with loaded weights, on its device.
         tokenizer: the model's tokenizer.
         batch_tokens: positions per forward pass, including padding. None starts with what fits in the memory of the
-            device, see `owlore_evals.batch_sizes`. Halved on out-of-memory errors until it fits.
+            device, see `owlore_evals.shared_prefix.tokens_at_once`. Halved on out-of-memory errors until it fits.
         batch_size: sequences per generation batch. None starts with what fits for the longest request; halved in the
             same way.
         max_length: longest input in tokens; None is the model's limit. Longer inputs are truncated on the left.
@@ -70,7 +74,7 @@ class TorchtuneLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.model = model.eval()
-        self._world = patient_world()
+        self._world = _patient_world()
         self.tokenizer = tokenizer
         parameter = next(model.parameters())
         self._dtype = parameter.dtype
@@ -106,7 +110,7 @@ class TorchtuneLM(TemplateLM):
         """On ranks other than 0: process work until rank 0 calls `dismiss`."""
         while (work := self._world.share(None)) is not None:
             method, items = work
-            share(self._world, getattr(self, method), items)
+            _share(self._world, getattr(self, method), items)
 
     def dismiss(self) -> None:
         """On rank 0: make `serve` return on the other ranks."""
@@ -117,7 +121,7 @@ class TorchtuneLM(TemplateLM):
         for start in range(0, len(items), self._world.size):
             together = items[start : start + self._world.size]
             self._world.share((method, together))
-            yield from share(self._world, getattr(self, method), together)
+            yield from _share(self._world, getattr(self, method), together)
 
     @property
     def eot_token_id(self) -> int:
@@ -274,7 +278,7 @@ class TorchtuneLM(TemplateLM):
             max_new=options["max_gen_toks"],
             until=handle_stop_sequences(options.get("until"), eos=eos),
             seeds=seeds,
-            **{name: options[name] for name in _SAMPLING},
+            **{name: options[name] for name in SAMPLING},
         )
 
     def _generate(self, batch: Prompts) -> list[list[int]]:
@@ -311,38 +315,12 @@ class TorchtuneLM(TemplateLM):
         return None
 
 
-def generation_options(
-    gen_kwargs: dict[str, Any], max_length: int, max_gen_toks: int = 256, defaults: dict[str, float] | None = None
-) -> dict[str, Any]:
-    """Normalize the ``gen_kwargs`` of a task like the harness does. Greedy decoding has temperature 0.
+def _patient_world() -> World:
+    """All processes, over gloo. They wait for each other for days."""
+    return ALONE if current_world().size == 1 else World(dist.new_group(backend="gloo", timeout=_PATIENCE))
 
-    Args:
-        defaults: the model's own values of the fields of ``_SAMPLING``, from its generation_config.json.
 
-    Raises:
-        ValueError: if an option is not supported, or ``max_gen_toks`` leaves no room for a prompt.
-    """
-    options = normalize_gen_kwargs(gen_kwargs, max_gen_toks)
-    given = {key: value for key, value in options.items() if value is not None}
-    if not options["do_sample"]:
-        given["temperature"] = 0.0
-    elif not gen_kwargs.get("temperature"):
-        given.pop("temperature", None)
-    options = _SAMPLING | (defaults or {}) | given
-    greedy = options["temperature"] == 0  # and top_k and top_p have no effect
-    valid = {
-        "temperature": options["temperature"] >= 0,
-        "top_k": greedy or (isinstance(options["top_k"], int) and options["top_k"] >= 0),
-        "top_p": greedy or 0 < options["top_p"] <= 1,
-        "repetition_penalty": options["repetition_penalty"] > 0,
-    }
-    if wrong := [f"{name}={options[name]}" for name, is_valid in valid.items() if not is_valid]:
-        raise ValueError(f"generation with {', '.join(wrong)}; it is out of range")
-    neutral = {"num_beams": 1, "min_p": 0.0}
-    known = {"until", "do_sample", "max_gen_toks", *_SAMPLING}
-    wanted = {key: value for key, value in options.items() if key not in known}
-    if unknown := [f"{key}={value}" for key, value in wanted.items() if value not in (None, False, neutral.get(key))]:
-        raise ValueError(f"generation with {', '.join(unknown)} is not supported")
-    if options["max_gen_toks"] >= max_length:
-        raise ValueError(f"max_gen_toks={options['max_gen_toks']} leaves no room in {max_length} tokens for a prompt")
-    return options
+def _share(world: World, method: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Compute ``[method(item) for item in items]``, split over the ranks."""
+    gathered = world.gather([method(item) for item in items[world.rank :: world.size]])
+    return [gathered[number % world.size][number // world.size] for number in range(len(items))]

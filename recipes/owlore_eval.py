@@ -3,6 +3,7 @@
 tune run [--nproc_per_node N] owlore_eval --config eval/mmlu checkpointer.checkpoint_dir=DIR [field=value ...]
 """
 
+import copy
 import hashlib
 import json
 import time
@@ -24,6 +25,7 @@ from owlore_tune.config.schema import defaults, required
 from owlore_tune.data.tokenizer import HFChatTokenizer, check_vocabulary
 from owlore_tune.distributed.launch import join_process_group, let_gloo_finish
 from owlore_tune.errors import ConfigError
+from owlore_tune.files import user_path
 from owlore_tune.measure import MANIFEST, machine, peak_memory_bytes, versions
 from owlore_tune.models.decoder import find_layers
 from owlore_tune.models.fused import fuse_parts
@@ -51,7 +53,7 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._cfg = cfg = check_config(cfg, REQUIRED, DEFAULTS)
+        self._cfg = cfg = check_config(_of_its_builder(cfg), REQUIRED, DEFAULTS)
         check_suite(cfg)
         self._device, self._dtype = device_and_dtype(cfg)
         self._output_dir = Path(cfg.output_dir).absolute()
@@ -59,7 +61,10 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         self._is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
 
     def validate(self) -> str:
-        """Check the config without reading files. Returns a description of the model."""
+        """Check the config, and the model if it is known without weights. Returns a description of the model."""
+        path = self._cfg.model.get("path")
+        if path is not None and not user_path(path).is_dir():
+            return f"model.path={path} does not exist, so the model is not checked"
         model = self._setup_model()
         return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
 
@@ -135,7 +140,9 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
         info = self.lm.get_model_info()
         names = ("model_dtype", "prefix", "max_length", "generation_seed", "generation_config", "tokenizer_sha")
         settings = [info[name] for name in names] + [self._model_config]
-        settings += [OmegaConf.to_container(self._cfg.model, resolve=True), self._cfg.checkpointer.model_type]
+        model = OmegaConf.to_container(self._cfg.model, resolve=True)
+        assert isinstance(model, dict)
+        settings += [model | {"path": None}, self._cfg.checkpointer.model_type]  # a directory may be moved
         return f"{self._fingerprint}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
     def _manifest(self, seconds: float) -> dict[str, Any]:
@@ -150,6 +157,17 @@ class OwLoreEvalRecipe(EvalRecipeInterface):
             "seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }
+
+
+def _of_its_builder(cfg: DictConfig) -> DictConfig:
+    """``cfg`` without ``model.path`` of the default model, which ``model=BUILDER`` on a command line leaves there."""
+    model = cfg.get("model")
+    if not isinstance(model, DictConfig) or str(model.get("_component_")).endswith("hf_decoder"):
+        return cfg
+    if OmegaConf.is_interpolation(model, "path"):
+        cfg = copy.deepcopy(cfg)
+        del cfg.model.path
+    return cfg
 
 
 @parse

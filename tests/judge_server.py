@@ -4,12 +4,11 @@
 
 It prints its port, and writes each successful request to LOG as a line of JSON. The rating depends only on the request;
 with FAULT `moody`, also on how often it was sent. Other FAULTs: `die` ends the process after NUMBER requests. A status
-such as `429`, `retry_after` (429 with Retry-After of 2 s), `slow`, `malformed`, `truncated`, `html`, `parts` (content
-that is not text) and `empty` break the first NUMBER answers to each request. `no_rating` omits the rating of one
-request in NUMBER. `leak` and `echo` always return the Authorization header, in an error or a judgment.
+such as `429`, `retry_after` (429 with Retry-After of 2 s), `slow`, `drip`, `malformed`, `html`, `parts` (content
+that is not text), `surrogate`, `deep` and `empty` break the first NUMBER answers to each request. `no_rating` omits the
+rating of one request in NUMBER. `leak` and `echo` always return the Authorization header, in an error or a judgment.
 """
 
-import gzip
 import hashlib
 import json
 import os
@@ -58,12 +57,6 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(3)
         if early and FAULT == "malformed":
             return self.reply(200, json.dumps({"choices": [{"delta": "?"}]}))
-        if early and FAULT == "truncated":
-            return self.reply(200, '{"choices": [{"mess')
-        if early and FAULT == "large":
-            return self.reply(200, " " * 3_000_000)
-        if early and FAULT == "zipped":
-            return self.reply(200, gzip.compress(b" " * 5_000_000), encoding="gzip")
         if early and FAULT == "deep":
             return self.reply(200, "[" * 200_000)
         if early and FAULT == "drip":
@@ -91,16 +84,11 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             pass  # the client gave up
 
-    def reply(
-        self, status: int, body: str | bytes, content_type: str = "application/json", retry_after: int = 0,
-        encoding: str = "",
-    ) -> None:  # fmt: skip
-        content = body.encode() if isinstance(body, str) else body
+    def reply(self, status: int, body: str, content_type: str = "application/json", retry_after: int = 0) -> None:
+        content = body.encode()
         try:
             self.send_response(status)
             self.send_header("Content-Type", content_type)
-            if encoding:
-                self.send_header("Content-Encoding", encoding)
             if retry_after:
                 self.send_header("Retry-After", str(retry_after))
             self.send_header("Content-Length", str(len(content)))

@@ -20,13 +20,12 @@ from torchtune.data import Message
 from owlore_eval import OwLoreEvalRecipe
 from owlore_evals import harness, torchtune_lm
 from owlore_evals.harness import load_tasks
-from owlore_evals.local_choices import first_option
+from owlore_evals.local_tasks import first_option, is_right, last_number
 from owlore_evals.results import compare, read_scores, show_answers
-from owlore_tune.config.load import load_config, packaged_configs
+from owlore_tune.config.load import load_config
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 
-EVALS = [name for name, _ in packaged_configs() if name.startswith("eval/")]
 CHOICES = [
     (
         "Which is wet?\n\nAnswer1: fire Answer2: water Answer3: sand\n\nAnswer format: answer1/answer2/answer3",
@@ -84,6 +83,24 @@ def test_mmlu_dev_from_the_installed_harness(make_config, tmp_path, capsys):
     assert len(samples.read_text().splitlines()) == 30
 
 
+def test_a_config_needs_only_the_directory_of_a_model(tiny_dir, make_config, harness_index, tmp_path):
+    """The decoder of transformers scores as torchtune's, which `model` and `checkpointer.model_type` choose."""
+    expected = run(make_config("eval/mmlu_dev", tasks=["mmlu_dev_held_out"], limit=20, max_length=256))
+    changes = [f"checkpointer.checkpoint_dir={tiny_dir}", f"output_dir={tmp_path / 'other'}", "device=cpu"]
+    changes += ["tasks=[mmlu_dev_held_out]", "limit=20", "max_length=256"]
+    got = run(OmegaConf.to_container(load_config("eval/mmlu_dev", changes), resolve=False))
+    assert got["config"]["model_library"] == "transformers" != expected["config"]["model_library"]
+    assert got["results"]["mmlu_dev_held_out"] == expected["results"]["mmlu_dev_held_out"]
+
+
+def test_a_builder_on_the_command_line_gets_no_path_of_the_default_model(tmp_path):
+    """`model=BUILDER` changes only the component."""
+    changes = ["model=torchtune.models.llama2.llama2_7b", "checkpointer.model_type=LLAMA2", "device=cpu"]
+    assert OwLoreEvalRecipe(load_config("eval/mmlu", changes)).validate() == "6,738,415,616 parameters"
+    missing = f"checkpointer.checkpoint_dir={tmp_path / 'none'}"
+    assert "none does not exist" in OwLoreEvalRecipe(load_config("eval/mmlu", [missing, "device=cpu"])).validate()
+
+
 def test_mmlu_dev_examples_are_other_questions_of_the_subject(make_config, tmp_path):
     run(make_config("eval/mmlu_dev", num_fewshot=4, limit=12, max_length=256, apply_chat_template=False))
     (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_*.jsonl")
@@ -132,17 +149,6 @@ def test_mmlu_dev_held_out_is_what_training_leaves(make_config, tmp_path):
     trained = "\n".join(row["instruction"] for row in mmlu_dev_rows("train"))
     assert len(questions) == 45
     assert not any(question in trained for question in questions if len(question) > 40)
-
-
-@pytest.mark.parametrize("template", ["model", "plain"])
-def test_prompts_are_those_of_training(make_config, tmp_path, template):
-    """The chat template is used if and only if training uses it."""
-    config = make_config("eval/mmlu_dev", limit=2)
-    config["tokenizer"]["chat_template"] = template
-    run(config)
-    (samples,) = (tmp_path / "run").glob("samples_mmlu_dev_*.jsonl")
-    for sample in map(json.loads, samples.read_text().splitlines()):
-        assert ("<|user|>" in sample["arguments"]["gen_args_0"]["arg_0"]) == (template == "model")
 
 
 @pytest.mark.parametrize("template", ["model", "plain"])
@@ -275,11 +281,9 @@ THINKING = {
         ({"tasks": ["mmlu"]}, "the data of mmlu is neither .*hf download .* cais/mmlu"),
         ({"tasks": ["mmlu_continuation"]}, "the data of mmlu_continuation is neither .*hf download .* cais/mmlu"),
         ({"tasks": ["logiqa"], "data_root": "SCRIPT"}, "logiqa cannot be loaded: .*scripts .*; choose another task"),
-        ({"tasks": ["humaneval"]}, "humaneval (runs code that the model writes|needs a package|is neither)"),
         ({"max_length": 20, "scoring": "generate", "data_files": {"a": "CHOICES"}}, "max_gen_toks=32 leaves no room"),
         ({"judge": {"base_url": "http://x", "model": "m", "api_key_env": None, "retries": 1}, "data_dir": "/nowhere",
           "tasks": ["mt_bench"]}, r"unknown key judge\.retries"),
-        ({"tokenizer": {"_component_": "torchtune.models.llama2.llama2_tokenizer", "path": "x"}}, 'tokenizer: .*"x"'),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_before_weights_load(make_config, choices_file, tmp_path, monkeypatch, changes, message):
@@ -304,8 +308,6 @@ def test_a_file_that_is_named_as_a_group_is_refused(choices_file, tmp_path, monk
 
 
 def test_arithmetic_problems_are_right_by_their_last_number(make_config, tmp_path, monkeypatch):
-    from owlore_evals.local_math import is_right, last_number
-
     assert last_number("16 - 12 = 4 kids. The answer is 1,204.50.") == 1204.5
     assert last_number("no number") is None and not is_right("no number", 0)
     assert is_right("It was -3. The answer is -3.", -3) and not is_right("4 of 5", 4)
@@ -322,14 +324,21 @@ def test_arithmetic_problems_are_right_by_their_last_number(make_config, tmp_pat
         OwLoreEvalRecipe(OmegaConf.create(config)).setup()
 
 
-def test_results_of_another_model_are_not_mixed(make_config, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("evaluation", r"has results of another model \(other\); choose another directory"),
+        ("training", r"output_dir=.*run holds the training of \w{8}; choose another directory"),
+    ],
+)
+def test_the_manifest_of_another_run_is_not_written_over(kind, message, make_config, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(
-        '{"kind": "evaluation", "run_id": "0123456789abcdef0123456789abcdef", "parent": null}'
-    )
+    run_json = {"kind": kind, "run_id": "0123456789abcdef0123456789abcdef", "parent": None}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run_json))
     (tmp_path / "run" / "manifest.json").write_text('{"fingerprint": "other"}')
-    with pytest.raises(ConfigError, match=r"has results of another model \(other\); choose another directory"):
+    with pytest.raises(ConfigError, match=message):
         run(make_config("eval/mmlu_dev"))
+    assert (tmp_path / "run" / "manifest.json").read_text() == '{"fingerprint": "other"}'
 
 
 def test_compare_puts_runs_side_by_side(tmp_path):
@@ -428,9 +437,8 @@ def test_results_that_cannot_be_written_are_printed(make_config, monkeypatch, ca
     assert "|mmlu_dev|" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tasks", [["mmlu_dev"], ["mmlu_dev_worked"]], ids=["log-likelihoods", "text"])
-def test_a_model_whose_outputs_are_nan_has_no_accuracy(tasks, make_config):
-    recipe = OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", limit=4, tasks=tasks)))
+def test_a_model_whose_outputs_are_nan_has_no_accuracy(make_config):
+    recipe = OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", limit=4)))
     recipe.setup()
     with torch.no_grad():
         recipe.lm.model.layers[1].mlp.w1.weight[0, 0] = math.nan
@@ -438,8 +446,7 @@ def test_a_model_whose_outputs_are_nan_has_no_accuracy(tasks, make_config):
         recipe.evaluate()
 
 
-def test_nan_after_the_first_token_is_found_too(make_config):
-    """Embeddings of tokens that no prompt has are NaN."""
+def test_nan_after_the_first_token_of_an_answer_is_found_too(make_config):
     recipe = OwLoreEvalRecipe(OmegaConf.create(make_config("eval/mmlu_dev", limit=1, tasks=["mmlu_dev_worked"])))
     recipe.setup()
     hidden = []
@@ -474,13 +481,11 @@ def test_examples_of_local_files_are_other_rows(scoring, make_config, tmp_path):
 ROW = {"instruction": "Which? Answer format: a/b", "answer": "a"}
 BAD_ROWS = {
     "a number for a math answer is NaN": ("last_number", {"answer": math.nan}, "answer=nan is not a number"),
-    "it is infinite": ("last_number", {"answer": "Infinity"}, "answer='Infinity' is not a number"),
     "it is true": ("last_number", {"answer": True}, "answer=True is not a number"),
     "it is huge": ("last_number", {"answer": 10**400}, "is not a number"),
     "the answer is no option": ("loglikelihood", {"answer": "c"}, "row 0: answer='c'; its options are"),
     "an option occurs twice": ("loglikelihood", {"instruction": "Answer format: a/b/a"}, "has an option twice: "),
     "the input is a number": ("loglikelihood", {"input": 5}, "row 0 has 5 in field 'input', which is not text"),
-    "the input of a problem is a list": ("last_number", {"answer": 1, "input": []}, "in field 'input', which is no"),
 }  # fmt: skip
 
 
@@ -491,17 +496,6 @@ def test_a_wrong_row_is_told(case, make_config, tmp_path):
     config = make_config("eval/mmlu_dev", tasks=[], data_files={"mine": str(tmp_path / "rows.json")}, scoring=scoring)
     with pytest.raises(ConfigError, match=re.escape(message)):
         OwLoreEvalRecipe(OmegaConf.create(config)).setup()
-
-
-def test_the_manifest_of_a_training_run_is_not_written_over(tiny_config, make_config, tmp_path):
-    from runs import finetune
-
-    config = tiny_config | {"output_dir": str(tmp_path / "run"), "max_steps_per_epoch": 1}
-    finetune(config)
-    before = (tmp_path / "run" / "manifest.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"output_dir=.*run holds the training of \w{8}; choose another directory"):
-        run(make_config("eval/mmlu_dev", limit=2))
-    assert (tmp_path / "run" / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.slow

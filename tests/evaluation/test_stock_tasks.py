@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 from test_eval_recipe import make_config, run  # noqa: F401
 from tiny import TINY_MODEL
 
-from owlore_evals.harness import load_tasks
 from owlore_tune.config.load import load_config
 
 MMLU = 57
@@ -141,9 +140,3 @@ def test_the_gsm8k_suite_has_5_examples(make_config, data_root, tmp_path):  # no
     )
     assert results["n-shot"]["gsm8k"] == 5
     assert {"exact_match,strict-match", "exact_match,flexible-extract"} <= set(results["averages"])
-
-
-def test_only_what_has_a_copy_is_pointed_at_it(data_root):
-    (task,) = load_tasks(["arc_easy"], data_root=str(data_root))
-    assert task.config.dataset_path == str(data_root / "allenai/ai2_arc")
-    assert len(list(task.test_docs())) == 8

@@ -20,11 +20,10 @@ from torchtune.modules import KVCache
 from torchtune.modules.common_utils import local_kv_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, GenerationConfig
 
-from owlore_evals.batch_sizes import sequences_at_once, tokens_at_once
-from owlore_evals.generation import Prompts, _Cache, _Chooser, _has_ended, sample
+from owlore_evals.generation import Prompts, _Cache, _Chooser, _has_ended, generation_options, sample, sequences_at_once
 from owlore_evals.harness import load_tasks
-from owlore_evals.shared_prefix import make_rows
-from owlore_evals.torchtune_lm import TorchtuneLM, generation_options
+from owlore_evals.shared_prefix import make_rows, tokens_at_once
+from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.models.decoder import cached_values
@@ -59,14 +58,6 @@ PROMPTS = [
     "import numpy as",
     "Two plus two is",
     "The sun rises in the",
-    "She opened the door and",
-    "In 1969, astronauts",
-    "Photosynthesis is the process",
-    "My favourite colour is",
-    "The largest planet is",
-    "Roses are red,",
-    "A triangle has",
-    "He sat down because",
 ]
 
 
@@ -295,7 +286,6 @@ def test_an_answer_is_the_text_after_the_reasoning(real, monkeypatch):
 def test_chat_without_generation_prompt_ends_in_the_last_message(real):
     ours, theirs = real
     chat = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "The best answer is "}]
-    assert ours.apply_chat_template(chat, add_generation_prompt=False).endswith("assistant\nThe best answer is ")
     for last in ("The best answer is ", " The best answer is", "B\n", "B"):
         chat[-1]["content"] = last
         got, expected = (lm.apply_chat_template(chat, add_generation_prompt=False) for lm in (ours, theirs))
@@ -461,17 +451,8 @@ def test_what_is_sampled_depends_on_seed_and_context_alone(real):
     alone = [ours.generate_until([request], disable_tqdm=True)[0] for request in together[:3]]
     assert texts[:3] == alone
     assert texts[3] != texts[0]  # a repeated request gets a new sample
-
-
-def test_sampling_is_repeatable_by_seed(real):
-    ours, _ = real
-    options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
-    requests = instances("generate_until", [(prompt, options) for prompt in PROMPTS[:2]])
-    texts = [
-        TorchtuneLM(ours.model, ours.tokenizer, seed=seed).generate_until(requests, disable_tqdm=True)
-        for seed in (0, 0, 1)
-    ]
-    assert texts[0] == texts[1] != texts[2]
+    other = TorchtuneLM(ours.model, ours.tokenizer, seed=1)
+    assert other.generate_until(together, disable_tqdm=True) != texts
 
 
 def test_bos_is_added_once_if_asked_for(real):
