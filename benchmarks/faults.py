@@ -4,8 +4,9 @@
 
 Each run has one fault, right before an operation on a file in its directory: opening a file to write, renaming, linking
 or removing a file, making or removing a directory. The faults are spread evenly over all operations of a run. A killed
-process gets SIGKILL. On two ranks, only the first is killed, and the other has to exit with an error. On a full disk,
-no file can grow over 4 KB from then on: runs may end with an error, or finish if only records or pictures are lost.
+process gets SIGKILL. On two ranks, only the first is killed, and the other has to exit with an error, if it still has
+work. On a full disk, no file can grow over 4 KB from then on: runs may end with an error, or finish if only records or
+pictures are lost.
 
 All checkpoints that are left must be readable, one of those from before the fault must be among them, and no temporary
 file may be left in the end. Final weights must be bit-identical. Runs have 12 steps with a checkpoint every 2, a draw
@@ -38,6 +39,7 @@ from tqdm import tqdm
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.checkpoints.steps import verify
 from owlore_tune.config.load import load_config
+from owlore_tune.distributed.launch import process_group
 from owlore_tune.models.smollm2 import fetch
 from owlore_tune.training.config import TrainingSettings
 from owlore_tune.training.output_dir import RunDirectory
@@ -73,7 +75,8 @@ def try_faults(name: str, scratch: Path, runs: int) -> Found:
         place, output_dir = number * len(operations) // runs, scratch / f"run_{number}"
         codes = train(config, output_dir, num_ranks, notes, place, fill_disk if fills else kill)
         if not fills:
-            assert codes[0] == -signal.SIGKILL and 0 not in codes, f"operation {place}: the run ended with {codes}"
+            assert codes[0] == -signal.SIGKILL, f"operation {place}: the run ended with {codes}"
+            assert 0 not in codes or (output_dir / "step_12").is_dir(), f"a rank did not notice: {codes}"
         found.runs += 1
         found.in_a_save += any(output_dir.glob("step_*.partial"))
         found.unreadable += not readable(output_dir, notes.read_text().splitlines()[-1].split())
@@ -88,7 +91,7 @@ def try_faults(name: str, scratch: Path, runs: int) -> Found:
 
 
 def readable(output_dir: Path, before: list[str]) -> bool:
-    """Whether all checkpoints are readable, and the newest from before the fault is there or has a successor."""
+    """Whether all checkpoints are readable, and the newest from before the fault is still there or has a successor."""
     left = RunDirectory.existing(output_dir).steps.own() if output_dir.is_dir() else []
     try:
         for directory in left:
@@ -96,7 +99,8 @@ def readable(output_dir: Path, before: list[str]) -> bool:
     except Exception as error:
         print(error)
         return False
-    return not before or bool({before[-1]} & {path.name for path in left}) or len(left) >= len(before)
+    steps = [int(name.removeprefix("step_")) for name in (*before, *(path.name for path in left))]
+    return not before or max(steps) in steps[len(before) :]
 
 
 def kill() -> None:
@@ -168,11 +172,12 @@ def train_here(config: dict[str, Any], output_dir: Path) -> None:
     status = 1
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            cfg = OmegaConf.create(config | {"output_dir": str(output_dir)})
-            recipe = OwLoreFullFinetuneRecipe(TrainingSettings.from_config(cfg))
-            recipe.setup()
-            recipe.train()
-            recipe.cleanup()
+            settings = TrainingSettings.from_config(OmegaConf.create(config | {"output_dir": str(output_dir)}))
+            with process_group(settings.device, settings.cfg.dist_timeout_s):
+                recipe = OwLoreFullFinetuneRecipe(settings)
+                recipe.setup()
+                recipe.train()
+                recipe.cleanup()
         status = 0
     except BaseException as error:
         print(f"the run ended: {error!r:.300}", flush=True)

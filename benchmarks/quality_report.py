@@ -2,7 +2,7 @@
 
     python benchmarks/quality_report.py
 
-Reads quality.jsonl. Writes quality.md and quality.png beside it. Only rows of a method's last code count, and methods
+Reads quality.jsonl. Writes quality.md and quality.png beside it. Of several rows of a run, the last one counts. Methods
 whose learning rate is not tuned yet are left out.
 """
 
@@ -36,8 +36,8 @@ def report(rows: list[Row]) -> list[str]:
         "SmolLM2-135M-Instruct on arithmetic problems, 512 packed tokens per step. fp32 and bf16 are the types of "
         "weights; OwLore has them in bf16, and trains A in float32. OwLore, LoRA and BAdam train no embeddings. On "
         "CPUs with AMX, products of fp32 weights are in bfloat16 too. The runs used these CPUs: "
-        f"{'; '.join(processors)}. A step time of 1 is that of {REFERENCE}, which ran in turn with each method on one "
-        f"machine ({_machines(costs)}). Its own value shows the noise.{_earlier_code(costs, runs)} "
+        f"{'; '.join(processors)}. A step time of 1 is that of {REFERENCE}, which was measured together with each "
+        f"method on one machine ({_machines(costs)}). Its own value shows the noise.{_earlier_code(costs, runs)} "
         f"± is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
         "problems, ± their standard error. A method is in a table once its learning rate is tuned for its number of "
         "steps. Commands: `python benchmarks/quality.py --data DIR`, whose docstring "
@@ -59,8 +59,8 @@ def _machines(costs: dict[str, Row]) -> str:
 
 
 def _earlier_code(costs: dict[str, Row], runs: list[Row]) -> str:
-    """Say of which methods the step was measured with other code than that of the runs."""
-    codes = {row["method"]: row["code"] for row in runs}
+    """Say of which methods the step was measured with other code than that of the runs. New rows do not record it."""
+    codes = {row["method"]: row.get("code") for row in runs}
     names = [name for name, cost in costs.items() if cost.get("code") != codes.get(name, cost.get("code"))]
     return f" Step time and memory were measured with earlier code for: {'; '.join(names)}." if names else ""
 
@@ -71,10 +71,8 @@ def budgets(runs: list[Row]) -> list[int]:
 
 
 def runs_that_count(rows: list[Row]) -> list[Row]:
-    """Rows of runs with a method's last code, one for each run."""
-    runs = [row for row in rows if "losses" in row]
-    newest = {row["method"]: row["code"] for row in runs}
-    return list({row["key"]: row for row in runs if row["code"] == newest[row["method"]]}.values())
+    """The last row of each run."""
+    return list({row["key"]: row for row in rows if "losses" in row}.values())
 
 
 def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any], text: str = "") -> list[str]:
@@ -92,13 +90,13 @@ def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any
 
 
 def _other_settings(budget: int, costs: dict[str, Row], others: dict[str, Row], runs: list[Row]) -> list[str]:
-    """A table of the settings of OwLore whose step was measured in turn with that of `OURS`."""
+    """A table of the settings of OwLore whose step was measured against that of `OURS`."""
     if not others:
         return []
     known = {name: cost for name, cost in ({OURS: costs[OURS]} | others).items() if METHODS[name].runner == "owlore"}
     in_time = {name: final_rows(name, steps_in(budget, name, known), runs) for name in known}
     title = f"OwLore with other settings, in the time of {budget} steps of torchtune's full fine-tuning"
-    text = f"The steps of the other settings ran in turn with {OURS}, on {_machines(others)}."
+    text = f"The steps of the other settings were measured together with {OURS}, on {_machines(others)}."
     if full := others.get(REFERENCE):
         text += f" There, its step takes {costs[OURS]['ratio'] / full['ratio']:.2f} of that of {REFERENCE}."
     return _section(title, in_time, known, text)
