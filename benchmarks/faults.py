@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import transformers
-from lib.report import command, machine, parser, publish
+from lib.report import command, machine, parser, publish, table
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -99,8 +99,11 @@ def readable(output_dir: Path, before: list[str]) -> bool:
     except Exception as error:
         print(error)
         return False
-    steps = [int(name.removeprefix("step_")) for name in (*before, *(path.name for path in left))]
-    return not before or max(steps) in steps[len(before) :]
+    return not before or (bool(left) and number_of(left[-1].name) >= number_of(before[-1]))
+
+
+def number_of(step: str) -> int:
+    return int(step.removeprefix("step_"))
 
 
 def kill() -> None:
@@ -159,12 +162,11 @@ def concerns(event: str, args: tuple[Any, ...], directory: str) -> bool:
     """Whether an event of Python's audit is an operation that changes files in ``directory``."""
     if event == "open":
         path, _, flags = args
-        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
-        return bool(writes) and str(path).startswith(directory)
-    if event not in EVENTS:
-        return False
-    in_open_directory = any(isinstance(arg, int) and arg >= 0 for arg in args[1:] if event in ("os.remove", "os.rmdir"))
-    return in_open_directory or any(str(arg).startswith(directory) for arg in args)
+        return isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR) > 0 and str(path).startswith(directory)
+    in_open_directory = event in ("os.remove", "os.rmdir") and any(
+        isinstance(arg, int) and arg >= 0 for arg in args[1:]
+    )
+    return event in EVENTS and (in_open_directory or any(str(arg).startswith(directory) for arg in args))
 
 
 def train_here(config: dict[str, Any], output_dir: Path) -> None:
@@ -192,10 +194,8 @@ def config_for(scratch: Path, weights_format: str) -> dict[str, Any]:
         vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, dtype="float32",
     )  # fmt: skip
+    shutil.copytree(fetch(), scratch / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     transformers.LlamaForCausalLM(shape).save_pretrained(scratch / "model")
-    for file in fetch().iterdir():
-        if "token" in file.name or file.suffix == ".jinja":
-            shutil.copy(file, scratch / "model")
     overrides = [
         "dataset_val=null", "batch_size=1", "gradient_accumulation_steps=2", "max_steps_per_epoch=6", "epochs=2",
         "owlore.resample_every=3", "owlore.outlier_threshold=5", "owlore.calibration_batches=2",
@@ -226,20 +226,14 @@ def main() -> None:
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
     tqdm.monitor_interval = 0
     tqdm.set_lock(threading.RLock())  # the default lock is shared by all processes, and a killed child may hold it
-    lines = [
-        "# Runs that are killed and resumed",
-        "",
-        f"{machine()}. Command: {command()}; its docstring describes the runs.",
-        "",
-        "| | runs | in a save | unreadable checkpoints | not bit-equal | leftovers |",
-        "|---|---|---|---|---|---|",
-    ]
-    bad = 0
+    columns = ["", "runs", "in a save", "unreadable checkpoints", "not bit-equal", "leftovers"]
+    head = ["# Runs that are killed and resumed", "", f"{machine()}. Command: {command()}.", ""]
+    rows, bad = [], 0
     for name in args.kinds:
         with tempfile.TemporaryDirectory() as scratch:
             found = try_faults(name, Path(scratch).resolve(), args.runs)
-        lines.append(f"| {name} | {' | '.join(map(str, vars(found).values()))} |")
-        publish(lines, args.output)  # after every row, because each takes minutes
+        rows.append([name, *map(str, vars(found).values())])
+        publish([*head, *table(columns, rows)], args.output)  # after every row, because each takes minutes
         bad += found.unreadable + found.not_bit_equal + found.leftovers
     sys.exit(f"{bad} faults" if bad else 0)
 

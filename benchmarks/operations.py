@@ -1,12 +1,12 @@
-"""Times of single operations against the same work without this package: layers, bases, scores and checkpoints.
+"""Times of single operations against the same work without this package: layers, bases and checkpoints.
 
     python benchmarks/operations.py [--output benchmarks/operations.md]
 
 Rounds are interleaved, and times are medians. Layers: forward and backward of four layers of LLaMA-2-7B's shapes in
 bfloat16, with activation checkpointing; those that train also clip and step AdamW. They have their bases, which are
 measured on their own: the gradient is a product of an output's gradient and an input, whose singular values decay like
-1/i, and only the SVD needs the product. Scores: against plain forward passes. Checkpoints: against safetensors, which
-writes the same tensors to one file and syncs it.
+1/i, and only the SVD needs the product. Checkpoints: against safetensors, which writes the same tensors to one file and
+syncs it.
 """
 
 import gc
@@ -22,20 +22,15 @@ from pathlib import Path
 import torch
 from lib.report import command, machine, parser, publish
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torchtune import training
-from torchtune.data import padded_collate_packed
 from torchtune.models.llama2 import llama2
 
 from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 from owlore_tune.config.load import load_config
-from owlore_tune.data.datasets import mmlu_dev_dataset
-from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule, layer_scores
+from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule
 from owlore_tune.measure import reuse_freed_memory
 from owlore_tune.models.decoder import find_layers, find_linears
-from owlore_tune.models.smollm2 import fetch, smollm2_135m
 from owlore_tune.optim.bases import sketch, svd_basis, truncate
 from owlore_tune.quantized.linear import quantize
 from owlore_tune.training.config import TrainingSettings
@@ -77,7 +72,10 @@ def layer_step(weights: str, trains: bool, embedded: Tensor) -> Call:
     def step() -> None:
         if trains:
             schedule.begin_step()
-        loss_of(model, embedded).backward()
+        hidden = embedded.clone().requires_grad_()  # a backward through all layers, as below others that train
+        for layer in find_layers(model):
+            hidden = layer(hidden)
+        hidden.float().square().mean().backward()
         if trains:
             torch.nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
             optimizer.step()
@@ -86,13 +84,6 @@ def layer_step(weights: str, trains: bool, embedded: Tensor) -> Call:
     for _ in range(2):  # the first makes the bases, and the second the optimizer's kernels
         step()
     return step
-
-
-def loss_of(model: nn.Module, embedded: Tensor) -> Tensor:
-    hidden = embedded.clone().requires_grad_()  # a backward through all layers, as below others that train
-    for layer in find_layers(model):
-        hidden = layer(hidden)
-    return hidden.float().square().mean()
 
 
 def layers_section() -> list[str]:
@@ -128,27 +119,6 @@ def bases_section(size: int = 2048) -> list[str]:
         *table(medians(calls, 7), "torch.linalg.svd"),
         f"Captured energy / optimum: {', '.join(shares)}.", "",
     ]  # fmt: skip
-
-
-def scores_section(num_batches: int = 8) -> list[str]:
-    directory = str(fetch())
-    with torch.device("meta"):
-        model = smollm2_135m()
-    HFCheckpointer(directory, "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
-    dataset = mmlu_dev_dataset(HFChatTokenizer(directory, max_seq_len=512), packed=True)
-    batches = [padded_collate_packed([dataset[2 * i], dataset[2 * i + 1]]) for i in range(num_batches)]
-    for batch in batches:
-        del batch["labels"]
-
-    @torch.no_grad()
-    def forward() -> None:
-        for batch in batches:
-            model(**batch)
-
-    forward()
-    calls = {"forward passes": forward, "outlier scores": lambda: layer_scores(model, "outlier", batches)}
-    title = f"## Scores of SmolLM2's layers, {num_batches} batches of 2 × 512 tokens, float32"
-    return [title, "", *table(medians(calls, 5), "forward passes")]
 
 
 def checkpoints_section(scratch: Path) -> list[str]:
@@ -187,7 +157,7 @@ def main() -> None:
     reuse_freed_memory(torch.device("cpu"))
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        sections = [*layers_section(), *bases_section(), *scores_section(), *checkpoints_section(Path(scratch))]
+        sections = [*layers_section(), *bases_section(), *checkpoints_section(Path(scratch))]
     lines = ["# Times of single operations", "", f"{machine()}. Command: {command()}.", "", *sections]
     publish(lines[:-1], args.output)
 

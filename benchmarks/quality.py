@@ -65,17 +65,16 @@ def ours(num_active: int | None, rank: int, lrs: tuple[float, ...], **settings: 
 
 
 REFERENCE, OURS = "torchtune full, fp32", "OwLore, all layers, r=64"
-FULL, LORA = {"recipe": "full_finetune_single_device"}, {"recipe": "lora_finetune_single_device"}
+FULL = {"recipe": "full_finetune_single_device"}
 GALORE = {"method": "galore", "every": RESAMPLE_EVERY}
 METHODS = {
     REFERENCE: Method("torchtune", FULL, (3e-5, 1e-4, 3e-4)),
     "torchtune full, bf16": Method("torchtune", FULL | BF16, (3e-5, 1e-4, 3e-4)),
-    "torchtune LoRA, r=16, fp32": Method("torchtune", LORA, (3e-4, 1e-3, 3e-3)),
-    "torchtune LoRA, r=16, bf16": Method("torchtune", LORA | BF16, (3e-4, 1e-3, 3e-3)),
+    "torchtune LoRA, r=16, bf16": Method(
+        "torchtune", {"recipe": "lora_finetune_single_device"} | BF16, (3e-4, 1e-3, 3e-3)
+    ),
     "galore-torch, r=128, fp32": Method("peer", GALORE, (1e-5, 3e-5, 1e-4)),
-    "galore-torch, r=128, bf16": Method("peer", GALORE | BF16, (1e-5, 3e-5, 1e-4)),
     "BAdam, fp32": Method("peer", {"method": "badam"}, (1e-4, 3e-4, 1e-3)),
-    "BAdam, bf16": Method("peer", {"method": "badam"} | BF16, (1e-4, 3e-4, 1e-3)),
     OURS: ours(None, 64, (1e-4, 3e-4, 1e-3)),
     "OwLore, all layers, r=64, int8": ours(None, 64, (1e-4, 3e-4, 1e-3), **INT8),
     "OwLore, γ=5, r=128, K=10": ours(5, 128, (3e-4, 1e-3), **{"owlore.resample_every": 10}),

@@ -8,9 +8,9 @@ whose learning rate is not tuned yet are left out.
 
 import itertools
 import statistics
-from collections.abc import Iterable
 from typing import Any
 
+from lib.report import table
 from matplotlib.figure import Figure
 from quality import METHODS, OURS, REFERENCE, ROWS, SEEDS, costs_of, steps_in
 
@@ -18,12 +18,8 @@ from owlore_evals.jsonl import read_lines
 from owlore_tune.training.plots import BLUE, ORANGE
 
 Row = dict[str, Any]
-HEAD = (
-    "| | step time | steps | lr | seeds | held-out loss | difference | peak memory, GB |",
-    "|---|---|---|---|---|---|---|---|",
-)
+COLUMNS = ["", "step time", "steps", "lr", "seeds", "held-out loss", "difference", "peak memory, GB"]
 MEMORIES = (2.3, 2.7, 3.2, 4.0)  # GB
-FORGETTING = ("| | steps | lr | seeds | held-out loss | loss on MMLU | KL, nats |", "|---|---|---|---|---|---|---|")
 
 
 def report(rows: list[Row]) -> list[str]:
@@ -77,16 +73,30 @@ def runs_that_count(rows: list[Row]) -> list[Row]:
 
 def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any], text: str = "") -> list[str]:
     """A table with a line for each method that has final rows, by method and seed; none for a single method."""
-    first, lines = finals.get(OURS, {}), ["", f"## {title}", "", *([text, ""] if text else []), *HEAD]
-    for name, found in finals.items():
-        if found:
-            cost, one = costs.get(name), next(iter(found.values()))
-            cells = [name, f"{cost['ratio']:.2f}" if cost else "", str(one["steps"]), f"{one['lr']:g}"]
-            cells += [str(len(found)), _mean([row["losses"]["reported"] for row in found.values()])]
-            cells += ["" if name == OURS else _difference(found, first), f"{cost['memory']:.2f}" if cost else ""]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Seeds by CPU: {_cpus(finals.values())}."]
-    return lines if len([found for found in finals.values() if found]) > 1 else []
+    found = {name: own for name, own in finals.items() if own}
+    if len(found) < 2:
+        return []
+    cells = [_cells(name, own, found.get(OURS, {}), costs.get(name)) for name, own in found.items()]
+    seeds: dict[str, set[int]] = {}
+    for seed, row in (pair for own in found.values() for pair in own.items()):
+        seeds.setdefault(row["machine"], set()).add(seed)
+    cpus = "; ".join(f"{name}: {', '.join(map(str, sorted(own)))}" for name, own in sorted(seeds.items()))
+    head = ["", f"## {title}", "", *([text, ""] if text else [])]
+    return [*head, *table(COLUMNS, cells), "", f"Seeds by CPU: {cpus}."]
+
+
+def _cells(name: str, found: dict[int, Row], first: dict[int, Row], cost: Row | None) -> list[str]:
+    """A line of a table. Differences are to the rows of ``first``."""
+    one, losses = next(iter(found.values())), [row["losses"]["reported"] for row in found.values()]
+    paired = [found[seed]["losses"]["reported"] - first[seed]["losses"]["reported"] for seed in found if seed in first]
+    loss, difference = f"{statistics.fmean(losses):.4f}", ""
+    if len(losses) > 1:
+        loss += f" ± {statistics.stdev(losses):.4f}"
+    if paired and name != OURS:
+        error = f" ± {statistics.stdev(paired) / len(paired) ** 0.5:.4f}" if len(paired) > 1 else ""
+        difference = f"{statistics.fmean(paired):+.4f}{error}"
+    time, memory = (f"{cost['ratio']:.2f}", f"{cost['memory']:.2f}") if cost else ("", "")
+    return [name, time, str(one["steps"]), f"{one['lr']:g}", str(len(found)), loss, difference, memory]
 
 
 def _other_settings(budget: int, costs: dict[str, Row], others: dict[str, Row], runs: list[Row]) -> list[str]:
@@ -102,15 +112,6 @@ def _other_settings(budget: int, costs: dict[str, Row], others: dict[str, Row], 
     return _section(title, in_time, known, text)
 
 
-def _cpus(finals: Iterable[dict[int, Row]]) -> str:
-    """The processors, with the seeds that ran on them."""
-    seeds: dict[str, set[int]] = {}
-    for found in finals:
-        for seed, row in found.items():
-            seeds.setdefault(row["machine"], set()).add(seed)
-    return "; ".join(f"{name}: {', '.join(map(str, sorted(own)))}" for name, own in sorted(seeds.items()))
-
-
 def _memory_table(finals: dict[str, dict[int, Row]], costs: dict[str, Any]) -> list[str]:
     """For each memory of the whole process, the methods that fit, the one with the lowest loss first.
 
@@ -119,11 +120,11 @@ def _memory_table(finals: dict[str, dict[int, Row]], costs: dict[str, Any]) -> l
     if not all(finals.values()):
         return []
     losses = {name: _mean_loss(found) for name, found in finals.items()}
-    lines = ["", "| whole process, GB | held-out loss of the methods that fit |", "|---|---|"]
+    rows = []
     for most in MEMORIES:
         fitting = sorted((loss, name) for name, loss in losses.items() if costs[name]["memory"] <= most)
-        lines.append(f"| {most} | {'; '.join(f'{name}: {loss:.4f}' for loss, name in fitting)} |")
-    return lines
+        rows.append([str(most), "; ".join(f"{name}: {loss:.4f}" for loss, name in fitting)])
+    return ["", *table(["whole process, GB", "held-out loss of the methods that fit"], rows)]
 
 
 def _mean_loss(found: dict[int, Row]) -> float:
@@ -131,12 +132,13 @@ def _mean_loss(found: dict[int, Row]) -> float:
 
 
 def _tuning_table(runs: list[Row]) -> list[str]:
-    lines = ["", "## Tuning: losses on the first set with seed 0", "", "| | steps | lr: loss |", "|---|---|---|"]
+    rows = []
     for name in METHODS:
         for steps in _steps_of(name, runs):
-            cells = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in _tuning(name, steps, runs).items())
-            lines.append(f"| {name} | {steps} | {cells} |")
-    return lines
+            losses = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in _tuning(name, steps, runs).items())
+            rows.append([name, str(steps), losses])
+    title = "## Tuning: losses on the first set with seed 0"
+    return ["", title, "", *table(["", "steps", "lr: loss"], rows)]
 
 
 def _forgetting_table(runs: list[Row]) -> list[str]:
@@ -148,19 +150,19 @@ def _forgetting_table(runs: list[Row]) -> list[str]:
             groups.setdefault((row["method"], row["steps"], row["lr"]), []).append(figures)
     if not groups:
         return []
-    lines = [
+    means = {group: [statistics.fmean(some) for some in zip(*own, strict=True)] for group, own in groups.items()}
+    rows = [
+        [name, str(steps), f"{lr:g}", str(len(groups[name, steps, lr])), *(f"{figure:.4f}" for figure in mean)]
+        for (name, steps, lr), mean in sorted(means.items(), key=lambda item: item[1])
+    ]
+    return [
         "", "## Forgetting, by held-out loss",
         "",
         "Means over the seeds that have these measures. Loss on MMLU: over all tokens of 45 questions of MMLU dev and "
         "their worked answers. KL: from the model before training to the trained one, over the tokens of 50 prompts. "
         "No run trains on these tokens.",
-        "", *FORGETTING,
+        "", *table(["", "steps", "lr", "seeds", "held-out loss", "loss on MMLU", "KL, nats"], rows),
     ]  # fmt: skip
-    means = {group: [statistics.fmean(some) for some in zip(*own, strict=True)] for group, own in groups.items()}
-    for (name, steps, lr), mean in sorted(means.items(), key=lambda item: item[1]):
-        cells = [name, str(steps), f"{lr:g}", str(len(groups[name, steps, lr])), *(f"{figure:.4f}" for figure in mean)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
 
 
 def _steps_of(method: str, runs: list[Row]) -> list[int]:
@@ -182,20 +184,6 @@ def final_rows(method: str, steps: int, runs: list[Row]) -> dict[int, Row]:
         return {}
     own = [row for row in runs if (row["method"], row["steps"], row["lr"]) == (method, steps, best)]
     return {row["seed"]: row for row in sorted(own, key=lambda row: row["seed"])}
-
-
-def _mean(losses: list[float]) -> str:
-    spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-    return f"{statistics.fmean(losses):.4f}{spread}"
-
-
-def _difference(found: dict[int, Row], first: dict[int, Row]) -> str:
-    """The mean paired difference, with its standard error if there are several pairs."""
-    paired = [found[seed]["losses"]["reported"] - first[seed]["losses"]["reported"] for seed in found if seed in first]
-    if not paired:
-        return ""
-    error = f" ± {statistics.stdev(paired) / len(paired) ** 0.5:.4f}" if len(paired) > 1 else ""
-    return f"{statistics.fmean(paired):+.4f}{error}"
 
 
 def points(rows: list[Row]) -> dict[str, list[tuple[int, float, float]]]:

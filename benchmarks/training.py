@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from lib.random_weights import write_random
-from lib.report import command, machine, parser, publish
+from lib.report import command, machine, parser, publish, table
 from lib.tune_run import LIB, run_process
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
@@ -288,10 +288,6 @@ def set_typical_draws(cfg: DictConfig, scratch: Path, steps: int, every: int) ->
 
 
 _scores: dict[tuple[str, int], str] = {}  # files of scores by model and calibration data
-
-
-def table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def ratios(results: dict[str, Result], others: list[str]) -> tuple[list[str], dict[str, list[str]]]:
