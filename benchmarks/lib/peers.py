@@ -34,13 +34,7 @@ def galore_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.
     adamw = importlib.import_module("galore_torch.adamw").AdamW
     projected = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not q for q in projected)]
-    group = {
-        "params": projected,
-        "rank": 128,
-        "update_proj_gap": args.resample_every,
-        "scale": 4,
-        "proj_type": "std",
-    }
+    group = {"params": projected, "rank": 128, "update_proj_gap": args.resample_every, "scale": 4, "proj_type": "std"}
     return adamw([{"params": others}, group], lr=args.lr or 1e-4, no_deprecation_warning=True)
 
 
@@ -126,9 +120,8 @@ def main() -> None:
         dataset = instruction_dataset(tokenizer, data_files=args.data, packed=True)
     else:
         dataset = mmlu_dev_dataset(tokenizer, packed=True)
-    loader = DataLoader(
-        dataset, args.batch_size, shuffle=not args.data, drop_last=True, collate_fn=padded_collate_packed
-    )
+    shuffle = not args.data
+    loader = DataLoader(dataset, args.batch_size, shuffle, drop_last=True, collate_fn=padded_collate_packed)
     batches = [batch for _ in range(-(-args.steps // len(loader))) for batch in loader][: args.steps]
     optimizer = OPTIMIZERS[args.method](model, args)
     scheduler = None
@@ -136,12 +129,9 @@ def main() -> None:
         scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup, args.steps)
     logger = StepLogger(args.output)
     for step, batch in enumerate(tqdm(batches, unit="step"), start=1):
-        loss = model(
-            input_ids=batch["tokens"].to(device),
-            position_ids=batch["input_pos"].to(device),
-            labels=batch["labels"].to(device),
-            use_cache=False,  # with a cache, tokens of a packed row attend to the samples before theirs
-        ).loss
+        tokens, positions, labels = (batch[key].to(device) for key in ("tokens", "input_pos", "labels"))
+        # With a cache, tokens of a packed row attend to the samples before theirs.
+        loss = model(input_ids=tokens, position_ids=positions, labels=labels, use_cache=False).loss
         loss.backward()
         if args.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
