@@ -77,10 +77,9 @@ OURS = {
     },
 }  # fmt: skip
 TORCHTUNE = {"torchtune full": "full_finetune", "torchtune LoRA, r=16": "lora_finetune"}
-# These run on the transformers model. The last is our reimplementation of LISA's published code.
-PEERS = {"galore-torch": "galore", "BAdam": "badam", "LISA as published, reimplemented": "lisa"}
+PEERS = {"galore-torch": "galore", "BAdam": "badam"}  # on the transformers model
 METHODS = [*OURS, *TORCHTUNE, *PEERS]
-DRAWS = {row for row, changes in OURS.items() if changes["owlore.num_active_layers"]} | set(list(PEERS)[1:])
+DRAWS = {row for row, changes in OURS.items() if changes["owlore.num_active_layers"]} | {"BAdam"}
 ON_RANKS = ["OwLore, γ=2", "OwLore, γ=5", *TORCHTUNE]
 ON_A_CPU = {  # rows of llama2_7b
     **{row: OURS[row] for row in ("OwLore, γ=5", "OwLore, γ=5, int8", "OwLore, γ=2, NF4", "OwLore, γ=5, NF4")},

@@ -1,10 +1,9 @@
 """A plain training loop on the transformers model, with the published optimizers of other methods.
 
-    python benchmarks/lib/peers.py galore|badam|lisa --model DIR --output steps.jsonl [--data FILE --lr LR ...]
+    python benchmarks/lib/peers.py galore|badam --model DIR --output steps.jsonl [--data FILE --lr LR ...]
 
-galore is `galore-torch`'s AdamW and badam is `badam`'s BlockOptimizer, both from PyPI. lisa reimplements LISA's
-published code: one torch AdamW over all weights, with layers frozen and unfrozen in turn. The state of frozen layers is
-kept. The data, its order and the step log are the same as in the other benchmarks.
+galore is `galore-torch`'s AdamW and badam is `badam`'s BlockOptimizer, both from PyPI. The data, its
+order and the step log are the same as in the other benchmarks.
 """
 
 import argparse
@@ -51,31 +50,7 @@ def badam_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.o
     )
 
 
-class LisaAsPublished:
-    """Trains two layers, redrawn every ``resample_every`` steps. AdamW's state is never released."""
-
-    def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
-        self._layers, self._every, self._steps = model.model.layers, args.resample_every, 0
-        self._draw()
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr or 1e-5, weight_decay=0, fused=True)
-        self.state = self._optimizer.state
-
-    def _draw(self) -> None:
-        self._layers.requires_grad_(False)
-        for layer in random.sample(list(self._layers), 2):
-            layer.requires_grad_(True)
-
-    def step(self) -> None:
-        self._optimizer.step()
-        self._steps += 1
-        if self._steps % self._every == 0:
-            self._draw()
-
-    def zero_grad(self) -> None:
-        self._optimizer.zero_grad()
-
-
-OPTIMIZERS = {"galore": galore_optimizer, "badam": badam_optimizer, "lisa": LisaAsPublished}
+OPTIMIZERS = {"galore": galore_optimizer, "badam": badam_optimizer}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
