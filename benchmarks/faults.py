@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import transformers
+from lib.random_weights import write_random
 from lib.report import command, machine, parser, publish, table
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -40,7 +41,6 @@ from owlore_full_finetune import OwLoreFullFinetuneRecipe
 from owlore_tune.checkpoints.steps import verify
 from owlore_tune.config.load import load_config
 from owlore_tune.distributed.launch import process_group
-from owlore_tune.models.smollm2 import fetch
 from owlore_tune.training.config import TrainingSettings
 from owlore_tune.training.output_dir import RunDirectory
 
@@ -188,28 +188,20 @@ def train_here(config: dict[str, Any], output_dir: Path) -> None:
 
 
 def config_for(scratch: Path, weights_format: str) -> dict[str, Any]:
-    """A config for a random 4-layer LLaMA of 13 MB with SmolLM2's tokenizer, which is saved below ``scratch``."""
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, dtype="float32",
-    )  # fmt: skip
-    shutil.copytree(fetch(), scratch / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    transformers.LlamaForCausalLM(shape).save_pretrained(scratch / "model")
+    """A config for a random 4-layer LLaMA of 1 MB, which is saved below ``scratch``."""
     overrides = [
-        "dataset_val=null", "batch_size=1", "gradient_accumulation_steps=2", "max_steps_per_epoch=6", "epochs=2",
+        "model._component_=torchtune.models.llama2.llama2", "model.vocab_size=2000", "model.num_layers=4",
+        "model.num_heads=4", "model.num_kv_heads=2", "model.embed_dim=64", "model.intermediate_dim=96",
+        "model.max_seq_len=512", "dataset=owlore_tune.data.mmlu_dev_dataset", "~dataset.source", "~dataset.data_files",
+        "gradient_accumulation_steps=2", "max_steps_per_epoch=6", "epochs=2", "tokenizer.max_seq_len=128",
         "owlore.resample_every=3", "owlore.outlier_threshold=5", "owlore.calibration_batches=2",
         "owlore.update_gap=2", "owlore.rank=8", "owlore.num_active_layers=2", f"owlore.weights={weights_format}",
-        "save_every_n_steps=2", "keep_last_n=2", "device=cpu", "tokenizer.max_seq_len=128", "dist_timeout_s=30",
+        "save_every_n_steps=2", "keep_last_n=2", "device=cpu", "dtype=fp32", "dist_timeout_s=30",
         "resume_from_checkpoint=true", f"checkpointer.checkpoint_dir={scratch / 'model'}",
     ]  # fmt: skip
-    config = OmegaConf.to_container(load_config("smollm2/135M_owlore", overrides), resolve=False)
-    model = {
-        "_component_": "torchtune.models.llama3_2.llama3_2", "vocab_size": 49_152, "num_layers": 4, "num_heads": 4,
-        "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 96, "max_seq_len": 512, "rope_base": 10_000,
-        "scale_factor": 1, "norm_eps": 1e-6,
-    }  # fmt: skip
-    return config | {"model": model}
+    cfg = load_config("llama2/7B_owlore", overrides)
+    write_random(cfg, scratch / "model")
+    return OmegaConf.to_container(cfg, resolve=False)
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:

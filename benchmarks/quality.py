@@ -20,8 +20,8 @@ with seed 0, the second is for a choice of other settings, and the third is repo
 of the same number of steps, and the grid is extended until its best value is not at the edge. Each run also measures in
 two ways what the model forgets, see lib/study.py. The first rows do not have these measures.
 
-Every finished run is a line of quality.jsonl, and is not repeated. --row trains one run. If it has a line already, the
-losses of both are printed, and nothing is written.
+Every finished run is a line of quality.jsonl, and is not repeated. --row trains one run, if it has no line yet, and
+prints its losses.
 """
 
 import argparse
@@ -208,17 +208,6 @@ def rounded(lr: float) -> float:
     return float(f"{3 if half_decades % 2 else 1}e{half_decades // 2}")
 
 
-def repeat(study: Study, run: Run) -> None:
-    """Train a run, and print its losses, and those of its line if it has one. If not, it gets one."""
-    known = study.rows.get(run.key)
-    row = study.execute(run)
-    if known is None:
-        append_line(ROWS, row)
-    for title, shown in {"now": row, "line": known}.items():
-        if shown is not None:
-            print(f"{title:6}{json.dumps(shown['losses'])}, {shown['machine']}", flush=True)
-
-
 def run_all(study: Study, methods: list[str], budgets: list[int], workers: int) -> None:
     """Tune all methods and numbers of steps, then train the other seeds."""
     in_time = [(method, steps_in(budget, method, study.costs)) for budget in budgets for method in methods]
@@ -250,7 +239,7 @@ def main() -> None:
         study.measure(methods, args.against)
     elif args.row:
         name, lr, seed, steps = args.row
-        repeat(study, Run(name, float(lr), int(seed), int(steps)))
+        print(json.dumps(study.row(Run(name, float(lr), int(seed), int(steps)))["losses"]))
     elif unknown := {REFERENCE, *methods} - study.costs.keys():
         parser.error(f"run it with --costs first, for {', '.join(sorted(unknown))}")
     else:

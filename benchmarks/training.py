@@ -11,10 +11,10 @@ dtype.
 Step time is the time from one logged step to the next, without the first two. Methods with draws draw every 10 steps,
 and OwLore with all layers makes new bases then. With 12 steps, the mean covers ten steps, one of them with new bases.
 With all layers quantized, each step makes some of them. The backward pass ends at the lowest active layer, so a step's
-time depends on the draw: OwLore has the seed whose timed steps come nearest to the expected depth of backward, and
-BAdam trains the two layers in the middle of the model. For memory, methods with draws also run with a draw at every
-step: its peak is up to the second and the twentieth step. Memory is the resident size of the process on the CPU, and
-the allocator's peak on CUDA.
+time depends on the draw: OwLore draws uniformly, with the seed whose timed steps come nearest to the expected depth of
+backward, and BAdam trains the two layers in the middle of the model. For memory, methods with draws also run with a
+draw at every step: its peak is up to the second and the twentieth step. Memory is the resident size of the process on
+the CPU, and the allocator's peak on CUDA.
 
 llama2_7b needs 14 GB for random weights in /tmp/random. Each run loads them, scores the layers, trains three steps over
 two draws, and saves. distributed measures the first of two ranks: GPUs if there are two, otherwise CPU processes.
@@ -98,6 +98,7 @@ class Model:
     dtype: str
     batch_size: int
     checkpointing: bool
+    num_layers: int
     seq_len: int = 512
 
     def directory(self) -> Path:
@@ -113,8 +114,8 @@ class Model:
 LLAMA = "torchtune.models.llama2"
 MODELS = {
     "smollm2": Model("smollm2/135M_owlore", "owlore_tune.models.smollm2_135m", "owlore_tune.models.lora_smollm2_135m",
-                     "fp32", 2, False),
-    "llama2-7b": Model("llama2/7B_owlore", f"{LLAMA}.llama2_7b", f"{LLAMA}.lora_llama2_7b", "bf16", 1, True),
+                     "fp32", 2, False, 30),
+    "llama2-7b": Model("llama2/7B_owlore", f"{LLAMA}.llama2_7b", f"{LLAMA}.lora_llama2_7b", "bf16", 1, True, 32),
 }  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def command_of(row: str, model: Model, scratch: Path, steps: int, every: int, ra
     }  # fmt: skip
     cfg = OmegaConf.create(made | common)
     if row in DRAWS and row.startswith("OwLore") and steps > 3:
-        set_typical_draws(cfg, scratch, steps, every)
+        set_typical_draws(cfg, model.num_layers, steps, every)
     OmegaConf.save(cfg, scratch / "config.yaml")
     recipe = (
         f"{TORCHTUNE[row]}_{'distributed' if ranks else 'single_device'}"
@@ -253,35 +254,22 @@ def torchtune_state(row: str, model: Model) -> float:
     return 2 * sum(p.nbytes for p in trained) / 1e9
 
 
-def set_typical_draws(cfg: DictConfig, scratch: Path, steps: int, every: int) -> None:
-    """Set a seed for which the mean depth of backward, in the steps from the third on, is nearest to its expectation.
+def set_typical_draws(cfg: DictConfig, num_layers: int, steps: int, every: int) -> None:
+    """Set uniform draws, and the seed whose mean depth of backward, from the third step on, is nearest to the expected.
 
-    The depth is the number of layers from the lowest active one to the top. It depends on the scores.
+    The depth is the number of layers from the lowest active one to the top.
     """
-    key = (cfg.checkpointer.checkpoint_dir, cfg.batch_size)
-    file = scratch / "scores.json"
-    if key not in _scores:
-        OmegaConf.save(cfg, scratch / "score.yaml")
-        score = ["owlore", "score", "--config", str(scratch / "score.yaml"), "--output", str(file)]
-        run_process(score, log=scratch / "score.log")
-        _scores[key] = file.read_text()
-    file.write_text(_scores[key])
-    cfg.owlore.scores_file = str(file)
-    scores = json.loads(_scores[key])["scores"]
 
     def depths(seed: int, count: int) -> list[int]:
-        sampler = LayerSampler(scores, cfg.owlore.num_active_layers, seed=seed)
-        return [len(scores) - min(sampler.draw()) for _ in range(count)]
+        sampler = LayerSampler([1.0] * num_layers, cfg.owlore.num_active_layers, seed=seed)
+        return [num_layers - min(sampler.draw()) for _ in range(count)]
 
     def error(seed: int) -> float:
         found = depths(seed, -(-steps // every))
         return abs(statistics.mean(found[step // every] for step in range(2, steps)) - expected)
 
     expected = statistics.mean(depths(0, 3000))
-    cfg.seed = min(range(300), key=error)
-
-
-_scores: dict[tuple[str, int], str] = {}  # files of scores by model and calibration data
+    cfg.owlore.score, cfg.seed = "uniform", min(range(300), key=error)
 
 
 def ratios(results: dict[str, Result], others: list[str]) -> tuple[list[str], dict[str, list[str]]]:
