@@ -1,20 +1,17 @@
-"""Kernel launches, memory traffic and waits of the host of training on a GPU, counted without one.
+"""Kernel launches and waits of the host of training on a GPU, counted without one.
 
     python benchmarks/gpu_counts.py [--output benchmarks/gpu_counts.md]
 
 A step of LLaMA-2-7B runs on meta tensors, which have shapes and no values. Each operation that is not a view or an
-allocation counts as one kernel; torch's attention and norms are one each, as on a GPU. All kernels but matrix products
-and attention are elementwise; they move their arguments and results once. Each value that the host reads counts as a
-wait, and so does each `torch.linalg.eigh`, which reads whether it succeeded.
+allocation counts as one kernel; torch's attention and norms are one each, as on a GPU. Each value that the host reads
+counts as a wait, and so does each `torch.linalg.eigh`, which reads whether it succeeded.
 """
 
 from typing import Any
 
 import torch
-from lib.report import command, parser, publish
+from lib.report import command, parser, publish, table
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torchtune import training
 from torchtune.models.llama2 import llama2_7b
 
@@ -41,11 +38,11 @@ ALLOCATIONS = {"promote_types", "_unsafe_view", "empty", "empty_like", "empty_st
 
 
 class Counts(TorchDispatchMode):
-    """Counts kernels, FLOPs, bytes that all and that elementwise kernels move, and waits."""
+    """Counts kernels and waits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels = self.waits = self.flops = self.bytes_moved = self.all_bytes_moved = 0
+        self.kernels = self.waits = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -61,20 +58,7 @@ class Counts(TorchDispatchMode):
         if not func.is_view and name not in ALLOCATIONS:
             self.kernels += 1
             self.waits += name == "_linalg_eigh"
-            results = func(*args, **kwargs)
-            formula = flop_registry.get(func.overloadpacket)
-            flops = formula(*args, **kwargs, out_val=results) if formula else 0
-            moved = sum(x.nbytes for x in tree_leaves((args, kwargs, results)) if torch.is_tensor(x))
-            self.flops += flops
-            self.all_bytes_moved += moved
-            self.bytes_moved += moved if flops == 0 else 0
-            return results
         return func(*args, **kwargs)
-
-
-@register_flop_formula(torch.ops.owlore.int8_product)
-def int8_flops(codes: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * codes.numel() * weight[1]
 
 
 def as_one_kernel(name: str, num_inputs: int) -> Any:
@@ -96,9 +80,6 @@ def as_one_kernel(name: str, num_inputs: int) -> Any:
 def compute_as_on_a_gpu() -> None:
     """Have meta tensors take the paths of a GPU: our kernels, and torch's fused attention and norms."""
     attention, norm = as_one_kernel("attention", 3), as_one_kernel("norm", 2)
-    # Causal: half of the pairs of positions, in two products, and in five in backward.
-    register_flop_formula(torch.ops.count.attention)(lambda q, *_, **__: 2 * q.numel() * q[-2])
-    register_flop_formula(torch.ops.count.attention_backward)(lambda grad, *_, **__: 5 * grad.numel() * grad[-2])
     torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: attention(q, k, v)
     torch.nn.functional.rms_norm = lambda x, shape, weight, eps: norm(x, weight)
     formats.has_kernels = fused.has_kernels = lambda device: device.type != "cpu"
@@ -144,16 +125,13 @@ def main() -> None:
         "LLaMA-2-7B, bfloat16, 1 × 512 tokens. A micro-batch is its forward and backward. The head is in full "
         f"precision. Command: {command()}.",
         "",
-        "| run | kernels of a micro-batch | of one that makes the bases | GB that elementwise kernels move in a "
-        "micro-batch | waits of a micro-batch | waits of one that makes the bases | TFLOP | GB that all kernels move |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    columns = ["run", "kernels of a micro-batch", "of one that makes the bases", "waits of a micro-batch"]
+    rows = []
     for name, setting in ROWS.items():
         first, second = count(*setting)
-        lines.append(
-            f"| {name} | {second.kernels} | {first.kernels} | {second.bytes_moved / 1e9:.1f} | {second.waits} "
-            f"| {first.waits} | {second.flops / 1e12:.1f} | {second.all_bytes_moved / 1e9:.1f} |"
-        )
+        rows.append([name, *map(str, (second.kernels, first.kernels, second.waits, first.waits))])
+    lines += table([*columns, "waits of one that makes the bases"], rows)
     publish(lines, args.output)
 
 
