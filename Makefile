@@ -54,16 +54,16 @@ gpu: install
 	$(MAKE) bench
 
 bench: install  # with DATA=DIR, a directory of LLM-Adapters' ARC-Easy and others, evaluation is measured too
-	python benchmarks/methods.py --output benchmarks/methods.md
+	python benchmarks/training.py methods --output benchmarks/methods.md
 	python benchmarks/gpu_counts.py --output benchmarks/gpu_counts.md
-	python benchmarks/llama2_7b.py --output benchmarks/llama2_7b.md
-	python benchmarks/memory_7b.py --output benchmarks/memory_7b.md --picture docs/pictures/memory_7b.png
+	python benchmarks/training.py llama2_7b --output benchmarks/llama2_7b.md
+	python benchmarks/plans.py --output benchmarks/memory_7b.md --picture docs/pictures/memory_7b.png
 	python benchmarks/operations.py --output benchmarks/operations.md
 	python benchmarks/faults.py --output benchmarks/faults.md
-	python benchmarks/distributed.py --rounds 3 --output benchmarks/distributed.md
+	python benchmarks/training.py distributed --rounds 3 --output benchmarks/distributed.md
 ifdef DATA
 	python benchmarks/evaluation.py --data $(DATA) --output benchmarks/evaluation.md
-	python benchmarks/decoders.py --data $(DATA) --output benchmarks/decoders.md
+	python benchmarks/evaluation.py --data $(DATA) --decoder --output benchmarks/decoders.md
 endif
 
 # Accuracy with tuned learning rates and several seeds. It takes many hours. An interrupted study continues after its

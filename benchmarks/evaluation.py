@@ -1,11 +1,12 @@
 """Speed and agreement of evaluation on the torchtune model against lm-evaluation-harness's `--model hf`.
 
     python benchmarks/evaluation.py --data DIR [--rounds 3] [--output benchmarks/evaluation.md]
+    python benchmarks/evaluation.py --data DIR --decoder [--rounds 3] [--output benchmarks/decoders.md]
 
 DIR holds ARC-Easy and ARC-Challenge in LLM-Adapters' format (test.json); their questions are converted to the format of
 the harness's arc tasks. Both models have the same SmolLM2 weights in float32 and get the same requests in interleaved
 rounds. HFLM runs at the batch size that is fastest on a subset of the requests. Generation is compared with
-transformers' `generate`.
+transformers' `generate`. --decoder compares with our own evaluation of SmolLM2 as a decoder of transformers instead.
 """
 
 import json
@@ -14,11 +15,14 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lib.report import command, machine, parser, publish
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,11 +31,13 @@ from owlore_evals.harness import load_tasks
 from owlore_evals.torchtune_lm import TorchtuneLM
 from owlore_tune.checkpoints.hf_weights import HFCheckpointer
 from owlore_tune.data.tokenizer import HFChatTokenizer
+from owlore_tune.models import hf_decoder
 from owlore_tune.models.decoder import Decoder
 from owlore_tune.models.smollm2 import fetch, smollm2_135m
 
 BATCH_SIZES = (1, 4, 8, 16, 32)
 NEW_TOKENS, BATCH = 64, 8
+Generate = Callable[[], list[list[int]]]
 
 
 def ours(directory: Path, build: Callable[[], Decoder] = smollm2_135m, model_type: str = "LLAMA3_2") -> TorchtuneLM:
@@ -85,35 +91,59 @@ def instances(documents: list[list[tuple[str, str]]]) -> list[Instance]:
     ]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def generates(lm: TorchtuneLM | HFLM, prompts: list[str]) -> Generate:
+    """A call that returns the new tokens of each prompt. End tokens are ignored, so that all models make as many."""
+    if isinstance(lm, TorchtuneLM):
+        lm.tokenizer.stop_tokens = []
+        tokens = Prompts([lm.tok_encode(text) for text in prompts], NEW_TOKENS, [], 0.0, [0] * BATCH)
+        return lambda: generate(tokens, lm.model, lm.tokenizer)
+    lm.tokenizer.padding_side = "left"
+    inputs = lm.tokenizer(prompts, return_tensors="pt", padding=True)
+    lm.model.generation_config.eos_token_id = None
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": lm.tokenizer.pad_token_id}
+    return lambda: lm.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def score(name: str, requests: list[Instance], our_lm: TorchtuneLM, hf: HFLM, rounds: int) -> str:
-    """Return a row of the table: documents per second of both, the ratio, and the difference of results."""
-    documents = len({request.doc_id for request in requests})
-    part = requests[: len(requests) // 8]
-    batch_seconds = {}
+def choose_batch_size(hf: HFLM, requests: list[Instance]) -> None:
+    """Set the batch size that is fastest on an eighth of the requests."""
+    spent = {}
     for hf.batch_size_per_gpu in BATCH_SIZES:
-        batch_seconds[hf.batch_size_per_gpu] = seconds(lambda: hf.loglikelihood(part, disable_tqdm=True))
-    best = hf.batch_size_per_gpu = min(batch_seconds, key=batch_seconds.__getitem__)
-    results: dict[str, list] = {}
-    times: dict[str, list[float]] = {"ours": [], "hf": []}
+        spent[hf.batch_size_per_gpu] = timed(partial(hf.loglikelihood, requests[: len(requests) // 8], True))[1]
+    hf.batch_size_per_gpu = min(spent, key=spent.__getitem__)
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of a call, and its seconds."""
+    started = time.perf_counter()
+    return call(), time.perf_counter() - started
+
+
+def in_rounds(name: str, calls: dict[str, Callable[[], Any]], rounds: int) -> tuple[list[Any], list[float]]:
+    """The results of calls, and the median seconds of each in interleaved rounds."""
+    results, times = {}, {who: [] for who in calls}
     for number in range(rounds):
-        for who, lm in (("ours", our_lm), ("hf", hf)):
-            run = lambda lm=lm, who=who: results.update({who: lm.loglikelihood(requests, disable_tqdm=True)})  # noqa: E731
-            times[who].append(seconds(run))
-            print(f"round {number + 1}: {name}: {who}: {documents / times[who][-1]:.2f} documents/s", flush=True)
-    difference = max(abs(a - b) for (a, _), (b, _) in zip(results["ours"], results["hf"], strict=True))
-    flips = sum(
-        a != b for a, b in zip(choices(requests, results["ours"]), choices(requests, results["hf"]), strict=True)
-    )
-    rate, hf_rate = (documents / statistics.median(times[who]) for who in ("ours", "hf"))
+        for who, call in calls.items():
+            results[who], spent = timed(call)
+            times[who].append(spent)
+            print(f"round {number + 1}: {name}: {who}: {spent:.2f} s", flush=True)
+    return list(results.values()), [statistics.median(spent) for spent in times.values()]
+
+
+def score(name: str, requests: list[Instance], models: dict[str, LM], rounds: int) -> str:
+    """A row of the table: documents per second of both models, the ratio, and the difference of results."""
+    batch_size = ""
+    for lm in models.values():
+        if isinstance(lm, HFLM):
+            choose_batch_size(lm, requests)
+            batch_size = f" (batch {lm.batch_size_per_gpu})"
+    calls = {who: partial(lm.loglikelihood, requests, disable_tqdm=True) for who, lm in models.items()}
+    results, spent = in_rounds(name, calls, rounds)
+    difference = max(abs(a - b) for (a, _), (b, _) in zip(*results, strict=True))
+    chosen = [choices(requests, some) for some in results]
+    flips, documents = sum(a != b for a, b in zip(*chosen, strict=True)), len(chosen[0])
     return (
-        f"| {name} | {documents} | {rate:.2f} | {hf_rate:.2f} (batch {best}) | {rate / hf_rate:.2f} "
-        f"| {difference:.1e} of {len(requests)} | {flips} |"
+        f"| {name} | {documents} | {documents / spent[0]:.2f} | {documents / spent[1]:.2f}{batch_size} "
+        f"| {spent[1] / spent[0]:.2f} | {difference:.1e} of {len(requests)} | {flips} |"
     )
 
 
@@ -125,61 +155,55 @@ def choices(requests: list[Instance], results: list[tuple[float, bool]]) -> list
     return [values.index(max(values)) for values in by_document.values()]
 
 
-def generation(prompts: list[str], our_lm: TorchtuneLM, hf: HFLM, rounds: int) -> str:
-    """Return a row: new tokens per second of both. End tokens are ignored, so both generate the same number."""
-    our_lm.tokenizer.stop_tokens = []
-    tokens = Prompts([our_lm.tok_encode(text) for text in prompts], NEW_TOKENS, [], 0.0, [0] * BATCH)
-    hf.tokenizer.padding_side = "left"
-    inputs = hf.tokenizer(prompts, return_tensors="pt", padding=True)
-    hf.model.generation_config.eos_token_id = None
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": hf.tokenizer.pad_token_id}
-    calls = {
-        "ours": lambda: generate(tokens, our_lm.model, our_lm.tokenizer),
-        "hf": lambda: hf.model.generate(**inputs, **options),
-    }
-    made = {who: call() for who, call in calls.items()}  # warm-up
-    same = sum(a == b.tolist()[inputs["input_ids"].shape[1] :] for a, b in zip(made["ours"], made["hf"], strict=True))
-    times: dict[str, list[float]] = {who: [] for who in calls}
-    for number in range(rounds):
-        for who, call in calls.items():
-            times[who].append(seconds(call))
-            rate = BATCH * NEW_TOKENS / times[who][-1]
-            print(f"round {number + 1}: generation: {who}: {rate:.1f} tokens/s", flush=True)
-    rate, hf_rate = (BATCH * NEW_TOKENS / statistics.median(times[who]) for who in ("ours", "hf"))
-    return f"| {rate:.1f} | {hf_rate:.1f} | {rate / hf_rate:.2f} | {same} of {BATCH} |"
+def generation(prompts: list[str], models: dict[str, LM], rounds: int) -> str:
+    """A row of the table: new tokens per second of both models."""
+    calls = {who: generates(lm, prompts) for who, lm in models.items()}
+    in_rounds("warm-up", calls, 1)
+    made, spent = in_rounds("generation", calls, rounds)
+    same = sum(a == b for a, b in zip(*made, strict=True))
+    rates = [f"{BATCH * NEW_TOKENS / each:.1f}" for each in spent]
+    return f"| {rates[0]} | {rates[1]} | {spent[1] / spent[0]:.2f} | {same} of {BATCH} |"
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, required=True)
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--decoder", action="store_true", help="compare decoders of transformers and torchtune")
     args = arguments.parse_args()
     directory = fetch()
-    our_lm, hf = ours(directory), theirs(directory)
+    if args.decoder:
+        title, part = "Evaluation of a decoder of transformers", 3
+        models = {"transformers' decoder": ours(directory, partial(hf_decoder, str(directory)), "HF")}
+        models["torchtune's"] = ours(directory)
+    else:
+        title, part = "Evaluation against `lm_eval --model hf`", 1
+        models = {"ours": ours(directory), "hf": theirs(directory)}
     easy, challenge = (args.data / name / "test.json" for name in ("ARC-Easy", "ARC-Challenge"))
     tasks = {
-        "ARC-Easy form, 0-shot": arc(easy, 120, 0),
-        "ARC-Challenge form, 5-shot": arc(challenge, 32, 5),
-        "MMLU dev, 5-shot, own examples": mmlu(80),
-        "MMLU dev, 5-shot, shared examples": mmlu_of_one_subject(80),
+        "ARC-Easy form, 0-shot": arc(easy, 120 // part, 0),
+        "ARC-Challenge form, 5-shot": arc(challenge, 32 // part, 5),
+        "MMLU dev, 5-shot, own examples": mmlu(80 // part),
+        "MMLU dev, 5-shot, shared examples": mmlu_of_one_subject(80 // part),
     }
-    rows = [score(name, requests, our_lm, hf, args.rounds) for name, requests in tasks.items()]
-    prompts = [request.args[0] for request in tasks["ARC-Easy form, 0-shot"][:: 4 * 11]][:BATCH]
+    prompts = [request.args[0] for request in tasks["ARC-Easy form, 0-shot"][:: 4 * 4]][:BATCH]
+    first, second = models
     lines = [
-        "# Evaluation against `lm_eval --model hf`",
+        f"# {title}",
         "",
         f"SmolLM2-135M, float32 on the CPU, the same requests in {args.rounds} interleaved rounds; {machine()}. "
         f"Command: {command()}.",
         "",
-        "| requests | documents | ours, docs/s | hf, docs/s | ratio | largest difference, nats | changed choices |",
+        f"| requests | documents | {first}, docs/s | {second}, docs/s | ratio | largest difference, nats "
+        "| changed choices |",
         "|---|---|---|---|---|---|---|",
-        *rows,
+        *(score(name, requests, models, args.rounds) for name, requests in tasks.items()),
         "",
-        f"Greedy generation, batch {BATCH}, {NEW_TOKENS} new tokens each, against transformers' `generate`:",
+        f"Greedy generation, batch {BATCH}, {NEW_TOKENS} new tokens each:",
         "",
-        "| ours, tokens/s | hf, tokens/s | ratio | same text |",
+        f"| {first}, tokens/s | {second}, tokens/s | ratio | same text |",
         "|---|---|---|---|",
-        generation(prompts, our_lm, hf, args.rounds),
+        generation(prompts, models, args.rounds),
     ]
     publish(lines, args.output)
 

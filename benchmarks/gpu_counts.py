@@ -1,46 +1,28 @@
-"""Kernel launches, memory traffic and waits of the host of training on a GPU, and compiled graphs, counted without one.
+"""Kernel launches and waits of the host of training on a GPU, counted without one.
 
     python benchmarks/gpu_counts.py [--output benchmarks/gpu_counts.md]
 
 A step of LLaMA-2-7B runs on meta tensors, which have shapes and no values. Each operation that is not a view or an
-allocation counts as one kernel; torch's attention and norms are one each, as on a GPU. All kernels but matrix products
-and attention are elementwise; they move their arguments and results once. Each value that the host reads counts as a
-wait, and so does each `torch.linalg.eigh`, which reads whether it succeeded.
-
-The bound is a roofline estimate, not a measurement: each kernel takes the larger of its FLOPs and its bytes, divided by
-what the card's vendor states, and the host launches a kernel in 5 µs. The larger of both sums is the bound.
-
-Graphs are those of a small model on a CPU, in 24 draws with validation after each.
+allocation counts as one kernel; torch's attention and norms are one each, as on a GPU. Each value that the host reads
+counts as a wait, and so does each `torch.linalg.eigh`, which reads whether it succeeded.
 """
 
-import itertools
-import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lib.report import command, parser, publish
-from torch._dynamo.backends.debugging import aot_eager
-from torch._dynamo.backends.registry import register_backend
+from lib.report import command, parser, publish, table
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torchtune import training
-from torchtune.models.llama2 import llama2, llama2_7b
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from torchtune.models.llama2 import llama2_7b
 
-from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule
-from owlore_tune.layers.grouped import group_experts
+from owlore_tune.layers import ProjectedLayers
 from owlore_tune.loss import LinearCrossEntropyLoss, mean_loss, shift_labels
 from owlore_tune.models import fused
 from owlore_tune.models.decoder import find_layers, find_linears
-from owlore_tune.models.experts import split_experts
 from owlore_tune.models.fused import fuse_parts
 from owlore_tune.optim import bases as projection
-from owlore_tune.optim.weights import ProjectedWeight
 from owlore_tune.quantized import formats
 from owlore_tune.quantized.linear import attach, set_value
-from owlore_tune.training.components import RECOMPILE_LIMIT, compile_parts
 
 META = torch.device("meta")
 ROWS = {  # layers that train, rank, format and products
@@ -53,39 +35,14 @@ ROWS = {  # layers that train, rank, format and products
     "LISA, γ=2": (2, None, "full", "full"),
 }
 ALLOCATIONS = {"promote_types", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"}
-LAUNCH = 5e-6  # seconds of the host
-GRAPHS: list[torch.fx.GraphModule] = []
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a vendor states: dense products per second with sums in float32 or int32, and bytes per second."""
-
-    bf16: float
-    int8: float
-    bandwidth: float
-
-
-CARDS = {"H100": Card(989e12, 1979e12, 3.35e12), "RTX 4090": Card(165e12, 661e12, 1.01e12)}
-
-
-@register_backend(name="counting")
-def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    GRAPHS.append(graph)
-    return aot_eager(graph, inputs)
 
 
 class Counts(TorchDispatchMode):
-    """Counts kernels, FLOPs, bytes that all and that elementwise kernels move, waits, and seconds of each card."""
+    """Counts kernels and waits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels = self.waits = self.flops = self.bytes_moved = self.all_bytes_moved = 0
-        self.seconds = dict.fromkeys(CARDS, 0.0)
-
-    def bound(self, card: str) -> float:
-        """Seconds, see the module's docstring."""
-        return max(self.seconds[card], LAUNCH * self.kernels)
+        self.kernels = self.waits = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -101,26 +58,7 @@ class Counts(TorchDispatchMode):
         if not func.is_view and name not in ALLOCATIONS:
             self.kernels += 1
             self.waits += name == "_linalg_eigh"
-            results = func(*args, **kwargs)
-            formula = flop_registry.get(func.overloadpacket)
-            flops = formula(*args, **kwargs, out_val=results) if formula else 0
-            self._add(name, flops, [x for x in tree_leaves((args, kwargs, results)) if torch.is_tensor(x)])
-            return results
         return func(*args, **kwargs)
-
-    def _add(self, name: str, flops: int, tensors: list[torch.Tensor]) -> None:
-        moved = sum(x.nbytes for x in tensors)
-        self.flops += flops
-        self.all_bytes_moved += moved
-        self.bytes_moved += moved if flops == 0 else 0
-        for name_of_card, card in CARDS.items():
-            products = flops / (card.int8 if "int8" in name else card.bf16)
-            self.seconds[name_of_card] += max(products, moved / card.bandwidth)
-
-
-@register_flop_formula(torch.ops.owlore.int8_product)
-def int8_flops(codes: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * codes.numel() * weight[1]
 
 
 def as_one_kernel(name: str, num_inputs: int) -> Any:
@@ -142,9 +80,6 @@ def as_one_kernel(name: str, num_inputs: int) -> Any:
 def compute_as_on_a_gpu() -> None:
     """Have meta tensors take the paths of a GPU: our kernels, and torch's fused attention and norms."""
     attention, norm = as_one_kernel("attention", 3), as_one_kernel("norm", 2)
-    # Causal: half of the pairs of positions, in two products, and in five in backward.
-    register_flop_formula(torch.ops.count.attention)(lambda q, *_, **__: 2 * q.numel() * q[-2])
-    register_flop_formula(torch.ops.count.attention_backward)(lambda grad, *_, **__: 5 * grad.numel() * grad[-2])
     torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: attention(q, k, v)
     torch.nn.functional.rms_norm = lambda x, shape, weight, eps: norm(x, weight)
     formats.has_kernels = fused.has_kernels = lambda device: device.type != "cpu"
@@ -173,30 +108,6 @@ def count(num_active: int, rank: int | None, weights: str, products: str) -> lis
     return found
 
 
-def count_experts(weights: str, *, trains: bool, together: bool) -> Counts:
-    """Counts of forward and backward of the experts of one layer, with bases if they train."""
-    sizes = dict(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_hidden_layers=1)
-    with META, training.set_default_dtype(torch.bfloat16):
-        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, dtype="bfloat16"))
-        split_experts(model)
-        model.requires_grad_(False)
-        experts = model.model.layers[0].mlp.experts
-        quantize_empty(experts, weights, "full")
-        for _, linear in find_linears(experts) if trains else ():
-            weight = ProjectedWeight(linear, 64, generator=lambda device: None)
-            weight.engage()
-            weight.basis = torch.empty(weight.shape[1], 64)
-        x = torch.empty(4096, 2048, requires_grad=True)
-        choices, shares = torch.zeros(4096, 8, dtype=torch.long), torch.empty(4096, 8)
-    experts._counts = lambda choices: [len(choices) // 128] * 128  # without values, which meta tensors lack
-    if together:
-        group_experts(model, torch.device("cuda"))
-    with Counts() as counts:
-        experts(x, choices, shares).sum().backward()
-    counts.waits += not together  # for the number of tokens of each expert
-    return counts
-
-
 def quantize_empty(module: torch.nn.Module, weights: str, products: str) -> None:
     """Give the Linears of ``module`` quantized weights without values, and free their own."""
     for _, linear in find_linears(module) if weights != "full" else ():
@@ -205,78 +116,22 @@ def quantize_empty(module: torch.nn.Module, weights: str, products: str) -> None
         set_value(linear.weight, linear.weight.new_empty(0))
 
 
-def count_graphs(lengths: tuple[int, ...]) -> int:
-    """Graphs that torch compiles for the layers of a small model."""
-    torch._dynamo.reset()
-    GRAPHS.clear()
-    model = llama2(64, 4, 4, 2, 32, max_seq_len=64, intermediate_dim=48)
-    fuse_parts(model, torch.device("cuda"))
-    layers = ProjectedLayers(model, rank=8)
-    optimizer = torch.optim.AdamW(layers.parameter_groups(), fused=True)
-    schedule = Schedule(layers, optimizer, LayerSampler([1.0] * 4, num_active=2), resample_every=2)
-    compile_parts(LinearCrossEntropyLoss(), model, layers)
-    for step in range(48):
-        schedule.begin_step()
-        tokens = torch.randint(64, (2, lengths[step % len(lengths)]))
-        model(tokens).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            model(tokens)
-    return len(GRAPHS)
-
-
 def main() -> None:
     args = parser(__doc__).parse_args()
-    os.environ["TORCH_COMPILE_BACKEND"] = "counting"
-    fixed, varying = count_graphs((16,)), count_graphs((16, 24, 9))
     compute_as_on_a_gpu()
     lines = [
-        "# Kernel launches, waits and compiled graphs on a GPU, counted without one",
+        "# Kernel launches and waits on a GPU, counted without one",
         "",
         "LLaMA-2-7B, bfloat16, 1 × 512 tokens. A micro-batch is its forward and backward. The head is in full "
         f"precision. Command: {command()}.",
         "",
-        "| run | kernels of a micro-batch | of one that makes the bases | GB that elementwise kernels move in a "
-        "micro-batch | waits of a micro-batch | waits of one that makes the bases | TFLOP | GB that all kernels move | "
-        + " | ".join(f"estimated bound on {card}, ms" for card in CARDS)
-        + " |",
-        f"|{'---|' * (8 + len(CARDS))}",
     ]
+    columns = ["run", "kernels of a micro-batch", "of one that makes the bases", "waits of a micro-batch"]
+    rows = []
     for name, setting in ROWS.items():
         first, second = count(*setting)
-        figures = [
-            second.kernels,
-            first.kernels,
-            f"{second.bytes_moved / 1e9:.1f}",
-            second.waits,
-            first.waits,
-            f"{second.flops / 1e12:.1f}",
-            f"{second.all_bytes_moved / 1e9:.1f}",
-            *(f"{1e3 * second.bound(card):.1f}" for card in CARDS),
-        ]
-        lines.append(f"| {name} | {' | '.join(map(str, figures))} |")
-        print(lines[-1], flush=True)
-    lines += [
-        "",
-        "The experts of one layer of Qwen3-30B-A3B, 8 × 512 tokens, forward and backward:",
-        "",
-        "| weights | kernels, one expert after the other | together | waits, one after the other | together |",
-        "|---|---|---|---|---|",
-    ]
-    for weights, trains in itertools.product(("full", "int8", "nf4"), (False, True)):
-        apart, joint = (count_experts(weights, trains=trains, together=together) for together in (False, True))
-        name = f"{weights}, {'trained, rank 64' if trains else 'frozen'}"
-        lines.append(f"| {name} | {apart.kernels} | {joint.kernels} | {apart.waits} | {joint.waits} |")
-        print(lines[-1], flush=True)
-    lines += [
-        "",
-        f"Compiled graphs of the layers: {fixed} for rows of one length, {varying} for rows of varying length; torch "
-        f"compiles at most {RECOMPILE_LIMIT}.",
-        "",
-        "The bounds are roofline estimates from what vendors state: the larger of the time of all kernels, each of "
-        "which is limited by its FLOPs or its bytes, and of 5 µs for each launch. Nothing was measured on a card.",
-    ]
+        rows.append([name, *map(str, (second.kernels, first.kernels, second.waits, first.waits))])
+    lines += table([*columns, "waits of one that makes the bases"], rows)
     publish(lines, args.output)
 
 

@@ -1,44 +1,30 @@
-"""Times of single operations against the same work without this package: layers, bases, scores and checkpoints.
+"""Times of single operations against the same work without this package: layers and bases.
 
     python benchmarks/operations.py [--output benchmarks/operations.md]
 
 Rounds are interleaved, and times are medians. Layers: forward and backward of four layers of LLaMA-2-7B's shapes in
 bfloat16, with activation checkpointing; those that train also clip and step AdamW. They have their bases, which are
 measured on their own: the gradient is a product of an output's gradient and an input, whose singular values decay like
-1/i, and only the SVD needs the product. Scores: against plain forward passes. Checkpoints: against safetensors, which
-writes the same tensors to one file and syncs it.
+1/i, and only the SVD needs the product.
 """
 
 import gc
-import os
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from lib.report import command, machine, parser, publish
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from lib.report import command, machine, parser, publish, table
+from torch import Tensor
 from torchtune import training
-from torchtune.data import padded_collate_packed
 from torchtune.models.llama2 import llama2
 
-from owlore_full_finetune import OwLoreFullFinetuneRecipe
-from owlore_tune.checkpoints.hf_weights import HFCheckpointer
-from owlore_tune.config.load import load_config
-from owlore_tune.data.datasets import mmlu_dev_dataset
-from owlore_tune.data.tokenizer import HFChatTokenizer
-from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule, layer_scores
+from owlore_tune.layers import LayerSampler, ProjectedLayers, Schedule
 from owlore_tune.measure import reuse_freed_memory
 from owlore_tune.models.decoder import find_layers, find_linears
-from owlore_tune.models.smollm2 import fetch, smollm2_135m
 from owlore_tune.optim.bases import sketch, svd_basis, truncate
 from owlore_tune.quantized.linear import quantize
-from owlore_tune.training.config import TrainingSettings
 
 NUM_LAYERS, TOKENS, RANK = 4, 512, 128
 FORMATS = {"full": "full", "int8": "int8", "nf4": "full"}  # with their products
@@ -56,9 +42,11 @@ def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def table(times: dict[str, float], reference: str) -> list[str]:
-    rows = (f"| {name} | {spent:.3f} | {spent / times[reference]:.2f} |" for name, spent in times.items())
-    return ["| | median, s | ratio |", "|---|---|---|", *rows, ""]
+def times(calls: dict[str, Call], rounds: int, reference: str) -> list[str]:
+    """A table of the median times."""
+    found = medians(calls, rounds)
+    rows = [[name, f"{spent:.3f}", f"{spent / found[reference]:.2f}"] for name, spent in found.items()]
+    return [*table(["", "median, s", "ratio"], rows), ""]
 
 
 def layer_step(weights: str, trains: bool, embedded: Tensor) -> Call:
@@ -77,7 +65,10 @@ def layer_step(weights: str, trains: bool, embedded: Tensor) -> Call:
     def step() -> None:
         if trains:
             schedule.begin_step()
-        loss_of(model, embedded).backward()
+        hidden = embedded.clone().requires_grad_()  # a backward through all layers, as below others that train
+        for layer in find_layers(model):
+            hidden = layer(hidden)
+        hidden.float().square().mean().backward()
         if trains:
             torch.nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
             optimizer.step()
@@ -88,13 +79,6 @@ def layer_step(weights: str, trains: bool, embedded: Tensor) -> Call:
     return step
 
 
-def loss_of(model: nn.Module, embedded: Tensor) -> Tensor:
-    hidden = embedded.clone().requires_grad_()  # a backward through all layers, as below others that train
-    for layer in find_layers(model):
-        hidden = layer(hidden)
-    return hidden.float().square().mean()
-
-
 def layers_section() -> list[str]:
     embedded = torch.randn(1, TOKENS, 4096).bfloat16()
     steps = {
@@ -103,7 +87,7 @@ def layers_section() -> list[str]:
         for trains in (False, True)
     }
     gc.collect()
-    return [f"## {NUM_LAYERS} layers, {TOKENS} tokens, rank {RANK}", "", *table(medians(steps, 5), "full, frozen")]
+    return [f"## {NUM_LAYERS} layers, {TOKENS} tokens, rank {RANK}", "", *times(steps, 5, "full, frozen")]
 
 
 def bases_section(size: int = 2048) -> list[str]:
@@ -125,70 +109,17 @@ def bases_section(size: int = 2048) -> list[str]:
     shares = [f"{name}: {(grad @ call()).square().sum() / best:.4f}" for name, call in calls.items()]
     return [
         f"## A basis of a {size} × {size} gradient, float32, rank {RANK}", "",
-        *table(medians(calls, 7), "torch.linalg.svd"),
+        *times(calls, 7, "torch.linalg.svd"),
         f"Captured energy / optimum: {', '.join(shares)}.", "",
     ]  # fmt: skip
-
-
-def scores_section(num_batches: int = 8) -> list[str]:
-    directory = str(fetch())
-    with torch.device("meta"):
-        model = smollm2_135m()
-    HFCheckpointer(directory, "LLAMA3_2").load_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
-    dataset = mmlu_dev_dataset(HFChatTokenizer(directory, max_seq_len=512), packed=True)
-    batches = [padded_collate_packed([dataset[2 * i], dataset[2 * i + 1]]) for i in range(num_batches)]
-    for batch in batches:
-        del batch["labels"]
-
-    @torch.no_grad()
-    def forward() -> None:
-        for batch in batches:
-            model(**batch)
-
-    forward()
-    calls = {"forward passes": forward, "outlier scores": lambda: layer_scores(model, "outlier", batches)}
-    title = f"## Scores of SmolLM2's layers, {num_batches} batches of 2 × 512 tokens, float32"
-    return [title, "", *table(medians(calls, 5), "forward passes")]
-
-
-def checkpoints_section(scratch: Path) -> list[str]:
-    overrides = [
-        "dataset.packed=true", "batch_size=2", "owlore.num_active_layers=2", "dataset_val=null", "owlore.score=uniform",
-        f"output_dir={scratch}/run", "max_steps_per_epoch=2", "device=cpu",
-    ]  # fmt: skip
-    recipe = OwLoreFullFinetuneRecipe(TrainingSettings.from_config(load_config("smollm2/135M_owlore", overrides)))
-    recipe.setup()
-    recipe.train()  # so that there is optimizer state
-    sizes = []
-
-    def save() -> None:
-        recipe.progress.step += 1
-        recipe.save_checkpoint()
-        sizes.append(sum(file.stat().st_size for file in recipe._step_dir().iterdir()))
-        shutil.rmtree(recipe._step_dir())
-
-    def write() -> None:
-        tensors = {name: p.detach() for name, p in recipe.model.named_parameters()}
-        for i, state in recipe.optimizer.state_dict()["state"].items():
-            tensors |= {f"{i}.{key}": value for key, value in state.items() if torch.is_tensor(value)}
-        file = scratch / "plain.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        file.unlink()
-
-    times = medians({"safetensors": write, "checkpoint": save}, 9)
-    return [f"## A checkpoint of SmolLM2, γ=2, {sizes[-1] / 1e6:.0f} MB", "", *table(times, "safetensors")]
 
 
 def main() -> None:
     args = parser(__doc__).parse_args()
     reuse_freed_memory(torch.device("cpu"))
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as scratch:
-        sections = [*layers_section(), *bases_section(), *scores_section(), *checkpoints_section(Path(scratch))]
-    lines = ["# Times of single operations", "", f"{machine()}. Command: {command()}.", "", *sections]
+    lines = ["# Times of single operations", "", f"{machine()}. Command: {command()}.", ""]
+    lines += [*layers_section(), *bases_section()]
     publish(lines[:-1], args.output)
 
 

@@ -7,22 +7,21 @@
 
 DIR holds math/ in LLM-Adapters' format. A budget is the time of so many steps of torchtune's full fine-tuning in
 float32. Each method trains as many steps as it takes in this time, and also as many as the budget. No row of data
-repeats. lib/study_runs.py has the schedule and the settings that all methods share. OwLore has weights in bfloat16 or
+repeats. lib/study.py has the schedule and the settings that all methods share. OwLore has weights in bfloat16 or
 int8. --methods chooses from all methods; without it, those run whose costs are measured.
 
---costs measures the mean step and the memory of each method, with all cores. It runs in turn with the reference: ten
-seconds of one, then of the other, so that changes of the machine's speed do not change the ratio of their mean steps.
-With --against, it runs in turn with OwLore's first setting instead. Other settings of OwLore are measured so.
-For BAdam, these are 22 steps, with another block every 3 steps. OwLore's recipe makes malloc keep freed memory; the
-other programs run as their authors ship them.
+--costs measures the mean step and the memory of each method, with all cores. The reference runs before each method, so
+that slow changes of the machine's speed do not change the ratio of their mean steps. With --against, OwLore's first
+setting runs instead, for other settings of OwLore. OwLore's recipe makes malloc keep freed memory; the other programs
+run as their authors ship them.
 
 Three sets of problems are disjoint, and none has a problem of the training data: learning rates are tuned on the first
 with seed 0, the second is for a choice of other settings, and the third is reported. A learning rate is tuned with runs
 of the same number of steps, and the grid is extended until its best value is not at the edge. Each run also measures in
-two ways what the model forgets, see lib/study_losses.py. The first rows do not have these measures.
+two ways what the model forgets, see lib/study.py. The first rows do not have these measures.
 
-Every finished run is a line of quality.jsonl. It is repeated only if the code that it depends on has changed. --row
-trains one run. If it has a line already, the losses of both are printed, and nothing is written.
+Every finished run is a line of quality.jsonl, and is not repeated. --row trains one run, if it has no line yet, and
+prints its losses.
 """
 
 import argparse
@@ -34,41 +33,27 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 import torch
-from lib.code import digest_of_code
-from lib.study_losses import divergence, general_loss, held_out_loss
-from lib.study_runs import RESAMPLE_EVERY, Method, Prepared, Run, prepare
-from lib.turns import run_for, run_in_turn, step_times
-from methods import INT8
+from lib.study import RESAMPLE_EVERY, Method, Run, divergence, general_loss, held_out_loss, train
+from training import INT8
 
 from owlore_evals.jsonl import append_line, read_lines
 from owlore_tune.data.datasets import read_file
 from owlore_tune.measure import versions
 
-ROOT = Path(__file__).parents[1]
 ROWS = Path(__file__).with_name("quality.jsonl")
 BUDGETS = (100,)
 SEEDS = (0, 1, 2)
-LONG = 1000  # steps of the reference, which ends only when costs of all methods are measured
 STEPS_WITHOUT_REFRESH = 22  # in which costs are measured if no step takes longer than the others
 SETS = {"tuning": 100, "choosing": 100, "reported": 300}  # problems
 STEP_OF_GRID = 10**0.5
-# Folders and files of the training code. Peers only use the first.
-CODE_OF_DATA = ("owlore_tune/data", "owlore_tune/models/smollm2.py", "benchmarks/lib/peers.py")
-CODE = (
-    "owlore_tune/kernels", "owlore_tune/layers", "owlore_tune/models", "owlore_tune/optim", "owlore_tune/quantized",
-    "owlore_tune/loss.py", "owlore_tune/run/build.py", "recipes/owlore_full_finetune.py",
-)  # fmt: skip
-
-
 BF16 = {"dtype": "bf16"}
 
 
@@ -80,17 +65,16 @@ def ours(num_active: int | None, rank: int, lrs: tuple[float, ...], **settings: 
 
 
 REFERENCE, OURS = "torchtune full, fp32", "OwLore, all layers, r=64"
-FULL, LORA = {"recipe": "full_finetune_single_device"}, {"recipe": "lora_finetune_single_device"}
+FULL = {"recipe": "full_finetune_single_device"}
 GALORE = {"method": "galore", "every": RESAMPLE_EVERY}
 METHODS = {
     REFERENCE: Method("torchtune", FULL, (3e-5, 1e-4, 3e-4)),
     "torchtune full, bf16": Method("torchtune", FULL | BF16, (3e-5, 1e-4, 3e-4)),
-    "torchtune LoRA, r=16, fp32": Method("torchtune", LORA, (3e-4, 1e-3, 3e-3)),
-    "torchtune LoRA, r=16, bf16": Method("torchtune", LORA | BF16, (3e-4, 1e-3, 3e-3)),
+    "torchtune LoRA, r=16, bf16": Method(
+        "torchtune", {"recipe": "lora_finetune_single_device"} | BF16, (3e-4, 1e-3, 3e-3)
+    ),
     "galore-torch, r=128, fp32": Method("peer", GALORE, (1e-5, 3e-5, 1e-4)),
-    "galore-torch, r=128, bf16": Method("peer", GALORE | BF16, (1e-5, 3e-5, 1e-4)),
     "BAdam, fp32": Method("peer", {"method": "badam"}, (1e-4, 3e-4, 1e-3)),
-    "BAdam, bf16": Method("peer", {"method": "badam"} | BF16, (1e-4, 3e-4, 1e-3)),
     OURS: ours(None, 64, (1e-4, 3e-4, 1e-3)),
     "OwLore, all layers, r=64, int8": ours(None, 64, (1e-4, 3e-4, 1e-3), **INT8),
     "OwLore, γ=5, r=128, K=10": ours(5, 128, (3e-4, 1e-3), **{"owlore.resample_every": 10}),
@@ -98,13 +82,6 @@ METHODS = {
         5, 128, (3e-4, 1e-3), **{"owlore.resample_every": 10, "owlore.score": "outlier"}
     ),
 }
-
-
-def code_of(method: str) -> str:
-    """The digest of the code that a method's losses depend on."""
-    paths = CODE_OF_DATA + (CODE if METHODS[method].runner == "owlore" else ())
-    found = [[ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("*.py") for path in paths]
-    return digest_of_code({file for files in found for file in files})
 
 
 def processor() -> str:
@@ -116,7 +93,7 @@ def processor() -> str:
 
 
 def costs_of(rows: Iterable[dict[str, Any]], against: str = REFERENCE) -> dict[str, dict[str, Any]]:
-    """The newest costs by method, of those that were measured in turn with ``against``."""
+    """The newest costs by method, of those that were measured against ``against``."""
     costs = (row for row in rows if "losses" not in row)
     return {row["method"]: row for row in costs if row.get("against", REFERENCE) == against}
 
@@ -160,33 +137,24 @@ class Study:
 
     def row(self, run: Run) -> dict[str, Any]:
         """Return the row of ``run``. Execute the run if there is none."""
-        if not self.has(run):
+        if run.key not in self.rows:
             self.rows[run.key] = self.execute(run)
             append_line(ROWS, self.rows[run.key])
         return self.rows[run.key]
 
-    def has(self, run: Run) -> bool:
-        return self.rows.get(run.key, {}).get("code") == code_of(run.method)
-
     def execute(self, run: Run) -> dict[str, Any]:
         print(f"{time.strftime('%H:%M:%S')} {run.key}", flush=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            return self._execute(run, Path(scratch))
-
-    def _execute(self, run: Run, scratch: Path) -> dict[str, Any]:
-        code, started = code_of(run.method), time.perf_counter()
-        train, sets = split(self._problems, run.seed)
-        prepared = prepare(run, METHODS[run.method], train, scratch, self._threads)
-        process = prepared.start()
-        process.wait()
-        prepared.check(process)
-        row = {"key": run.key, **asdict(run), "code": code, "config": prepared.config}
-        row["seconds_of_this_run"] = time.perf_counter() - started
-        row |= {"machine": processor(), "versions": versions()}
+        started = time.perf_counter()
+        rows, sets = split(self._problems, run.seed)
         used = sets if run.seed == SEEDS[0] else {"reported": sets["reported"]}
-        row["losses"] = {name: held_out_loss(prepared.weights, rows) for name, rows in used.items()}
-        row["general_loss"] = general_loss(prepared.weights)
-        return row | {"divergence": divergence(prepared.weights, sets["tuning"][:50])}
+        with tempfile.TemporaryDirectory() as scratch:
+            trained = train(run, METHODS[run.method], rows, Path(scratch), self._threads)
+            row = {"key": run.key, **asdict(run), "config": trained.config}
+            row["seconds_of_this_run"] = time.perf_counter() - started
+            row |= {"machine": processor(), "versions": versions()}
+            row["losses"] = {name: held_out_loss(trained.weights, rows) for name, rows in used.items()}
+            row["general_loss"] = general_loss(trained.weights)
+            return row | {"divergence": divergence(trained.weights, sets["tuning"][:50])}
 
     def tuned(self, method: str, steps: int) -> float:
         """The learning rate with the lowest loss on the first set."""
@@ -195,47 +163,34 @@ class Study:
         )
 
     def measure(self, methods: Iterable[str], against: str) -> None:
-        """Add a row with the mean step and the peak memory of each method, from one refresh to after the next.
+        """Add a row with the mean step, in steps of the reference, and the peak memory of each method.
 
-        The step is in steps of the reference. It runs in turn with ``against``, whose own step is known.
+        The step is compared with that of ``against``, whose own step is known.
         """
-        step_of_other = 1.0 if against == REFERENCE else self.costs[against]["ratio"]
-        with self._started(against, LONG) as (other, log):
-            run_for(40, other)  # until it trains
-            for method in methods:
-                row = self._cost(method, other, log.log)
-                row |= {"key": f"cost of {method}, against {against}", "against": against}
-                row["ratio"] *= step_of_other
-                append_line(ROWS, row)
-                print(f"{method}: {row['ratio']:.3f}, {row['seconds']:.3f} s, {row['memory']:.2f} GB", flush=True)
+        for method in methods:
+            other, steps = self._steps(against), self._steps(method)
+            seconds = seconds_of(steps)
+            ratio = statistics.fmean(seconds) / statistics.fmean(seconds_of(other))
+            ratio *= 1.0 if against == REFERENCE else self.costs[against]["ratio"]
+            row = {"key": f"cost of {method}, against {against}", "method": method, "against": against, "ratio": ratio}
+            row |= {"seconds": statistics.fmean(seconds), "quartiles": statistics.quantiles(seconds, n=4)}
+            row |= {"memory": steps[-1]["peak_memory"], "cores": os.cpu_count()}
+            append_line(ROWS, row | {"machine": processor(), "versions": versions()})
+            print(f"{method}: {ratio:.3f}, {row['seconds']:.3f} s, {row['memory']:.2f} GB", flush=True)
 
-    def _cost(self, method: str, other: Popen[bytes], log: Path) -> dict[str, Any]:
+    def _steps(self, method: str) -> list[dict[str, Any]]:
+        """The log of a run from one refresh to after the next."""
         refreshes = METHODS[method].runner == "owlore" or "every" in METHODS[method].settings
-        with self._started(method, RESAMPLE_EVERY + 2 if refreshes else STEPS_WITHOUT_REFRESH) as (process, prepared):
-            turns = run_in_turn(process, other)
-            prepared.check(process)
-            lines = list(read_lines(prepared.log))
-        ends, since = [line["seconds"] for line in lines[1:]], turns.of_other[0][0]
-        seconds = step_times(ends, turns.of_process)
-        ends_of_other = [line["seconds"] for line in read_lines(log) if line["seconds"] > since]
-        own, reference = (statistics.fmean(times) for times in (seconds, step_times(ends_of_other, turns.of_other)))
-        row = {"method": method, "ratio": own / reference, "seconds": own, "reference": reference}
-        row |= {"quartiles": statistics.quantiles(seconds, n=4), "memory": lines[-1]["peak_memory"]}
-        return row | {"code": code_of(method), "cores": os.cpu_count(), "machine": processor(), "versions": versions()}
+        steps = RESAMPLE_EVERY + 2 if refreshes else STEPS_WITHOUT_REFRESH
+        run = Run(method, METHODS[method].lrs[0], SEEDS[0], steps)
+        with tempfile.TemporaryDirectory() as scratch:
+            rows = split(self._problems, run.seed)[0]
+            return train(run, METHODS[method], rows, Path(scratch), self._threads).steps
 
-    @contextmanager
-    def _started(self, method: str, steps: int) -> Iterator[tuple[Popen[bytes], Prepared]]:
-        """A process that trains so many steps. It is killed in the end."""
-        with tempfile.TemporaryDirectory() as directory:
-            run = Run(method, METHODS[method].lrs[0], SEEDS[0], steps)
-            train = split(self._problems, run.seed)[0]
-            prepared = prepare(run, METHODS[method], train, Path(directory), self._threads)
-            process = prepared.start()
-            try:
-                yield process, prepared
-            finally:
-                process.kill()
-                process.wait()
+
+def seconds_of(steps: list[dict[str, Any]]) -> list[float]:
+    """The seconds of each step from the third on."""
+    return [after["seconds"] - before["seconds"] for before, after in pairwise(steps[1:])]
 
 
 def best_of_grid(lrs: Sequence[float], loss_of: Callable[[float], float]) -> float:
@@ -251,17 +206,6 @@ def rounded(lr: float) -> float:
     """Round to 1 or 3 times a power of ten."""
     half_decades = round(2 * math.log10(lr))
     return float(f"{3 if half_decades % 2 else 1}e{half_decades // 2}")
-
-
-def repeat(study: Study, run: Run) -> None:
-    """Train a run, and print its losses, and those of its line if it has one, of any code. If not, it gets one."""
-    known = study.rows.get(run.key)
-    row = study.execute(run)
-    if known is None:
-        append_line(ROWS, row)
-    for title, shown in {"now": row, "line": known}.items():
-        if shown is not None:
-            print(f"{title:6}{json.dumps(shown['losses'])}, code {shown['code']}, {shown['machine']}", flush=True)
 
 
 def run_all(study: Study, methods: list[str], budgets: list[int], workers: int) -> None:
@@ -295,7 +239,7 @@ def main() -> None:
         study.measure(methods, args.against)
     elif args.row:
         name, lr, seed, steps = args.row
-        repeat(study, Run(name, float(lr), int(seed), int(steps)))
+        print(json.dumps(study.row(Run(name, float(lr), int(seed), int(steps)))["losses"]))
     elif unknown := {REFERENCE, *methods} - study.costs.keys():
         parser.error(f"run it with --costs first, for {', '.join(sorted(unknown))}")
     else:

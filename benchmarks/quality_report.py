@@ -2,15 +2,15 @@
 
     python benchmarks/quality_report.py
 
-Reads quality.jsonl. Writes quality.md and quality.png beside it. Only rows of a method's last code count, and methods
+Reads quality.jsonl. Writes quality.md and quality.png beside it. Of several rows of a run, the last one counts. Methods
 whose learning rate is not tuned yet are left out.
 """
 
 import itertools
 import statistics
-from collections.abc import Iterable
 from typing import Any
 
+from lib.report import table
 from matplotlib.figure import Figure
 from quality import METHODS, OURS, REFERENCE, ROWS, SEEDS, costs_of, steps_in
 
@@ -18,12 +18,8 @@ from owlore_evals.jsonl import read_lines
 from owlore_tune.training.plots import BLUE, ORANGE
 
 Row = dict[str, Any]
-HEAD = (
-    "| | step time | steps | lr | seeds | held-out loss | difference | peak memory, GB |",
-    "|---|---|---|---|---|---|---|---|",
-)
+COLUMNS = ["", "step time", "steps", "lr", "seeds", "held-out loss", "difference", "peak memory, GB"]
 MEMORIES = (2.3, 2.7, 3.2, 4.0)  # GB
-FORGETTING = ("| | steps | lr | seeds | held-out loss | loss on MMLU | KL, nats |", "|---|---|---|---|---|---|---|")
 
 
 def report(rows: list[Row]) -> list[str]:
@@ -36,8 +32,8 @@ def report(rows: list[Row]) -> list[str]:
         "SmolLM2-135M-Instruct on arithmetic problems, 512 packed tokens per step. fp32 and bf16 are the types of "
         "weights; OwLore has them in bf16, and trains A in float32. OwLore, LoRA and BAdam train no embeddings. On "
         "CPUs with AMX, products of fp32 weights are in bfloat16 too. The runs used these CPUs: "
-        f"{'; '.join(processors)}. A step time of 1 is that of {REFERENCE}, which ran in turn with each method on one "
-        f"machine ({_machines(costs)}). Its own value shows the noise.{_earlier_code(costs, runs)} "
+        f"{'; '.join(processors)}. A step time of 1 is that of {REFERENCE}, which was measured together with each "
+        f"method on one machine ({_machines(costs)}). Its own value shows the noise.{_earlier_code(costs, runs)} "
         f"± is the standard deviation over seeds. Differences are to {OURS}, on the same seeds and "
         "problems, ± their standard error. A method is in a table once its learning rate is tuned for its number of "
         "steps. Commands: `python benchmarks/quality.py --data DIR`, whose docstring "
@@ -59,8 +55,8 @@ def _machines(costs: dict[str, Row]) -> str:
 
 
 def _earlier_code(costs: dict[str, Row], runs: list[Row]) -> str:
-    """Say of which methods the step was measured with other code than that of the runs."""
-    codes = {row["method"]: row["code"] for row in runs}
+    """Say of which methods the step was measured with other code than that of the runs. New rows do not record it."""
+    codes = {row["method"]: row.get("code") for row in runs}
     names = [name for name, cost in costs.items() if cost.get("code") != codes.get(name, cost.get("code"))]
     return f" Step time and memory were measured with earlier code for: {'; '.join(names)}." if names else ""
 
@@ -71,46 +67,49 @@ def budgets(runs: list[Row]) -> list[int]:
 
 
 def runs_that_count(rows: list[Row]) -> list[Row]:
-    """Rows of runs with a method's last code, one for each run."""
-    runs = [row for row in rows if "losses" in row]
-    newest = {row["method"]: row["code"] for row in runs}
-    return list({row["key"]: row for row in runs if row["code"] == newest[row["method"]]}.values())
+    """The last row of each run."""
+    return list({row["key"]: row for row in rows if "losses" in row}.values())
 
 
 def _section(title: str, finals: dict[str, dict[int, Row]], costs: dict[str, Any], text: str = "") -> list[str]:
     """A table with a line for each method that has final rows, by method and seed; none for a single method."""
-    first, lines = finals.get(OURS, {}), ["", f"## {title}", "", *([text, ""] if text else []), *HEAD]
-    for name, found in finals.items():
-        if found:
-            cost, one = costs.get(name), next(iter(found.values()))
-            cells = [name, f"{cost['ratio']:.2f}" if cost else "", str(one["steps"]), f"{one['lr']:g}"]
-            cells += [str(len(found)), _mean([row["losses"]["reported"] for row in found.values()])]
-            cells += ["" if name == OURS else _difference(found, first), f"{cost['memory']:.2f}" if cost else ""]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Seeds by CPU: {_cpus(finals.values())}."]
-    return lines if len([found for found in finals.values() if found]) > 1 else []
+    found = {name: own for name, own in finals.items() if own}
+    if len(found) < 2:
+        return []
+    cells = [_cells(name, own, found.get(OURS, {}), costs.get(name)) for name, own in found.items()]
+    seeds: dict[str, set[int]] = {}
+    for seed, row in (pair for own in found.values() for pair in own.items()):
+        seeds.setdefault(row["machine"], set()).add(seed)
+    cpus = "; ".join(f"{name}: {', '.join(map(str, sorted(own)))}" for name, own in sorted(seeds.items()))
+    head = ["", f"## {title}", "", *([text, ""] if text else [])]
+    return [*head, *table(COLUMNS, cells), "", f"Seeds by CPU: {cpus}."]
+
+
+def _cells(name: str, found: dict[int, Row], first: dict[int, Row], cost: Row | None) -> list[str]:
+    """A line of a table. Differences are to the rows of ``first``."""
+    one, losses = next(iter(found.values())), [row["losses"]["reported"] for row in found.values()]
+    paired = [found[seed]["losses"]["reported"] - first[seed]["losses"]["reported"] for seed in found if seed in first]
+    loss, difference = f"{statistics.fmean(losses):.4f}", ""
+    if len(losses) > 1:
+        loss += f" ± {statistics.stdev(losses):.4f}"
+    if paired and name != OURS:
+        error = f" ± {statistics.stdev(paired) / len(paired) ** 0.5:.4f}" if len(paired) > 1 else ""
+        difference = f"{statistics.fmean(paired):+.4f}{error}"
+    time, memory = (f"{cost['ratio']:.2f}", f"{cost['memory']:.2f}") if cost else ("", "")
+    return [name, time, str(one["steps"]), f"{one['lr']:g}", str(len(found)), loss, difference, memory]
 
 
 def _other_settings(budget: int, costs: dict[str, Row], others: dict[str, Row], runs: list[Row]) -> list[str]:
-    """A table of the settings of OwLore whose step was measured in turn with that of `OURS`."""
+    """A table of the settings of OwLore whose step was measured against that of `OURS`."""
     if not others:
         return []
     known = {name: cost for name, cost in ({OURS: costs[OURS]} | others).items() if METHODS[name].runner == "owlore"}
     in_time = {name: final_rows(name, steps_in(budget, name, known), runs) for name in known}
     title = f"OwLore with other settings, in the time of {budget} steps of torchtune's full fine-tuning"
-    text = f"The steps of the other settings ran in turn with {OURS}, on {_machines(others)}."
+    text = f"The steps of the other settings were measured together with {OURS}, on {_machines(others)}."
     if full := others.get(REFERENCE):
         text += f" There, its step takes {costs[OURS]['ratio'] / full['ratio']:.2f} of that of {REFERENCE}."
     return _section(title, in_time, known, text)
-
-
-def _cpus(finals: Iterable[dict[int, Row]]) -> str:
-    """The processors, with the seeds that ran on them."""
-    seeds: dict[str, set[int]] = {}
-    for found in finals:
-        for seed, row in found.items():
-            seeds.setdefault(row["machine"], set()).add(seed)
-    return "; ".join(f"{name}: {', '.join(map(str, sorted(own)))}" for name, own in sorted(seeds.items()))
 
 
 def _memory_table(finals: dict[str, dict[int, Row]], costs: dict[str, Any]) -> list[str]:
@@ -121,11 +120,11 @@ def _memory_table(finals: dict[str, dict[int, Row]], costs: dict[str, Any]) -> l
     if not all(finals.values()):
         return []
     losses = {name: _mean_loss(found) for name, found in finals.items()}
-    lines = ["", "| whole process, GB | held-out loss of the methods that fit |", "|---|---|"]
+    rows = []
     for most in MEMORIES:
         fitting = sorted((loss, name) for name, loss in losses.items() if costs[name]["memory"] <= most)
-        lines.append(f"| {most} | {'; '.join(f'{name}: {loss:.4f}' for loss, name in fitting)} |")
-    return lines
+        rows.append([str(most), "; ".join(f"{name}: {loss:.4f}" for loss, name in fitting)])
+    return ["", *table(["whole process, GB", "held-out loss of the methods that fit"], rows)]
 
 
 def _mean_loss(found: dict[int, Row]) -> float:
@@ -133,12 +132,13 @@ def _mean_loss(found: dict[int, Row]) -> float:
 
 
 def _tuning_table(runs: list[Row]) -> list[str]:
-    lines = ["", "## Tuning: losses on the first set with seed 0", "", "| | steps | lr: loss |", "|---|---|---|"]
+    rows = []
     for name in METHODS:
         for steps in _steps_of(name, runs):
-            cells = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in _tuning(name, steps, runs).items())
-            lines.append(f"| {name} | {steps} | {cells} |")
-    return lines
+            losses = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in _tuning(name, steps, runs).items())
+            rows.append([name, str(steps), losses])
+    title = "## Tuning: losses on the first set with seed 0"
+    return ["", title, "", *table(["", "steps", "lr: loss"], rows)]
 
 
 def _forgetting_table(runs: list[Row]) -> list[str]:
@@ -150,19 +150,19 @@ def _forgetting_table(runs: list[Row]) -> list[str]:
             groups.setdefault((row["method"], row["steps"], row["lr"]), []).append(figures)
     if not groups:
         return []
-    lines = [
+    means = {group: [statistics.fmean(some) for some in zip(*own, strict=True)] for group, own in groups.items()}
+    rows = [
+        [name, str(steps), f"{lr:g}", str(len(groups[name, steps, lr])), *(f"{figure:.4f}" for figure in mean)]
+        for (name, steps, lr), mean in sorted(means.items(), key=lambda item: item[1])
+    ]
+    return [
         "", "## Forgetting, by held-out loss",
         "",
         "Means over the seeds that have these measures. Loss on MMLU: over all tokens of 45 questions of MMLU dev and "
         "their worked answers. KL: from the model before training to the trained one, over the tokens of 50 prompts. "
         "No run trains on these tokens.",
-        "", *FORGETTING,
+        "", *table(["", "steps", "lr", "seeds", "held-out loss", "loss on MMLU", "KL, nats"], rows),
     ]  # fmt: skip
-    means = {group: [statistics.fmean(some) for some in zip(*own, strict=True)] for group, own in groups.items()}
-    for (name, steps, lr), mean in sorted(means.items(), key=lambda item: item[1]):
-        cells = [name, str(steps), f"{lr:g}", str(len(groups[name, steps, lr])), *(f"{figure:.4f}" for figure in mean)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
 
 
 def _steps_of(method: str, runs: list[Row]) -> list[int]:
@@ -184,20 +184,6 @@ def final_rows(method: str, steps: int, runs: list[Row]) -> dict[int, Row]:
         return {}
     own = [row for row in runs if (row["method"], row["steps"], row["lr"]) == (method, steps, best)]
     return {row["seed"]: row for row in sorted(own, key=lambda row: row["seed"])}
-
-
-def _mean(losses: list[float]) -> str:
-    spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-    return f"{statistics.fmean(losses):.4f}{spread}"
-
-
-def _difference(found: dict[int, Row], first: dict[int, Row]) -> str:
-    """The mean paired difference, with its standard error if there are several pairs."""
-    paired = [found[seed]["losses"]["reported"] - first[seed]["losses"]["reported"] for seed in found if seed in first]
-    if not paired:
-        return ""
-    error = f" ± {statistics.stdev(paired) / len(paired) ** 0.5:.4f}" if len(paired) > 1 else ""
-    return f"{statistics.fmean(paired):+.4f}{error}"
 
 
 def points(rows: list[Row]) -> dict[str, list[tuple[int, float, float]]]:

@@ -1,10 +1,9 @@
 """A plain training loop on the transformers model, with the published optimizers of other methods.
 
-    python benchmarks/lib/peers.py galore|badam|lisa --model DIR --output steps.jsonl [--data FILE --lr LR ...]
+    python benchmarks/lib/peers.py galore|badam --model DIR --output steps.jsonl [--data FILE --lr LR ...]
 
-galore is `galore-torch`'s AdamW and badam is `badam`'s BlockOptimizer, both from PyPI. lisa reimplements LISA's
-published code: one torch AdamW over all weights, with layers frozen and unfrozen in turn. The state of frozen layers is
-kept. The data, its order and the step log are the same as in the other benchmarks.
+galore is `galore-torch`'s AdamW and badam is `badam`'s BlockOptimizer, both from PyPI. The data, its
+order and the step log are the same as in the other benchmarks.
 """
 
 import argparse
@@ -34,13 +33,7 @@ def galore_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.
     adamw = importlib.import_module("galore_torch.adamw").AdamW
     projected = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not q for q in projected)]
-    group = {
-        "params": projected,
-        "rank": 128,
-        "update_proj_gap": args.resample_every,
-        "scale": 4,
-        "proj_type": "std",
-    }
+    group = {"params": projected, "rank": 128, "update_proj_gap": args.resample_every, "scale": 4, "proj_type": "std"}
     return adamw([{"params": others}, group], lr=args.lr or 1e-4, no_deprecation_warning=True)
 
 
@@ -57,31 +50,7 @@ def badam_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.o
     )
 
 
-class LisaAsPublished:
-    """Trains two layers, redrawn every ``resample_every`` steps. AdamW's state is never released."""
-
-    def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
-        self._layers, self._every, self._steps = model.model.layers, args.resample_every, 0
-        self._draw()
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr or 1e-5, weight_decay=0, fused=True)
-        self.state = self._optimizer.state
-
-    def _draw(self) -> None:
-        self._layers.requires_grad_(False)
-        for layer in random.sample(list(self._layers), 2):
-            layer.requires_grad_(True)
-
-    def step(self) -> None:
-        self._optimizer.step()
-        self._steps += 1
-        if self._steps % self._every == 0:
-            self._draw()
-
-    def zero_grad(self) -> None:
-        self._optimizer.zero_grad()
-
-
-OPTIMIZERS = {"galore": galore_optimizer, "badam": badam_optimizer, "lisa": LisaAsPublished}
+OPTIMIZERS = {"galore": galore_optimizer, "badam": badam_optimizer}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -126,9 +95,8 @@ def main() -> None:
         dataset = instruction_dataset(tokenizer, data_files=args.data, packed=True)
     else:
         dataset = mmlu_dev_dataset(tokenizer, packed=True)
-    loader = DataLoader(
-        dataset, args.batch_size, shuffle=not args.data, drop_last=True, collate_fn=padded_collate_packed
-    )
+    shuffle = not args.data
+    loader = DataLoader(dataset, args.batch_size, shuffle, drop_last=True, collate_fn=padded_collate_packed)
     batches = [batch for _ in range(-(-args.steps // len(loader))) for batch in loader][: args.steps]
     optimizer = OPTIMIZERS[args.method](model, args)
     scheduler = None
@@ -136,12 +104,9 @@ def main() -> None:
         scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup, args.steps)
     logger = StepLogger(args.output)
     for step, batch in enumerate(tqdm(batches, unit="step"), start=1):
-        loss = model(
-            input_ids=batch["tokens"].to(device),
-            position_ids=batch["input_pos"].to(device),
-            labels=batch["labels"].to(device),
-            use_cache=False,  # with a cache, tokens of a packed row attend to the samples before theirs
-        ).loss
+        tokens, positions, labels = (batch[key].to(device) for key in ("tokens", "input_pos", "labels"))
+        # With a cache, tokens of a packed row attend to the samples before theirs.
+        loss = model(input_ids=tokens, position_ids=positions, labels=labels, use_cache=False).loss
         loss.backward()
         if args.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

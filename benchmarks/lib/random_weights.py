@@ -1,4 +1,4 @@
-"""A model directory with random weights in a model's real size and layout, for machines without a hub.
+"""A model directory with random weights in LLaMA-2's real size and layout, for machines without a hub.
 
 Weights are created, converted and written one shard at a time, so at most one shard is in memory. A few weights are
 outliers, otherwise all outlier scores would be 0. The small tokenizer is trained on the questions that ship with
@@ -20,35 +20,17 @@ from owlore_tune.checkpoints.hf_weights import shards
 from owlore_tune.checkpoints.layouts import Convert, converters
 from owlore_tune.config.components import build
 from owlore_tune.data.datasets import mmlu_dev_rows
-from owlore_tune.errors import ConfigError
-from owlore_tune.files import readable_by_others
 from owlore_tune.models.decoder import find_layers
-
-KINDS = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "MISTRAL": "mistral"}
 
 
 def write_random(cfg: DictConfig, directory: Path) -> None:
-    """Write a model directory for the model of a training config. config.json comes last: it marks a complete one.
-
-    Raises:
-        ConfigError: if ``directory`` exists, because it may hold real weights, the layout is not known, or the model
-            cannot be built.
-    """
-    model_type = cfg.checkpointer.model_type
-    if model_type not in KINDS:
-        raise ConfigError(f"checkpointer.model_type={model_type}; random weights need {', '.join(KINDS)}")
-    if directory.exists():
-        raise ConfigError(f"{directory} exists; choose another directory, or remove it first")
+    """Write a model directory for the model of a config of LLaMA-2. config.json comes last: it marks a complete
+    one. ``directory`` may not exist."""
     with torch.device("meta"):
         model = build("model", cfg.model)
-    try:
-        config = hf_config(model, model_type)
-        to_hf = converters(model_type, config)[1]
-        to_hf(model.state_dict())
-    except Exception as error:  # torchtune's error of a name that it does not know
-        raise ConfigError(f"model: {error}; random weights need a model without adapters") from error
+    config = hf_config(model)
     directory.mkdir(parents=True)
-    write_weights(model, to_hf, directory)
+    write_weights(model, converters(cfg.checkpointer.model_type, config)[1], directory)
     write_tokenizer(directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
 
@@ -64,7 +46,6 @@ def write_weights(model: Any, to_hf: Convert, directory: Path) -> None:
         weights = {key: random_weight(parameter, generator) for key, parameter in shard.items()}
         converted = to_hf(weights)
         save_file({k: v.contiguous() for k, v in converted.items()}, directory / name, metadata={"format": "pt"})
-        readable_by_others(directory / name)
         weight_map |= dict.fromkeys(converted, name)
         total += sum(value.nbytes for value in converted.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -80,32 +61,18 @@ def random_weight(parameter: Tensor, generator: torch.Generator) -> Tensor:
     return weight
 
 
-def hf_config(model: Any, model_type: str) -> dict:
-    """Return the content of transformers' config.json for ``model``."""
+def hf_config(model: Any) -> dict[str, Any]:
+    """The content of transformers' config.json for ``model``."""
     layer: Any = find_layers(model)[0]
-    attention, kind, rope = layer.attn, KINDS[model_type], layer.attn.pos_embeddings
-    scaling = {}
-    if getattr(rope, "scale_factor", 1) != 1:
-        scaling["rope_scaling"] = {
-            "rope_type": "llama3", "factor": float(rope.scale_factor), "low_freq_factor": float(rope.low_freq_factor),
-            "high_freq_factor": float(rope.high_freq_factor), "original_max_position_embeddings": rope.old_context_len,
-        }  # fmt: skip
-    return scaling | {
-        "architectures": [f"{kind.title()}ForCausalLM"],
-        "model_type": kind,
-        "vocab_size": model.tok_embeddings.weight.shape[0],
-        "hidden_size": model.tok_embeddings.weight.shape[1],
-        "intermediate_size": layer.mlp.w1.weight.shape[0],
-        "num_hidden_layers": len(find_layers(model)),
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim,
-        "max_position_embeddings": model.max_seq_len,
-        "rms_norm_eps": layer.sa_norm.eps,
-        "rope_theta": rope.base,
-        "tie_word_embeddings": not any(name.startswith("output.") for name, _ in model.named_parameters()),
-        "torch_dtype": "bfloat16",
-    }
+    vocab_size, hidden_size = model.tok_embeddings.weight.shape
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size,
+        "hidden_size": hidden_size, "intermediate_size": layer.mlp.w1.weight.shape[0],
+        "num_hidden_layers": len(find_layers(model)), "num_attention_heads": layer.attn.num_heads,
+        "num_key_value_heads": layer.attn.num_kv_heads, "head_dim": layer.attn.head_dim,
+        "max_position_embeddings": model.max_seq_len, "rms_norm_eps": layer.sa_norm.eps,
+        "rope_theta": layer.attn.pos_embeddings.base, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    }  # fmt: skip
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -36,6 +36,12 @@ def command() -> str:
     return f"`python {shlex.join(words)}`"
 
 
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    head = " | ".join(columns).removeprefix(" ")
+    return [f"| {head} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--output", type=Path, help="also write the report to this Markdown file")

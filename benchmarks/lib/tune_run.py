@@ -5,14 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-
-def tune_run(recipe: str, config: str | Path, *overrides: str, log: Path) -> float:
-    """`tune run` a recipe. Modules beside this one can be used as recipes or config components."""
-    return run_process(["tune", "run", recipe, "--config", str(config), *overrides], log=log)
+LIB = Path(__file__).parent
 
 
-def run_process(command: list[str], log: Path) -> float:
-    """Run a command, and write its output to ``log``.
+def run_process(command: list[str], log: Path, threads: int | None = None) -> float:
+    """Run a command, and write its output to ``log``. Modules beside this one can be recipes or config components.
 
     Returns:
         The peak resident size of the process in GB, including loading and saving.
@@ -20,11 +17,12 @@ def run_process(command: list[str], log: Path) -> float:
     Raises:
         SystemExit: with the end of the log, if the command fails.
     """
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(LIB), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if status != 0:

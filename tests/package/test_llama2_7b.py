@@ -1,11 +1,14 @@
 """The LLaMA-2-7B config from checkpoint to checkpoint, with a small model of the same layout."""
 
 import json
+from pathlib import Path
 
 import torch
 from forks import run_command
 
-RANDOM = ("owlore", "random", "--config", "llama2/7B_owlore", "--output")
+from owlore_tune.config.load import load_config
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = [
     "model._component_=torchtune.models.llama2.llama2", "model.vocab_size=2000", "model.num_layers=3",
     "model.num_heads=4", "model.num_kv_heads=4", "model.embed_dim=64", "model.intermediate_dim=96",
@@ -13,11 +16,13 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_random_weights_train_by_the_7b_config_and_load_in_transformers(tmp_path):
+def test_random_weights_train_by_the_7b_config_and_load_in_transformers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from lib.random_weights import write_random
     from transformers import AutoModelForCausalLM
 
     weights, output = tmp_path / "weights", tmp_path / "run"
-    run_command(*RANDOM, str(weights), *SMALL)
+    write_random(load_config("llama2/7B_owlore", SMALL), weights)
     index = json.loads((weights / "model.safetensors.index.json").read_text())
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= index["weight_map"].keys()
     run_command(

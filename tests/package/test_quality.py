@@ -3,8 +3,6 @@
 import math
 import re
 import shutil
-import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -72,7 +70,7 @@ def test_the_committed_rows_have_what_a_reader_needs_to_repeat_them(quality):
     assert {quality.REFERENCE, quality.OURS} <= costs.keys() <= quality.METHODS.keys()
     assert len({(row["machine"], row["cores"]) for row in costs.values()}) == 1
     for row in rows:
-        assert row["code"] and row["versions"]["torch"] and ("losses" not in row or row["config"])
+        assert row["versions"]["torch"] and ("losses" not in row or row["config"])
 
 
 def row(method, lr, seed, loss, steps, code="new"):
@@ -88,10 +86,10 @@ def cost(method, ratio, memory=1.0, code="new", **more):
     return found | {"machine": "a CPU", "cores": 2} | more
 
 
-def test_rows_of_earlier_code_and_of_methods_that_are_not_tuned_do_not_count(quality, quality_report):
+def test_earlier_rows_of_a_run_and_methods_that_are_not_tuned_do_not_count(quality, quality_report):
     ours, full, lora = quality.OURS, quality.REFERENCE, "torchtune LoRA, r=16, bf16"
     rows = [
-        row(ours, 1e-4, 0, 0.10, 200, "old"), row(ours, 3e-4, 0, 0.50, 200), row(ours, 1e-3, 0, 0.60, 200),
+        row(ours, 1e-4, 0, 0.10, 200), row(ours, 3e-4, 0, 0.50, 200), row(ours, 1e-3, 0, 0.60, 200),
         row(ours, 1e-4, 0, 0.65, 200), row(ours, 3e-4, 1, 0.48, 200), row(full, 1e-4, 0, 0.54, 100),
         row(full, 1e-4, 1, 0.53, 100), row(full, 1e-5, 0, 0.58, 100), row(full, 1e-3, 0, 0.58, 100),
         row(ours, 3e-4, 0, 0.55, 100), row(ours, 1e-4, 0, 0.56, 100), row(ours, 1e-3, 0, 0.56, 100),
@@ -150,31 +148,6 @@ def test_other_settings_of_owlore_have_a_table_of_their_own(quality, quality_rep
     assert lines[:first] == quality_report.report(rows + costs)[:first]
 
 
-def test_the_time_of_a_step_is_that_in_which_its_process_ran(quality):
-    from lib.turns import run_for, run_in_turn, step_times
-
-    counting = "import time\nfor _ in range(40): print(time.perf_counter(), flush=True); time.sleep(0.05)"
-    one, other = (subprocess.Popen([sys.executable, "-c", counting], stdout=subprocess.PIPE) for _ in range(2))
-    try:
-        run_for(0.2, other)
-        turns = run_in_turn(one, other, 0.4)
-    finally:
-        for process in (one, other):
-            process.kill()
-    assert len(turns.of_other) >= 3  # one ends after more than 2 seconds of its own
-    for process, own in ((one, turns.of_process), (other, turns.of_other)):
-        ends = [float(line) for line in process.communicate()[0].splitlines()]
-        seconds = step_times([end for end in ends if end > own[0][0]], own)
-        assert 0.04 < statistics.median(seconds) < 0.1
-        assert sum(seconds) <= sum(stopped - started for started, stopped in own)
-
-
-def test_a_step_over_two_turns_has_their_time(quality):
-    from lib.turns import step_times
-
-    assert step_times([0.0, 2.0, 11.0, 23.0], [(0.0, 5.0), (10.0, 12.0), (20.0, 30.0)]) == [2.0, 4.0, 4.0]
-
-
 def test_a_grid_grows_until_its_best_value_is_inside(quality):
     for best in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3):
         tried = []
@@ -187,21 +160,10 @@ def test_a_grid_grows_until_its_best_value_is_inside(quality):
         assert min(tried) < best < max(tried) and len(tried) == len(set(tried))
 
 
-def test_a_digest_of_code_ignores_comments_and_docstrings(quality, tmp_path):
-    from lib.code import digest_of_code
-
-    file = tmp_path / "a.py"
-    digests = []
-    for text in ('"""One."""\nx = 1\n', '"""Two."""\n\nx = 1  # as\n', "x = 2\n"):
-        file.write_text(text)
-        digests.append(digest_of_code([file]))
-    assert digests[0] == digests[1] != digests[2]
-
-
 def test_a_model_before_training_has_forgotten_nothing(quality, smollm2_dir, tmp_path, monkeypatch):
     """And one with other weights has; answers do not count."""
-    from lib import study_losses
-    from lib.study_losses import divergence, general_loss
+    from lib import study
+    from lib.study import divergence, general_loss
 
     rows = [{"instruction": f"What is {i} plus {i}?", "input": "", "output": f"It is {2 * i}."} for i in (3, 40)]
     shutil.copytree(smollm2_dir, tmp_path / "other")
@@ -213,28 +175,26 @@ def test_a_model_before_training_has_forgotten_nothing(quality, smollm2_dir, tmp
     moved = divergence(tmp_path / "other", rows)
     assert moved > 1e-3
     assert divergence(tmp_path / "other", [row | {"output": "No."} for row in rows]) == pytest.approx(moved)
-    monkeypatch.setattr(study_losses, "mmlu_dev_rows", lambda split: rows)
+    monkeypatch.setattr(study, "mmlu_dev_rows", lambda split: rows)
     assert general_loss(tmp_path / "other") != general_loss(smollm2_dir)
 
 
-def test_a_run_with_a_line_is_repeated_without_a_new_line(quality, tmp_path, monkeypatch, capsys):
-    """Also one of other code: the report counts only rows of a method's last code."""
-    from lib.study_runs import Run
+def test_a_run_with_a_line_is_not_repeated(quality, tmp_path, monkeypatch):
+    from lib.study import Run
 
     class Finished(quality.Study):
         def __init__(self, rows):
             self.rows = rows
 
         def execute(self, run):
-            return {"key": run.key, "losses": {"reported": 0.5}, "code": "new", "machine": "a CPU"}
+            return {"key": run.key, "losses": {"reported": 0.5}}
 
     monkeypatch.setattr(quality, "ROWS", tmp_path / "rows.jsonl")
     run = Run(quality.OURS, 1e-4, 0, 100)
-    known = {"key": run.key, "losses": {"reported": 0.75}, "code": "old", "machine": "a CPU"}
-    quality.repeat(Finished({run.key: known}), run)
+    known = {"key": run.key, "losses": {"reported": 0.75}}
+    assert Finished({run.key: known}).row(run) == known
     assert not quality.ROWS.exists()
-    assert '"reported": 0.5}, code new' in (out := capsys.readouterr().out) and '"reported": 0.75}, code old' in out
-    quality.repeat(Finished({}), run)
+    Finished({}).row(run)
     assert [row["key"] for row in read_lines(quality.ROWS)] == [run.key]
 
 
