@@ -1,10 +1,10 @@
-"""Planned memory: of OwLore and other methods for LLaMA-2-7B, and of all packaged configs on cards of several sizes.
+"""Planned memory: of OwLore and other methods for LLaMA-2-7B, and of all packaged configs.
 
     python benchmarks/plans.py [--output benchmarks/memory_7b.md] [--picture docs/pictures/memory_7b.png]
-    python benchmarks/plans.py --fit [--configs NAME ...]
+    python benchmarks/plans.py --packaged
 
-No weights are needed: the plans run the model's forward and backward on tensors without data. --fit prints the table of
-docs/memory.md: the fastest settings of each config that fit each card, as `owlore memory --fit` finds them.
+No weights are needed: the plans run the model's forward and backward on tensors without data. --packaged prints the
+table of packaged configs in docs/memory.md.
 """
 
 from dataclasses import asdict
@@ -13,10 +13,9 @@ from pathlib import Path
 from lib.report import command, parser, publish
 
 from owlore_tune.config.load import load_config, packaged_configs
-from owlore_tune.errors import ConfigError
 from owlore_tune.memory.plan import MemoryPlan
 from owlore_tune.training.config import TrainingSettings
-from owlore_tune.training.plan import FREE_SHARE, SEQ_LEN, Setting, fastest_that_fits, plan_run, plans_of_config
+from owlore_tune.training.plan import FREE_SHARE, plan_run, plans_of_config
 from owlore_tune.training.plots import plot_memory
 
 RUN = [
@@ -35,7 +34,12 @@ OWN = {
     ],
 }  # fmt: skip
 CARDS = (6, 8, 12, 16, 24, 48, 80)  # GB of common GPUs
-CARDS_OF_CONFIGS = CARDS[1:]
+# Numbers of GPUs to plan packaged configs for, other than one
+GPUS = {
+    "llama2/13B_owlore": (1, 4), "llama2/7B_owlore": (1, 2), "llama3_1/70B_owlore": (8,), "llama3_1/8B_owlore": (1, 2),
+    "mistral/7B_owlore": (1, 2), "smollm2/135M_owlore": (1, 2),
+}  # fmt: skip
+SEQ_LEN = 512
 
 
 def plans() -> dict[str, MemoryPlan]:
@@ -65,35 +69,25 @@ def report(found: dict[str, MemoryPlan]) -> list[str]:
     return lines
 
 
-def print_settings_that_fit(names: list[str]) -> None:
-    """Print a line for each config as soon as it is planned."""
-    print(f"| config | rows per step | {' | '.join(f'{card} GB' for card in CARDS_OF_CONFIGS)} |")
-    print("|---|---|" + "---|" * len(CARDS_OF_CONFIGS))
-    for name in names:
-        cfg = load_config(name, ["device=cpu", "dtype=bf16", "fsdp=false"])
-        try:
-            found = fastest_that_fits(cfg, SEQ_LEN, [1e9 * card for card in CARDS_OF_CONFIGS])
-        except ConfigError:
-            found = {}
-        cells = [cell(found[1e9 * card][0]) if 1e9 * card in found else "–" for card in CARDS_OF_CONFIGS]
-        print(f"| `{name}` | {cfg.batch_size * cfg.gradient_accumulation_steps} | {' | '.join(cells)} |", flush=True)
-
-
-def cell(setting: Setting) -> str:
-    """Rows of a micro-batch, the format, and whether layers are checkpointed."""
-    weights = {"full": "bf16", "nf4": "NF4"}.get(setting.format, setting.format)
-    return f"{setting.batch_size} · {weights}{' · ckpt' if setting.checkpointing else ''}"
+def print_packaged(names: list[str]) -> None:
+    """Print a line for each packaged config and number of GPUs, as soon as it is planned."""
+    print("| config | GPUs | rows × tokens | GB per GPU |\n|---|---|---|---|")
+    for name, num_gpus in [(each, number) for each in names for number in GPUS.get(each, (1,))]:
+        settings = TrainingSettings.from_config(load_config(name, ["device=cpu"])).for_gpu()
+        seq_len, rows = settings.cfg.tokenizer.max_seq_len, settings.cfg.batch_size
+        plan = plan_run(settings, seq_len, settings.sharding(num_gpus) if num_gpus > 1 else None)
+        print(f"| `{name}` | {num_gpus} | {rows} × {seq_len} | {plan.total / 1e9:.1f} |", flush=True)
 
 
 def main() -> None:
-    names = [name for name, _ in packaged_configs() if name.endswith("_owlore")]
+    others = ("eval/", "hf/any", "smollm2/135M_lora", "smollm2/135M_generate")  # need files, or other recipes
+    names = [name for name, _ in packaged_configs() if not name.startswith(others)]
     arguments = parser(__doc__)
     arguments.add_argument("--picture", type=Path, help="also draw the plans to this PNG file")
-    arguments.add_argument("--fit", action="store_true", help="print the settings that fit cards, for all configs")
-    arguments.add_argument("--configs", nargs="+", choices=names, default=names, metavar="NAME", help="with --fit")
+    arguments.add_argument("--packaged", action="store_true", help="print the table of docs/memory.md instead")
     args = arguments.parse_args()
-    if args.fit:
-        print_settings_that_fit(args.configs)
+    if args.packaged:
+        print_packaged(names)
         return
     found = plans()
     publish(report(found), args.output)

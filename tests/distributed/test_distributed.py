@@ -28,7 +28,7 @@ from owlore_tune.optim.bases import OVERSAMPLING
 from owlore_tune.training.components import build_inputs
 from owlore_tune.training.config import TrainingSettings
 from owlore_tune.training.output_dir import RunDirectory
-from owlore_tune.training.report import read_records
+from owlore_tune.training.records import read_records
 from runs import finetune, other_model, variant, weights, write
 
 ALL_TRAINED = {"owlore__train_embeddings": True, "owlore__train_output": True, "owlore__train_norm": True}

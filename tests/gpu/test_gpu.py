@@ -18,7 +18,7 @@ from owlore_tune.models.experts import split_experts
 from owlore_tune.models.fused import fuse_parts
 from owlore_tune.optim.weights import ProjectedWeight
 from owlore_tune.quantized.linear import quantize
-from owlore_tune.training.report import read_records
+from owlore_tune.training.records import read_records
 from runs import finetune, finetune_until, prepare, read_weights, variant, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

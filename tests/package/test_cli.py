@@ -15,7 +15,6 @@ from torchtune.config._errors import InstantiationError
 
 from owlore_tune import cli
 from owlore_tune.config.load import find_config
-from owlore_tune.doctor import fits
 from owlore_tune.errors import errors_in_one_line
 from owlore_tune.models import smollm2
 from owlore_tune.training import plots
@@ -188,20 +187,3 @@ def test_lora_builder_matches_the_full_model():
         lora = smollm2.lora_smollm2_135m(["q_proj", "v_proj"], apply_lora_to_mlp=True)
         full = smollm2.smollm2_135m()
     assert {name for name, _ in full.named_parameters()} <= {name for name, _ in lora.named_parameters()}
-
-
-def test_doctor_lists_the_largest_models_that_fit_a_card(tiny_config, tmp_path, monkeypatch):
-    """Of three tiny models with short rows, because a plan of a real one takes seconds. Their batches do not matter."""
-    monkeypatch.chdir(tmp_path)
-    names = [f"{width}_owlore" for width in (512, 640, 768)]
-    for width, name in zip((512, 640, 768), names, strict=True):
-        model = tiny_config["model"] | {"embed_dim": width, "intermediate_dim": 4 * width}
-        OmegaConf.save(tiny_config | {"model": model, "batch_size": 64}, name)
-    monkeypatch.setattr("owlore_tune.training.plan.packaged_configs", lambda: [(name, Path()) for name in names])
-    monkeypatch.setattr("owlore_tune.training.plan.SEQ_LEN", 16)
-    assert [finding.text.split(":")[0] for finding in fits(46e6)] == [
-        "512_owlore",
-        "640_owlore with owlore.weights=int8 owlore.products=int8",
-        "768_owlore with owlore.weights=nf4 owlore.products=full",
-    ]
-    assert list(fits(1e6)) == []

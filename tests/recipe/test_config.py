@@ -14,6 +14,7 @@ from places import refused
 from owlore_tune import cli
 from owlore_tune.config.components import changed_fields, check_config, device_and_dtype
 from owlore_tune.config.load import expanded, find_config, load_config, packaged_configs, with_bases
+from owlore_tune.distributed.world import World
 from owlore_tune.errors import ConfigError
 from owlore_tune.training.components import build_trained_model, prepare
 from owlore_tune.training.config import DEFAULTS, REQUIRED, SUPPLIED, OwLoreConfig, TrainingSettings
@@ -47,24 +48,6 @@ def test_the_table_of_planned_memory(row):
     sharding = settings.sharding(int(num_gpus)) if int(num_gpus) > 1 else None
     plan = plan_run(settings, int(seq_len), sharding)
     assert plan.total / 1e9 == pytest.approx(float(told), abs=0.06)
-
-
-def test_the_table_of_settings_for_cards_has_every_packaged_model():
-    rows = re.findall(r"^\| `(\S+)` \| \d+ (?:\| [^|]+){6}\|$", MEMORY, re.MULTILINE)
-    assert rows == [name for name, _ in packaged_configs() if name.endswith("_owlore")]
-
-
-@pytest.mark.slow
-def test_the_table_of_settings_that_fit_a_card(monkeypatch):
-    """One of its rows, because each takes many plans."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    from fit import row
-
-    (line,) = [line for line in MEMORY.splitlines() if line.startswith("| `llama3_2/1B_owlore` | 16 |")]
-    assert row("llama3_2/1B_owlore") == line
-
-
-REFERENCES = ("smollm2/135M_owlore", "llama2/7B_owlore")
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -219,7 +202,7 @@ def test_only_thin_products_on_a_gpu_have_tf32(dtype, precision, tiny_config):
     settings = TrainingSettings.from_config(OmegaConf.create(tiny_config | {"dtype": dtype}))
     on_cuda = dataclasses.replace(settings, device=torch.device("cuda"))
     try:
-        prepare(on_cuda, build_trained_model(settings), None, ALONE)
+        prepare(on_cuda, build_trained_model(settings), None, World())
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -18,7 +18,7 @@ from reference import outlier_scores
 from transformers import AutoModelForCausalLM
 
 from owlore_tune.layers.scores import Outlier
-from owlore_tune.training.report import read_records
+from owlore_tune.training.records import read_records
 from runs import assert_weights, changed_by_draw, checkpoints, finetune, prepare, read_weights, variant, weights
 
 COSINE = {

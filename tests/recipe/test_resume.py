@@ -14,7 +14,7 @@ from owlore_tune.checkpoints.steps import verify
 from owlore_tune.checkpoints.training_state import get_rng_state, set_rng_state
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.optim.moments import state_bytes
-from owlore_tune.training.report import read_records
+from owlore_tune.training.records import read_records
 from runs import (
     after_step,
     assert_resumes_exactly,

@@ -20,7 +20,7 @@ from owlore_tune.files import cache_directory, files_digest, partial_name, write
 from owlore_tune.training.config import TrainingSettings
 from owlore_tune.training.load_weights import score_model
 from owlore_tune.training.output_dir import RUN_FILE
-from owlore_tune.training.report import Records, read_records
+from owlore_tune.training.records import Records, read_records
 from runs import Killed, assert_resumes_exactly, checkpoints, finetune, finetune_until, prepare, variant
 
 
