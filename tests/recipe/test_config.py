@@ -1,7 +1,6 @@
 """Every shipped config is valid, and every bad value is rejected with a one-line error."""
 
 import dataclasses
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -50,32 +49,11 @@ def test_the_table_of_planned_memory(row):
     assert plan.total / 1e9 == pytest.approx(float(told), abs=0.06)
 
 
-@pytest.mark.parametrize("name", REFERENCES)
-def test_a_reference_config_lists_every_field_with_its_default(name):
-    """A comment after each non-default value names the default."""
-    file = find_config(name)
-    cfg = OmegaConf.load(file)
+def test_the_base_lists_every_field_with_its_default():
+    cfg = OmegaConf.to_container(OmegaConf.load(find_config("base")), resolve=False)
     assert cfg.keys() == {*REQUIRED, *DEFAULTS}
-    lines = file.read_text().splitlines()
-
-    def check(key: str, value, default, indent: str = "") -> None:
-        (line,) = [line for line in lines if line.startswith(f"{indent}{key}:")]
-        told = re.search(r"\(default (.+)\)", line)
-        if value == default:
-            assert told is None, line
-        else:
-            assert told is not None and OmegaConf.create(f"x: {told[1]}").x == default, line
-
-    owlore = dataclasses.asdict(OwLoreConfig())
-    assert cfg.owlore.keys() == owlore.keys()
-    parameters = inspect.signature(torch.optim.AdamW).parameters
-    optimizer = {key: parameters[key].default for key in cfg.optimizer if key != "_component_"}
-    for block, defaults in (("owlore", owlore), ("optimizer", optimizer)):
-        for key, default in defaults.items():
-            check(key, cfg[block][key], list(default) if isinstance(default, tuple) else default, "  ")
-    for key, default in DEFAULTS.items():
-        value = OmegaConf.to_container(cfg, resolve=False)[key]
-        check(key, value, default)
+    assert cfg["owlore"] == dataclasses.asdict(OwLoreConfig())
+    assert {key: cfg[key] for key in DEFAULTS} == DEFAULTS
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -103,11 +81,8 @@ def test_an_invalid_config_is_told_in_one_line(case, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_shipped_config_opens_with_its_download_and_launch(name):
-    head = find_config(name).read_text().split("\n\n")[0]
-    assert "Download" in head
-    assert "Launch" in head
-    assert name in head
+def test_shipped_config_opens_with_its_download(name):
+    assert "Download" in find_config(name).read_text().split("\n\n")[0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
