@@ -94,16 +94,10 @@ def count(output: str, file: str) -> None:
         def _train_step(self, micro_batches, started):
             with SentBytes() as sent:
                 outcome = super()._train_step(micro_batches, started)
-            trained = self.layers.trained().values()
-            state = state_bytes(self.optimizer) + self.layers.nbytes()
-            records.append(
-                {
-                    "sent": sent.counts,
-                    "state_bytes": state,
-                    "trained_bytes": sum(map(sent_bytes, trained)),
-                    "weights": [local(parameter).double().sum().item() for parameter in self.model.parameters()],
-                }
-            )
+            record = {"sent": sent.counts, "state_bytes": state_bytes(self.optimizer) + self.layers.nbytes()}
+            record["trained_bytes"] = sum(map(sent_bytes, self.layers.trained().values()))
+            record["weights"] = [local(parameter).double().sum().item() for parameter in self.model.parameters()]
+            records.append(record)
             return outcome
 
     cfg = DictConfig(OmegaConf.load(file))

@@ -96,17 +96,14 @@ def test_huge_and_tiny_rows_keep_their_codes(size):
     assert codes[0, 0] == -127 and scale.item() == pytest.approx(size / 127, rel=1e-5)
 
 
-def test_zeros_stay_zero():
-    codes, scale = kernels.quantize_rows(torch.zeros(2, 64, device=DEVICE), None)
-    assert not codes.any() and (scale > 0).all()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_rows_that_are_not_finite_have_no_finite_scale(value):
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -float("inf")])
+def test_rows_of_zeros_stay_zero_and_those_that_are_not_finite_have_no_finite_scale(value):
     x = normal(3, 100)
     x[1, 37] = value
-    _, scale = kernels.quantize_rows(x, None)
-    assert scale.isfinite().flatten().tolist() == [True, False, True]
+    x[2] = 0
+    codes, scale = kernels.quantize_rows(x, None)
+    assert scale.isfinite().flatten().tolist() == [True, value == 0, True]
+    assert not codes[2].any() and scale[2] > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,11 +117,6 @@ def test_nf4_is_dequantized_as_torch_does(with_kernels, monkeypatch, shape, dtyp
     torch.testing.assert_close(found, weight.dequantize(dtype), rtol=tolerance, atol=0)
 
 
-def test_nf4_without_rows(with_kernels):
-    weight = NF4Weight.empty(torch.Size((0, 64)), DEVICE)
-    assert weight.dequantize(torch.float32).shape == (0, 64)
-
-
 def test_parts_of_nf4_are_dequantized(with_kernels):
     weight = NF4Weight.quantize(normal(10, 256))
     whole = weight.dequantize(torch.float32)
@@ -132,10 +124,11 @@ def test_parts_of_nf4_are_dequantized(with_kernels):
     assert torch.equal(weight.dequantize(torch.float32, columns=slice(64, 192)), whole[:, 64:192])
     rows = torch.tensor([3, 3, 9], device=DEVICE)
     assert torch.equal(weight.dequantize(torch.float32, rows), whole[rows])
+    assert NF4Weight.empty(torch.Size((0, 64)), DEVICE).dequantize(torch.float32).shape == (0, 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(40, 64, 96), (1, 64, 32), (33, 70, 45), (3, 1, 5), (17, 576, 1)])  # t, n, m
+@pytest.mark.parametrize("sizes", [(40, 64, 96), (1, 64, 32), (33, 70, 45), (3, 1, 5), (17, 576, 1), (0, 64, 8)])
 def test_8_bit_products_are_those_of_the_quantized_values(with_kernels, sizes, dtype):
     t, n, m = sizes
     weight = Int8Weight.quantize(normal(m, n, seed=1))
@@ -143,23 +136,17 @@ def test_8_bit_products_are_those_of_the_quantized_values(with_kernels, sizes, d
     product = weight.linear(x, "int8")
     codes, scale = quantized(x.detach().float())
     expected = (codes.double() * scale) @ weight.dequantize(torch.float64).T
-    assert product.dtype == dtype and relative(product, expected) < 2 * torch.finfo(dtype).eps + 1e-4
+    assert product.dtype == dtype and is_near(product, expected, 2 * torch.finfo(dtype).eps + 1e-4)
     grad = normal(t, m, dtype=dtype, seed=2)
     product.backward(grad)
     codes, scale = quantized(grad.float() * weight.scale.view(-1))
     expected = (codes.double() * scale) @ weight.codes.double()
-    assert x.grad.dtype == dtype and relative(x.grad, expected) < 2 * torch.finfo(dtype).eps + 1e-4
+    assert x.grad.dtype == dtype and is_near(x.grad, expected, 2 * torch.finfo(dtype).eps + 1e-4)
 
 
-def test_8_bit_products_without_rows(with_kernels):
-    weight = Int8Weight.quantize(normal(8, 64))
-    x = normal(0, 64).requires_grad_()
-    weight.linear(x, "int8").sum().backward()
-    assert x.grad.shape == (0, 64)
-
-
-def relative(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
+def is_near(found, expected, size):
+    assert found.shape == expected.shape
+    return (found.double() - expected).norm() <= size * expected.norm()
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="compares with torch's products of a CPU")
@@ -171,7 +158,7 @@ def test_kernels_and_torch_agree(with_kernels, monkeypatch):
     expected = weight.linear(x, "int8")
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
     torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-5)
-    assert relative(grad, expected_grad.double()) < 1e-3
+    assert is_near(grad, expected_grad.double(), 1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -193,15 +180,11 @@ def test_rotary_embeddings_are_those_of_torchtune(shape, dtype, kind):
         torch.testing.assert_close(found_grad, expected_grad, rtol=size, atol=4 * size)
 
 
-def test_rotary_embeddings_without_rows():
-    x = normal(0, 4, 2, 8)
-    assert rotate(x, RotaryPositionalEmbeddings(dim=8, max_seq_len=32).to(DEVICE).cache, None).shape == x.shape
-
-
-def test_rotary_embeddings_with_strides():
+def test_rotary_embeddings_with_strides_and_without_rows():
     rope = RotaryPositionalEmbeddings(dim=8, max_seq_len=32).to(DEVICE)
     x = normal(2, 3, 5, 8).transpose(1, 2)  # (b, s, heads, width) as attention's gradients have it
     torch.testing.assert_close(rotate(x, rope.cache, None), rope(x))
+    assert rotate(normal(0, 4, 2, 8), rope.cache, None).shape == (0, 4, 2, 8)
     x = normal(2, 8, 5, 3).transpose(1, 3).transpose(1, 2)
     torch.testing.assert_close(rotate(x, rope.cache, None), rope(x))
 
@@ -224,7 +207,7 @@ def test_a_decoder_with_fused_parts_computes_the_same(monkeypatch, dtype, scale_
     found = model(tokens)
     (grad,) = torch.autograd.grad(found.square().sum(), model.tok_embeddings.weight)
     size = 1e-6 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
-    assert relative(found, expected.double()) < size and relative(grad, expected_grad.double()) < 4 * size
+    assert is_near(found, expected.double(), size) and is_near(grad, expected_grad.double(), 4 * size)
 
 
 class Kernels(TorchDispatchMode):

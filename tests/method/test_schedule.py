@@ -94,18 +94,16 @@ def test_a_merge_writes_what_an_export_reads(tokens):
 
 
 def test_layers_whose_weights_changed_are_known_until_the_next_draw(tokens):
-    model = tiny_llama()
+    model, twin = tiny_llama(), tiny_llama()
     layers, _, schedule = parts = setup(model, every=3)
     one, other = schedule.begin_step()
     assert schedule.last_moved == [] and schedule.moved() == []
     loss_of(model, tokens).backward()
     with torch.no_grad():
         next(iter(layers.layers[one].weights.values())).trained[0, 0] += 1e-3
-    assert schedule.moved() == [one]
-    twin = tiny_llama()
-    _, _, resumed = setup(twin, every=3, seed=1)
+    resumed = setup(twin, every=3, seed=1)[2]
     resumed.load_state_dict(copy.deepcopy(schedule.state_dict()))
-    assert resumed.moved() == [one]
+    assert resumed.moved() == schedule.moved() == [one]
     train(model, parts, tokens, num_steps=3)
     assert schedule.begin_step() is not None
     assert schedule.last_moved == [one, other] and schedule.moved() == []

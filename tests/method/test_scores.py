@@ -10,11 +10,11 @@ from owlore_tune.layers.scores import SCORES, LayerScores, Outlier, Reverse, Uni
 from owlore_tune.models.decoder import find_linears
 
 
-def test_scores_by_place(tokens):
+def test_scores_by_place_and_others_are_usable(tokens):
     model = tiny_llama()
-    assert layer_scores(model, "uniform") == [1, 1, 1, 1]
-    assert layer_scores(model, "increase") == [1, 2, 3, 4]
-    assert layer_scores(model, "decrease") == [4, 3, 2, 1]
+    found = {score: layer_scores(model, score, [{"tokens": tokens}]) for score in SCORES}
+    assert [found[name] for name in ("uniform", "increase", "decrease")] == [[1] * 4, [1, 2, 3, 4], [4, 3, 2, 1]]
+    assert all(len(values) == 4 and all(math.isfinite(v) and v >= 0 for v in values) for values in found.values())
 
 
 def test_reverse_turns_the_outlier_scores_over(tokens):
@@ -63,14 +63,6 @@ def test_scoring_leaves_each_module_in_its_mode(tokens):
     assert [layer.training for layer in model.layers] == [True, False, True, True]
 
 
-def test_all_scores_are_usable(tokens):
-    model = tiny_llama()
-    for score in SCORES:
-        values = layer_scores(model, score, [{"tokens": tokens}])
-        assert len(values) == 4
-        assert all(math.isfinite(v) and v >= 0 for v in values)
-
-
 def test_unknown_score_and_missing_batches_are_refused():
     with pytest.raises(ValueError, match="score='outliers'; choose one of outlier"):
         layer_scores(tiny_llama(), "outliers")
@@ -116,7 +108,6 @@ def test_an_unfit_score_file_is_refused(tmp_path, changes, num_layers, fingerpri
 @pytest.mark.parametrize("asked", [Reverse(), Uniform(), Outlier(10.0)], ids=lambda score: score.name)
 def test_a_file_of_another_score_or_threshold_is_refused(tmp_path, asked):
     path = saved(tmp_path / "scores.json")
-    with pytest.raises(
-        ValueError, match=f"holds outlier scores with {{'threshold': 13.0}}, the config asks for {asked.name}"
-    ):
+    message = f"holds outlier scores with {{'threshold': 13.0}}, the config asks for {asked.name}"
+    with pytest.raises(ValueError, match=message):
         LayerScores.load(path, num_layers=2, fingerprint="abc", score=asked)
