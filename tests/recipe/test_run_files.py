@@ -8,17 +8,13 @@ import stat
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 from places import with_json
-from safetensors.torch import load_file, save_file
 from tiny import TINY_MODEL, save_tokenizer
 
 from owlore_tune.checkpoints.steps import StepCheckpoints
 from owlore_tune.data.tokenizer import HFChatTokenizer
 from owlore_tune.errors import ConfigError, RunError
 from owlore_tune.files import cache_directory, files_digest, partial_name, write_json
-from owlore_tune.training.config import TrainingSettings
-from owlore_tune.training.load_weights import score_model
 from owlore_tune.training.output_dir import RUN_FILE
 from owlore_tune.training.records import Records, read_records
 from runs import Killed, assert_resumes_exactly, checkpoints, finetune, finetune_until, prepare, variant
@@ -129,20 +125,6 @@ def test_a_run_in_which_no_token_trains_fails(tiny_config, monkeypatch):
         finetune(config)
     manifest = json.loads((Path(config["output_dir"]) / "manifest.json").read_text())
     assert manifest["finished"] is False
-
-
-def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tiny_config, tiny_dir, tmp_path):
-    shutil.copytree(tiny_dir, tmp_path / "model")
-    weights = load_file(tiny_dir / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = weights[name][:290].clone()
-    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with_json(str(tmp_path / "model" / "config.json"), vocab_size=290)
-    tiny_config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "model")
-    tiny_config["model"] = TINY_MODEL | {"vocab_size": 290}
-    for start in (prepare, lambda config: score_model(TrainingSettings.from_config(OmegaConf.create(config)))):
-        with pytest.raises(ConfigError, match="token ids up to 299, and the model has embeddings for 290 tokens"):
-            start(tiny_config)
 
 
 def test_a_logger_that_writes_the_config_writes_it_to_the_run(tiny_config, tmp_path, monkeypatch):
