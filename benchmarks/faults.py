@@ -99,11 +99,8 @@ def readable(output_dir: Path, before: list[str]) -> bool:
     except Exception as error:
         print(error)
         return False
-    return not before or (bool(left) and number_of(left[-1].name) >= number_of(before[-1]))
-
-
-def number_of(step: str) -> int:
-    return int(step.removeprefix("step_"))
+    steps = {int(directory.name.removeprefix("step_")) for directory in left}
+    return not before or any(step >= int(before[-1].removeprefix("step_")) for step in steps)
 
 
 def kill() -> None:

@@ -100,6 +100,7 @@ class Model:
     checkpointing: bool
     num_layers: int
     seq_len: int = 512
+    device: str = DEVICE
 
     def directory(self) -> Path:
         """The directory of the weights. Missing weights are created or downloaded."""
@@ -138,7 +139,9 @@ class Result:
 
 def run(row: str, model: Model, result: Result, steps: int, every: int = RESAMPLE_EVERY, ranks: int | None = None):
     """Run ``row``, and add its measurements to ``result``."""
-    with tempfile.TemporaryDirectory(dir=None if model is MODELS["smollm2"] else model.directory().parent) as name:
+    with tempfile.TemporaryDirectory(
+        dir=None if model.config.startswith("smollm2") else model.directory().parent
+    ) as name:
         scratch = Path(name)
         log = scratch / "steps.jsonl"
         peak = run_process(command_of(row, model, scratch, steps, every, ranks), log=scratch / "log.txt")
@@ -147,7 +150,7 @@ def run(row: str, model: Model, result: Result, steps: int, every: int = RESAMPL
             result.manifest = json.loads(manifest.read_text())
             result.records = read_lines(scratch / "run" / "steps.jsonl")
             result.planned = result.manifest["memory_bytes"]["planned"]["total"] / 1e9
-    of_training = DEVICE == "cuda" or ranks  # other processes measure it, or it is not that of one process
+    of_training = model.device == "cuda" or ranks  # other processes measure it, or it is not that of one process
     result.peak = max(result.peak, lines[-1]["peak_memory"] if of_training else peak)
     if every == 1:
         result.after = [lines[1]["peak_memory"], lines[19]["peak_memory"]]
@@ -175,7 +178,7 @@ def command_of(row: str, model: Model, scratch: Path, steps: int, every: int, ra
                       "max_seq_len": model.seq_len},
         "dataset": {"_component_": "owlore_tune.data.mmlu_dev_dataset", "packed": True},
         "batch_size": model.batch_size, "gradient_accumulation_steps": 1, "shuffle": True, "epochs": 1,
-        "max_steps_per_epoch": steps, "device": DEVICE, "dtype": model.dtype, "compile": False,
+        "max_steps_per_epoch": steps, "device": model.device, "dtype": model.dtype, "compile": False,
         "enable_activation_checkpointing": model.checkpointing,
         "metric_logger": {"_component_": "step_logger.StepLogger", "path": str(scratch / "steps.jsonl")},
     }  # fmt: skip
@@ -315,10 +318,10 @@ def methods(args: Any) -> list[str]:
 
 
 def llama2_7b(args: Any) -> list[str]:
-    rows = []
+    model, rows = replace(MODELS["llama2-7b"], device="cpu"), []
     for row in args.rows or ON_A_CPU:
         own = Result()
-        run(row, MODELS["llama2-7b"], own, steps=3, every=2)
+        run(row, model, own, steps=3, every=2)
         measured, seconds = own.manifest["memory_bytes"]["measured"], own.manifest["seconds"]
         state = measured["projected"] + measured["moments"] + measured["bases"]
         step = statistics.median(record["step_seconds"] - record["redraw_seconds"] for record in own.records)
@@ -344,11 +347,8 @@ def llama2_7b(args: Any) -> list[str]:
 
 
 def distributed(args: Any) -> list[str]:
-    model, ranks, results = (
-        replace(MODELS["smollm2"], batch_size=1),
-        2,
-        {row: Result() for row in args.rows or ON_RANKS},
-    )
+    model, ranks = replace(MODELS["smollm2"], batch_size=1), 2
+    results = {row: Result() for row in args.rows or ON_RANKS}
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
     for row, result in list(results.items()) * args.rounds:
         run(row, model, result, args.steps, ranks=ranks)

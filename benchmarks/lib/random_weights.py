@@ -40,16 +40,13 @@ def write_weights(model: Any, to_hf: Convert, directory: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     pieces = list(shards(model, 10**9))
     weight_map: dict[str, str] = {}
-    total = 0
     for number, shard in enumerate(tqdm(pieces, desc="Writing random weights", unit="shard"), start=1):
         name = f"model-{number:05}-of-{len(pieces):05}.safetensors"
         weights = {key: random_weight(parameter, generator) for key, parameter in shard.items()}
         converted = to_hf(weights)
         save_file({k: v.contiguous() for k, v in converted.items()}, directory / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(converted, name)
-        total += sum(value.nbytes for value in converted.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def random_weight(parameter: Tensor, generator: torch.Generator) -> Tensor:
