@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._errors import InstantiationError
 
 from owlore_tune import cli
-from owlore_tune.config.load import find_config
+from owlore_tune.config.load import load_config
 from owlore_tune.errors import errors_in_one_line
 from owlore_tune.models import smollm2
 from owlore_tune.training import plots
@@ -74,7 +74,8 @@ def test_recipes_use_segments_that_grow_unless_the_user_says_otherwise(tmp_path,
 def test_cp_copies_configs_and_recipes_and_does_not_overwrite(monkeypatch, tmp_path):
     target = tmp_path / "configs" / "mine.yaml"
     owlore(monkeypatch, "cp", "smollm2/135M_owlore", str(target))
-    assert target.read_text() == find_config("smollm2/135M_owlore").read_text()
+    assert load_config(str(target)) == load_config("smollm2/135M_owlore")
+    assert "γ: number of layers that train at a time" in target.read_text()  # the comment of its base
     with pytest.raises(SystemExit, match="exists; use --force"):
         owlore(monkeypatch, "cp", "smollm2/135M_owlore", str(target))
     owlore(monkeypatch, "cp", "--force", "owlore_full_finetune", str(target))
