@@ -33,6 +33,7 @@ from owlore_tune.optim.bases import sketch, truncate
 from owlore_tune.optim.moments import state_bytes
 from owlore_tune.optim.weights import ProjectedWeight
 from owlore_tune.quantized.store import BackgroundStore, LayerStore
+from owlore_tune.training import components
 from owlore_tune.training import load_weights as run_weights
 from owlore_tune.training.config import TrainingSettings
 
@@ -55,7 +56,7 @@ def train(*files: str) -> None:
     with process_group(torch.device(configs[0].device), configs[0].get("dist_timeout_s", 600), cpu_offload=offloads):
         for cfg in configs:
             run_weights.LayerStore = SlowStore if cfg.output_dir.endswith("_background") else LayerStore
-            run_weights.group_experts = group_on_cpu if cfg.output_dir.endswith("_grouped") else group_experts
+            components.group_experts = group_on_cpu if cfg.output_dir.endswith("_grouped") else group_experts
             finetune(cfg)
 
 

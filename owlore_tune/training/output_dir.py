@@ -98,7 +98,7 @@ class RunDirectory:
         problem = None
         try:
             if content and not _HOLDER.fullmatch(content):
-                problem = f"{LOCK_FILE} in it is not a lock of this program; move it away"
+                problem = f"its {LOCK_FILE} is not a lock of this program; move it away"
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = content.strip() or "another process"

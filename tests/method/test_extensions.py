@@ -24,6 +24,8 @@ def additions(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with patch.dict(SCORES), patch.dict(DRAWS), patch.dict(FORMATS):
         for section in PAGE.split("\n## ")[1:]:
+            if not section.startswith("A new "):
+                continue
             file, diff = ADDITION.search(section).groups()
             code = "".join(line.removeprefix("+") for line in diff.splitlines(keepends=True))
             if file.startswith("owlore_tune/"):

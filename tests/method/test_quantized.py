@@ -299,9 +299,8 @@ def test_weights_that_are_not_finite_are_not_kept(tiny_config):
     assert all(weight.isfinite().all() for weight in weights(config).values())
 
 
-def test_a_disk_that_fills_up_at_a_draw_loses_no_step(tiny_config, monkeypatch):
-    """The layers that leave are written before anything changes, so the state after the last step can be saved."""
-    config = quantized_config(tiny_config, "int8", dataset_val=None)
+def test_a_disk_that_fills_up_at_a_draw_harms_no_checkpoint(tiny_config, monkeypatch):
+    config = quantized_config(tiny_config, "int8", dataset_val=None, save_every_n_steps=3)
     recipe = prepare(config)
     write = recipe.quantized.store.write
 
@@ -311,7 +310,7 @@ def test_a_disk_that_fills_up_at_a_draw_loses_no_step(tiny_config, monkeypatch):
         return write(index, layer_weights)
 
     monkeypatch.setattr(recipe.quantized.store, "write", full_disk)
-    with pytest.raises(RunError, match="No space left on device. The state after step 6 is saved in"):
+    with pytest.raises(RunError, match="No space left on device. The newest checkpoint is .*step_6: resume"):
         recipe.train()
     recipe.cleanup()
     finetune(config | {"resume_from_checkpoint": True})

@@ -295,9 +295,3 @@ def test_a_row_that_cannot_be_read_ends_its_own_step():
 class LostWorld(World):
     def gather(self, value):
         raise RuntimeError("connection reset")
-
-
-def test_a_lost_process_is_no_error_of_the_next_step():
-    data, _ = data_of(6, world=LostWorld())
-    with pytest.raises(RuntimeError, match="connection reset"):
-        data.read_ahead(GPU)

@@ -286,6 +286,6 @@ def count_grouped_products(monkeypatch) -> list:
         products.append(x.shape)
         return of_torch(x, weights, offs=offs)
 
-    monkeypatch.setattr("owlore_tune.training.load_weights.group_experts", group_on_cpu)
+    monkeypatch.setattr("owlore_tune.training.components.group_experts", group_on_cpu)
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", product)
     return products

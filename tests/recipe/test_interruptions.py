@@ -22,7 +22,6 @@ from owlore_tune import cli
 from owlore_tune.checkpoints.steps import verify
 from owlore_tune.data import checks as samples
 from owlore_tune.data.loader import TrainingData
-from owlore_tune.distributed.world import RankError
 from owlore_tune.errors import CheckpointError, ConfigError, RunError, errors_in_one_line
 from owlore_tune.loss import LinearCrossEntropyLoss
 from owlore_tune.training import components as build
@@ -74,16 +73,6 @@ def test_after_an_error_the_run_goes_on_from_the_newest_checkpoint(tiny_config, 
     recipe.cleanup()
     assert checkpoints(config)[0].name == "step_4"
     assert_resumes_exactly(config)
-
-
-def test_a_row_that_another_rank_cannot_use_needs_a_new_run(tiny_config, capsys):
-    """The same command would read it again."""
-    error = RankError("rank 1 failed: ValueError: row 3 is too long", is_value_error=True)
-    recipe = broken_at(variant(tiny_config, "rank", dataset_val=None, save_every_n_steps=3), 3, "reading data", error)
-    with pytest.raises(RankError):
-        recipe.train()
-    recipe.cleanup()
-    assert "step_3: start a new run from its weights: checkpointer.checkpoint_dir=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory", ""], ids=["torch", "Python"])

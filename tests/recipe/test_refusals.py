@@ -70,7 +70,7 @@ OVERRIDES = {
     "checkpointer.checkpoint_dir=/nope": "checkpointer.checkpoint_dir=/nope is not a directory",
     "checkpointer.model_type=QWEN2": "the model's is llama; choose LLAMA2",
     "checkpointer.checkpoint_files=[no.safetensors]": "checkpointer: weights missing in model: model/no.safetensors",
-    "tokenizer.max_seq_len=abc": "tokenizer.max_seq_len=abc; it must be a whole number, or null for no limit",
+    "tokenizer.max_seq_len=abc": "tokenizer.max_seq_len=abc; it must be a whole number from 1, or null",
     "tokenizer.max_seq_len=3": "dataset: no row has a token to train",
     "tokenizer.max_seq_len=null dataset.packed=true": "dataset.packed=true needs tokenizer.max_seq_len",
     "tokenizer.max_seq_len=null model.max_seq_len=8": "row 0 has 28 tokens, and the model takes 8",

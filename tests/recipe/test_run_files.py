@@ -167,7 +167,7 @@ def test_others_may_read_all_files_of_a_checkpoint_that_the_umask_lets_them(weig
 
 def test_a_record_that_a_full_disk_cuts_leaves_whole_lines(tmp_path):
     records = Records(tmp_path)
-    records.start()
+    records.start(0, "run")
     records.open_draw(0, [1], 10)
     record = {"step": 1, "step_seconds": 1.0, "refresh_seconds": 0.0}
     records.add_step(record)
