@@ -45,9 +45,15 @@ _checksums: dict[tuple[int, ...], str] = {}  # by identity of a file
 
 
 def write_json(path: Path, content: Any, owner: str) -> None:
-    """Write ``content`` as JSON, atomically: the file is either the old or the new one.
+    """Write ``content`` as JSON, atomically; see `write_atomically`.
 
     Numbers that are not finite become null, because JSON cannot represent them.
+    """
+    write_atomically(path, to_json(content, indent=2) + "\n", owner)
+
+
+def write_atomically(path: Path, text: str, owner: str) -> None:
+    """Write ``text``: the file is either the old or the new one.
 
     Args:
         owner: part of the temporary name, `partial_name`. Whoever knows it can remove the leftover of a killed process.
@@ -55,7 +61,7 @@ def write_json(path: Path, content: Any, owner: str) -> None:
     partial = path.with_name(partial_name(path.name, owner))
     try:
         with partial.open("x") as file:
-            file.write(to_json(content, indent=2) + "\n")
+            file.write(text)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

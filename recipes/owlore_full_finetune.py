@@ -278,7 +278,8 @@ class OwLoreFullFinetuneRecipe(FTRecipeInterface):
         with self._memory.paused():
             loss, num_tokens = validation.held_out_loss_of(self.model, self.layers, *rest)
         self.report.held_out_loss(when, self.progress.step, loss, num_tokens)
-        self.report.write_manifest(self.progress, self._step_dir())
+        if not math.isfinite(loss):
+            self.report.write_manifest(self.progress, self._step_dir())
         validation.check_held_out_loss(when, loss)
 
     def save_checkpoint(self) -> None:

@@ -4,12 +4,13 @@ import errno
 import json
 import os
 import statistics
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torchtune.utils import get_logger
 
-from owlore_tune.files import partial_name, to_json
+from owlore_tune.files import to_json, write_atomically
 
 STEPS_FILE, DRAWS_FILE = "steps.jsonl", "draws.jsonl"
 PICTURES = ("scores", "draws", "loss", "memory", "step_times")  # of a run, without extension
@@ -44,13 +45,10 @@ class Records:
         """Begin both files, or cut those of this run after ``step``, and before the current draw."""
         begins = step if self.draw is None else self.draw["step"]  # of the current draw
         for name, last, key in ((STEPS_FILE, step, "step"), (DRAWS_FILE, begins, "end")):
-            if self._directory is None:
-                continue
-            file = self._directory / name
-            partial = file.with_name(partial_name(name, run_id))
-            kept = [record for record in read_records(file) if record[key] <= last]
-            partial.write_text("".join(to_json(record) + "\n" for record in kept))
-            os.replace(partial, file)
+            if self._directory is not None:
+                file = self._directory / name
+                kept = [record for record in read_records(file) if record[key] <= last]
+                write_atomically(file, "".join(to_json(record) + "\n" for record in kept), run_id)
 
     def add_step(self, record: dict[str, float]) -> None:
         self._append(STEPS_FILE, record)
@@ -117,6 +115,10 @@ def _existing(path: str, flags: int) -> int:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The records in a file of `Records`; empty if there is no file. An incomplete last line is skipped."""
-    lines = file.read_text().split("\n")[:-1] if file.is_file() else []
-    return [json.loads(line) for line in lines]
+    """The records in a file of `Records`; empty if there is no file. Lines that a crash of the machine has left
+    incomplete are skipped."""
+    records = []
+    for line in file.read_text(errors="replace").split("\n")[:-1] if file.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records

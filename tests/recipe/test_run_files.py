@@ -181,6 +181,15 @@ def test_a_record_that_a_full_disk_cuts_leaves_whole_lines(tmp_path):
     assert [step["step"] for step in read_records(tmp_path / "steps.jsonl")] == [1, 3]
 
 
+def test_records_that_a_crash_of_the_machine_has_left_do_not_stop_a_resumed_run(tmp_path):
+    good = '{"step": 1, "step_seconds": 1.0, "tokens_per_second": 5.0}\n'
+    (tmp_path / "steps.jsonl").write_bytes(good.encode() + b"\0\0\0\n" + good.replace("1,", "2,", 1).encode() + b'{"st')
+    records = Records(tmp_path)
+    records.start(1, "run")
+    assert (tmp_path / "steps.jsonl").read_text() == good
+    assert records.speed() == {"median_step_seconds": 1.0, "tokens_per_second": 5.0}
+
+
 def test_a_user_without_a_home_has_no_cache(monkeypatch, tmp_path):
     """A run needs none. A cache among temporary files could be another user's."""
     (tmp_path / "file").write_text("content")
